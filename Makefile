@@ -1,0 +1,218 @@
+# OOM Tracer. `make help` lists the targets; V=1 shows the commands.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+ifeq ($(V),1)
+Q :=
+say = @:
+else
+Q := @
+say = @printf '  %-8s %s\n'
+endif
+
+GO ?= $(shell command -v go || echo /usr/local/go/bin/go)
+CLANG ?= clang
+# What libbpf's headers call the architecture.
+TARGET_amd64 := x86
+TARGET_arm64 := arm64
+ARCH := $(shell $(GO) env GOARCH)
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/oom-tracer
+LIBBPF := $(CACHE)/libbpf-bookworm-backports
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+CONFIG ?= config.yaml
+
+# libbpf, libelf and zlib are linked statically: the binary needs glibc and nothing else.
+export CGO_CFLAGS := -I$(LIBBPF)/usr/include
+# The linker flags name a directory that is there only after the set-up, so they are found late.
+link_flags = -L$(shell echo $(LIBBPF)/usr/lib/*-linux-gnu) -Wl,-Bstatic -lbpf -lelf -lz -Wl,-Bdynamic
+obs := github.com/oom-tracer/oom-tracer/go/internal/obs
+go_tool = $(GO) tool -modfile=tools/go.mod
+clang_bpf = $(CLANG) -g -O2 -Wall -Werror -target bpf -mcpu=v2 -D__TARGET_ARCH_$(TARGET_$(ARCH)) -Ivmlinux/$(ARCH) -isystem $(LIBBPF)/usr/include
+go_build = CGO_LDFLAGS='$(link_flags)' $(GO) build -trimpath -ldflags '-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION)'
+
+GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go') go.mod go.sum
+BPF_FILES := $(wildcard src/*.c src/*.h) vmlinux/$(ARCH)/vmlinux.h
+OBJECT := go/internal/loader/oom.bpf.o
+C_FILES := $(wildcard src/*.c src/*.h tools/*.c)
+SH_FILES := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
+
+##@ Use
+
+.PHONY: run
+run: build ## build what is needed and trace this machine's OOM kills (needs root)
+	$(Q)exec build/oom-tracer --config $(CONFIG)
+
+.PHONY: demo
+demo: build ## cause one contained OOM kill and see it come back out of NATS (needs root)
+	$(Q)exec build/oom-tracer selftest --config $(CONFIG)
+
+.PHONY: doctor
+doctor: build ## what this kernel and this user can do
+	$(Q)exec build/oom-tracer doctor --config $(CONFIG)
+
+##@ Build
+
+.PHONY: build
+build: build/oom-tracer build/oom-tap ## build the BPF object and the binaries into build/
+
+.PHONY: deps
+deps: build/.deps ## install what a build needs (Debian packages; libbpf into the cache)
+
+build/.deps: tools/install-deps.sh tools/fetch-deb.sh
+	@mkdir -p build
+	@tools/install-deps.sh $(LIBBPF)
+	@touch $@
+
+# The program is built once per architecture and relocated to the running kernel when it is loaded.
+# Its own debugging information goes, its BTF and symbols stay.
+$(OBJECT): $(BPF_FILES) build/.deps
+	$(say) BPF $@
+	$(Q)$(clang_bpf) -c src/oom.bpf.c -o $@
+	$(Q)llvm-strip -g $@
+
+build/oom-tracer: $(GO_FILES) $(OBJECT)
+	$(say) GO $@
+	$(Q)$(go_build) -o $@ ./go/cmd/oom-tracer
+
+build/oom-tap: $(GO_FILES)
+	@mkdir -p build
+	$(say) GO $@
+	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/oom-tap
+
+build/hog: tools/hog.c build/.deps
+	$(say) CC $@
+	$(Q)gcc -O2 -Wall -Wextra -Werror -static -pthread $< -o $@
+
+##@ Test
+
+# One package at a time: a tracer sees every kill of the machine, and the tests count.
+.PHONY: test
+test: build build/hog build/nats-server verify-goldens ## every test, with real OOM kills in cgroups of its own (needs root)
+	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
+		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 1 -timeout 20m ./...
+	$(Q)tools/no-skips.sh build/test.json
+
+.PHONY: test-faults
+test-faults: build/faults/oom-tracer ## the selftest finds each wrong field that is put into the BPF program (needs root)
+	$(Q)tools/test-faults.sh $<
+
+# A build for the tests: the program with the faults of src/faults.bpf.h in it, in the place of the real
+# one.
+build/faults/oom.bpf.o: $(BPF_FILES) build/.deps
+	@mkdir -p $(@D)
+	$(say) BPF $@
+	$(Q)$(clang_bpf) -DOOM_FAULTS -c src/oom.bpf.c -o $@
+	$(Q)llvm-strip -g $@
+	$(Q)echo '{"Replace": {"$(CURDIR)/$(OBJECT)": "$(CURDIR)/$@"}}' >build/faults/overlay.json
+
+build/faults/oom-tracer: $(GO_FILES) $(OBJECT) build/faults/oom.bpf.o
+	$(say) GO $@
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) build -tags faults -overlay build/faults/overlay.json -o $@ ./go/cmd/oom-tracer
+
+# Static builds run in a machine that has nothing else. The tests of the tag vm are for such machines only.
+static_flags = -L$(shell echo $(LIBBPF)/usr/lib/*-linux-gnu) -lbpf -lelf -lz
+static_ldflags = -s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION) -linkmode external -extldflags -static
+
+build/static/oom-tracer: $(GO_FILES) $(OBJECT)
+	$(say) GO $@
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) build -trimpath -tags 'netgo osusergo' -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
+
+build/static/vm.test: $(GO_FILES) $(wildcard go/cmd/oom-tracer/*_test.go) $(OBJECT)
+	@mkdir -p $(@D)
+	$(say) GO $@
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -trimpath -tags 'vm netgo osusergo' -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
+
+# The tests that put faults into the program have a build with that program.
+build/static/vm-faults.test: $(GO_FILES) $(wildcard go/cmd/oom-tracer/*_test.go) $(OBJECT) build/faults/oom.bpf.o
+	@mkdir -p $(@D)
+	$(say) GO $@
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -trimpath -tags 'vm faults netgo osusergo' -overlay build/faults/overlay.json -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
+
+# oom-tap and hog are static as they are.
+VM_TEST_BINARY ?= build/static/vm.test
+vm_programs = build/static/vm-faults.test build/static/oom-tracer build/oom-tap build/hog
+vm_deps = qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio
+
+.PHONY: test-vm
+test-vm: $(VM_TEST_BINARY) $(vm_programs) ## the tests of the tag vm on stock Debian kernels in QEMU (KERNELS="6.12 7.2", KERNEL=vmlinuz)
+	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
+	$(Q)CACHE=$(CACHE) tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
+
+.PHONY: test-vm-ci
+test-vm-ci: $(VM_TEST_BINARY) $(vm_programs) ## the same on 5.10 and the newest only
+	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
+	$(Q)CACHE=$(CACHE) KERNELS='5.10 newest' tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
+
+.PHONY: bench
+bench: build build/hog ## latency, loss and cost over at least 1,000 real kills (needs root)
+	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
+		$(GO) test -tags bench -count=1 -timeout 20m -run TestBench -v ./go/cmd/oom-tracer
+
+build/nats-server: go.mod
+	@mkdir -p build
+	@echo '==> building nats-server from its Go module (once per version)'
+	$(Q)ln -sfn "$$(tools/natsd/build.sh)" $@
+
+.PHONY: lint
+lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
+	@tools/install-deps.sh $(LIBBPF) clang-format shellcheck
+	$(say) LINT gofmt
+	@test -z "$$(gofmt -l go | tee /dev/stderr)"
+	$(say) LINT 'go vet'
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet ./...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags bench ./...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'vm faults' ./...
+	$(say) LINT staticcheck
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck ./...
+	$(say) LINT clang-format
+	$(Q)clang-format --dry-run --Werror $(C_FILES)
+	$(say) LINT shellcheck
+	$(Q)shellcheck $(SH_FILES)
+
+.PHONY: check-deps
+check-deps: $(OBJECT) ## the arrows between the packages point down, and libbpf stays in the tracer
+	$(Q)! $(GO) list -deps ./go/cmd/oom-tap | grep -E 'libbpfgo|nats-server|client-go' || { echo 'oom-tap must not need these' >&2; exit 1; }
+	$(Q)! CGO_LDFLAGS='$(link_flags)' $(GO) list -deps ./go/cmd/oom-tracer | grep client-go || { echo 'oom-tracer must not need client-go' >&2; exit 1; }
+	$(Q)test "$$($(GO) list -deps ./go/event | grep -c '\.')" = 1 || { echo 'go/event must need the standard library only' >&2; exit 1; }
+
+.PHONY: fuzz
+fuzz: $(OBJECT) ## run every fuzz target for FUZZTIME (30s)
+	$(Q)for target in $$(grep -rlE '^func Fuzz' go --include='*_test.go'); do \
+		for name in $$(grep -oE '^func Fuzz\w+' $$target | cut -c6-); do \
+			CGO_LDFLAGS='$(link_flags)' $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(or $(FUZZTIME),30s) ./$$(dirname $$target); \
+		done; \
+	done
+
+##@ Generated files
+
+.PHONY: update-vmlinux
+update-vmlinux: build/.deps ## make vmlinux/<arch>/vmlinux.h from the kernel package of bookworm-backports
+	$(Q)tools/vmlinux.sh vmlinux/$(ARCH)
+
+.PHONY: update-goldens
+update-goldens: build/goldens $(OBJECT) ## write go/internal/wire/testdata anew: the records by C, what they become by Go
+	$(Q)$< go/internal/wire/testdata
+	$(Q)CGO_ENABLED=0 $(GO) test ./go/internal/wire -run TestGoldens -update
+
+.PHONY: verify-goldens
+verify-goldens: build/goldens ## the golden records are what the C header makes
+	$(Q)mkdir -p build/goldens.d && $< build/goldens.d
+	$(Q)for f in build/goldens.d/*; do cmp "$$f" "go/internal/wire/testdata/$${f##*/}"; done
+
+build/goldens: tools/goldens.c src/oom_event.h build/.deps
+	$(say) CC $@
+	$(Q)gcc -O2 -Wall -Wextra -Werror $< -o $@
+
+.PHONY: clean
+clean: ## remove what was built (the cache stays: rm -r $(CACHE))
+	rm -rf build $(OBJECT)
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+		/^[a-zA-Z_-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' Makefile

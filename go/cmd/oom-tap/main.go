@@ -1,0 +1,335 @@
+// Command oom-tap shows what OOM Tracer publishes: live, and from what the stream holds.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+const usage = `oom-tap shows the OOM kills that OOM Tracer publishes on NATS.
+
+Usage:
+  oom-tap [tail] [flags]   show kills as they happen
+  oom-tap setup [flags]    make or update the stream on the NATS of the config
+
+Flags of %s:
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-ctx.Done()
+		stop() // a second signal ends the process at once
+	}()
+	// A closed pipe is an error of the write, which tail knows.
+	signal.Ignore(syscall.SIGPIPE)
+	os.Exit(realMain(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// usageError means that the command line is wrong.
+type usageError struct{ error }
+
+func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	err := dispatch(ctx, args, stdout, stderr)
+	var wrong usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &wrong):
+		fmt.Fprintf(stderr, "oom-tap: %v; see oom-tap --help\n", err)
+		return 2
+	default:
+		fmt.Fprintf(stderr, "oom-tap: %v\n", err)
+		return 1
+	}
+}
+
+// options are the flags.
+type options struct {
+	configPath string
+	version    bool
+
+	// Of tail alone.
+	since    time.Duration
+	noFollow bool
+	scopes   []string
+	node     string
+	kills    bool
+	output   string
+	color    string
+	count    int
+}
+
+// tailFlags registers the flags of tail.
+func (o *options) tailFlags(flags *flag.FlagSet) {
+	flags.Func("since", "begin with what was stored this `duration` ago, such as 1h, and go on live", func(s string) (err error) {
+		// The flag package would only speak of a parse error, and a day is what people try first.
+		if o.since, err = time.ParseDuration(s); err != nil || o.since < 0 {
+			return errors.New("must be a duration such as 90s, 15m or 24h (a day is 24h)")
+		}
+		return nil
+	})
+	flags.BoolVar(&o.noFollow, "no-follow", false, "end with what is stored now, instead of going on live")
+	flags.Func("scope", "only these `scopes`, separated by commas: "+scopeList(), func(s string) error {
+		for scope := range strings.SplitSeq(s, ",") {
+			scope = strings.TrimSpace(scope)
+			if !slices.Contains(event.Scopes(), event.Scope(scope)) {
+				return fmt.Errorf("%q is none of %s", scope, scopeList())
+			}
+			o.scopes = append(o.scopes, scope)
+		}
+		return nil
+	})
+	flags.StringVar(&o.node, "node", "", "only this `node`")
+	flags.BoolVar(&o.kills, "kills", false, "leave out tasks that were already exiting")
+	flags.StringVar(&o.output, "output", "text", "text, or json: the stored bytes, one event a line")
+	flags.StringVar(&o.color, "color", "auto", "auto, always or never")
+	flags.IntVar(&o.count, "count", 0, "end after `N` events; 0 sets no bound")
+}
+
+// check returns what is wrong with the flags of tail.
+func (o *options) check() error {
+	switch {
+	case o.noFollow && o.since == 0:
+		return errors.New("--no-follow shows what is stored: say with --since from when on")
+	case o.count < 0:
+		return fmt.Errorf("--count must not be negative, but is %d", o.count)
+	case o.output != "text" && o.output != "json":
+		return fmt.Errorf("--output must be text or json, not %q", o.output)
+	case o.color != "auto" && o.color != "always" && o.color != "never":
+		return fmt.Errorf("--color must be auto, always or never, not %q", o.color)
+	}
+	if o.node != "" {
+		if _, err := event.NodeToken(o.node); err != nil {
+			return fmt.Errorf("--node: %w", err)
+		}
+	}
+	return nil
+}
+
+func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	command := "tail"
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		command, args = args[0], args[1:]
+	}
+	o := options{output: "text", color: "auto"}
+	flags := flag.NewFlagSet("oom-tap", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // what is wrong is said once, by realMain
+	flags.StringVar(&o.configPath, "config", "/etc/oom-tracer/config.yaml", "the config `file`: where NATS is")
+	flags.BoolVar(&o.version, "version", false, "print the version and end")
+	switch command {
+	case "tail":
+		o.tailFlags(flags)
+	case "setup":
+	default:
+		return usageError{fmt.Errorf("unknown command %q", command)}
+	}
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprintf(stdout, usage, command)
+		flags.SetOutput(stdout)
+		flags.PrintDefaults()
+		return nil
+	case err != nil:
+		return usageError{err}
+	case flags.NArg() > 0:
+		return usageError{fmt.Errorf("unexpected argument %q", flags.Arg(0))}
+	}
+	if err := o.check(); err != nil {
+		return usageError{err}
+	}
+	if o.version {
+		fmt.Fprintf(stdout, "oom-tap %s\n", obs.Version())
+		return nil
+	}
+
+	cfg, err := config.Load(o.configPath)
+	if err != nil {
+		return err
+	}
+	// Not cfg.Log, which is the daemon's: here only what disturbs the tail is of interest.
+	log, err := obs.NewLogger(stderr, config.Log{Level: "warn", Format: "text"})
+	if err != nil {
+		return err
+	}
+	conn, err := bus.Connect(ctx, cfg.NATS, bus.Options{Name: "oom-tap"}, log)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if command == "setup" {
+		if err := bus.EnsureStream(ctx, conn, cfg.NATS.Stream); err != nil {
+			return err
+		}
+		fmt.Fprintf(stdout, "stream %s is as the config says\n", event.StreamName)
+		return nil
+	}
+	return tail(ctx, conn, o, stdout, stderr)
+}
+
+func scopeList() string {
+	var names []string
+	for _, s := range event.Scopes() {
+		names = append(names, string(s))
+	}
+	return strings.Join(names, ", ")
+}
+
+// subjects are the patterns that the options select. They do not overlap.
+func subjects(o options) ([]string, error) {
+	kinds := []event.Kind{event.KindKill, event.KindExiting}
+	if o.kills {
+		kinds = kinds[:1]
+	}
+	scopes := o.scopes
+	if len(scopes) == 0 {
+		scopes = []string{""}
+	}
+	var patterns []string
+	for _, kind := range kinds {
+		for _, scope := range scopes {
+			pattern, err := event.Filter(kind, scope, o.node)
+			if err != nil {
+				return nil, err
+			}
+			patterns = append(patterns, pattern)
+		}
+	}
+	slices.Sort(patterns)
+	return slices.Compact(patterns), nil
+}
+
+// tail prints events until --count is reached, ctx ends or, with --no-follow, what was stored is shown.
+// Only in the last case is it an error when ctx ends first.
+func tail(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
+	patterns, err := subjects(o)
+	if err != nil {
+		return err
+	}
+	tailOptions := bus.TailOptions{Subjects: patterns, Follow: !o.noFollow}
+	if o.since > 0 {
+		tailOptions.Since = time.Now().Add(-o.since)
+	}
+	terminal := isTerminal(stdout)
+	plain := os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb"
+	table := text.Table{Color: o.color == "always" || o.color == "auto" && terminal && !plain}
+	seen := newRecent(10000)
+	shown := 0
+	err = bus.Tail(ctx, conn, tailOptions, func(m bus.Stored) error {
+		e, err := parse(m)
+		if err != nil {
+			fmt.Fprintf(stderr, "oom-tap: message %d on %s is skipped: %s\n", m.Seq, text.Printable(m.Subject), text.Printable(err.Error()))
+			return nil
+		}
+		// The stream drops doubles within its window only.
+		if !seen.add(e.ID) {
+			return nil
+		}
+		var line []byte
+		switch {
+		case o.output == "text":
+			line = []byte(table.Line(&e))
+		case terminal:
+			line = text.JSON(m.Data)
+		default:
+			line = oneLine(m.Data)
+		}
+		switch _, err := fmt.Fprintf(stdout, "%s\n", line); {
+		case errors.Is(err, syscall.EPIPE):
+			return errEnough
+		case err != nil:
+			return fmt.Errorf("write: %w", err)
+		}
+		if shown++; shown == o.count {
+			return errEnough
+		}
+		return nil
+	})
+	switch {
+	case errors.Is(err, errEnough):
+		return nil
+	case errors.Is(err, jetstream.ErrStreamNotFound):
+		return fmt.Errorf("%w: make it with: oom-tap setup --config %s", err, o.configPath)
+	}
+	return err
+}
+
+// errEnough ends the tail: --count is reached, or whoever read our output (head, grep -m) has gone.
+var errEnough = errors.New("enough")
+
+// parse reads a message. Its node is the one that the server let the publisher speak for, which is in the
+// subject: one node's tracer must not report kills of another.
+func parse(m bus.Stored) (event.Event, error) {
+	_, _, node, err := event.ParseSubject(m.Subject)
+	if err != nil {
+		return event.Event{}, err
+	}
+	e, err := event.Parse(m.Data)
+	if err != nil {
+		return event.Event{}, err
+	}
+	if e.Node.Name != node {
+		return event.Event{}, fmt.Errorf("node.name is %q, the subject's node %q", e.Node.Name, node)
+	}
+	return e, nil
+}
+
+// oneLine is the stored bytes, unless somebody else published JSON of several lines.
+func oneLine(data []byte) []byte {
+	var compact bytes.Buffer
+	if !bytes.ContainsAny(data, "\r\n") || json.Compact(&compact, data) != nil {
+		return data
+	}
+	return compact.Bytes()
+}
+
+func isTerminal(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := file.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+// recent remembers the last so many IDs.
+type recent struct {
+	ids   map[string]struct{}
+	order []string
+	next  int
+}
+
+func newRecent(size int) *recent {
+	return &recent{ids: make(map[string]struct{}, size), order: make([]string, size)}
+}
+
+// add reports whether id is new.
+func (r *recent) add(id string) bool {
+	if _, ok := r.ids[id]; ok {
+		return false
+	}
+	delete(r.ids, r.order[r.next])
+	r.order[r.next] = id
+	r.ids[id] = struct{}{}
+	r.next = (r.next + 1) % len(r.order)
+	return true
+}

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// start starts a NATS server with its stream, for the life of the test.
+func start(t *testing.T) *natsServer {
+	t.Helper()
+	s, err := startNATS(t.TempDir(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func publish(t *testing.T, s *natsServer, args ...string) {
+	t.Helper()
+	if err := s.publish(func(data string) string { return data }, args...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// writerFunc is a writer.
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// A signal is a good end of what has no end. A replay that it cuts short is not whole, and says so.
+func TestCancel(t *testing.T) {
+	s := start(t)
+	const n = 600 // more than are fetched at once
+	for i := range n {
+		publish(t, s, fmt.Sprint("id=", i))
+	}
+	for _, tt := range []struct {
+		args   []string
+		status int
+		stderr string
+	}{
+		{[]string{"--since", "1h"}, 0, ""},
+		{[]string{"--since", "1h", "--count", "1000"}, 0, ""},
+		{[]string{"--since", "1h", "--no-follow"}, 1, "oom-tap: tail stream OOM: context canceled\n"},
+	} {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		lines := 0
+		stdout := writerFunc(func(p []byte) (int, error) {
+			lines += bytes.Count(p, []byte("\n"))
+			cancel()
+			return len(p), nil
+		})
+		var stderr strings.Builder
+		if status := realMain(ctx, append(tt.args, "--config", s.config), stdout, &stderr); status != tt.status || stderr.String() != tt.stderr {
+			t.Errorf("%q: status %d, want %d; stderr %q, want %q", tt.args, status, tt.status, stderr.String(), tt.stderr)
+		}
+		if lines == 0 || lines == n {
+			t.Errorf("%q: %d lines", tt.args, lines)
+		}
+	}
+}
+
+// Only the output's own pipe may close without a word.
+func TestWriteErrors(t *testing.T) {
+	s := start(t)
+	publish(t, s)
+	for _, tt := range []struct {
+		err    error
+		status int
+		stderr string
+	}{
+		{&os.PathError{Op: "write", Path: "x", Err: syscall.EPIPE}, 0, ""},
+		{&os.PathError{Op: "write", Path: "x", Err: syscall.ENOSPC}, 1, "oom-tap: write: write x: no space left on device\n"},
+		{errors.New("no"), 1, "oom-tap: write: no\n"},
+	} {
+		var stderr strings.Builder
+		stdout := writerFunc(func([]byte) (int, error) { return 0, tt.err })
+		status := realMain(t.Context(), []string{"--config", s.config, "--since", "1h"}, stdout, &stderr)
+		if status != tt.status || stderr.String() != tt.stderr {
+			t.Errorf("%v: status %d, stderr %q", tt.err, status, stderr.String())
+		}
+	}
+}
+
+// openTerminal returns both ends of a pseudo-terminal: what it shows is read from the first.
+func openTerminal(t *testing.T) (screen, terminal *os.File) {
+	t.Helper()
+	screen, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { screen.Close() })
+	if err := unix.IoctlSetPointerInt(int(screen.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(int(screen.Fd()), unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	terminal, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return screen, terminal
+}
+
+func TestTerminal(t *testing.T) {
+	s := start(t)
+	publish(t, s, "comm=a\u009b2J\u202e\U0001f4a5") // JSON leaves all of them as they are
+	const (
+		plainComm  = ` a\u009b2J\u202e\U0001f4a5[4242] `
+		storedJSON = "\"a\u009b2J\u202e\U0001f4a5\""
+		safeJSON   = `"a\u009b2J\u202e\ud83d\udca5"`
+		bold       = "\x1b[1ma"
+	)
+	for _, tt := range []struct {
+		name          string
+		env           [2]string
+		args          []string
+		pipe          bool
+		want, wantNot string
+	}{
+		{name: "color", want: bold},
+		{name: "NO_COLOR", env: [2]string{"NO_COLOR", "1"}, want: plainComm, wantNot: "\x1b"},
+		{name: "empty NO_COLOR", env: [2]string{"NO_COLOR", ""}, want: bold},
+		{name: "dumb", env: [2]string{"TERM", "dumb"}, want: plainComm, wantNot: "\x1b"},
+		{name: "never", args: []string{"--color", "never"}, want: plainComm, wantNot: "\x1b"},
+		{name: "always", env: [2]string{"NO_COLOR", "1"}, args: []string{"--color", "always"}, want: bold},
+		{name: "json", args: []string{"--output", "json"}, want: safeJSON, wantNot: "\u009b"},
+		{name: "pipe", pipe: true, want: plainComm, wantNot: "\x1b"},
+		{name: "pipe always", pipe: true, args: []string{"--color", "always"}, want: bold},
+		{name: "pipe json", pipe: true, args: []string{"--output", "json"}, want: storedJSON, wantNot: `\u`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Setenv("NO_COLOR", "")
+			t.Setenv("TERM", "xterm")
+			if tt.env[0] != "" {
+				t.Setenv(tt.env[0], tt.env[1])
+			}
+			var screen, stdout *os.File
+			if tt.pipe {
+				var err error
+				if screen, stdout, err = os.Pipe(); err != nil {
+					t.Fatal(err)
+				}
+				defer screen.Close()
+			} else {
+				screen, stdout = openTerminal(t)
+			}
+			var stderr strings.Builder
+			status := realMain(t.Context(), append([]string{"--config", s.config, "--since", "1h", "--no-follow"}, tt.args...), stdout, &stderr)
+			stdout.Close()
+			shown, err := io.ReadAll(screen)
+			if err != nil && !errors.Is(err, syscall.EIO) { // EIO is how a terminal ends
+				t.Fatal(err)
+			}
+			if status != 0 || stderr.Len() != 0 {
+				t.Errorf("status %d, stderr %s", status, &stderr)
+			}
+			if got := string(shown); strings.Count(got, "\n") != 1 || !strings.Contains(got, tt.want) || tt.wantNot != "" && strings.Contains(got, tt.wantNot) {
+				t.Errorf("%q, want %q and not %q", got, tt.want, tt.wantNot)
+			}
+		})
+	}
+}
+
+func TestRecent(t *testing.T) {
+	r := newRecent(3)
+	for i, tt := range []struct {
+		id  string
+		new bool
+	}{
+		{"a", true}, {"a", false}, {"b", true}, {"c", true}, {"a", false}, {"b", false},
+		{"d", true}, // a is forgotten
+		{"b", false}, {"c", false}, {"d", false},
+		{"a", true}, {"b", true}, {"c", true}, {"c", false}, {"d", true},
+	} {
+		if got := r.add(tt.id); got != tt.new {
+			t.Errorf("step %d: %s is new: %v", i, tt.id, got)
+		}
+		if len(r.ids) > 3 {
+			t.Fatalf("%d are remembered", len(r.ids))
+		}
+	}
+}

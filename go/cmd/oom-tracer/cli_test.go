@@ -1,0 +1,160 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"oom-tracer": main})
+}
+
+// TestScript runs testdata/script with the real program. Beyond testscript's own, the commands are
+//
+//	status N program...   run, and expect this exit status
+//	wrong WORDS args...   run oom-tracer, and expect that it calls the command line wrong with these words,
+//	                      in one line, and does nothing else
+func TestScript(t *testing.T) {
+	shipped, err := filepath.Abs("../../../config.yaml")
+	must(t, err)
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		UpdateScripts:       *update,
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("SHIPPED", shipped)
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"status": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Check(expectStatus(ts.Exec(args[1], args[2:]...), args[0]))
+			},
+			"wrong": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Check(expectStatus(ts.Exec("oom-tracer", args[1:]...), "2"))
+				if out := ts.ReadFile("stdout"); out != "" {
+					ts.Fatalf("it printed %q", out)
+				}
+				if said, want := ts.ReadFile("stderr"), "oom-tracer: "+args[0]+"; see oom-tracer --help\n"; said != want {
+					ts.Fatalf("it said %q, want %q", said, want)
+				}
+			},
+		},
+	})
+}
+
+// expectStatus holds what running a program came to against an exit status.
+func expectStatus(err error, want string) error {
+	got := 0
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		got = exit.ExitCode()
+	} else if err != nil {
+		return err
+	}
+	if fmt.Sprint(got) != want {
+		return fmt.Errorf("exit status %d, want %s", got, want)
+	}
+	return nil
+}
+
+// A write that fails is a failure of the command whose purpose it was.
+func TestDoctorIntoClosedPipe(t *testing.T) {
+	var said bytes.Buffer
+	code := realMain(t.Context(), []string{"doctor", "--config", writeConfigFile(t, testConfig(t))}, brokenPipe{}, &said)
+	if code != exitFailure || !strings.Contains(said.String(), "write the findings: io: read/write on closed pipe") {
+		t.Errorf("exit status %d, %q", code, &said)
+	}
+}
+
+// The selftest's own lines are what is to be read: the log keeps quiet unless it is asked.
+func TestSelftestLog(t *testing.T) {
+	for _, tt := range []struct {
+		flags []string
+		want  string
+	}{
+		{nil, ""},
+		{[]string{"--log-level", "info"}, "tracing oom kills"},
+	} {
+		run := exec.Command(scratchtest.Program(t, "oom-tracer"), append([]string{"selftest", "--config", writeConfigFile(t, testConfig(t))}, tt.flags...)...)
+		var log bytes.Buffer
+		run.Stderr = &log
+		if out, err := run.Output(); err != nil {
+			t.Errorf("%v: %v\n%s", tt.flags, err, out)
+		}
+		if tt.want == "" && log.Len() > 0 || !strings.Contains(log.String(), tt.want) {
+			t.Errorf("%v: the log says %q", tt.flags, &log)
+		}
+	}
+}
+
+// The printed lines are for whoever wants to read them. When that reader goes away the tracer goes on.
+func TestReaderOfOutputGoesAway(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.Metrics.Listen = freeAddr(t)
+	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfigFile(t, cfg), "--node-name", testNode)
+	var log bytes.Buffer
+	tracer.Stderr = &log
+	reader, writer, err := os.Pipe()
+	must(t, err)
+	tracer.Stdout = writer
+	must(t, tracer.Start())
+	must(t, writer.Close())
+	ended := make(chan error, 1)
+	go func() { ended <- tracer.Wait() }()
+	defer func() { _ = tracer.Process.Kill() }()
+	for deadline := time.Now().Add(20 * time.Second); !tracerRunning(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the tracer does not come up:\n%s", &log)
+		}
+	}
+	group := scratchtest.New(t, 8<<20)
+	scratchtest.Storm(t, group, 1, 16, "plain")
+	if line, err := bufio.NewReader(reader).ReadString('\n'); err != nil || !strings.Contains(line, "hog[") {
+		t.Errorf("it printed %q, %v", line, err)
+	}
+	must(t, reader.Close())
+	scratchtest.Storm(t, group, 2, 16, "plain")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	select {
+	case err := <-ended:
+		t.Fatalf("it ended with its reader: %v\n%s", err, &log)
+	case <-ctx.Done():
+	}
+	must(t, tracer.Process.Signal(syscall.SIGTERM))
+	if err := <-ended; err != nil {
+		t.Errorf("%v\n%s", err, &log)
+	}
+}
+
+// main's part alone: nothing else of the process is touched by an error.
+func TestRealMain(t *testing.T) {
+	for _, tt := range []struct {
+		args []string
+		code int
+	}{
+		{[]string{"--version"}, 0},
+		{[]string{"--help"}, 0},
+		{[]string{"config", "check", "--config", "/nowhere"}, exitFailure},
+		{[]string{"nonsense"}, exitUsage},
+	} {
+		if code := realMain(t.Context(), tt.args, io.Discard, io.Discard); code != tt.code {
+			t.Errorf("%v: %d, want %d", tt.args, code, tt.code)
+		}
+	}
+}

@@ -1,0 +1,835 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/cilium/ebpf/btf"
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/procfs"
+	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+// status is how a finding stands.
+type status string
+
+const (
+	statusOK   status = "ok"
+	statusWarn status = "warn" // tracing works, with less
+	statusFail status = "fail" // tracing cannot work, or a tracer with this config would not start
+)
+
+// doctorSchema names the shape of what doctor prints with --output json. Within v1, fields and checks
+// are added; none is renamed, and none changes its meaning. The order is that of the text, and the
+// sentences are for people.
+const doctorSchema = "oom-tracer-doctor/v1"
+
+// report is the whole of it.
+type report struct {
+	Schema   string    `json:"schema"`
+	Version  string    `json:"version"` // of this program
+	Node     string    `json:"node"`
+	CanTrace bool      `json:"can_trace"` // no finding failed; the exit status says the same
+	Findings []finding `json:"findings"`
+}
+
+// finding is one check: every one of them is there every time, once, in the same order.
+type finding struct {
+	Check  string `json:"check"`
+	Status status `json:"status"`
+	Detail string `json:"detail"`
+	// Remedy is what to do about it; absent when nothing is wrong.
+	Remedy string `json:"remedy,omitempty"`
+}
+
+func ok(check, format string, args ...any) finding {
+	return finding{check, statusOK, fmt.Sprintf(format, args...), ""}
+}
+
+func warn(check, detail, remedy string) finding { return finding{check, statusWarn, detail, remedy} }
+
+func fail(check, detail, remedy string) finding { return finding{check, statusFail, detail, remedy} }
+
+// doctor says what this kernel and this process can do. It fails when tracing cannot work.
+func doctor(ctx context.Context, cfg config.Config, node, output string, stdout io.Writer) error {
+	x := examiner{cfg: cfg, node: node, procfs: "/proc", sysfs: "/sys", load: tryLoad}
+	return tell(x.examine(ctx), node, output, stdout)
+}
+
+// tell prints the findings. It fails when one of them does.
+func tell(findings []finding, node, output string, stdout io.Writer) error {
+	failed := failures(findings)
+	var err error
+	if output == "json" {
+		encoder := json.NewEncoder(stdout)
+		encoder.SetEscapeHTML(false)
+		encoder.SetIndent("", "  ")
+		err = encoder.Encode(report{doctorSchema, obs.Version().Version, node, len(failed) == 0, findings})
+	} else {
+		var out strings.Builder
+		for _, f := range findings {
+			fmt.Fprintf(&out, "%-4s  %-12s  %s\n", f.Status, f.Check, text.Printable(f.Detail))
+			if f.Remedy != "" {
+				fmt.Fprintf(&out, "%-4s  %-12s  -> %s\n", "", "", text.Printable(f.Remedy))
+			}
+		}
+		_, err = io.WriteString(stdout, out.String())
+	}
+	if err != nil {
+		return fmt.Errorf("write the findings: %w", err)
+	}
+	if len(failed) > 0 {
+		return fmt.Errorf("tracing cannot work here: see %s", strings.Join(failed, ", "))
+	}
+	return nil
+}
+
+// failures names the checks that failed.
+func failures(findings []finding) []string {
+	var failed []string
+	for _, f := range findings {
+		if f.Status == statusFail {
+			failed = append(failed, f.Check)
+		}
+	}
+	return failed
+}
+
+// examiner looks at the machine that procfs and sysfs show.
+type examiner struct {
+	cfg    config.Config
+	node   string
+	procfs string
+	sysfs  string
+	// load loads and attaches what a run would, and takes it away again.
+	load func(loader.Options) (loader.Tier, error)
+
+	// What several checks need; see look.
+	process    procfs.ProcStatus
+	processErr error
+	kernel     *btf.Spec
+	kernelErr  error
+	shown      bool // kallsyms shows addresses
+	shownErr   error
+	running    bool        // a tracer of this config runs on this node
+	hook       loader.Tier // the tier with hooks that a run would use; empty when there is none
+	unhooked   []string    // why those before it are not to be had
+}
+
+// examine makes all checks: first what the kernel program needs, each before what depends on it, then
+// that program itself, then what is around it.
+func (x *examiner) examine(ctx context.Context) []finding {
+	x.look(ctx)
+	findings := []finding{x.release(), x.capabilities(), x.lockdown(), x.memlock(), x.btf(), x.markVictim()}
+	findings = append(findings, x.hooks(failures(findings)), x.kallsyms(), x.stack())
+	findings = append(findings, x.program(failures(findings)))
+	findings = append(findings, x.cgroup(), x.bpffs(), x.tracer(ctx))
+	return append(findings, x.nats(ctx)...)
+}
+
+func (x *examiner) look(ctx context.Context) {
+	self, err := thisProcess(x.procfs)
+	if x.processErr = err; err == nil {
+		x.process, x.processErr = self.NewStatus()
+	}
+	x.kernel, x.kernelErr = btf.LoadSpec(x.sysfs + "/kernel/btf/vmlinux")
+	x.shown, x.shownErr = addressesShown(x.procfs)
+	x.running = tracerRunning(ctx, x.cfg.Metrics.Listen)
+	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe} {
+		if x.wants(loader.TierAuto, tier) && x.hook == "" {
+			if _, err := x.tryTier(tier, &complaints{}); err != nil {
+				x.unhooked = append(x.unhooked, strings.TrimPrefix(err.Error(), "use tier "))
+			} else {
+				x.hook = tier
+			}
+		}
+	}
+}
+
+// wants reports whether kernel.tier is one of those given.
+func (x *examiner) wants(tiers ...loader.Tier) bool {
+	return slices.Contains(tiers, loader.Tier(x.cfg.Kernel.Tier))
+}
+
+// needsStack reports whether the context of kills comes from the kernel's stack, if it comes at all.
+func (x *examiner) needsStack() bool {
+	return x.wants(loader.TierStack) || x.wants(loader.TierAuto) && x.hook == ""
+}
+
+// tryTier loads and attaches what a run with that tier would.
+func (x *examiner) tryTier(tier loader.Tier, said *complaints) (loader.Tier, error) {
+	pages := x.cfg.Kernel.PerfPages
+	if x.running {
+		pages = 1 // the tracer that runs has locked what this user may lock
+	}
+	return x.load(loader.Options{Tier: tier, PerfPages: pages, Log: slog.New(said)})
+}
+
+// thisProcess is this one, as proc shows it.
+func thisProcess(root string) (procfs.Proc, error) {
+	proc, err := procfs.NewFS(root)
+	if err != nil {
+		return procfs.Proc{}, err
+	}
+	return proc.Self()
+}
+
+// addressesShown reports whether this process sees the kernel's addresses in kallsyms, which are all
+// zeros otherwise.
+func addressesShown(root string) (bool, error) {
+	data, err := os.ReadFile(root + "/kallsyms")
+	if err != nil {
+		return false, err
+	}
+	for line := range strings.Lines(string(data)) {
+		text, _, _ := strings.Cut(line, " ")
+		// Those of per-CPU data may be zero in any case.
+		if address, err := strconv.ParseUint(text, 16, 64); err != nil {
+			return false, err
+		} else if address != 0 {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// sysctl reads a number below /proc/sys; what cannot be read is the kernel's default, given.
+func (x *examiner) sysctl(name string, otherwise int) int {
+	data, err := os.ReadFile(filepath.Join(x.procfs, "sys", name))
+	if err != nil {
+		return otherwise
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	if err != nil {
+		return otherwise
+	}
+	return n
+}
+
+// has reports whether this process has a capability, in the only user namespace where the kernel asks
+// for those of a tracer.
+func (x *examiner) has(bit uint) bool {
+	return x.processErr == nil && x.foreignNamespace("user") == "" && x.process.CapEff&(1<<bit) != 0
+}
+
+// The initial namespaces have fixed numbers (include/linux/proc_ns.h, PROC_USER_INIT_INO and so on).
+var initialNamespaces = map[string]string{"user": "user:[4026531837]", "cgroup": "cgroup:[4026531835]"}
+
+// foreignNamespace is this process's namespace of a kind, if it is not the initial one.
+func (x *examiner) foreignNamespace(kind string) string {
+	link, err := os.Readlink(filepath.Join(x.procfs, "self/ns", kind))
+	if err != nil || link == initialNamespaces[kind] {
+		return ""
+	}
+	return link
+}
+
+func (x *examiner) release() finding {
+	data, err := os.ReadFile(x.procfs + "/sys/kernel/osrelease")
+	if err != nil {
+		return fail("kernel", err.Error(), "mount proc at "+x.procfs)
+	}
+	return ok("kernel", "%s %s, node %s", strings.TrimSpace(string(data)), runtime.GOARCH, x.node)
+}
+
+// capabilities holds what the process may do against what bpf(2) and perf_event_open(2) ask of it
+// (bpf_prog_load() in kernel/bpf/syscall.c, perf_allow_cpu() in include/linux/perf_event.h). All of it
+// is asked of the initial user namespace.
+func (x *examiner) capabilities() finding {
+	const check = "capabilities"
+	if x.processErr != nil {
+		return fail(check, x.processErr.Error(), "mount proc at "+x.procfs)
+	}
+	if ns := x.foreignNamespace("user"); ns != "" {
+		return fail(check, "those of the user namespace "+ns+", which the kernel does not count for BPF",
+			"run it in the host's user namespace (Kubernetes: leave hostUsers at true; Docker: --userns=host)")
+	}
+	if last := x.sysctl("kernel/cap_last_cap", unix.CAP_LAST_CAP); last < unix.CAP_BPF && !x.has(unix.CAP_SYS_ADMIN) {
+		return fail(check, "lacks CAP_SYS_ADMIN to load and attach the program; this kernel, before 5.8, has no smaller ones for it",
+			"run it as root, or give it CAP_SYS_ADMIN")
+	}
+	f := finding{Check: check, Status: statusOK}
+	var have, lack, names []string
+	allowed := x.process.UIDs[1] != 0 // what this user lacks, root would have
+	for _, c := range []struct {
+		name     string
+		bit      uint
+		use      string
+		byAdmin  bool // CAP_SYS_ADMIN stands for those that were split off it in 5.8
+		severity status
+	}{
+		{"BPF", unix.CAP_BPF, "load the program", true, statusFail},
+		{"PERFMON", unix.CAP_PERFMON, "attach it and read the kernel's memory", true, statusFail},
+		{"SYSLOG", unix.CAP_SYSLOG, "see the kernel's addresses (tier stack)", false, statusWarn},
+	} {
+		switch {
+		case x.has(c.bit):
+			have = append(have, "CAP_"+c.name)
+		case c.byAdmin && x.has(unix.CAP_SYS_ADMIN):
+			have = append(have, "CAP_SYS_ADMIN for CAP_"+c.name)
+		case c.bit == unix.CAP_SYSLOG && (x.shown || !x.needsStack()):
+			have = append(have, "no need of CAP_"+c.name)
+		default:
+			lack = append(lack, fmt.Sprintf("CAP_%s to %s", c.name, c.use))
+			names = append(names, c.name)
+			allowed = allowed && x.process.CapBnd&(1<<c.bit) != 0
+			if f.Status != statusFail {
+				f.Status = c.severity
+			}
+		}
+	}
+	f.Detail = "has " + cmp.Or(strings.Join(have, ", "), "none of those needed")
+	switch {
+	case len(lack) == 0:
+		return f
+	case allowed:
+		f.Remedy = fmt.Sprintf("run it as user 0, who would have them here; user %d has not", x.process.UIDs[1])
+	default:
+		f.Remedy = fmt.Sprintf("run it as root with all capabilities, or add these (Kubernetes: securityContext.capabilities.add: [%s], with runAsUser: 0)",
+			strings.Join(names, ", "))
+	}
+	f.Detail += "; lacks " + strings.Join(lack, ", ")
+	return f
+}
+
+// lockdown reads the mode in force, which stands in brackets (lockdown_read() in
+// security/lockdown/lockdown.c). Only confidentiality takes bpf_probe_read_kernel() away.
+func (x *examiner) lockdown() finding {
+	const check = "lockdown"
+	data, err := os.ReadFile(x.sysfs + "/kernel/security/lockdown")
+	if errors.Is(err, fs.ErrNotExist) {
+		if x.securityfs() {
+			return ok(check, "not in this kernel")
+		}
+		return ok(check, "not known: securityfs is not mounted at %s/kernel/security", x.sysfs)
+	}
+	if err != nil {
+		return warn(check, err.Error(), "run doctor as root to see")
+	}
+	_, rest, _ := strings.Cut(string(data), "[")
+	switch mode, _, closed := strings.Cut(rest, "]"); {
+	case mode == "confidentiality":
+		return fail(check, mode+": the kernel lets no program read its memory",
+			"boot with lockdown=integrity, which secure boot is content with; it cannot be lowered while the kernel runs")
+	case closed && (mode == "none" || mode == "integrity"):
+		return ok(check, "%s", mode)
+	default:
+		return warn(check, fmt.Sprintf("unknown mode %q", strings.TrimSpace(string(data))), "see whether program works, and report this kernel")
+	}
+}
+
+// securityfs reports whether it is mounted, which it is not in most containers.
+func (x *examiner) securityfs() bool {
+	entries, err := os.ReadDir(x.sysfs + "/kernel/security")
+	return err == nil && len(entries) > 0
+}
+
+// memlock holds the perf buffers against the memory that this user may lock: beyond
+// kernel.perf_event_mlock_kb for each CPU, which is all its processes' together, it counts against
+// RLIMIT_MEMLOCK (perf_mmap() in kernel/events/core.c).
+func (x *examiner) memlock() finding {
+	const check = "memlock"
+	const remedy = "raise the limit (systemd: LimitMEMLOCK=infinity; shell: ulimit -l), "
+	soft, err := x.memlockLimit()
+	if err != nil {
+		return warn(check, err.Error(), "mount proc at "+x.procfs)
+	}
+	limit := "unlimited"
+	if soft != noLimit {
+		limit = kib(soft)
+	}
+	cpus := uint64(x.onlineCPUs())
+	need := uint64(x.cfg.Kernel.PerfPages+1) * uint64(os.Getpagesize()) * cpus // one page each for the kernel
+	free := uint64(x.sysctl("kernel/perf_event_mlock_kb", 512+os.Getpagesize()>>10)) << 10 * cpus
+	paranoid := x.sysctl("kernel/perf_event_paranoid", 2)
+	buffers := fmt.Sprintf("the perf buffers of %d CPUs lock %s", cpus, kib(need))
+
+	if need > free && need-free > soft && paranoid > -1 && !x.has(unix.CAP_IPC_LOCK) {
+		return fail(check, fmt.Sprintf("%s; %s are free to each user, and the rest exceeds the limit of %s", buffers, kib(free), limit),
+			remedy+"give CAP_IPC_LOCK, or lower kernel.perf_pages in the config")
+	}
+	if x.countsBPF() && soft != noLimit && !x.has(unix.CAP_SYS_RESOURCE) {
+		return warn(check, fmt.Sprintf("limit %s, and this kernel, before 5.11, counts the program's maps against it; %s", limit, buffers),
+			remedy+"or give CAP_SYS_RESOURCE")
+	}
+	return ok(check, "limit %s; %s, %s are free to each user", limit, buffers, kib(free))
+}
+
+const noLimit = unix.RLIM_INFINITY
+
+func kib(n uint64) string { return fmt.Sprintf("%d KiB", n>>10) }
+
+// memlockLimit is the soft RLIMIT_MEMLOCK, in bytes.
+func (x *examiner) memlockLimit() (uint64, error) {
+	self, err := thisProcess(x.procfs)
+	if err != nil {
+		return 0, err
+	}
+	limits, err := self.Limits()
+	return limits.LockedMemory, err
+}
+
+// onlineCPUs counts those that have a perf buffer.
+func (x *examiner) onlineCPUs() int {
+	// Documentation/ABI/stable/sysfs-devices-system-cpu: such as 0-3,8
+	data, err := os.ReadFile(x.sysfs + "/devices/system/cpu/online")
+	if err != nil {
+		return runtime.NumCPU()
+	}
+	n := 0
+	for part := range strings.SplitSeq(strings.TrimSpace(string(data)), ",") {
+		first, last, isRange := strings.Cut(part, "-")
+		a, errA := strconv.Atoi(first)
+		b, errB := a, errA
+		if isRange {
+			b, errB = strconv.Atoi(last)
+		}
+		if errA != nil || errB != nil || b < a {
+			return runtime.NumCPU()
+		}
+		n += b - a + 1
+	}
+	return n
+}
+
+// countsBPF reports whether the kernel counts BPF memory against RLIMIT_MEMLOCK, as it did before 5.11.
+// It is told as libbpf tells it (probe_memcg_account()): by a helper that came with the change.
+func (x *examiner) countsBPF() bool {
+	var helpers *btf.Enum
+	if x.kernelErr != nil || x.kernel.TypeByName("bpf_func_id", &helpers) != nil {
+		return false
+	}
+	return !slices.ContainsFunc(helpers.Values, func(v btf.EnumValue) bool { return v.Name == "BPF_FUNC_ktime_get_coarse_ns" })
+}
+
+func (x *examiner) btf() finding {
+	file := x.sysfs + "/kernel/btf/vmlinux"
+	if errors.Is(x.kernelErr, fs.ErrNotExist) {
+		return fail("btf", "there is no "+file, "use a kernel with CONFIG_DEBUG_INFO_BTF=y, and mount sysfs at "+x.sysfs)
+	}
+	if x.kernelErr != nil {
+		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "report this kernel: its BTF cannot be read")
+	}
+	return ok("btf", "%s", file)
+}
+
+func (x *examiner) markVictim() finding {
+	const check = "mark_victim"
+	if x.kernelErr != nil {
+		return fail(check, "not known without BTF", "see btf")
+	}
+	prototype, err := loader.MarkVictimPrototype(x.kernel)
+	switch {
+	case errors.Is(err, btf.ErrNotFound):
+		return fail(check, "this kernel has no such tracepoint", "use a kernel of Linux 5.5 or later with CONFIG_TRACEPOINTS=y")
+	case err != nil:
+		return fail(check, err.Error(), "report this kernel: its prototype is not known")
+	case prototype == loader.PrototypePID:
+		if x.hook != "" {
+			return ok(check, "hands over a thread ID; the task comes from the hooks")
+		}
+		return warn(check, "hands over a thread ID and not the task, and there are no hooks: only a process that asked for the memory itself can be read",
+			"see hooks, or use a kernel with commit 72ba14deb40a: Linux 6.9 or later, and many stable releases before it")
+	}
+	return ok(check, "hands over the task")
+}
+
+// hooks says whether the functions of the OOM killer can be hooked, which proves the context of every
+// kill. earlier are the checks that have failed.
+func (x *examiner) hooks(earlier []string) finding {
+	const check = "hooks"
+	switch why := strings.Join(x.unhooked, "; "); {
+	case x.wants(loader.TierStack, loader.TierNone):
+		return ok(check, "not used: kernel.tier is %s", x.cfg.Kernel.Tier)
+	case x.hook == loader.TierKprobe && why != "":
+		return ok(check, "kprobe works (%s)", why)
+	case x.hook != "":
+		return ok(check, "%s works", x.hook)
+	case len(earlier) > 0:
+		return x.degraded(check, "none", "see "+strings.Join(earlier, ", "))
+	default:
+		return x.degraded(check, "none; the owner of a limit is inferred, and what was to be allocated is not known ("+why+")",
+			"use a kernel with kprobes (CONFIG_KPROBE_EVENTS=y), or one that permits fentry (CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS=y)")
+	}
+}
+
+// degraded is what stands in the way of a tier: with kernel.tier auto there is less, with that tier
+// demanded the tracer does not start.
+func (x *examiner) degraded(check, detail, remedy string) finding {
+	if x.wants(loader.TierAuto) {
+		return warn(check, detail, remedy)
+	}
+	return fail(check, detail, remedy+"; or set kernel.tier to auto")
+}
+
+// unneeded says why the stack is not asked.
+func (x *examiner) unneeded(check string) finding {
+	if x.hook != "" {
+		return ok(check, "not needed beside the hooks")
+	}
+	return ok(check, "not used: kernel.tier is %s", x.cfg.Kernel.Tier)
+}
+
+// kallsyms says whether addresses are shown, by the rule of kallsyms_show_value() in
+// kernel/ksyms_common.c.
+func (x *examiner) kallsyms() finding {
+	const check = "kallsyms"
+	restrict, paranoid := x.sysctl("kernel/kptr_restrict", 0), x.sysctl("kernel/perf_event_paranoid", 2)
+	hidden := fmt.Sprintf("hides the kernel's addresses from this process (kernel.kptr_restrict is %d, kernel.perf_event_paranoid %d)", restrict, paranoid)
+	switch {
+	case x.shown:
+		return ok(check, "shows the kernel's addresses to this process")
+	case !x.needsStack():
+		return x.unneeded(check)
+	case errors.Is(x.shownErr, fs.ErrNotExist):
+		return x.degraded(check, "there is no "+x.procfs+"/kallsyms", "use a kernel with CONFIG_KALLSYMS=y")
+	case x.shownErr != nil:
+		return x.degraded(check, x.shownErr.Error(), "let this process read "+x.procfs+"/kallsyms")
+	case restrict >= 2:
+		return x.degraded(check, hidden, "sysctl kernel.kptr_restrict=1 (2 hides them from root too), and have CAP_SYSLOG")
+	default:
+		return x.degraded(check, hidden, "it takes CAP_SYSLOG: see capabilities")
+	}
+}
+
+// stack says whether the stack tier is there, and what it cannot tell.
+func (x *examiner) stack() finding {
+	const check = "stack"
+	if !x.needsStack() {
+		return x.unneeded(check)
+	}
+	if x.shownErr != nil || !x.shown {
+		return x.degraded(check, "not available: scope, outcome and limit of kills are unknown", "see kallsyms")
+	}
+	if _, err := loader.StackSymbols(x.procfs); err != nil {
+		return x.degraded(check, err.Error()+"; scope, outcome and limit of kills are unknown", "report this kernel: its compiler inlined or renamed them")
+	}
+	if nodes := x.memoryNodes(); strings.ContainsAny(nodes, ",-") {
+		return warn(check, fmt.Sprintf("proves what cgroup kills are; with the memory nodes %s, the scope of others is unknown: a cpuset or memory policy may be behind them", nodes),
+			"see constraint= in the kernel's own log (dmesg) for those kills")
+	}
+	return ok(check, "proves scope and outcome")
+}
+
+// memoryNodes lists the NUMA nodes with memory, such as 0-1; empty without NUMA.
+func (x *examiner) memoryNodes() string {
+	list, _ := os.ReadFile(x.sysfs + "/devices/system/node/has_memory")
+	return strings.TrimSpace(string(list))
+}
+
+// tryLoad is the proof, and leaves nothing behind.
+func tryLoad(o loader.Options) (loader.Tier, error) {
+	l, err := loader.Open(o)
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return l.Tier(), nil
+}
+
+// program loads and attaches what a run would. earlier are the checks that have failed.
+func (x *examiner) program(earlier []string) finding {
+	const check = "program"
+	said := &complaints{}
+	tier, err := x.hook, error(nil)
+	if tier == "" {
+		tier, err = x.tryTier(loader.Tier(x.cfg.Kernel.Tier), said)
+	}
+	if err == nil {
+		return ok(check, "loads and attaches; tier %s", tier)
+	}
+	if len(earlier) > 0 {
+		return fail(check, err.Error(), "see "+strings.Join(earlier, ", "))
+	}
+	detail := err.Error() + said.String()
+	remedy := "report this kernel, with what is said here"
+	if !x.securityfs() {
+		remedy = "see on the host that " + x.sysfs + "/kernel/security/lockdown is not [confidentiality]; else " + remedy
+	}
+	switch paranoid := x.sysctl("kernel/perf_event_paranoid", 2); {
+	case errors.Is(err, unix.EACCES) && paranoid > 2 && !x.has(unix.CAP_SYS_ADMIN):
+		// Debian and Ubuntu added levels above 2, which ask for more than CAP_PERFMON.
+		remedy = fmt.Sprintf("sysctl kernel.perf_event_paranoid=2 (it is %d, a level of this distribution's own), or give CAP_SYS_ADMIN", paranoid)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		remedy = "something beside the capabilities forbids it: a seccomp profile (it must allow bpf and perf_event_open), SELinux or AppArmor (see the audit log)"
+	}
+	return fail(check, detail, remedy)
+}
+
+// complaints collects what the loader and libbpf say at level warn and above.
+type complaints struct{ lines []string }
+
+// String is all of it, in brackets.
+func (c *complaints) String() string {
+	if len(c.lines) == 0 {
+		return ""
+	}
+	return " (" + strings.Join(c.lines, "; ") + ")"
+}
+
+// Enabled implements slog.Handler.
+func (c *complaints) Enabled(_ context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn
+}
+
+// Handle implements slog.Handler.
+func (c *complaints) Handle(_ context.Context, r slog.Record) error {
+	line := r.Message
+	r.Attrs(func(a slog.Attr) bool {
+		line += ": " + a.Value.String()
+		return true
+	})
+	// libbpf repeats its name, and the verifier has lines of its own.
+	c.lines = append(c.lines, strings.Join(strings.Fields(strings.TrimPrefix(line, "libbpf: ")), " "))
+	return nil
+}
+
+// WithAttrs implements slog.Handler. The loader has no use for it.
+func (c *complaints) WithAttrs([]slog.Attr) slog.Handler { return c }
+
+// WithGroup implements slog.Handler.
+func (c *complaints) WithGroup(string) slog.Handler { return c }
+
+// cgroup says which hierarchy the events' paths are from, and what stands in the way of the selftest.
+func (x *examiner) cgroup() finding {
+	const check = "cgroup"
+	if x.memoryDisabled() {
+		return warn(check, "the memory controller is off: events carry no cgroup, and no pod",
+			"boot without cgroup_disable=memory (some distributions: with cgroup_enable=memory)")
+	}
+	h, err := scratch.Find(x.procfs)
+	if err != nil {
+		return warn(check, err.Error(), "mount the cgroup file system if selftest shall work; tracing does not need it")
+	}
+	detail := fmt.Sprintf("v%d: memory controller at %s", h.Version, h.Mount)
+	if h.Hybrid {
+		detail = fmt.Sprintf("hybrid: memory controller on v1 at %s, v2 is mounted without it", h.Mount)
+	}
+	// In a cgroup namespace the mount shows a part of the tree only.
+	if root := x.cfg.Node.CgroupRoot; root != "/" && x.foreignNamespace("cgroup") == "" {
+		if info, err := os.Stat(h.Mount + root); err != nil || !info.IsDir() {
+			return warn(check, fmt.Sprintf("%s; there is no cgroup %s, so that no kill would be reported", detail, root),
+				"correct node.cgroup_root, or start what makes that cgroup")
+		}
+	}
+	if err := unix.Faccessat(unix.AT_FDCWD, h.Mount, unix.W_OK, unix.AT_EACCESS); err != nil {
+		detail += fmt.Sprintf("; selftest cannot make a cgroup there: %v", err)
+	}
+	return ok(check, "%s", detail)
+}
+
+// memoryDisabled reads /proc/cgroups, where a controller that the kernel has and that is switched off
+// has a 0 in the fourth column.
+func (x *examiner) memoryDisabled() bool {
+	data, err := os.ReadFile(x.procfs + "/cgroups")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(data)) {
+		if f := strings.Fields(line); len(f) == 4 && f[0] == "memory" {
+			return f[3] == "0"
+		}
+	}
+	return false
+}
+
+func (x *examiner) bpffs() finding {
+	dir := x.sysfs + "/fs/bpf"
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil || st.Type != unix.BPF_FS_MAGIC {
+		return ok("bpffs", "not mounted at %s (this version does not need it)", dir)
+	}
+	return ok("bpffs", "mounted at %s", dir)
+}
+
+// tracer says whether one runs on this node already and how it is, or whether its metrics could be
+// served.
+func (x *examiner) tracer(ctx context.Context) finding {
+	const check = "tracer"
+	addr := x.cfg.Metrics.Listen
+	if addr == "" {
+		return ok(check, "whether one runs is not known: metrics.listen is empty")
+	}
+	if x.running {
+		ready, said, err := readiness(ctx, addr)
+		switch {
+		case err != nil:
+			return warn(check, fmt.Sprintf("runs at %s, and does not say whether it is ready: %v", addr, err), "see its log")
+		case !ready:
+			return warn(check, fmt.Sprintf("runs at %s and is not ready: %s", addr, said), "see its log, nats and jetstream")
+		}
+		return ok(check, "runs, with its metrics at %s, and is ready", addr)
+	}
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return fail(check, fmt.Sprintf("none runs with this config, and its metrics could not be served: %v", err),
+			"free the address (ss -ltnp says who has it), or set metrics.listen")
+	}
+	listener.Close()
+	return ok(check, "none runs with this config; its metrics can be served at %s", addr)
+}
+
+// readiness asks the tracer at addr whether it is ready, and what it says of it.
+func readiness(ctx context.Context, addr string) (ready bool, said string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/readyz", nil)
+	if err != nil {
+		return false, "", err
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return false, "", err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(response.Body, 4096))
+	lines := strings.Split(strings.TrimSpace(string(body)), "\n")
+	return response.StatusCode == http.StatusOK, strings.Join(lines, "; "), err
+}
+
+// nats looks at the server that a run would publish to, and at JetStream in it.
+func (x *examiner) nats(ctx context.Context) []finding {
+	// The name decides where replies come, and a tracer may receive them nowhere else.
+	o := bus.Options{Name: "oom-tracer-" + x.node}
+	log := slog.New(slog.DiscardHandler)
+	conn, err := bus.Connect(ctx, x.cfg.NATS, o, log)
+	if err == nil {
+		defer conn.Close()
+		where := cmp.Or(x.cfg.NATS.URL, "the embedded server at "+x.cfg.NATS.Embedded.Listen)
+		return []finding{ok("nats", "%s is reachable", where), x.jetstream(conn.Check(ctx))}
+	}
+	if x.cfg.NATS.URL == "" {
+		return []finding{x.embedded(err), x.store()}
+	}
+	unknown := warn("jetstream", "not known without a connection", "see nats")
+	// What a run would not wait for, such as a file that cannot be read, comes back at once.
+	o.Background = true
+	if conn, err := bus.Connect(ctx, x.cfg.NATS, o, log); err != nil {
+		return []finding{fail("nats", err.Error(), "correct nats.* in the config, or what it names: the tracer does not start"), unknown}
+	} else {
+		conn.Close()
+	}
+	return []finding{warn("nats", err.Error(), "start NATS, or correct nats.* in the config; until then events wait in memory (nats.buffer)"), unknown}
+}
+
+// jetstream says whether a server that is reached can store events.
+func (x *examiner) jetstream(h bus.Health) finding {
+	const check = "jetstream"
+	switch {
+	case h.Stream:
+		return ok(check, "enabled; the stream is there")
+	case errors.Is(h.Err, nats.ErrPermissionViolation):
+		return ok(check, "not known: this user may not ask, as is right for a tracer; oom-tap setup, as the streams' owner, knows")
+	case h.JetStream && x.cfg.NATS.URL == "":
+		return warn(check, fmt.Sprintf("enabled, but %v", h.Err), "restart the tracer: it makes the stream at its start")
+	case h.JetStream:
+		return warn(check, fmt.Sprintf("enabled, but %v", h.Err), "make the stream: oom-tap setup")
+	case x.cfg.NATS.URL == "":
+		return warn(check, h.Err.Error(), "see the tracer's log (its disk may be full), and restart it")
+	default:
+		return warn(check, h.Err.Error(), "enable JetStream on the server, for this user's account; until then events wait in memory (nats.buffer)")
+	}
+}
+
+// embedded says what became of the embedded server, which could not be reached for the reason given, or
+// whether it could start.
+func (x *examiner) embedded(reason error) finding {
+	const check = "nats"
+	cfg := x.cfg.NATS.Embedded
+	_, passwordErr := bus.ReadEmbeddedPassword(cfg.Dir)
+	never := errors.Is(passwordErr, fs.ErrNotExist) // no server has run with this directory
+	switch {
+	case errors.Is(passwordErr, fs.ErrPermission):
+		return fail(check, fmt.Sprintf("embedded server: %v", passwordErr), "run this as the user that the tracer runs as, who owns nats.embedded.dir (root by default)")
+	case passwordErr != nil && !never:
+		return fail(check, fmt.Sprintf("embedded server: %v", passwordErr), "remove the file: the next start of the tracer makes a new one")
+	case x.running:
+		return fail(check, fmt.Sprintf("a tracer runs on this node, and its embedded server cannot be reached: %v", reason),
+			"give doctor the same config as the tracer (nats.embedded.listen, nats.embedded.dir), and see the tracer's log")
+	}
+	listener, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		detail := fmt.Sprintf("the embedded server does not run, and could not start: %v", err)
+		if !never {
+			detail += fmt.Sprintf("; of who is there: %v", reason)
+		}
+		return fail(check, detail, "free the address (ss -ltnp says who has it), or set nats.embedded.listen")
+	}
+	listener.Close()
+	return ok(check, "the embedded server does not run; it can listen at %s", cfg.Listen)
+}
+
+// store says whether the embedded server, which does not run, could keep its stream.
+func (x *examiner) store() finding {
+	const check = "jetstream"
+	dir, want := x.cfg.NATS.Embedded.Dir, uint64(x.cfg.NATS.Stream.MaxBytes)
+	// The nearest directory that is there decides.
+	nearest := dir
+	info, err := os.Stat(nearest)
+	for errors.Is(err, fs.ErrNotExist) && nearest != "/" {
+		nearest = filepath.Dir(nearest)
+		info, err = os.Stat(nearest)
+	}
+	const remedy = "set nats.embedded.dir to a directory that this user can write to, or run it as root"
+	if err == nil && !info.IsDir() {
+		err = &fs.PathError{Op: "write to", Path: nearest, Err: unix.ENOTDIR}
+	}
+	if err == nil {
+		if accessErr := unix.Faccessat(unix.AT_FDCWD, nearest, unix.W_OK|unix.X_OK, unix.AT_EACCESS); accessErr != nil {
+			err = &fs.PathError{Op: "write to", Path: nearest, Err: accessErr}
+		}
+	}
+	if err != nil {
+		return fail(check, fmt.Sprintf("embedded server: %v", err), remedy)
+	}
+	if st, isUnix := info.Sys().(*syscall.Stat_t); isUnix && nearest == dir && int(st.Uid) != os.Geteuid() {
+		return fail(check, fmt.Sprintf("embedded server: %s belongs to user %d, not to %d", dir, st.Uid, os.Geteuid()), remedy)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(nearest, &st); err != nil {
+		return warn(check, fmt.Sprintf("embedded server: how much room %s has is not known: %v", nearest, err), remedy)
+	}
+	if room := st.Bavail*uint64(st.Bsize) + bytesBelow(dir); room < want {
+		return warn(check, fmt.Sprintf("embedded server: %s has room for %d MiB, and the stream may take %d MiB: JetStream switches itself off when the disk is full", nearest, room>>20, want>>20),
+			"free some, set nats.embedded.dir elsewhere, or lower nats.stream.max_bytes")
+	}
+	return ok(check, "comes with the embedded server, its store in %s", dir)
+}
+
+// bytesBelow is what the files below dir hold. What cannot be read holds nothing.
+func bytesBelow(dir string) uint64 {
+	var sum uint64
+	_ = filepath.WalkDir(dir, func(_ string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return nil
+		}
+		if info, err := entry.Info(); err == nil {
+			sum += uint64(info.Size())
+		}
+		return nil
+	})
+	return sum
+}

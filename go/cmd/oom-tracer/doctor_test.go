@@ -1,0 +1,1190 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf/btf"
+	"github.com/google/go-cmp/cmp"
+	"github.com/nats-io/nats-server/v2/server"
+	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+// must ends the test on an error of its own set-up.
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// patient is an examiner of a machine made of files, on which everything is well until a test changes
+// something.
+type patient struct {
+	*examiner
+	t *testing.T
+	// refuse is what loading comes to, by tier, and said what libbpf has to say of each refusal.
+	refuse map[loader.Tier]error
+	said   []string
+	loaded []loader.Options
+}
+
+func newPatient(t *testing.T) *patient {
+	t.Helper()
+	cfg := config.Default()
+	cfg.Metrics.Listen = "127.0.0.1:0"
+	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
+	cfg.NATS.Embedded.Dir = filepath.Join(t.TempDir(), "nats")
+	cfg.NATS.Stream.MaxBytes = 1 << 20
+	p := &patient{t: t, examiner: &examiner{cfg: cfg, node: "node-1", procfs: t.TempDir(), sysfs: t.TempDir()}, refuse: map[loader.Tier]error{}}
+	p.load = func(o loader.Options) (loader.Tier, error) {
+		p.loaded = append(p.loaded, o)
+		o.Log.Info("not a complaint")
+		tried := []loader.Tier{o.Tier}
+		if o.Tier == loader.TierAuto {
+			tried = []loader.Tier{loader.TierFentry, loader.TierKprobe, loader.TierStack, loader.TierNone}
+		}
+		var err error
+		for _, tier := range tried {
+			refusal := p.refuse[tier]
+			if refusal == nil {
+				return tier, nil
+			}
+			err = fmt.Errorf("use tier %s: %w", tier, refusal)
+		}
+		for _, line := range p.said {
+			o.Log.Warn("libbpf", "message", line)
+		}
+		return "", err
+	}
+
+	must(t, os.Symlink("77", p.procfs+"/self"))
+	p.proc("77/status", "Name:\toom-tracer\nUid:\t0\t0\t0\t0\nCapPrm:\t000001ffffffffff\nCapEff:\t000001ffffffffff\nCapBnd:\t000001ffffffffff\n")
+	p.memlockLimitIs("8388608")
+	p.namespace("user", "user:[4026531837]")
+	p.namespace("cgroup", "cgroup:[4026531835]")
+	p.mounts("cgroup2", t.TempDir())
+	p.proc("cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t70\t1\nmemory\t0\t70\t1\n")
+	p.proc("sys/kernel/osrelease", "6.12.95+deb12-cloud-amd64\n")
+	p.proc("sys/kernel/cap_last_cap", "40\n")
+	p.proc("sys/kernel/kptr_restrict", "1\n")
+	p.proc("sys/kernel/perf_event_paranoid", "2\n")
+	p.proc("sys/kernel/perf_event_mlock_kb", "516\n")
+	p.kallsymsText(allSymbols)
+	p.sys("kernel/security/lockdown", "none [integrity] confidentiality\n")
+	p.sys("devices/system/cpu/online", "0-3\n")
+	p.sys("devices/system/node/has_memory", "0\n")
+	p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem", "BPF_FUNC_ktime_get_coarse_ns")
+	return p
+}
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	must(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	must(t, os.WriteFile(path, []byte(text), 0o644))
+}
+
+func (p *patient) proc(path, text string) { p.t.Helper(); write(p.t, p.procfs+"/"+path, text) }
+func (p *patient) sys(path, text string)  { p.t.Helper(); write(p.t, p.sysfs+"/"+path, text) }
+
+// without removes a file or a directory of /proc or /sys.
+func (p *patient) without(path string) {
+	p.t.Helper()
+	for _, root := range []string{p.procfs, p.sysfs} {
+		if _, err := os.Lstat(root + "/" + path); err == nil {
+			must(p.t, os.RemoveAll(root+"/"+path))
+			return
+		}
+	}
+	p.t.Fatalf("there is no %s", path)
+}
+
+func (p *patient) namespace(kind, link string) {
+	p.t.Helper()
+	must(p.t, os.MkdirAll(p.procfs+"/77/ns", 0o755))
+	os.Remove(p.procfs + "/77/ns/" + kind)
+	must(p.t, os.Symlink(link, p.procfs+"/77/ns/"+kind))
+}
+
+func (p *patient) memlockLimitIs(soft string) {
+	p.t.Helper()
+	p.proc("77/limits", fmt.Sprintf("%-25s %-20s %-20s %-10s\n%-25s %-20s %-20s %-10s\n",
+		"Limit", "Soft Limit", "Hard Limit", "Units", "Max locked memory", soft, "unlimited", "bytes"))
+}
+
+// mounts has the memory controller at a directory, in a hierarchy of version 1 ("cgroup") or 2.
+func (p *patient) mounts(fstype, dir string) {
+	p.t.Helper()
+	p.proc("77/mountinfo", fmt.Sprintf("26 22 0:23 / %s rw - %s cgroup rw,memory\n", dir, fstype))
+	if fstype == "cgroup2" {
+		write(p.t, dir+"/cgroup.controllers", "cpu memory pids\n")
+	}
+}
+
+// lacks takes capabilities from the effective set.
+func (p *patient) lacks(bits ...uint) {
+	p.t.Helper()
+	effective := uint64(1)<<(unix.CAP_LAST_CAP+1) - 1
+	for _, bit := range bits {
+		effective &^= 1 << bit
+	}
+	p.proc("77/status", fmt.Sprintf("Uid:\t0\t0\t0\t0\nCapEff:\t%016x\nCapBnd:\t%016x\n", effective, effective))
+}
+
+var allSymbols = []string{
+	"__oom_kill_process", "oom_kill_process", "oom_kill_memcg_member", "out_of_memory", "mem_cgroup_out_of_memory",
+	"moom_callback", "__alloc_pages_slowpath.constprop.0", "last_of_the_text",
+}
+
+func (p *patient) kallsymsText(names []string) {
+	p.t.Helper()
+	text := "0000000000000000 A fixed_percpu_data\n"
+	for i, name := range names {
+		text += fmt.Sprintf("ffffffff81%06x t %s\n", i*0x100, name)
+	}
+	p.proc("kallsyms", text)
+}
+
+// noHooks has neither fentry nor kprobe work.
+func (p *patient) noHooks() {
+	p.refuse[loader.TierFentry] = fmt.Errorf("load the BPF object: %w", unix.EPERM)
+	p.refuse[loader.TierKprobe] = fmt.Errorf("attach kprobe_out_of_memory: %w", unix.ENOENT)
+}
+
+// withoutHooks is what is found then.
+var withoutHooks = finding{"hooks", statusWarn, "none; the owner of a limit is inferred, and what was to be allocated is not known (fentry: load the BPF object: operation not permitted; kprobe: attach kprobe_out_of_memory: no such file or directory)", "CONFIG_KPROBE_EVENTS=y"}
+
+// nothing has every tier refused.
+func (p *patient) nothing(err error) {
+	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe, loader.TierStack, loader.TierNone} {
+		p.refuse[tier] = err
+	}
+}
+
+func (p *patient) kallsymsHidden() {
+	p.t.Helper()
+	text := "0000000000000000 A fixed_percpu_data\n"
+	for _, name := range allSymbols {
+		text += "0000000000000000 t " + name + "\n"
+	}
+	p.proc("kallsyms", text)
+}
+
+// The prototypes of mark_victim: those that are known, and two that are not.
+var (
+	victimTask = []btf.FuncParam{{Type: &btf.Pointer{Target: &btf.Struct{Name: "task_struct", Size: 4}}}, {Type: &btf.Int{Name: "uid_t", Size: 4}}}
+	victimPID  = []btf.FuncParam{{Type: &btf.Int{Name: "int", Size: 4, Encoding: btf.Signed}}}
+	victimOdd  = []btf.FuncParam{{Type: &btf.Pointer{Target: &btf.Struct{Name: "mm_struct", Size: 4}}}}
+)
+
+// kernelTypes writes the BTF of a kernel whose mark_victim takes arguments (none: there is no such
+// tracepoint) and that has BPF helpers.
+func (p *patient) kernelTypes(arguments []btf.FuncParam, helpers ...string) {
+	p.t.Helper()
+	void := &btf.Pointer{Target: &btf.Void{}}
+	var types []btf.Type
+	if arguments != nil {
+		types = append(types, &btf.Typedef{Name: "btf_trace_mark_victim", Type: &btf.Pointer{Target: &btf.FuncProto{
+			Return: &btf.Void{}, Params: append([]btf.FuncParam{{Type: void}}, arguments...),
+		}}})
+	}
+	enum := &btf.Enum{Name: "bpf_func_id", Size: 4}
+	for i, name := range helpers {
+		enum.Values = append(enum.Values, btf.EnumValue{Name: name, Value: uint64(i)})
+	}
+	types = append(types, enum)
+	builder, err := btf.NewBuilder(types, nil)
+	must(p.t, err)
+	blob, err := builder.Marshal(nil, nil)
+	must(p.t, err)
+	p.sys("kernel/btf/vmlinux", string(blob))
+}
+
+// checks are all that doctor makes, in their order.
+var checks = []string{
+	"kernel", "capabilities", "lockdown", "memlock", "btf", "mark_victim", "hooks", "kallsyms", "stack", "program",
+	"cgroup", "bpffs", "tracer", "nats", "jetstream",
+}
+
+// expect holds the findings against those wanted: every one that is not ok must be among them, detail
+// and remedy being parts of what it says. What is wanted as ok must say so.
+func (p *patient) expect(want ...finding) {
+	p.t.Helper()
+	p.check(p.examine(p.t.Context()), want)
+}
+
+func (p *patient) check(got, want []finding) {
+	p.t.Helper()
+	var names []string
+	for _, f := range got {
+		names = append(names, f.Check)
+		i := slices.IndexFunc(want, func(w finding) bool { return w.Check == f.Check })
+		w := finding{Status: statusOK}
+		if i >= 0 {
+			w = want[i]
+		}
+		if f.Status != w.Status || !strings.Contains(f.Detail, w.Detail) || !strings.Contains(f.Remedy, w.Remedy) {
+			p.t.Errorf("%s:\n got %s: %s -> %s\nwant %s: %s -> %s", f.Check, f.Status, f.Detail, f.Remedy, w.Status, w.Detail, w.Remedy)
+		}
+		if f.Detail == "" || (f.Remedy == "") != (f.Status == statusOK) {
+			p.t.Errorf("%s is %s with detail %q and remedy %q", f.Check, f.Status, f.Detail, f.Remedy)
+		}
+	}
+	if diff := cmp.Diff(checks, names); diff != "" {
+		p.t.Errorf("the checks (-want +got):\n%s", diff)
+	}
+}
+
+// withoutStack are the findings where neither hooks nor the stack are to be had.
+func withoutStack(s status, cause finding) []finding {
+	findings := []finding{cause, {"stack", s, "not available: scope, outcome and limit of kills are unknown", "see kallsyms"}}
+	if s == statusWarn {
+		findings = append(findings, withoutHooks)
+	}
+	return findings
+}
+
+func TestDoctorFindings(t *testing.T) {
+	const (
+		admin  = unix.CAP_SYS_ADMIN
+		hidden = "hides the kernel's addresses"
+	)
+	for _, tt := range []struct {
+		name   string
+		change func(*patient)
+		want   []finding
+	}{
+		{"all is well", func(*patient) {}, []finding{
+			{"kernel", statusOK, "6.12.95+deb12-cloud-amd64 " + runtime.GOARCH + ", node node-1", ""},
+			{"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""},
+			{"lockdown", statusOK, "integrity", ""},
+			{"memlock", statusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 1040 KiB, 2064 KiB are free to each user", ""},
+			{"btf", statusOK, "/kernel/btf/vmlinux", ""},
+			{"mark_victim", statusOK, "hands over the task", ""},
+			{"kallsyms", statusOK, "shows the kernel's addresses", ""},
+			{"hooks", statusOK, "fentry works", ""},
+			{"stack", statusOK, "not needed beside the hooks", ""},
+			{"program", statusOK, "loads and attaches; tier fentry", ""},
+			{"cgroup", statusOK, "v2: memory controller at ", ""},
+			{"bpffs", statusOK, "not mounted at", ""},
+			{"tracer", statusOK, "none runs with this config", ""},
+			{"nats", statusOK, "the embedded server does not run; it can listen at 127.0.0.1:0", ""},
+			{"jetstream", statusOK, "comes with the embedded server", ""},
+		}},
+
+		{"no proc", func(p *patient) { p.without("sys/kernel/osrelease") }, []finding{
+			{"kernel", statusFail, "osrelease: no such file", "mount proc"},
+			{"program", statusOK, "", ""},
+		}},
+
+		// Hooks.
+		{"kprobe alone", func(p *patient) { p.noHooks(); delete(p.refuse, loader.TierKprobe) }, []finding{
+			{"hooks", statusOK, "kprobe works (fentry: load the BPF object: operation not permitted)", ""},
+			{"kallsyms", statusOK, "shows the kernel's addresses", ""},
+			{"stack", statusOK, "not needed beside the hooks", ""},
+			{"program", statusOK, "tier kprobe", ""},
+		}},
+		{"no hooks", func(p *patient) { p.noHooks() }, []finding{
+			withoutHooks,
+			{"stack", statusOK, "proves scope and outcome", ""},
+			{"program", statusOK, "tier stack", ""},
+		}},
+		{"fentry demanded", func(p *patient) { p.cfg.Kernel.Tier = "fentry"; p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG) }, []finding{
+			{"capabilities", statusOK, "no need of CAP_SYSLOG", ""},
+			{"hooks", statusOK, "fentry works", ""},
+			{"kallsyms", statusOK, "not needed beside the hooks", ""},
+			{"stack", statusOK, "not needed beside the hooks", ""},
+		}},
+		{"kprobe demanded", func(p *patient) { p.cfg.Kernel.Tier = "kprobe" }, []finding{
+			{"hooks", statusOK, "kprobe works", ""},
+			{"program", statusOK, "tier kprobe", ""},
+		}},
+		{"fentry demanded and refused", func(p *patient) { p.cfg.Kernel.Tier = "fentry"; p.noHooks() }, []finding{
+			{"hooks", statusFail, "(fentry: load the BPF object: operation not permitted)", "or set kernel.tier to auto"},
+			{"stack", statusOK, "not used: kernel.tier is fentry", ""},
+			{"program", statusFail, "use tier fentry: ", "see hooks"},
+		}},
+		{"kprobe demanded and refused", func(p *patient) { p.cfg.Kernel.Tier = "kprobe"; p.noHooks() }, []finding{
+			{"hooks", statusFail, "(kprobe: attach kprobe_out_of_memory: no such file or directory)", "or set kernel.tier to auto"},
+			{"program", statusFail, "use tier kprobe: ", "see hooks"},
+		}},
+		{"the stack demanded", func(p *patient) { p.cfg.Kernel.Tier = "stack" }, []finding{
+			{"hooks", statusOK, "not used: kernel.tier is stack", ""},
+			{"stack", statusOK, "proves scope and outcome", ""},
+			{"program", statusOK, "tier stack", ""},
+		}},
+
+		// Capabilities.
+		{"no CAP_BPF", func(p *patient) { p.lacks(unix.CAP_BPF, admin) }, []finding{
+			{"capabilities", statusFail, "has CAP_PERFMON, CAP_SYSLOG; lacks CAP_BPF to load the program", "capabilities.add: [BPF], with runAsUser: 0"},
+		}},
+		{"no CAP_PERFMON", func(p *patient) { p.lacks(unix.CAP_PERFMON, admin) }, []finding{
+			{"capabilities", statusFail, "lacks CAP_PERFMON to attach it and read the kernel's memory", "[PERFMON]"},
+		}},
+		{"none at all", func(p *patient) {
+			p.kallsymsHidden()
+			p.nothing(unix.EPERM)
+			p.lacks(unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYSLOG, admin)
+		}, append([]finding{{"hooks", statusWarn, "none", "see capabilities"}, {"program", statusFail, "use tier none: operation not permitted", "see capabilities"}},
+			append(withoutStack(statusWarn, finding{"kallsyms", statusWarn, hidden, "see capabilities"})[:2],
+				finding{"capabilities", statusFail, "has none of those needed; lacks CAP_BPF to load the program, CAP_PERFMON to attach", "[BPF, PERFMON, SYSLOG]"})...)},
+		{"CAP_SYS_ADMIN stands for two of them", func(p *patient) { p.lacks(unix.CAP_BPF, unix.CAP_PERFMON) }, []finding{
+			{"capabilities", statusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON, CAP_SYSLOG", ""},
+		}},
+		{"CAP_SYS_ADMIN does not stand for CAP_SYSLOG", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden(); p.noHooks() },
+			append(withoutStack(statusWarn, finding{"kallsyms", statusWarn, hidden + " from this process (kernel.kptr_restrict is 1, kernel.perf_event_paranoid 2)", "it takes CAP_SYSLOG: see capabilities"}),
+				finding{"capabilities", statusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG to see the kernel's addresses (tier stack)", "[SYSLOG]"})},
+		{"no need of CAP_SYSLOG, where the addresses are shown", func(p *patient) {
+			p.noHooks()
+			p.lacks(unix.CAP_SYSLOG)
+			p.proc("sys/kernel/kptr_restrict", "0\n")
+			p.proc("sys/kernel/perf_event_paranoid", "1\n")
+		}, []finding{withoutHooks, {"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, no need of CAP_SYSLOG", ""}}},
+		{"no need of CAP_SYSLOG, beside the hooks", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden() }, []finding{
+			{"capabilities", statusOK, "no need of CAP_SYSLOG", ""},
+			{"kallsyms", statusOK, "not needed beside the hooks", ""},
+		}},
+		{"a user who might have them", func(p *patient) {
+			p.proc("77/status", "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\n")
+		}, []finding{{"capabilities", statusFail, "lacks CAP_BPF", "run it as user 0, who would have them here; user 1000 has not"}}},
+		{"a user who might not", func(p *patient) {
+			p.proc("77/status", "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\nCapBnd:\t00000000a80425fb\n")
+		}, []finding{{"capabilities", statusFail, "lacks CAP_BPF", "securityContext.capabilities.add: [BPF, PERFMON], with runAsUser: 0"}}},
+		{"root without what it might have", func(p *patient) {
+			p.proc("77/status", "Uid:\t0\t0\t0\t0\nCapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\n")
+		}, []finding{{"capabilities", statusFail, "lacks CAP_BPF", "run it as root with all capabilities"}}},
+		{"root in a user namespace", func(p *patient) { p.namespace("user", "user:[4026532177]") }, []finding{
+			{"capabilities", statusFail, "user namespace user:[4026532177]", "hostUsers"},
+		}},
+		{"before 5.8, without CAP_SYS_ADMIN", func(p *patient) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40, admin) }, []finding{
+			{"capabilities", statusFail, "lacks CAP_SYS_ADMIN", "give it CAP_SYS_ADMIN"},
+		}},
+		{"before 5.8, with CAP_SYS_ADMIN", func(p *patient) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40) }, []finding{
+			{"capabilities", statusOK, "has CAP_SYS_ADMIN for CAP_BPF", ""},
+		}},
+		{"a status that cannot be read", func(p *patient) { p.without("77/status") }, []finding{
+			{"capabilities", statusFail, "77/status: no such file", "mount proc"},
+		}},
+
+		// Lockdown.
+		{"lockdown none", func(p *patient) { p.sys("kernel/security/lockdown", "[none] integrity confidentiality\n") }, []finding{
+			{"lockdown", statusOK, "none", ""},
+		}},
+		{"lockdown confidentiality", func(p *patient) { p.sys("kernel/security/lockdown", "none integrity [confidentiality]\n") }, []finding{
+			{"lockdown", statusFail, "confidentiality: the kernel lets no program read its memory", "lockdown=integrity"},
+		}},
+		{"lockdown unknown", func(p *patient) { p.sys("kernel/security/lockdown", "none [secrecy]\n") }, []finding{
+			{"lockdown", statusWarn, `unknown mode "none [secrecy]"`, "report this kernel"},
+		}},
+		{"lockdown without brackets", func(p *patient) { p.sys("kernel/security/lockdown", "none integrity confidentiality\n") }, []finding{
+			{"lockdown", statusWarn, "unknown mode", "report this kernel"},
+		}},
+		{"lockdown of another form", func(p *patient) { p.sys("kernel/security/lockdown", "none [integrity") }, []finding{
+			{"lockdown", statusWarn, "unknown mode", "report this kernel"},
+		}},
+		{"lockdown cannot be read", func(p *patient) {
+			p.without("kernel/security/lockdown")
+			p.sys("kernel/security/lockdown/x", "")
+		}, []finding{{"lockdown", statusWarn, "is a directory", "run doctor as root"}}},
+		{"no lockdown in the kernel", func(p *patient) { p.without("kernel/security/lockdown"); p.sys("kernel/security/lsm", "capability") }, []finding{
+			{"lockdown", statusOK, "not in this kernel", ""},
+		}},
+		{"no securityfs", func(p *patient) { p.without("kernel/security/lockdown") }, []finding{
+			{"lockdown", statusOK, "not known: securityfs is not mounted at", ""},
+		}},
+
+		// Memory that may be locked. Four CPUs have 2064 KiB free.
+		{"buffers that just fit into what is free", func(p *patient) { p.cfg.Kernel.PerfPages = 128; p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []finding{
+			{"memlock", statusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 2064 KiB, 2064 KiB are free to each user", ""},
+		}},
+		{"buffers that just fit into the limit", func(p *patient) {
+			p.cfg.Kernel.PerfPages = 256 // 257 * 4 * 4 KiB - 2064 KiB = 2048 KiB
+			p.memlockLimitIs("2097152")
+			p.lacks(unix.CAP_IPC_LOCK)
+		}, []finding{{"memlock", statusOK, "limit 2048 KiB; the perf buffers of 4 CPUs lock 4112 KiB", ""}}},
+		{"buffers that do not fit", func(p *patient) {
+			p.cfg.Kernel.PerfPages = 256
+			p.memlockLimitIs("2097151")
+			p.lacks(unix.CAP_IPC_LOCK)
+		}, []finding{{"memlock", statusFail, "lock 4112 KiB; 2064 KiB are free to each user, and the rest exceeds the limit of 2047 KiB", "give CAP_IPC_LOCK, or lower kernel.perf_pages"}}},
+		{"CAP_IPC_LOCK lifts the limit", func(p *patient) { p.cfg.Kernel.PerfPages = 1024; p.memlockLimitIs("0") }, []finding{
+			{"memlock", statusOK, "limit 0 KiB", ""},
+		}},
+		{"but not in a user namespace", func(p *patient) {
+			p.cfg.Kernel.PerfPages = 1024
+			p.memlockLimitIs("0")
+			p.namespace("user", "user:[4026532177]")
+		}, []finding{{"memlock", statusFail, "exceeds the limit of 0 KiB", "ulimit -l"}, {"capabilities", statusFail, "", ""}}},
+		{"a kernel that is not paranoid has no limit", func(p *patient) {
+			p.cfg.Kernel.PerfPages = 1024
+			p.memlockLimitIs("0")
+			p.lacks(unix.CAP_IPC_LOCK)
+			p.proc("sys/kernel/perf_event_paranoid", "-1\n")
+		}, nil},
+		{"unlimited", func(p *patient) {
+			p.cfg.Kernel.PerfPages = 1024
+			p.memlockLimitIs("unlimited")
+			p.lacks(unix.CAP_IPC_LOCK)
+		}, []finding{
+			{"memlock", statusOK, "limit unlimited; the perf buffers of 4 CPUs lock 16400 KiB", ""},
+		}},
+		{"before 5.11", func(p *patient) {
+			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
+			p.lacks(unix.CAP_SYS_RESOURCE)
+		}, []finding{
+			{"memlock", statusWarn, "limit 8192 KiB, and this kernel, before 5.11, counts the program's maps against it", "or give CAP_SYS_RESOURCE"},
+		}},
+		{"before 5.11, with CAP_SYS_RESOURCE", func(p *patient) { p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem") }, nil},
+		{"before 5.11, unlimited", func(p *patient) {
+			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
+			p.lacks(unix.CAP_SYS_RESOURCE)
+			p.memlockLimitIs("unlimited")
+		}, nil},
+		{"CPUs in a list", func(p *patient) { p.sys("devices/system/cpu/online", "0-3,8,10-11\n") }, []finding{
+			{"memlock", statusOK, "the perf buffers of 7 CPUs", ""},
+		}},
+		{"CPUs in another form", func(p *patient) { p.sys("devices/system/cpu/online", "0-3,x\n") }, []finding{
+			{"memlock", statusOK, fmt.Sprintf("the perf buffers of %d CPUs", runtime.NumCPU()), ""},
+		}},
+		{"CPUs not told, nor the rest", func(p *patient) {
+			p.without("devices/system/cpu/online")
+			p.without("sys/kernel/perf_event_mlock_kb")
+			p.proc("sys/kernel/perf_event_paranoid", "very\n")
+		}, []finding{{"memlock", statusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, %d KiB are free", runtime.NumCPU(), 260*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
+		{"limits that cannot be read", func(p *patient) { p.without("77/limits") }, []finding{
+			{"memlock", statusWarn, "77/limits: no such file", "mount proc"},
+		}},
+
+		// Types.
+		{"no BTF", func(p *patient) { p.without("kernel/btf/vmlinux") }, []finding{
+			{"btf", statusFail, "there is no ", "CONFIG_DEBUG_INFO_BTF=y"},
+			{"mark_victim", statusFail, "not known without BTF", "see btf"},
+		}},
+		{"BTF of another form", func(p *patient) { p.sys("kernel/btf/vmlinux", "rubbish") }, []finding{
+			{"btf", statusFail, "kernel/btf/vmlinux: ", "report this kernel"},
+			{"mark_victim", statusFail, "not known without BTF", "see btf"},
+		}},
+		{"mark_victim with a thread ID", func(p *patient) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns") }, []finding{
+			{"mark_victim", statusOK, "hands over a thread ID; the task comes from the hooks", ""},
+		}},
+		{"mark_victim with a thread ID and no hooks", func(p *patient) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns"); p.noHooks() }, []finding{
+			{"mark_victim", statusWarn, "hands over a thread ID and not the task, and there are no hooks", "see hooks, or use a kernel with commit 72ba14deb40a"},
+			withoutHooks,
+		}},
+		{"mark_victim with something else", func(p *patient) { p.kernelTypes(victimOdd, "BPF_FUNC_ktime_get_coarse_ns") }, []finding{
+			{"mark_victim", statusFail, "unknown prototype", "report this kernel"},
+		}},
+		{"no mark_victim", func(p *patient) { p.kernelTypes(nil, "BPF_FUNC_ktime_get_coarse_ns") }, []finding{
+			{"mark_victim", statusFail, "this kernel has no such tracepoint", "Linux 5.5 or later"},
+		}},
+
+		// The stack tier.
+		{"no kallsyms", func(p *patient) { p.without("kallsyms"); p.noHooks() },
+			withoutStack(statusWarn, finding{"kallsyms", statusWarn, "there is no ", "CONFIG_KALLSYMS=y"})},
+		{"kallsyms in another form", func(p *patient) { p.proc("kallsyms", "address t name\n"); p.noHooks() },
+			withoutStack(statusWarn, finding{"kallsyms", statusWarn, `parsing "address"`, "let this process read"})},
+		{"addresses hidden from everybody", func(p *patient) { p.kallsymsHidden(); p.proc("sys/kernel/kptr_restrict", "2\n"); p.noHooks() },
+			withoutStack(statusWarn, finding{"kallsyms", statusWarn, "kernel.kptr_restrict is 2", "sysctl kernel.kptr_restrict=1"})},
+		{"addresses hidden, and the stack tier demanded", func(p *patient) {
+			p.kallsymsHidden()
+			p.proc("sys/kernel/kptr_restrict", "2\n")
+			p.cfg.Kernel.Tier = "stack"
+		}, withoutStack(statusFail, finding{"kallsyms", statusFail, hidden, "or set kernel.tier to auto"})},
+		{"addresses hidden, and no tier wanted", func(p *patient) { p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG); p.cfg.Kernel.Tier = "none" }, []finding{
+			{"capabilities", statusOK, "no need of CAP_SYSLOG", ""},
+			{"hooks", statusOK, "not used: kernel.tier is none", ""},
+			{"kallsyms", statusOK, "not used: kernel.tier is none", ""},
+			{"stack", statusOK, "not used: kernel.tier is none", ""},
+			{"program", statusOK, "tier none", ""},
+		}},
+		{"a function is not there", func(p *patient) { p.kallsymsText(slices.Delete(slices.Clone(allSymbols), 3, 4)); p.noHooks() }, []finding{
+			withoutHooks,
+			{"stack", statusWarn, "kallsyms has no out_of_memory; scope, outcome and limit of kills are unknown", "report this kernel"},
+		}},
+		{"a function is not there, and the stack tier demanded", func(p *patient) { p.kallsymsText(allSymbols[1:]); p.cfg.Kernel.Tier = "stack" }, []finding{
+			{"stack", statusFail, "kallsyms has no __oom_kill_process", "or set kernel.tier to auto"},
+		}},
+		{"two memory nodes", func(p *patient) { p.sys("devices/system/node/has_memory", "0-1\n"); p.noHooks() }, []finding{
+			withoutHooks,
+			{"stack", statusWarn, "with the memory nodes 0-1, the scope of others is unknown", "constraint="},
+		}},
+		{"no NUMA", func(p *patient) { p.without("devices/system/node/has_memory"); p.noHooks() }, []finding{withoutHooks}},
+
+		// Cgroups.
+		{"v1", func(p *patient) { p.mounts("cgroup", "/sys/fs/cgroup/memory") }, []finding{
+			{"cgroup", statusOK, "v1: memory controller at /sys/fs/cgroup/memory", ""},
+		}},
+		{"hybrid", func(p *patient) {
+			p.proc("77/mountinfo", "1 2 0:3 / "+p.sysfs+" rw - cgroup2 cgroup2 rw\n4 2 0:5 / "+p.procfs+" rw - cgroup cgroup rw,memory\n")
+		}, []finding{{"cgroup", statusOK, "hybrid: memory controller on v1 at ", ""}}},
+		{"no cgroups mounted", func(p *patient) { p.proc("77/mountinfo", "") }, []finding{
+			{"cgroup", statusWarn, "no cgroup mount has it", "tracing does not need it"},
+		}},
+		{"the memory controller is off", func(p *patient) {
+			p.proc("cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\nmemory\t0\t1\t0\n")
+		}, []finding{
+			{"cgroup", statusWarn, "the memory controller is off: events carry no cgroup", "cgroup_disable=memory"},
+		}},
+		{"/proc/cgroups without version 1", func(p *patient) { p.proc("cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t1\t1\n") }, nil},
+		{"no /proc/cgroups", func(p *patient) { p.without("cgroups") }, nil},
+		{"a root that is there", func(p *patient) {
+			dir := p.t.TempDir()
+			p.mounts("cgroup2", dir)
+			must(p.t, os.MkdirAll(dir+"/docker/kind-worker", 0o755))
+			p.cfg.Node.CgroupRoot = "/docker/kind-worker"
+		}, nil},
+		{"a root that is not there", func(p *patient) { p.cfg.Node.CgroupRoot = "/docker/kind-wroker" }, []finding{
+			{"cgroup", statusWarn, "there is no cgroup /docker/kind-wroker, so that no kill would be reported", "correct node.cgroup_root"},
+		}},
+		{"a root that cannot be seen", func(p *patient) {
+			p.cfg.Node.CgroupRoot = "/docker/kind-worker"
+			p.namespace("cgroup", "cgroup:[4026532900]")
+		}, nil},
+		{"a mount that cannot be written to", func(p *patient) { p.mounts("cgroup", readOnly(p.t)) }, []finding{
+			{"cgroup", statusOK, "selftest cannot make a cgroup there: read-only file system", ""},
+		}},
+		{"bpffs", func(p *patient) {
+			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
+			mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
+		}, []finding{{"bpffs", statusOK, "mounted at", ""}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPatient(t)
+			tt.change(p)
+			p.expect(tt.want...)
+		})
+	}
+}
+
+// mount mounts a file system of a test's own.
+func mount(t *testing.T, fstype, dir string, flags uintptr) {
+	t.Helper()
+	if err := unix.Mount(fstype, dir, fstype, flags, ""); err != nil {
+		t.Fatalf("mount %s at %s, which needs root: %v", fstype, dir, err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// readOnly is a directory that not even root can write to.
+func readOnly(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	mount(t, "tmpfs", dir, unix.MS_RDONLY)
+	return dir
+}
+
+// What loading comes to, and what is to be done about it. (Where nothing loads, nor do the hooks.)
+func TestDoctorProgram(t *testing.T) {
+	denied := func(err error) error { return fmt.Errorf("load the BPF object: %w", err) }
+	none := func(remedy string) finding { return finding{"hooks", statusWarn, "none", remedy} }
+	for _, tt := range []struct {
+		name   string
+		change func(*patient)
+		want   []finding
+	}{
+		{"an earlier check says why", func(p *patient) {
+			p.lacks(unix.CAP_BPF, unix.CAP_SYS_ADMIN)
+			p.nothing(denied(unix.EPERM))
+			p.said = []string{"libbpf: noise"}
+		}, []finding{
+			{"capabilities", statusFail, "lacks CAP_BPF", ""},
+			none("see capabilities"),
+			{"program", statusFail, "use tier none: load the BPF object: operation not permitted", "see capabilities"},
+		}},
+		{"two earlier checks say why", func(p *patient) {
+			p.lacks(unix.CAP_BPF, unix.CAP_SYS_ADMIN)
+			p.sys("kernel/security/lockdown", "none integrity [confidentiality]\n")
+			p.nothing(denied(unix.EPERM))
+		}, []finding{
+			{"capabilities", statusFail, "", ""},
+			{"lockdown", statusFail, "", ""},
+			none("see capabilities, lockdown"),
+			{"program", statusFail, "", "see capabilities, lockdown"},
+		}},
+		{"nothing else says why", func(p *patient) { p.nothing(denied(unix.EPERM)) }, []finding{
+			none(""),
+			{"program", statusFail, "operation not permitted", "a seccomp profile (it must allow bpf and perf_event_open), SELinux or AppArmor"},
+		}},
+		{"lockdown may be the reason", func(p *patient) {
+			p.without("kernel/security/lockdown")
+			p.nothing(denied(unix.EINVAL))
+		}, []finding{none(""), {"program", statusFail, "load the BPF object: invalid argument", "kernel/security/lockdown is not [confidentiality]; else report this kernel"}}},
+		{"a distribution's own paranoia", func(p *patient) {
+			p.lacks(unix.CAP_SYS_ADMIN)
+			p.proc("sys/kernel/perf_event_paranoid", "4\n")
+			p.nothing(fmt.Errorf("open the perf buffer: %w", unix.EACCES))
+		}, []finding{none(""), {"program", statusFail, "permission denied", "sysctl kernel.perf_event_paranoid=2 (it is 4"}}},
+		{"not that, with CAP_SYS_ADMIN", func(p *patient) {
+			p.proc("sys/kernel/perf_event_paranoid", "4\n")
+			p.nothing(fmt.Errorf("open the perf buffer: %w", unix.EACCES))
+		}, []finding{none(""), {"program", statusFail, "permission denied", "seccomp"}}},
+		{"the verifier", func(p *patient) {
+			p.nothing(denied(unix.EINVAL))
+			p.said = []string{"libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG --\n0: R1=ctx()\n", "invalid mem access"}
+		}, []finding{none(""), {"program", statusFail,
+			"load the BPF object: invalid argument (libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG -- 0: R1=ctx(); invalid mem access)", "report this kernel, with what is said here"}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPatient(t)
+			tt.change(p)
+			findings := p.examine(t.Context())
+			p.check(findings, tt.want)
+			for _, f := range findings {
+				if strings.Contains(f.Detail, "noise") || strings.Contains(f.Detail, "not a complaint") {
+					t.Errorf("%s: %s", f.Check, f.Detail)
+				}
+			}
+		})
+	}
+}
+
+// The proof is made with what a run would take, unless one has taken it already, and once for each tier.
+func TestDoctorProgramOptions(t *testing.T) {
+	for _, tt := range []struct {
+		tier    string
+		hooks   bool
+		running bool
+		want    []string
+	}{
+		{"auto", true, false, []string{"fentry 32"}},
+		{"auto", false, false, []string{"fentry 32", "kprobe 32", "auto 32"}},
+		{"kprobe", true, false, []string{"kprobe 32"}},
+		{"stack", true, false, []string{"stack 32"}},
+		{"none", true, false, []string{"none 32"}},
+		{"stack", true, true, []string{"stack 1"}},
+	} {
+		p := newPatient(t)
+		p.cfg.Kernel.Tier, p.cfg.Kernel.PerfPages = tt.tier, 32
+		var want []finding
+		if !tt.hooks {
+			p.noHooks()
+			want = append(want, withoutHooks)
+		}
+		if tt.running {
+			p.cfg.Metrics.Listen = fakeTracer(t, http.StatusOK, "ok")
+			want = append(want, notReached)
+		}
+		p.expect(want...)
+		var got []string
+		for _, o := range p.loaded {
+			got = append(got, fmt.Sprint(o.Tier, " ", o.PerfPages))
+		}
+		if diff := cmp.Diff(tt.want, got); diff != "" {
+			t.Errorf("%+v: %s", tt, diff)
+		}
+	}
+}
+
+// notReached is what is found where a tracer runs, but its server is not where this config says.
+var notReached = finding{"nats", statusFail, "a tracer runs on this node, and its embedded server cannot be reached", "the same config as the tracer"}
+
+// fakeTracer answers as a tracer does, with a readiness of the test's choice.
+func fakeTracer(t *testing.T, code int, said string) (addr string) {
+	t.Helper()
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintf(w, "%s{tier=\"stack\"} 1\n", tierMetric) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if code == 0 {
+			panic(http.ErrAbortHandler)
+		}
+		w.WriteHeader(code)
+		io.WriteString(w, said)
+	})
+	s := httptest.NewServer(mux)
+	t.Cleanup(s.Close)
+	return strings.TrimPrefix(s.URL, "http://")
+}
+
+func TestDoctorTracer(t *testing.T) {
+	other := httptest.NewServer(http.NotFoundHandler())
+	defer other.Close()
+	for _, tt := range []struct {
+		name, addr string
+		want       finding
+	}{
+		{"none", "127.0.0.1:0", finding{"tracer", statusOK, "none runs with this config; its metrics can be served at 127.0.0.1:0", ""}},
+		{"not known", "", finding{"tracer", statusOK, "not known: metrics.listen is empty", ""}},
+		{"somebody else's server", strings.TrimPrefix(other.URL, "http://"), finding{"tracer", statusFail, "address already in use", "set metrics.listen"}},
+		{"an address of another machine", "192.0.2.1:9105", finding{"tracer", statusFail, "cannot assign requested address", "set metrics.listen"}},
+		{"runs, ready", fakeTracer(t, http.StatusOK, "nats: ok\nreader: ok\n"), finding{"tracer", statusOK, "and is ready", ""}},
+		{"runs, not ready", fakeTracer(t, http.StatusServiceUnavailable, "nats: not connected to nats\nreader: ok\n"),
+			finding{"tracer", statusWarn, "is not ready: nats: not connected to nats; reader: ok", "see its log, nats and jetstream"}},
+		{"runs, does not say", fakeTracer(t, 0, ""), finding{"tracer", statusWarn, "does not say whether it is ready: ", "see its log"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newPatient(t)
+			p.cfg.Metrics.Listen = tt.addr
+			want := []finding{tt.want}
+			if strings.HasPrefix(tt.name, "runs") {
+				want = append(want, notReached)
+			}
+			p.expect(want...)
+		})
+	}
+}
+
+// The embedded server, as it really is.
+func TestDoctorEmbeddedNATS(t *testing.T) {
+	quiet := slog.New(slog.DiscardHandler)
+	run := func(t *testing.T, cfg config.NATS) *embedded.Server {
+		t.Helper()
+		s, err := embedded.Start(cfg.Embedded, quiet)
+		must(t, err)
+		t.Cleanup(func() { must(t, s.Shutdown(context.Background())) })
+		return s
+	}
+	t.Run("runs", func(t *testing.T) {
+		p := newPatient(t)
+		run(t, p.cfg.NATS)
+		p.expect(
+			finding{"nats", statusOK, "the embedded server at 127.0.0.1:0 is reachable", ""},
+			finding{"jetstream", statusWarn, "enabled, but check stream OOM", "restart the tracer"},
+		)
+		conn, err := bus.Connect(t.Context(), p.cfg.NATS, bus.Options{Name: "test"}, quiet)
+		must(t, err)
+		defer conn.Close()
+		must(t, bus.EnsureStream(t.Context(), conn, p.cfg.NATS.Stream))
+		p.expect(finding{"jetstream", statusOK, "enabled; the stream is there", ""})
+	})
+	t.Run("ran", func(t *testing.T) {
+		p := newPatient(t)
+		must(t, run(t, p.cfg.NATS).Shutdown(t.Context()))
+		p.expect(finding{"nats", statusOK, "does not run; it can listen at 127.0.0.1:0", ""})
+	})
+	t.Run("runs with another directory", func(t *testing.T) {
+		p, other := newPatient(t), newPatient(t)
+		s := run(t, other.cfg.NATS)
+		p.cfg.NATS.Embedded.Listen = strings.TrimPrefix(s.ClientURL(), "nats://")
+		never := finding{"nats", statusFail, "does not run, and could not start: listen tcp " + p.cfg.NATS.Embedded.Listen + ": bind: address already in use", "set nats.embedded.listen"}
+		p.expect(never)
+		// Now with a password, which that server does not take.
+		must(t, run(t, p.withListen("127.0.0.1:0")).Shutdown(t.Context()))
+		never.Detail = "bind: address already in use; of who is there: connect to nats at"
+		p.expect(never)
+	})
+	for name, tt := range map[string]struct {
+		text string
+		mode os.FileMode
+		want string
+	}{
+		"open to others": {strings.Repeat("x", 43) + "\n", 0o644, "has mode 0644 and must have 0600"},
+		"empty":          {"", 0o600, "is empty"},
+		"somebody's own": {"secret", 0o600, "does not hold a generated password"},
+	} {
+		t.Run("password "+name, func(t *testing.T) {
+			p := newPatient(t)
+			file := bus.PasswordFile(p.cfg.NATS.Embedded.Dir)
+			write(t, file, tt.text)
+			must(t, os.Chmod(file, tt.mode))
+			p.expect(finding{"nats", statusFail, "embedded server: read password of the embedded nats-server: " + file + " " + tt.want, "remove the file"})
+			if output := strings.Join(flat(p.examine(t.Context())), "\n"); strings.Contains(output, "secret") || strings.Contains(output, "xxxx") {
+				t.Errorf("the password is told:\n%s", output)
+			}
+		})
+	}
+	t.Run("its JetStream has switched itself off", func(t *testing.T) {
+		f := newPatient(t).jetstream(bus.Health{Connected: true, Err: errors.New("check jetstream: not enabled")})
+		if f.Status != statusWarn || f.Detail != "check jetstream: not enabled" || !strings.Contains(f.Remedy, "its disk may be full") {
+			t.Errorf("%+v", f)
+		}
+	})
+	t.Run("a listening address that is not there", func(t *testing.T) {
+		p := newPatient(t)
+		p.cfg.NATS.Embedded.Listen = "192.0.2.1:4222"
+		p.expect(finding{"nats", statusFail, "cannot assign requested address", "set nats.embedded.listen"})
+	})
+}
+
+func (p *patient) withListen(addr string) config.NATS {
+	cfg := p.cfg.NATS
+	cfg.Embedded.Listen = addr
+	return cfg
+}
+
+func flat(findings []finding) []string {
+	var lines []string
+	for _, f := range findings {
+		lines = append(lines, f.Detail, f.Remedy)
+	}
+	return lines
+}
+
+// Where the embedded server's stream would lie.
+func TestDoctorStore(t *testing.T) {
+	t.Run("not to be written to", func(t *testing.T) {
+		p := newPatient(t)
+		dir := readOnly(t)
+		p.cfg.NATS.Embedded.Dir = dir + "/a/b"
+		p.expect(finding{"jetstream", statusFail, "embedded server: write to " + dir + ": read-only file system", "set nats.embedded.dir"})
+	})
+	t.Run("a file is in the way", func(t *testing.T) {
+		p := newPatient(t)
+		file := filepath.Join(t.TempDir(), "file")
+		write(t, file, "")
+		p.cfg.NATS.Embedded.Dir = file
+		p.expect(
+			finding{"nats", statusFail, "not a directory", ""},
+			finding{"jetstream", statusFail, "write to " + file + ": not a directory", "set nats.embedded.dir"})
+	})
+	t.Run("somebody else's", func(t *testing.T) {
+		p := newPatient(t)
+		must(t, os.Mkdir(p.cfg.NATS.Embedded.Dir, 0o777))
+		must(t, os.Chown(p.cfg.NATS.Embedded.Dir, 12345, 12345))
+		p.expect(finding{"jetstream", statusFail, fmt.Sprintf("belongs to user 12345, not to %d", os.Geteuid()), "set nats.embedded.dir"})
+	})
+	t.Run("too little room", func(t *testing.T) {
+		p := newPatient(t)
+		p.cfg.NATS.Stream.MaxBytes = 1 << 60
+		p.expect(finding{"jetstream", statusWarn, "the stream may take 1099511627776 MiB: JetStream switches itself off when the disk is full", "nats.stream.max_bytes"})
+	})
+	t.Run("what it holds already is not wanted again", func(t *testing.T) {
+		p := newPatient(t)
+		dir := t.TempDir()
+		mount(t, "tmpfs", dir, 0)
+		must(t, unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size=2M"))
+		p.cfg.NATS.Embedded.Dir = dir
+		must(t, os.Chmod(dir, 0o700))
+		p.cfg.NATS.Stream.MaxBytes = 2 << 20
+		p.expect()
+		write(t, dir+"/jetstream/block", strings.Repeat("x", 1536<<10))
+		p.expect() // of the store's own
+		p.cfg.NATS.Stream.MaxBytes = 3 << 20
+		p.expect(finding{"jetstream", statusWarn, dir + " has room for 2 MiB, and the stream may take 3 MiB", "free some"})
+	})
+}
+
+// natsServerOf runs a server in this process.
+func natsServerOf(t *testing.T, o server.Options) (url string) {
+	t.Helper()
+	o.Host, o.Port, o.NoSigs, o.NoLog, o.StoreDir = "127.0.0.1", server.RANDOM_PORT, true, true, t.TempDir()
+	s, err := server.NewServer(&o)
+	must(t, err)
+	s.Start()
+	t.Cleanup(func() {
+		s.Shutdown()
+		s.WaitForShutdown()
+	})
+	if !s.ReadyForConnections(20 * time.Second) {
+		t.Fatal("the NATS server does not come up")
+	}
+	return s.ClientURL()
+}
+
+// A server of somebody else's, as a cluster has it.
+func TestDoctorExternalNATS(t *testing.T) {
+	unknown := finding{"jetstream", statusWarn, "not known without a connection", "see nats"}
+	t.Run("with JetStream", func(t *testing.T) {
+		p := newPatient(t)
+		p.cfg.NATS.URL = natsServerOf(t, server.Options{JetStream: true})
+		p.expect(
+			finding{"nats", statusOK, p.cfg.NATS.URL + " is reachable", ""},
+			finding{"jetstream", statusWarn, "enabled, but check stream OOM", "oom-tap setup"},
+		)
+		conn, err := bus.Connect(t.Context(), p.cfg.NATS, bus.Options{Name: "test"}, slog.New(slog.DiscardHandler))
+		must(t, err)
+		defer conn.Close()
+		must(t, bus.EnsureStream(t.Context(), conn, p.cfg.NATS.Stream))
+		p.expect(finding{"jetstream", statusOK, "enabled; the stream is there", ""})
+	})
+	t.Run("without JetStream", func(t *testing.T) {
+		p := newPatient(t)
+		p.cfg.NATS.URL = natsServerOf(t, server.Options{})
+		p.expect(finding{"jetstream", statusWarn, "check jetstream at", "enable JetStream on the server"})
+	})
+	t.Run("not reachable", func(t *testing.T) {
+		p := newPatient(t)
+		p.cfg.NATS.URL = "nats://" + freeAddr(t)
+		p.expect(finding{"nats", statusWarn, "nobody listens there", "until then events wait in memory"}, unknown)
+	})
+	t.Run("a password that is wrong", func(t *testing.T) {
+		p := newPatient(t)
+		p.cfg.NATS.URL = natsServerOf(t, server.Options{Username: "tracer", Password: "right"})
+		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", filepath.Join(t.TempDir(), "password")
+		write(t, p.cfg.NATS.PasswordFile, "wrong")
+		p.expect(finding{"nats", statusWarn, "Authorization Violation", "correct nats.* in the config"}, unknown)
+	})
+	// With these a tracer does not start at all.
+	t.Run("a password file that is not there", func(t *testing.T) {
+		p := newPatient(t)
+		p.cfg.NATS.URL = "nats://" + freeAddr(t)
+		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", "/nowhere/password"
+		p.expect(finding{"nats", statusFail, "/nowhere/password: no such file", "the tracer does not start"}, unknown)
+	})
+	// A tracer's own user on a shared cluster may publish its own events and receive replies to its own
+	// inbox, no more.
+	as := func(t *testing.T, publish ...string) *patient {
+		p := newPatient(t)
+		p.cfg.NATS.URL = natsServerOf(t, server.Options{JetStream: true, Users: []*server.User{{
+			Username: "tracer", Password: "right",
+			Permissions: &server.Permissions{
+				Publish:   &server.SubjectPermission{Allow: publish},
+				Subscribe: &server.SubjectPermission{Allow: []string{bus.InboxPrefix("oom-tracer-node-1") + ".>"}},
+			},
+		}}})
+		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", filepath.Join(t.TempDir(), "password")
+		write(t, p.cfg.NATS.PasswordFile, "right")
+		return p
+	}
+	t.Run("a user who may not ask", func(t *testing.T) {
+		as(t, "oom.v1.*.*.node-1").expect(finding{"jetstream", statusOK, "not known: this user may not ask", ""})
+	})
+	t.Run("a user who may ask too", func(t *testing.T) {
+		as(t, "oom.v1.*.*.node-1", "$JS.API.INFO", "$JS.API.STREAM.INFO.OOM").expect(finding{"jetstream", statusWarn, "enabled, but check stream OOM", "oom-tap setup"})
+	})
+}
+
+// What is printed, as text and as JSON, and the error that makes the exit status.
+func TestDoctorOutput(t *testing.T) {
+	findings := []finding{
+		{"kernel", statusOK, "6.12 <&> x", ""},
+		{"capabilities", statusFail, "lacks CAP_BPF", "run it as root"},
+		{"kallsyms", statusWarn, "hides\n\x1b[31maddresses", "give CAP_SYSLOG"},
+		{"nats", statusFail, "in use", "free it"},
+	}
+	for _, output := range []string{"text", "json"} {
+		var out bytes.Buffer
+		err := tell(findings, "node-1", output, &out)
+		if err == nil || err.Error() != "tracing cannot work here: see capabilities, nats" {
+			t.Errorf("%s: %v", output, err)
+		}
+		golden(t, "doctor-"+output+".golden", versions.ReplaceAllString(out.String(), `"version": "…"`))
+		out.Reset()
+		if err := tell(findings[2:3], "node-1", output, &out); err != nil {
+			t.Errorf("%s, with a warning only: %v", output, err)
+		}
+		if err := tell(findings[:1], "node-1", output, brokenPipe{}); !errors.Is(err, io.ErrClosedPipe) {
+			t.Errorf("%s, into a closed pipe: %v", output, err)
+		}
+	}
+}
+
+var versions = regexp.MustCompile(`"version": "[^"]*"`)
+
+type brokenPipe struct{}
+
+func (brokenPipe) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
+
+// This machine, as it is: all must be well here, or no other test of kills could pass.
+func TestDoctorHere(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.NATS.Stream.MaxBytes = 1 << 20
+	var out bytes.Buffer
+	if err := doctor(t.Context(), cfg, testNode, "json", &out); err != nil {
+		t.Errorf("%v\n%s", err, &out)
+	}
+	var got report
+	decoder := json.NewDecoder(&out)
+	decoder.DisallowUnknownFields()
+	must(t, decoder.Decode(&got))
+	if got.Schema != "oom-tracer-doctor/v1" || got.Version == "" || got.Node != testNode || !got.CanTrace {
+		t.Errorf("%+v", got)
+	}
+	var names []string
+	for _, f := range got.Findings {
+		names = append(names, f.Check)
+		if f.Status == statusFail {
+			t.Errorf("%+v", f)
+		}
+	}
+	if diff := cmp.Diff(checks, names); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// doctorWithout runs the real program with capabilities taken from its bounding set, which root loses
+// with them, behind a shell command.
+func doctorWithout(t *testing.T, cfg config.Config, shell string, bits ...uintptr) (report, *exec.Cmd, string) {
+	t.Helper()
+	command := exec.Command("sh", "-c", shell+`exec "$0" "$@"`, scratchtest.Program(t, "oom-tracer"),
+		"doctor", "--config", writeConfigFile(t, cfg), "--node-name", testNode, "--output", "json")
+	var out, said bytes.Buffer
+	command.Stdout, command.Stderr = &out, &said
+	started := make(chan error)
+	go func() {
+		// The set is a thread's own. This one is not unlocked, and so ends with its goroutine.
+		runtime.LockOSThread()
+		for _, bit := range bits {
+			if err := unix.Prctl(unix.PR_CAPBSET_DROP, bit, 0, 0, 0); err != nil {
+				started <- fmt.Errorf("drop capability %d, which needs root: %w", bit, err)
+				return
+			}
+		}
+		started <- command.Start()
+	}()
+	must(t, <-started)
+	_ = command.Wait()
+	var got report
+	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
+		t.Fatalf("%v\n%s\n%s", err, &out, &said)
+	}
+	return got, command, said.String()
+}
+
+func writeConfigFile(t *testing.T, cfg config.Config) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "config.yaml")
+	write(t, file, fmt.Sprintf("kernel: {tier: %s, perf_pages: %d}\nnats:\n  embedded: {dir: %q, listen: %q}\n  stream: {max_bytes: %d}\nmetrics: {listen: %q}\n",
+		cfg.Kernel.Tier, cfg.Kernel.PerfPages, cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.NATS.Stream.MaxBytes, cfg.Metrics.Listen))
+	return file
+}
+
+func findingOf(findings []finding, check string) finding {
+	return findings[slices.IndexFunc(findings, func(f finding) bool { return f.Check == check })]
+}
+
+func readSysctl(t *testing.T, name string) int {
+	t.Helper()
+	data, err := os.ReadFile("/proc/sys/kernel/" + name)
+	must(t, err)
+	n, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	must(t, err)
+	return n
+}
+
+// The real program on this kernel, with less than root has.
+func TestDoctorReducedCapabilities(t *testing.T) {
+	paranoid := readSysctl(t, "perf_event_paranoid")
+	shown := readSysctl(t, "kptr_restrict") == 0 && paranoid <= 1
+	// What root gets here: hooks, or the stack.
+	best, hooks := loader.TierStack, finding{"hooks", statusWarn, "none; the owner of a limit is inferred", "CONFIG_KPROBE_EVENTS=y"}
+	for _, tier := range []loader.Tier{loader.TierKprobe, loader.TierFentry} {
+		if _, err := tryLoad(loader.Options{Tier: tier, PerfPages: 1, Log: slog.New(slog.DiscardHandler)}); err == nil {
+			best, hooks = tier, finding{"hooks", statusOK, string(tier) + " works", ""}
+		}
+	}
+	t.Logf("the best tier is %s; kallsyms shows addresses to everybody: %t", best, shown)
+	works := finding{"program", statusOK, "loads and attaches; tier " + string(best), ""}
+	refused := func(cause, why string) []finding {
+		return []finding{{"hooks", statusWarn, "none", "see " + cause}, {"program", statusFail, why, "see " + cause}}
+	}
+	withoutSyslog := []finding{hooks, works, {"capabilities", statusOK, "no need of CAP_SYSLOG", ""}}
+	demanded := []finding{{"program", statusOK, "tier stack", ""}, {"capabilities", statusOK, "no need of CAP_SYSLOG", ""}}
+	if !shown {
+		const hidden = "hides the kernel's addresses from this process (kernel.kptr_restrict is "
+		lacks := finding{"capabilities", statusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG", "SYSLOG"}
+		blind := func(s status) []finding {
+			return []finding{lacks, {"kallsyms", s, hidden, "CAP_SYSLOG"}, {"stack", s, "not available", "see kallsyms"}}
+		}
+		demanded = append(blind(statusFail), finding{"program", statusFail, "kallsyms hides its addresses", "see kallsyms, stack"})
+		if best == loader.TierStack {
+			withoutSyslog = append(blind(statusWarn), hooks, finding{"program", statusOK, "loads and attaches; tier none", ""})
+		}
+	}
+	small := testConfig(t)
+	small.Kernel.PerfPages = 1024
+	stack := testConfig(t)
+	stack.Kernel.Tier = "stack"
+	for _, tt := range []struct {
+		name  string
+		cfg   config.Config
+		shell string
+		drop  []uintptr
+		want  []finding
+	}{
+		{"all", testConfig(t), "", nil, []finding{hooks, works}},
+		{"no CAP_SYS_ADMIN", testConfig(t), "", []uintptr{unix.CAP_SYS_ADMIN}, []finding{
+			{"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""}, hooks, works,
+		}},
+		{"CAP_SYS_ADMIN alone", testConfig(t), "", []uintptr{unix.CAP_BPF, unix.CAP_PERFMON}, []finding{
+			{"capabilities", statusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON", ""}, hooks, works,
+		}},
+		{"no CAP_BPF", testConfig(t), "", []uintptr{unix.CAP_BPF, unix.CAP_SYS_ADMIN},
+			append(refused("capabilities", "operation not permitted"), finding{"capabilities", statusFail, "lacks CAP_BPF to load the program", "BPF"})},
+		{"no CAP_PERFMON", testConfig(t), "", []uintptr{unix.CAP_PERFMON, unix.CAP_SYS_ADMIN},
+			append(refused("capabilities", "operation not permitted"), finding{"capabilities", statusFail, "lacks CAP_PERFMON to attach it", "PERFMON"})},
+		{"no CAP_SYSLOG", testConfig(t), "", []uintptr{unix.CAP_SYSLOG}, withoutSyslog},
+		{"no CAP_SYSLOG, and tier stack demanded", stack, "", []uintptr{unix.CAP_SYSLOG}, demanded},
+		{"little to be locked", small, "ulimit -l 64 && ", nil, []finding{{"memlock", statusOK, "limit 64 KiB", ""}, hooks, works}},
+		{"little to be locked, and no CAP_IPC_LOCK", small, "ulimit -l 64 && ", []uintptr{unix.CAP_IPC_LOCK},
+			append(refused("memlock", "open the perf buffer of 1024 pages per CPU"), finding{"memlock", statusFail, "exceeds the limit of 64 KiB", "CAP_IPC_LOCK"})},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.cfg.NATS.Stream.MaxBytes = 1 << 20
+			got, command, said := doctorWithout(t, tt.cfg, tt.shell, tt.drop...)
+			want := tt.want
+			if paranoid > 2 && slices.Contains(tt.drop, unix.CAP_SYS_ADMIN) {
+				// A kernel of Debian's or Ubuntu's wants it for every perf buffer: then that must be said.
+				if f := findingOf(got.Findings, "program"); f.Status == statusFail && strings.Contains(f.Remedy, "sysctl kernel.perf_event_paranoid=2") {
+					// The first of a check counts.
+					want = append([]finding{f, findingOf(got.Findings, "hooks")}, want...)
+				}
+			}
+			p := &patient{t: t}
+			p.check(got.Findings, want)
+			failed := failures(got.Findings)
+			code := command.ProcessState.ExitCode()
+			if len(failed) == 0 && (code != 0 || said != "" || !got.CanTrace) {
+				t.Errorf("exit status %d, can_trace %t, %q", code, got.CanTrace, said)
+			}
+			if len(failed) > 0 && (code != 1 || got.CanTrace || !strings.HasSuffix(said, "oom-tracer: tracing cannot work here: see "+strings.Join(failed, ", ")+"\n")) {
+				t.Errorf("exit status %d, can_trace %t, %q", code, got.CanTrace, said)
+			}
+		})
+	}
+}
+
+// A password file that only root can read: another user is told to be root, not to free the address.
+func TestDoctorOtherUser(t *testing.T) {
+	// With the rights on files of a user who has none; the files of /proc and /sys are open to all.
+	cfg := testConfig(t)
+	s, err := embedded.Start(cfg.NATS.Embedded, slog.New(slog.DiscardHandler))
+	must(t, err)
+	defer func() { must(t, s.Shutdown(context.Background())) }()
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(s.ClientURL(), "nats://")
+	x := examiner{cfg: cfg, node: testNode, procfs: "/proc", sysfs: "/sys"}
+	var findings []finding
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // not unlocked: the thread ends with the goroutine
+		err := unix.Setfsuid(65534)
+		if err == nil {
+			findings = x.nats(t.Context())
+		}
+		done <- err
+	}()
+	must(t, <-done)
+	if f := findings[0]; f.Status != statusFail || !strings.Contains(f.Detail, "password: permission denied") || !strings.Contains(f.Remedy, "run this as the user that the tracer runs as") {
+		t.Errorf("%+v", f)
+	}
+	if f := findings[1]; f.Status != statusFail || !strings.Contains(f.Detail, "permission denied") {
+		t.Errorf("%+v", f)
+	}
+}
+
+// The cgroup check and the selftest look for the same thing.
+func TestDoctorCgroupHere(t *testing.T) {
+	h, err := scratch.Find("/proc")
+	must(t, err)
+	x := examiner{cfg: config.Default(), procfs: "/proc", sysfs: "/sys"}
+	if f := x.cgroup(); f.Status != statusOK || !strings.Contains(f.Detail, h.Mount) {
+		t.Errorf("%+v", f)
+	}
+}

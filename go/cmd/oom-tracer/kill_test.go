@@ -1,0 +1,717 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+const (
+	mib      = 1 << 20
+	testNode = "node-1.example"
+)
+
+// testConfig is the default with an embedded server of the test's own and no metrics.
+func testConfig(t *testing.T) config.Config {
+	t.Helper()
+	cfg := config.Default()
+	cfg.NATS.Embedded.Dir = filepath.Join(t.TempDir(), "nats")
+	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
+	cfg.Metrics.Listen = ""
+	return cfg
+}
+
+// runTracer runs a tracer until stop is called, or the test ends.
+func runTracer(t *testing.T, cfg config.Config, stdout io.Writer) (*tracer, func() error) {
+	t.Helper()
+	log := slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn}))
+	tr, err := start(t.Context(), cfg, testNode, stdout, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	ended := make(chan error, 1)
+	go func() { ended <- tr.run(ctx) }()
+	stop := sync.OnceValue(func() error {
+		cancel()
+		return <-ended
+	})
+	t.Cleanup(func() {
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return tr, stop
+}
+
+// stored reads the stream until it holds want events or nothing came for a while, and returns them.
+func stored(t *testing.T, cfg config.Config, want int) []event.Event {
+	t.Helper()
+	conn := connect(t, cfg)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	var events []event.Event
+	enough := fmt.Errorf("enough")
+	err := bus.Tail(ctx, conn, bus.TailOptions{Since: time.Now().Add(-time.Hour), Follow: true}, func(m bus.Stored) error {
+		e, err := event.Parse(m.Data)
+		if err != nil {
+			return err
+		}
+		if m.ID != e.ID {
+			t.Errorf("message id %q of event %q", m.ID, e.ID)
+		}
+		if subject, err := e.Subject(); err != nil || subject != m.Subject {
+			t.Errorf("subject %q, %v, of an event stored on %q", subject, err, m.Subject)
+		}
+		events = append(events, e)
+		if len(events) >= want {
+			return enough
+		}
+		return nil
+	})
+	if err != nil && err != enough {
+		t.Fatal(err)
+	}
+	if len(events) != want {
+		t.Fatalf("%d events are stored, want %d", len(events), want)
+	}
+	return events
+}
+
+func connect(t *testing.T, cfg config.Config) *bus.Conn {
+	t.Helper()
+	conn, err := bus.Connect(t.Context(), cfg.NATS, bus.Options{Name: "test"}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(conn.Close)
+	return conn
+}
+
+// compareWithConsole holds an event against what the kernel printed of the same kill.
+func compareWithConsole(t *testing.T, e *event.Event, k *kmsg.Kill) {
+	t.Helper()
+	check := func(field string, got, want any) {
+		if got != want {
+			t.Errorf("%s: %s: %v, the console says %v", e.ID, field, got, want)
+		}
+	}
+	near := func(field string, got, want uint64) {
+		if max(got, want)-min(got, want) > rssSlack {
+			t.Errorf("%s: %s: %d, the console says %d", e.ID, field, got, want)
+		}
+	}
+	check("victim.tid", int(e.Victim.TID), k.PID)
+	check("victim.comm", e.Victim.Comm, k.Comm)
+	check("victim.uid", *e.Victim.UID, k.UID)
+	check("victim.oom_score_adj", *e.Victim.OOMScoreAdj, k.OOMScoreAdj)
+	check("victim.memory.total_vm", e.Victim.Memory.TotalVM, k.TotalVM)
+	check("victim.memory.pgtables", e.Victim.Memory.PgTables, k.PgTables)
+	near("victim.memory.anon_rss", e.Victim.Memory.AnonRSS, k.AnonRSS)
+	near("victim.memory.file_rss", e.Victim.Memory.FileRSS, k.FileRSS)
+	near("victim.memory.shmem_rss", e.Victim.Memory.ShmemRSS, k.ShmemRSS)
+	if k.Constraint != "" { // the header line is rate-limited
+		check("scope", e.Scope, map[string]event.Scope{"CONSTRAINT_MEMCG": event.ScopeCgroup, "CONSTRAINT_NONE": event.ScopeGlobal}[k.Constraint])
+		check("victim.cgroup.path", e.Victim.Cgroup.Path, k.TaskMemcg)
+		check("limit.cgroup.path", e.Limit.Cgroup.Path, k.OOMMemcg)
+	}
+}
+
+// TestStorm: a thousand kills. The cgroup's own counter says how many there were; every one of them is
+// in the stream, once; and what the console printed of them is what the events say.
+func TestStorm(t *testing.T) {
+	const kills = 1000
+	cfg := testConfig(t)
+	tr, stop := runTracer(t, cfg, io.Discard)
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
+	console, err := kmsg.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer console.Close()
+	read := make(chan []kmsg.Kill, 1)
+	go func() {
+		// All along, for the kernel's buffer is smaller than the storm.
+		printed, err := console.Read(func(k []kmsg.Kill) bool { return len(k) >= kills }, 5*time.Minute)
+		if err != nil {
+			t.Error(err)
+		}
+		read <- printed
+	}()
+	group := scratchtest.New(t, 8*mib)
+	killed := scratchtest.Storm(t, group, kills, 16, "plain")
+	counted := scratchtest.Kills(t, group)
+	if counted != kills || len(killed) != kills {
+		t.Fatalf("the cgroup counts %d kills and the hog %d of %d", counted, len(killed), kills)
+	}
+	events := stored(t, cfg, counted)
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+
+	byTID := map[uint32]*event.Event{}
+	ids, seqs := map[string]bool{}, map[uint64]bool{}
+	for i := range events {
+		e := &events[i]
+		ids[e.ID], seqs[e.Seq] = true, true
+		byTID[e.Victim.TID] = e
+		if e.Scope != event.ScopeCgroup || e.Outcome != event.OutcomeKilled || e.Node.Name != testNode ||
+			e.Victim.Cgroup.ID != group.ID || *e.Limit.Max != 8*mib || e.Limit.Cgroup.ID != group.ID ||
+			e.Trigger.PID != e.Victim.PID || e.Incident.Group || e.Incident.Index != 0 || e.Victim.Memory.Approximate {
+			t.Errorf("%+v", e)
+		}
+	}
+	if len(ids) != counted || len(seqs) != counted || !seqs[1] || !seqs[uint64(counted)] {
+		t.Errorf("%d ids and %d seqs of %d kills", len(ids), len(seqs), counted)
+	}
+	for _, pid := range killed {
+		if byTID[uint32(pid)] == nil {
+			t.Errorf("process %d was killed and no event says so", pid)
+		}
+	}
+	printed := <-read
+	compared, headers := 0, 0
+	for i := range printed {
+		if e := byTID[uint32(printed[i].PID)]; e != nil {
+			compareWithConsole(t, e, &printed[i])
+			compared++
+			if printed[i].Constraint != "" {
+				headers++
+			}
+		}
+	}
+	t.Logf("%d kills, %d events; %d compared with the console, %d of them with the header line; console lost lines: %t",
+		counted, len(ids), compared, headers, console.Lost)
+	if compared < kills*9/10 || headers == 0 {
+		t.Errorf("only %d of %d kills could be compared with the console, %d with the header line", compared, kills, headers)
+	}
+}
+
+// TestThreadedVictim: the leader has exited, another thread allocates: the process is named, not the
+// thread.
+func TestThreadedVictim(t *testing.T) {
+	cfg := testConfig(t)
+	tr, _ := runTracer(t, cfg, io.Discard)
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
+	killed := scratchtest.Storm(t, scratchtest.New(t, 8*mib), 3, 32, "threaded")
+	if len(killed) != 3 {
+		t.Fatalf("%d of 3 were killed", len(killed))
+	}
+	for i, e := range stored(t, cfg, 3) {
+		if int(e.Victim.PID) != killed[i] || e.Victim.TID == e.Victim.PID || e.Victim.Comm != "hog-thread" ||
+			e.Victim.NSPID != e.Victim.PID || e.Victim.Memory == nil || !strings.Contains(e.ID, fmt.Sprintf("-%d-", killed[i])) {
+			t.Errorf("process %d: %+v", killed[i], e.Victim)
+		}
+	}
+}
+
+// TestAlreadyExiting: the biggest process of a full cgroup is dying anyway (a frozen task cannot act on its
+// SIGKILL). The kernel marks it and kills nobody, and neither does the event.
+func TestAlreadyExiting(t *testing.T) {
+	freezer := scratchtest.Freezer(t)
+	cfg := testConfig(t)
+	tr, _ := runTracer(t, cfg, io.Discard)
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
+	group := scratchtest.New(t, 32*mib)
+	dying := scratchtest.Hold(t, group, 20)
+	freezer.Freeze(t, dying.Pid)
+	if err := dying.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if killed := scratchtest.Storm(t, group, 1, 16, "plain"); len(killed) != 0 || scratchtest.Kills(t, group) != 0 {
+		t.Fatalf("the kernel killed %v, and counts %d", killed, scratchtest.Kills(t, group))
+	}
+	e := stored(t, cfg, 1)[0]
+	if int(e.Victim.PID) != dying.Pid || e.Outcome != event.OutcomeExiting || e.Scope != event.ScopeCgroup || e.Kind() != event.KindExiting ||
+		!strings.HasSuffix(e.ID, fmt.Sprintf("-exit-%d", dying.Pid)) || e.Incident != nil {
+		t.Errorf("%+v", e)
+	}
+	if kills := testutil.ToFloat64(tr.metrics.kills.WithLabelValues("cgroup")); kills != 0 {
+		t.Errorf("%v kills are counted", kills)
+	}
+}
+
+// TestNested: the limit is two levels above the victim's cgroup, which is laid out as a kubelet does.
+func TestNested(t *testing.T) {
+	const (
+		uid = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"
+		id  = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	)
+	cfg := testConfig(t)
+	tr, _ := runTracer(t, cfg, io.Discard)
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
+
+	root := scratchtest.New(t, 512*mib)
+	if root.Version == 1 {
+		// Siblings of the limit that have more room must not be taken for its owner.
+		t.Log("cgroup v1")
+	}
+	kubepods := scratchtest.Child(t, root, "kubepods", 256*mib)
+	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
+	pod := scratchtest.Child(t, burstable, "pod"+uid, 8*mib)
+	container := scratchtest.Child(t, pod, id, 64*mib)
+	leaf := container
+	for level := range 10 {
+		leaf = scratchtest.Child(t, leaf, fmt.Sprintf("level-%d", level), scratch.Unlimited)
+	}
+	console, err := kmsg.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer console.Close()
+	if killed := scratchtest.Storm(t, leaf, 1, 16, "plain"); len(killed) != 1 {
+		t.Fatalf("%d were killed", len(killed))
+	}
+	e := stored(t, cfg, 1)[0]
+	if e.Victim.Cgroup.Path != leaf.Path() || e.Victim.Cgroup.ID != leaf.ID || e.Victim.Cgroup.Truncated {
+		t.Errorf("victim in %+v, want %s", e.Victim.Cgroup, leaf.Path())
+	}
+	if e.Limit.Cgroup.Path != pod.Path() || e.Limit.Cgroup.ID != pod.ID || *e.Limit.Max != 8*mib || e.Limit.Level != event.LevelPod || !e.Limit.Inferred {
+		t.Errorf("limit %+v %+v, want %s", e.Limit, e.Limit.Cgroup, pod.Path())
+	}
+	want := event.Container{PodUID: uid, ContainerID: id, QoS: "burstable"}
+	if e.Container == nil || *e.Container != want {
+		t.Errorf("container %+v, want %+v", e.Container, want)
+	}
+	printed, err := console.Read(func(k []kmsg.Kill) bool { return len(k) > 0 }, 5*time.Second)
+	if err != nil || len(printed) == 0 {
+		t.Fatalf("the console says %v, %v", printed, err)
+	}
+	compareWithConsole(t, &e, &printed[0])
+}
+
+// TestDeepPath: a path that does not fit is cut where it says so, and names no pod.
+func TestDeepPath(t *testing.T) {
+	cfg := testConfig(t)
+	tr, _ := runTracer(t, cfg, io.Discard)
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
+	name := strings.Repeat("x", 250)
+	group := scratchtest.New(t, 8*mib)
+	leaf := group
+	for range 16 {
+		leaf = scratchtest.Child(t, leaf, name, scratch.Unlimited)
+	}
+	scratchtest.Storm(t, leaf, 1, 16, "plain")
+	e := stored(t, cfg, 1)[0]
+	c := e.Victim.Cgroup
+	if !c.Truncated || !strings.HasPrefix(c.Path, ".../xxx") || !strings.HasSuffix(leaf.Path(), strings.TrimPrefix(c.Path, "...")) || c.ID != leaf.ID {
+		t.Errorf("%+v, want the end of %s", c, leaf.Path())
+	}
+	if e.Container != nil {
+		t.Errorf("a cut path names %+v", e.Container)
+	}
+}
+
+// TestPlainSubscriber: whoever subscribes with any NATS client sees the stored bytes on the same subject.
+func TestPlainSubscriber(t *testing.T) {
+	cfg := testConfig(t)
+	var lines bytes.Buffer
+	tr, stop := runTracer(t, cfg, &lines)
+	password, err := bus.ReadEmbeddedPassword(cfg.NATS.Embedded.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := nats.Connect(tr.server.ClientURL(), nats.UserInfo(bus.EmbeddedUser, password))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	sub, err := nc.SubscribeSync("oom.v1.>")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	killed := scratchtest.Storm(t, scratchtest.New(t, 8*mib), 1, 16, "plain")
+	msg, err := sub.NextMsg(10 * time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := event.Parse(msg.Data)
+	if err != nil || int(e.Victim.PID) != killed[0] || msg.Subject != "oom.v1.kill.cgroup.node-1_example" {
+		t.Errorf("%s: %s, %v", msg.Subject, msg.Data, err)
+	}
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
+	again, err := json.Marshal(stored(t, cfg, 1)[0])
+	if err != nil || !bytes.Equal(again, msg.Data) {
+		t.Errorf("stored %s, heard %s", again, msg.Data)
+	}
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if line := lines.String(); strings.Count(line, "\n") != 1 || !strings.Contains(line, fmt.Sprintf("hog[%d]", killed[0])) {
+		t.Errorf("printed %q", line)
+	}
+}
+
+// TestMalformedSamples: rubbish of every length is counted, and the next kill comes through.
+func TestMalformedSamples(t *testing.T) {
+	cfg := testConfig(t)
+	var log bytes.Buffer
+	tr, err := start(t.Context(), cfg, testNode, io.Discard, slog.New(slog.NewTextHandler(&log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const lengths = 4200
+	for n := range lengths {
+		tr.handle(bytes.Repeat([]byte{0xff}, n))
+	}
+	if got := testutil.ToFloat64(tr.metrics.events.WithLabelValues("error", "decode")); got != lengths {
+		t.Errorf("%v of %d bad samples are counted", got, lengths)
+	}
+	if strings.Count(log.String(), "sample refused") != lengths {
+		t.Error("not every bad sample is logged")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- tr.run(ctx) }()
+	scratchtest.Storm(t, scratchtest.New(t, 8*mib), 1, 16, "plain")
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
+	stored(t, cfg, 1)
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestOtherNode: on a kernel that several nodes share, the kills of the others are theirs.
+func TestOtherNode(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.Node.CgroupRoot = "/docker/somebody-else"
+	tr, stop := runTracer(t, cfg, io.Discard)
+	scratchtest.Storm(t, scratchtest.New(t, 8*mib), 2, 16, "plain")
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	if got := testutil.ToFloat64(tr.metrics.events.WithLabelValues("skipped", "other_node")); got != 2 {
+		t.Errorf("%v of 2 kills were left to the other node", got)
+	}
+	if got := tr.publisher.Stats().Acked; got != 0 {
+		t.Errorf("%d were published", got)
+	}
+}
+
+// natsServer runs a nats-server process on addr with its store in dir.
+func natsServer(t *testing.T, addr, dir string) *exec.Cmd {
+	t.Helper()
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := exec.Command(scratchtest.Program(t, "nats-server"), "-a", host, "-p", port, "-js", "-sd", dir)
+	server.Stderr = t.Output()
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = server.Process.Kill()
+		_ = server.Wait()
+	})
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if c, err := net.Dial("tcp", addr); err == nil {
+			c.Close()
+			return server
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("nats-server does not come up")
+		}
+	}
+}
+
+// freeAddr is a loopback address that nobody uses now, and that nobody is given by chance: its port is
+// below the range from which the kernel picks.
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	for {
+		addr := fmt.Sprintf("127.0.0.1:%d", 15000+rand.IntN(15000))
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
+	}
+}
+
+// TestNATSAway: kills that happen while NATS is not there yet, and while it is gone, arrive when it
+// comes; what does not fit into the buffer is counted, exactly.
+func TestNATSAway(t *testing.T) {
+	addr, store := freeAddr(t), t.TempDir()
+	cfg := testConfig(t)
+	cfg.NATS.URL = "nats://" + addr
+	cfg.NATS.Buffer = 10
+	tr, _ := runTracer(t, cfg, io.Discard)
+	if err := tr.natsReady(t.Context()); err == nil {
+		t.Error("ready without nats")
+	}
+	group := scratchtest.New(t, 8*mib)
+	scratchtest.Storm(t, group, 7, 16, "plain") // before the first connection
+
+	server := natsServer(t, addr, store)
+	for deadline := time.Now().Add(30 * time.Second); !tr.conn.Connected(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("not connected")
+		}
+	}
+	owner := connect(t, cfg)
+	if err := bus.EnsureStream(t.Context(), owner, cfg.NATS.Stream); err != nil {
+		t.Fatal(err)
+	}
+	stored(t, cfg, 7)
+
+	if err := server.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = server.Wait()
+	scratchtest.Storm(t, group, 15, 16, "plain") // ten fit
+	for deadline := time.Now().Add(10 * time.Second); tr.loader.Received() != 22; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d samples were read", tr.loader.Received())
+		}
+	}
+	if err := tr.loader.Alive(t.Context()); err != nil {
+		t.Error(err)
+	}
+	natsServer(t, addr, store)
+	events := stored(t, cfg, 17)
+	for i, e := range events {
+		if int(e.Seq) != i+1 {
+			t.Errorf("event %d has seq %d", i, e.Seq)
+		}
+	}
+	if got := testutil.ToFloat64(tr.metrics.events.WithLabelValues("error", "buffer_full")); got != 5 {
+		t.Errorf("%v of 5 events that did not fit are counted", got)
+	}
+}
+
+// TestSelftest runs it alone and beside a running tracer.
+func TestSelftest(t *testing.T) {
+	t.Run("alone", func(t *testing.T) {
+		cfg := testConfig(t)
+		var out bytes.Buffer
+		// In this process the victim would be the test binary: the real one is run.
+		checkSelftest(t, cfg, &out)
+		if !strings.Contains(out.String(), "no tracer runs") {
+			t.Error(out.String())
+		}
+	})
+	t.Run("beside", func(t *testing.T) {
+		cfg := testConfig(t)
+		cfg.NATS.Embedded.Listen = freeAddr(t)
+		cfg.Metrics.Listen = freeAddr(t)
+		tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)
+		tracer.Stderr = t.Output()
+		lines, err := tracer.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := tracer.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = tracer.Process.Kill(); _ = tracer.Wait() }()
+		for deadline := time.Now().Add(20 * time.Second); !tracerRunning(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal("the tracer does not come up")
+			}
+		}
+		var out bytes.Buffer
+		checkSelftest(t, cfg, &out)
+		if !strings.Contains(out.String(), "through the tracer that runs") {
+			t.Error(out.String())
+		}
+		begun := time.Now()
+		if err := tracer.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		printed, _ := io.ReadAll(lines)
+		if err := tracer.Wait(); err != nil {
+			t.Errorf("after SIGTERM: %v", err)
+		}
+		if took := time.Since(begun); took > 5*time.Second {
+			t.Errorf("it took %s to end", took)
+		}
+		if strings.Count(string(printed), "\n") != 1 || !strings.Contains(string(printed), "oom-selftest[") {
+			t.Errorf("the tracer printed %q", printed)
+		}
+	})
+}
+
+func checkSelftest(t *testing.T, cfg config.Config, out io.Writer) {
+	t.Helper()
+	run := exec.Command(scratchtest.Program(t, "oom-tracer"), "selftest", "--config", writeConfig(t, cfg), "--node-name", testNode)
+	run.Stdout, run.Stderr = out, t.Output()
+	if err := run.Run(); err != nil {
+		t.Errorf("selftest: %v\n%s", err, out)
+	}
+	h, err := scratch.Find("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	left, _ := filepath.Glob(filepath.Join(h.Mount, fmt.Sprintf("oom-tracer-selftest-%d*", run.Process.Pid)))
+	temp, _ := filepath.Glob(filepath.Join(os.TempDir(), "oom-tracer-selftest-*"))
+	if len(left)+len(temp) > 0 {
+		t.Errorf("left behind: %v %v", left, temp)
+	}
+}
+
+func writeConfig(t *testing.T, cfg config.Config) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "config.yaml")
+	text := fmt.Sprintf("nats:\n  embedded:\n    dir: %s\n    listen: %q\nmetrics:\n  listen: %q\n",
+		cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.Metrics.Listen)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// TestSelftestSeesFaults: each fact of the event that is wrong is found.
+func TestSelftestSeesFaults(t *testing.T) {
+	adj, uid, limit := int16(1000), uint32(0), uint64(selftestLimit)
+	good := func() *event.Event {
+		c := func() *event.Cgroup { return &event.Cgroup{Path: "/x/oom-tracer-selftest-1", ID: 99, Version: 2} }
+		adj, uid, limit := adj, uid, limit
+		return &event.Event{
+			Node: event.Node{Tier: "stack"}, Scope: event.ScopeCgroup, Outcome: event.OutcomeKilled,
+			Victim: event.Victim{
+				PID: 7, TID: 7, Comm: hogComm, UID: &uid, OOMScoreAdj: &adj, StartBoottimeNS: 123456789, Cgroup: c(),
+				Memory: &event.Memory{TotalVM: 100 * mib, AnonRSS: 31 * mib, FileRSS: mib, PgTables: 4096},
+			},
+			Trigger: &event.Trigger{PID: 7, TID: 8, Comm: "exe", Cgroup: c()},
+			Limit:   &event.Limit{Cgroup: c(), Level: event.LevelOther, Max: &limit, Inferred: true},
+		}
+	}
+	want := &expectation{
+		pid: 7, comm: hogComm, startTick: 12, cgroup: "/oom-tracer-selftest-1", id: 99, version: 2, limit: selftestLimit,
+		console: &kmsg.Kill{TotalVM: 100 * mib, AnonRSS: 31*mib - 4096, FileRSS: mib, PgTables: 4096},
+	}
+	if wrong := want.compare(good()); wrong != nil {
+		t.Fatal(wrong)
+	}
+	for field, change := range map[string]func(*event.Event){
+		"outcome":                          func(e *event.Event) { e.Outcome = event.OutcomeExiting },
+		"scope":                            func(e *event.Event) { e.Scope = event.ScopeGlobal },
+		"victim.pid":                       func(e *event.Event) { e.Victim.PID++ },
+		"victim.tid":                       func(e *event.Event) { e.Victim.TID++ },
+		"victim.comm":                      func(e *event.Event) { e.Victim.Comm = "exe" },
+		"victim.start":                     func(e *event.Event) { e.Victim.StartBoottimeNS += 1e7 },
+		"victim.uid":                       func(e *event.Event) { *e.Victim.UID = 1 },
+		"victim.uid is absent":             func(e *event.Event) { e.Victim.UID = nil },
+		"victim.oom_score_adj":             func(e *event.Event) { *e.Victim.OOMScoreAdj = 999 },
+		"victim.oom_score_adj is absent":   func(e *event.Event) { e.Victim.OOMScoreAdj = nil },
+		"victim.cgroup is absent":          func(e *event.Event) { e.Victim.Cgroup = nil },
+		"victim.cgroup.id":                 func(e *event.Event) { e.Victim.Cgroup.ID = 1 },
+		"victim.cgroup.version":            func(e *event.Event) { e.Victim.Cgroup.Version = 1 },
+		"victim.cgroup.path":               func(e *event.Event) { e.Victim.Cgroup.Path = "/x" },
+		"trigger is absent":                func(e *event.Event) { e.Trigger = nil },
+		"trigger.pid":                      func(e *event.Event) { e.Trigger.PID = 1 },
+		"trigger.cgroup.path":              func(e *event.Event) { e.Trigger.Cgroup.Path = "/" },
+		"limit is absent":                  func(e *event.Event) { e.Limit = nil },
+		"limit.max":                        func(e *event.Event) { *e.Limit.Max++ },
+		"limit.cgroup.id":                  func(e *event.Event) { e.Limit.Cgroup.ID = 1 },
+		"victim.memory is absent":          func(e *event.Event) { e.Victim.Memory = nil },
+		"victim.memory.total_vm":           func(e *event.Event) { e.Victim.Memory.TotalVM += 4096 },
+		"victim.memory.anon_rss":           func(e *event.Event) { e.Victim.Memory.AnonRSS += mib },
+		"victim.memory.file_rss":           func(e *event.Event) { e.Victim.Memory.FileRSS += mib },
+		"victim.memory.shmem_rss":          func(e *event.Event) { e.Victim.Memory.ShmemRSS += mib },
+		"victim.memory.pgtables":           func(e *event.Event) { e.Victim.Memory.PgTables += 4096 },
+		"victim.memory.anon_rss: 16777216": func(e *event.Event) { e.Victim.Memory.AnonRSS = 16 * mib },
+	} {
+		e := good()
+		change(e)
+		if wrong := strings.Join(want.compare(e), "\n"); !strings.Contains(wrong, field) {
+			t.Errorf("a wrong %s goes unnoticed: %q", field, wrong)
+		}
+	}
+}
+
+// TestShutdownUnderLoad: told to end in the middle of a storm, with nobody reading what it prints, the
+// tracer ends in order and in time; what it had read is stored without a hole.
+func TestShutdownUnderLoad(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.Metrics.Listen = freeAddr(t)
+	cfg.NATS.Embedded.Listen = freeAddr(t)
+	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)
+	var log bytes.Buffer
+	tracer.Stderr = &log
+	// Nobody reads its standard output.
+	reader, writer, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	tracer.Stdout = writer
+	if err := tracer.Start(); err != nil {
+		t.Fatal(err)
+	}
+	writer.Close()
+	defer func() { _ = tracer.Process.Kill() }()
+	for deadline := time.Now().Add(20 * time.Second); !tracerRunning(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the tracer does not come up")
+		}
+	}
+	storm := make(chan []int, 1)
+	group := scratchtest.New(t, 8*mib)
+	go func() { storm <- scratchtest.Storm(t, group, 200, 16, "plain") }()
+	for deadline := time.Now().Add(20 * time.Second); scratchtest.Kills(t, group) < 20; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the storm does not begin")
+		}
+	}
+	begun := time.Now()
+	if err := tracer.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	err = tracer.Wait()
+	if took := time.Since(begun); err != nil || took > 5*time.Second {
+		t.Errorf("it ended after %s: %v\n%s", took, err, log.String())
+	}
+	<-storm
+	// What it read before the end is all there, without a hole.
+	server, err := start(t.Context(), withoutMetrics(cfg), testNode, io.Discard, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.close()
+	conn := connect(t, cfg)
+	seqs := map[uint64]bool{}
+	var last uint64
+	if err := bus.Tail(t.Context(), conn, bus.TailOptions{Since: time.Now().Add(-time.Hour)}, func(m bus.Stored) error {
+		e, err := event.Parse(m.Data)
+		seqs[e.Seq], last = true, max(last, e.Seq)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if len(seqs) < 20 || uint64(len(seqs)) != last {
+		t.Errorf("%d events, the last has seq %d", len(seqs), last)
+	}
+}
+
+func withoutMetrics(cfg config.Config) config.Config {
+	cfg.Metrics.Listen = ""
+	return cfg
+}

@@ -1,0 +1,210 @@
+// Command oom-tracer is the node agent: it reports every kill of the kernel's OOM killer to NATS.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+)
+
+const usage = `oom-tracer reports every kill of this machine's OOM killer to NATS.
+
+Usage:
+  oom-tracer [run] [flags]                       trace until it is told to end
+  oom-tracer selftest [flags]                    cause one contained OOM kill and see it come back
+  oom-tracer doctor [--output text|json] [flags] what this kernel and this process can do
+  oom-tracer config check [flags]                read the config, say what is wrong with it
+
+Exit status: 0 done; 1 failed (doctor: tracing cannot work; config check: the config is wrong);
+2 the command line is wrong.
+
+Flags:
+`
+
+// Exit statuses.
+const (
+	exitFailure = 1
+	exitUsage   = 2
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-ctx.Done()
+		// From here on a second signal ends the process at once.
+		stop()
+	}()
+	// A reader of the printed lines that goes away must not take the tracer with it.
+	signal.Ignore(syscall.SIGPIPE)
+	os.Exit(realMain(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// usageError means that the command line is wrong.
+type usageError struct{ error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// options are the flags.
+type options struct {
+	configPath string
+	nodeName   string
+	logLevel   string
+	output     string // doctor only
+	version    bool
+}
+
+func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	err := dispatch(ctx, args, stdout, stderr)
+	var wrong usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &wrong):
+		fmt.Fprintf(stderr, "oom-tracer: %v; see oom-tracer --help\n", err)
+		return exitUsage
+	default:
+		// A config that is wrong has a line for each fault.
+		fmt.Fprintf(stderr, "oom-tracer: %s\n", strings.ReplaceAll(err.Error(), "\n", "\noom-tracer: "))
+		return exitFailure
+	}
+}
+
+func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	command := "run"
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		command, args = args[0], args[1:]
+	}
+	// "config" has one command of its own; "config --help" is a question all the same.
+	if command == "config" && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		command, args = command+" "+args[0], args[1:]
+	}
+	switch command {
+	case "run", "selftest", "doctor", "config", "config check":
+	case hogCommand:
+		return hog(args)
+	default:
+		return usagef("unknown command %q", command)
+	}
+
+	o, flags, err := parseFlags(command, args)
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(stdout, usage)
+		flags.SetOutput(stdout)
+		flags.PrintDefaults()
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if o.version {
+		fmt.Fprintf(stdout, "oom-tracer %s\n", obs.Version())
+		return nil
+	}
+	if command == "config" {
+		return usagef("config needs a command: config check")
+	}
+
+	cfg, node, err := load(o)
+	if err != nil {
+		return err
+	}
+	if command == "config check" {
+		fmt.Fprintf(stdout, "%s: ok (node %s)\n", o.configPath, node)
+		return nil
+	}
+	if command == "selftest" && o.logLevel == "" {
+		cfg.Log.Level = "warn" // its own lines are what is to be read
+	}
+	log, err := obs.NewLogger(stderr, cfg.Log)
+	if err != nil {
+		return err
+	}
+	switch command {
+	case "selftest":
+		return selftest(ctx, cfg, node, stdout, log)
+	case "doctor":
+		return doctor(ctx, cfg, node, o.output, stdout)
+	default:
+		return run(ctx, cfg, node, stdout, log)
+	}
+}
+
+// parseFlags reads what stands behind the command, and checks what needs no config to be checked. Its
+// error is a usageError or flag.ErrHelp.
+func parseFlags(command string, args []string) (o options, flags *flag.FlagSet, err error) {
+	flags = flag.NewFlagSet("oom-tracer", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // its error comes back, and is printed once
+	flags.StringVar(&o.configPath, "config", "/etc/oom-tracer/config.yaml", "the config `file`")
+	flags.StringVar(&o.nodeName, "node-name", "", "this node's `name` (default: NODE_NAME, node.name in the config, the host's name)")
+	flags.StringVar(&o.logLevel, "log-level", "", "the log's `level`: debug, info, warn or error (default: log.level in the config; warn for selftest)")
+	flags.BoolVar(&o.version, "version", false, "print the version and end")
+	if command == "doctor" {
+		flags.StringVar(&o.output, "output", "text", "the `format`: text or json")
+	}
+	err = flags.Parse(args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return o, flags, err
+	case err != nil:
+		return o, flags, usagef("%v", err)
+	case flags.NArg() > 0:
+		return o, flags, usagef("unexpected argument %q", flags.Arg(0))
+	case command == "doctor" && o.output != "text" && o.output != "json":
+		return o, flags, usagef("--output: must be text or json, not %q", o.output)
+	}
+	if o.logLevel != "" {
+		// Held against the rule for the config's own key.
+		cfg := config.Default()
+		cfg.Log.Level = o.logLevel
+		if err := cfg.Validate(); err != nil {
+			return o, flags, usagef("--log-level: %v", err)
+		}
+	}
+	if o.nodeName != "" {
+		if _, err := event.NodeToken(o.nodeName); err != nil {
+			return o, flags, usagef("--node-name: %v", err)
+		}
+	}
+	return o, flags, nil
+}
+
+// load reads the config and what goes before it: flags and the environment.
+func load(o options) (config.Config, string, error) {
+	cfg, err := config.Load(o.configPath)
+	if errors.Is(err, fs.ErrNotExist) {
+		return config.Config{}, "", fmt.Errorf("%w (--config names another file)", err)
+	}
+	if err != nil {
+		return config.Config{}, "", err
+	}
+	if o.logLevel != "" {
+		cfg.Log.Level = o.logLevel
+	}
+	node, err := config.NodeName(o.nodeName, os.Getenv, cfg.Node, os.Hostname)
+	if err != nil {
+		return config.Config{}, "", err
+	}
+	return cfg, node, nil
+}
+
+// run traces until ctx ends.
+func run(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
+	protect(log)
+	t, err := start(ctx, cfg, node, stdout, log)
+	if err != nil {
+		return err
+	}
+	return t.run(ctx)
+}

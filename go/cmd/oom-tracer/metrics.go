@@ -1,0 +1,144 @@
+package main
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+)
+
+const subsystem = "oom_tracer"
+
+// tierMetric is what tells a tracer's metrics from any other program's.
+const tierMetric = subsystem + "_tier_info"
+
+// metrics are the tracer's own. Those that something else counts (the kernel program, the publisher)
+// are read where they are counted, at the scrape.
+type metrics struct {
+	events    *prometheus.CounterVec
+	kills     *prometheus.CounterVec
+	published prometheus.Histogram
+	seq       prometheus.Gauge
+
+	kernel    kernelSide
+	publisher interface{ Stats() bus.Stats }
+	conn      interface{ Connected() bool }
+}
+
+// kernelSide is what is shown of a loader.Loader.
+type kernelSide interface {
+	Tier() loader.Tier
+	Prototype() loader.Prototype
+	Stats() (loader.Stats, error)
+	Received() uint64
+}
+
+// The metrics that are read at the scrape.
+var (
+	tierDesc      = desc("tier_info", "Where the context of kills comes from, and what mark_victim hands over; always 1.", "tier", "prototype")
+	samplesDesc   = desc("samples_total", "Records of the kernel program: seen = sent + refused; received = sent once they are read.", "state")
+	connectedDesc = desc("nats_connected", "Whether there is a connection to NATS.")
+	pendingDesc   = desc("publish_pending", "Events that wait for their acknowledgement by JetStream.")
+	ackedDesc     = desc("publish_acked_total", "Events that JetStream has acknowledged.")
+)
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(prometheus.BuildFQName("", subsystem, name), help, labels, nil)
+}
+
+func newMetrics() *metrics {
+	m := &metrics{
+		events: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Subsystem: subsystem, Name: "events_total",
+			Help: "What became of the kernel's records, by stage and reason.",
+		}, []string{"stage", "reason"}),
+		kills: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Subsystem: subsystem, Name: "kills_total",
+			Help: "Kills by scope; marks without a kill are not among them.",
+		}, []string{"scope"}),
+		published: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Subsystem: subsystem, Name: "publish_latency_seconds",
+			Help:    "From the kill in the kernel to its acknowledgement by JetStream.",
+			Buckets: prometheus.ExponentialBuckets(0.00025, 4, 10),
+		}),
+		seq: prometheus.NewGauge(prometheus.GaugeOpts{
+			Subsystem: subsystem, Name: "seq",
+			Help: "The sequence number of the record that was read last.",
+		}),
+	}
+	// Every series is there from the start, so that a rate over it sees the first event.
+	for stage, reasons := range map[string][]string{
+		"observed":   {"kill", "exiting"},
+		"identified": {"pod", "container", "host"},
+		"skipped":    {"other_node", "print"},
+		"error":      {"decode", "encode", "publish", "dropped", "buffer_full"},
+	} {
+		for _, reason := range reasons {
+			m.events.WithLabelValues(stage, reason)
+		}
+	}
+	for _, scope := range event.Scopes() {
+		m.kills.WithLabelValues(string(scope))
+	}
+	return m
+}
+
+// watch names what is read at the scrape.
+func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn) {
+	m.kernel, m.publisher, m.conn = l, p, c
+}
+
+// observe counts an event that was read.
+func (m *metrics) observe(e *event.Event) {
+	m.events.WithLabelValues("observed", string(e.Kind())).Inc()
+	if e.Kind() == event.KindKill {
+		m.kills.WithLabelValues(string(e.Scope)).Inc()
+	}
+	switch {
+	case e.Container == nil:
+		m.events.WithLabelValues("identified", "host").Inc()
+	case e.Container.PodUID == "":
+		m.events.WithLabelValues("identified", "container").Inc()
+	default:
+		m.events.WithLabelValues("identified", "pod").Inc()
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.published, m.seq} {
+		c.Describe(ch)
+	}
+	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, connectedDesc, pendingDesc, ackedDesc} {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (m *metrics) Collect(ch chan<- prometheus.Metric) {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.published, m.seq} {
+		c.Collect(ch)
+	}
+	ch <- prometheus.MustNewConstMetric(tierDesc, prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Prototype()))
+	// Received before sent: a sample that arrives between the two reads must not look like one too many.
+	received := m.kernel.Received()
+	stats, err := m.kernel.Stats()
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(samplesDesc, err)
+	} else {
+		for state, n := range map[string]uint64{
+			"seen": stats.Seen, "sent": stats.Sent, "refused": stats.Refused, "received": received,
+		} {
+			ch <- prometheus.MustNewConstMetric(samplesDesc, prometheus.CounterValue, float64(n), state)
+		}
+	}
+	connected := 0.0
+	if m.conn.Connected() {
+		connected = 1
+	}
+	ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, connected)
+	publish := m.publisher.Stats()
+	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(publish.Pending))
+	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(publish.Acked))
+}

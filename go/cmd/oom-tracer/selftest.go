@@ -1,0 +1,358 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+const (
+	selftestLimit = 32 << 20         // of the scratch cgroup, bytes
+	selftestWait  = 15 * time.Second // for the victim's end, and for the event
+	// rssSlack is how far the console's figures may be from the event's: the line is printed after
+	// the tracepoint, and before Linux 7 from counters that lag.
+	rssSlack = 512 << 10
+)
+
+// selftest causes one contained OOM kill and checks what comes back out of NATS against what this
+// process, the cgroup's files and the kernel's console say of it.
+func selftest(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
+	h, err := scratch.Find("/proc")
+	if err != nil {
+		return err
+	}
+	running := tracerRunning(ctx, cfg.Metrics.Listen)
+	if running {
+		fmt.Fprintf(stdout, "selftest: through the tracer that runs at %s, cgroup v%d\n", cfg.Metrics.Listen, h.Version)
+	} else {
+		fmt.Fprintf(stdout, "selftest: no tracer runs; through one of its own with an embedded nats, cgroup v%d\n", h.Version)
+		stop, err := privateTracer(ctx, &cfg, node, log)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
+	conn, err := bus.Connect(ctx, cfg.NATS, bus.Options{Name: "oom-tracer-selftest"}, log)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+
+	want, err := causeKill(ctx, h)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "selftest: the kernel killed %s[%d] in %s\n", want.comm, want.pid, want.cgroup)
+	e, err := awaitEvent(ctx, conn, node, want)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(stdout, "\n%s\n\n", text.Line(&e, false))
+	pretty, err := json.MarshalIndent(&e, "", "  ")
+	if err != nil {
+		return fmt.Errorf("print the event: %w", err)
+	}
+	fmt.Fprintf(stdout, "%s\n\n", pretty)
+
+	wrong := want.compare(&e)
+	if want.console == nil {
+		fmt.Fprintln(stdout, "selftest: the kernel's console cannot be read; memory was checked against the limit only")
+	}
+	for _, w := range wrong {
+		fmt.Fprintf(stdout, "WRONG %s\n", w)
+	}
+	if len(wrong) > 0 {
+		return fmt.Errorf("selftest failed: %d of the event's fields are wrong", len(wrong))
+	}
+	fmt.Fprintln(stdout, "selftest: ok: victim, cgroup, scope, limit and memory are right")
+	return nil
+}
+
+// tracerRunning asks whether a tracer of this config runs already.
+func tracerRunning(ctx context.Context, addr string) bool {
+	if addr == "" {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/metrics", nil)
+	if err != nil {
+		return false
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return false
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))
+	return err == nil && response.StatusCode == http.StatusOK && strings.Contains(string(body), tierMetric+"{")
+}
+
+// privateTracer runs a tracer in this process, whose NATS is its own. cfg is changed to lead there.
+func privateTracer(ctx context.Context, cfg *config.Config, node string, log *slog.Logger) (stop func(), err error) {
+	dir, err := os.MkdirTemp("", "oom-tracer-selftest-")
+	if err != nil {
+		return nil, fmt.Errorf("make a directory for nats: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(dir)
+		}
+	}()
+	cfg.NATS = config.Default().NATS
+	cfg.NATS.Embedded.Dir = filepath.Join(dir, "nats")
+	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
+	cfg.Metrics.Listen = ""
+	t, err := start(ctx, *cfg, node, io.Discard, log)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := t.run(ctx); err != nil {
+			log.Error("the tracer of the selftest ended", "error", err)
+		}
+	}()
+	return func() {
+		cancel()
+		<-done
+		os.RemoveAll(dir)
+	}, nil
+}
+
+// expectation is what is known of the kill from other sources than the event.
+type expectation struct {
+	pid       int
+	comm      string
+	uid       uint32
+	startTick uint64 // field 22 of /proc/PID/stat, in 1/100 s since boot
+	cgroup    string // path below the mount
+	id        uint64
+	version   int
+	limit     uint64
+	console   *kmsg.Kill // nil when the console cannot be read
+}
+
+// causeKill lets a child of this process run into a limit, and removes all traces but the kernel's.
+func causeKill(ctx context.Context, h scratch.Hierarchy) (_ *expectation, err error) {
+	ctx, cancel := context.WithTimeout(ctx, selftestWait)
+	defer cancel()
+	group, err := h.New(selftestLimit)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, group.Remove()) }()
+	// Readable only with CAP_SYSLOG; without it the figures are checked less sharply.
+	console, consoleErr := kmsg.Open()
+	if consoleErr == nil {
+		defer console.Close()
+	}
+
+	victim := exec.CommandContext(ctx, "/proc/self/exe", hogCommand, strconv.Itoa(2*selftestLimit>>20))
+	var complaints strings.Builder
+	victim.Stderr = &complaints
+	victim.WaitDelay = time.Second
+	stdin, err := victim.StdinPipe()
+	if err != nil {
+		return nil, fmt.Errorf("start the victim: %w", err)
+	}
+	output, err := victim.StdoutPipe()
+	if err != nil {
+		return nil, fmt.Errorf("start the victim: %w", err)
+	}
+	if err := victim.Start(); err != nil {
+		return nil, fmt.Errorf("start the victim: %w", err)
+	}
+	defer func() {
+		if victim.ProcessState == nil {
+			_ = victim.Process.Kill()
+			_ = victim.Wait()
+		}
+	}()
+	if line, err := bufio.NewReader(output).ReadString('\n'); err != nil || line != "ready\n" {
+		return nil, fmt.Errorf("start the victim: it said %q: %w", line+complaints.String(), err)
+	}
+	pid := victim.Process.Pid
+	want := &expectation{
+		pid: pid, uid: uint32(os.Getuid()), cgroup: group.Path(), id: group.ID,
+		version: group.Version, limit: selftestLimit,
+	}
+	if want.comm, want.startTick, err = processStat(pid); err != nil {
+		return nil, err
+	}
+	if err := group.Add(pid); err != nil {
+		return nil, err
+	}
+	if _, err := stdin.Write([]byte{'\n'}); err != nil {
+		return nil, fmt.Errorf("start the victim: %w", err)
+	}
+	err = victim.Wait()
+	status, ok := victim.ProcessState.Sys().(syscall.WaitStatus)
+	if ctx.Err() != nil || !ok || !status.Signaled() || status.Signal() != syscall.SIGKILL {
+		return nil, fmt.Errorf("the victim was not killed: %w: %s", err, strings.TrimSpace(complaints.String()))
+	}
+	if n, err := group.Kills(); err != nil {
+		return nil, err
+	} else if n != 1 {
+		return nil, fmt.Errorf("the scratch cgroup counts %d kills, not 1", n)
+	}
+	if consoleErr == nil {
+		kills, err := console.Read(func(kills []kmsg.Kill) bool { return lastOf(kills, pid) != nil }, 2*time.Second)
+		if err != nil {
+			return nil, err
+		}
+		want.console = lastOf(kills, pid)
+	}
+	return want, nil
+}
+
+func lastOf(kills []kmsg.Kill, pid int) *kmsg.Kill {
+	for i := len(kills) - 1; i >= 0; i-- {
+		if kills[i].PID == pid {
+			return &kills[i]
+		}
+	}
+	return nil
+}
+
+// processStat reads a process's name and start time (proc_pid_stat(5), fields 2 and 22).
+func processStat(pid int) (comm string, start uint64, err error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return "", 0, fmt.Errorf("read the victim's start: %w", err)
+	}
+	open, end := strings.IndexByte(string(data), '('), strings.LastIndexByte(string(data), ')')
+	fields := strings.Fields(string(data[end+1:]))
+	if open < 0 || end < open || len(fields) < 20 {
+		return "", 0, fmt.Errorf("read the victim's start: %q", data)
+	}
+	start, err = strconv.ParseUint(fields[19], 10, 64)
+	return string(data[open+1 : end]), start, err
+}
+
+// awaitEvent waits for the victim's event on the stream.
+func awaitEvent(ctx context.Context, conn *bus.Conn, node string, want *expectation) (event.Event, error) {
+	ctx, cancel := context.WithTimeout(ctx, selftestWait)
+	defer cancel()
+	subject, err := event.Filter("*", "", node)
+	if err != nil {
+		return event.Event{}, err
+	}
+	var found *event.Event
+	errFound := errors.New("found")
+	err = bus.Tail(ctx, conn, bus.TailOptions{
+		Subjects: []string{subject}, Since: time.Now().Add(-time.Minute), Follow: true,
+	}, func(m bus.Stored) error {
+		e, err := event.Parse(m.Data)
+		if err != nil {
+			return nil // somebody else's message
+		}
+		// By the cgroup as well, so that an event with a wrong victim is compared and not waited for.
+		if int(e.Victim.PID) == want.pid || e.Victim.Cgroup != nil && e.Victim.Cgroup.ID == want.id {
+			found = &e
+			return errFound
+		}
+		return nil
+	})
+	switch {
+	case found != nil:
+		return *found, nil
+	case err != nil && !errors.Is(err, context.DeadlineExceeded):
+		return event.Event{}, fmt.Errorf("wait for the event: %w", err)
+	default:
+		return event.Event{}, fmt.Errorf("selftest failed: the kernel killed process %d and no event came within %s", want.pid, selftestWait)
+	}
+}
+
+// compare lists what of the event is not as it should be.
+func (want *expectation) compare(e *event.Event) []string {
+	var wrong []string
+	check := func(field string, got, want any) {
+		if got != want {
+			wrong = append(wrong, fmt.Sprintf("%s: %v, want %v", field, got, want))
+		}
+	}
+	near := func(field string, got, want, slack uint64) {
+		if diff := math.Abs(float64(got) - float64(want)); diff > float64(slack) {
+			wrong = append(wrong, fmt.Sprintf("%s: %d, want %d give or take %d", field, got, want, slack))
+		}
+	}
+	check("outcome", e.Outcome, map[bool]event.KillOutcome{true: event.OutcomeUnknown, false: event.OutcomeKilled}[e.Node.Tier == "none"])
+	check("scope", e.Scope, map[bool]event.Scope{true: event.ScopeUnknown, false: event.ScopeCgroup}[e.Node.Tier == "none"])
+	check("victim.pid", int(e.Victim.PID), want.pid)
+	check("victim.tid", int(e.Victim.TID), want.pid)
+	check("victim.comm", e.Victim.Comm, want.comm)
+	// USER_HZ is 100 on every architecture that this program runs on.
+	check("victim.start_boottime_ns in ticks", e.Victim.StartBoottimeNS/1e7, want.startTick)
+	if e.Victim.UID == nil {
+		wrong = append(wrong, "victim.uid is absent")
+	} else {
+		check("victim.uid", *e.Victim.UID, want.uid)
+	}
+	if e.Victim.OOMScoreAdj == nil {
+		wrong = append(wrong, "victim.oom_score_adj is absent")
+	} else {
+		check("victim.oom_score_adj", *e.Victim.OOMScoreAdj, int16(1000))
+	}
+	checkCgroup := func(field string, c *event.Cgroup) {
+		if c == nil {
+			wrong = append(wrong, field+" is absent")
+			return
+		}
+		check(field+".id", c.ID, want.id)
+		check(field+".version", c.Version, want.version)
+		// The mount's root may be a cgroup further down, in a cgroup namespace.
+		if !strings.HasSuffix(c.Path, want.cgroup) || c.Truncated {
+			wrong = append(wrong, fmt.Sprintf("%s.path: %q does not end with %q", field, c.Path, want.cgroup))
+		}
+	}
+	checkCgroup("victim.cgroup", e.Victim.Cgroup)
+	if e.Trigger == nil {
+		wrong = append(wrong, "trigger is absent")
+	} else {
+		check("trigger.pid", int(e.Trigger.PID), want.pid)
+		checkCgroup("trigger.cgroup", e.Trigger.Cgroup)
+	}
+	if l := e.Limit; l != nil && l.Max != nil {
+		checkCgroup("limit.cgroup", l.Cgroup)
+		check("limit.max", *l.Max, want.limit)
+	} else if e.Node.Tier != "none" {
+		wrong = append(wrong, "limit is absent")
+	}
+	m := e.Victim.Memory
+	if m == nil {
+		return append(wrong, "victim.memory is absent")
+	}
+	// The victim held all that was charged, and what it had touched before it was moved.
+	near("victim.memory.anon_rss", m.AnonRSS, want.limit, want.limit/4)
+	if c := want.console; c != nil {
+		check("victim.memory.total_vm against the console", m.TotalVM, c.TotalVM)
+		near("victim.memory.anon_rss against the console", m.AnonRSS, c.AnonRSS, rssSlack)
+		near("victim.memory.file_rss against the console", m.FileRSS, c.FileRSS, rssSlack)
+		near("victim.memory.shmem_rss against the console", m.ShmemRSS, c.ShmemRSS, rssSlack)
+		check("victim.memory.pgtables against the console", m.PgTables, c.PgTables)
+	}
+	return wrong
+}

@@ -1,0 +1,330 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
+)
+
+// Each step of the way down has its share of the five seconds that a SIGTERM may take. The loader
+// bounds its own.
+const (
+	drainTime    = 1500 * time.Millisecond
+	shutdownTime = 1 * time.Second
+)
+
+// tracer is the pipeline: loader -> wire -> bus.
+type tracer struct {
+	log       *slog.Logger
+	loader    *loader.Loader
+	converter wire.Converter
+	server    *embedded.Server // nil with an external NATS
+	conn      *bus.Conn
+	publisher *bus.Publisher
+	metrics   *metrics
+	http      *obs.Server
+	lines     *printer
+}
+
+// start brings everything up, in the order of the flow backwards: when the first kill is recorded,
+// everything behind it is there. NATS itself may be away.
+func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) (_ *tracer, err error) {
+	self, err := thisNode(node)
+	if err != nil {
+		return nil, err
+	}
+	t := &tracer{
+		log: log,
+		converter: wire.Converter{
+			Node:       self,
+			CgroupRoot: cfg.Node.CgroupRoot,
+			PageSize:   uint64(os.Getpagesize()),
+			GFPFlags:   loader.GFPFlags(),
+			Now:        now,
+		},
+	}
+	defer func() {
+		if err != nil {
+			t.close()
+		}
+	}()
+	if cfg.NATS.URL == "" {
+		if t.server, err = embedded.Start(cfg.NATS.Embedded, log); err != nil {
+			return nil, err
+		}
+	}
+	// An external NATS may come later than this agent; its own streams are its owner's.
+	t.conn, err = bus.Connect(ctx, cfg.NATS, bus.Options{Name: "oom-tracer-" + node, Background: t.server == nil}, log)
+	if err != nil {
+		return nil, err
+	}
+	if t.server != nil {
+		if err := bus.EnsureStream(ctx, t.conn, cfg.NATS.Stream); err != nil {
+			return nil, err
+		}
+	}
+	t.metrics = newMetrics()
+	if t.publisher, err = bus.NewPublisher(t.conn, cfg.NATS.Buffer, t.hooks(), log); err != nil {
+		return nil, fmt.Errorf("make the publisher: %w", err)
+	}
+	t.loader, err = loader.Open(loader.Options{
+		Tier: loader.Tier(cfg.Kernel.Tier), PerfPages: cfg.Kernel.PerfPages, Log: log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w (oom-tracer doctor says more)", err)
+	}
+	t.metrics.watch(t.loader, t.publisher, t.conn)
+
+	registry := obs.NewRegistry("oom-tracer")
+	registry.MustRegister(t.metrics, obs.NewOOMKillCollector("/proc"))
+	t.http, err = obs.Listen(cfg.Metrics.Listen, registry, obs.Checks{
+		Health: map[string]obs.Check{"reader": t.loader.Alive, "jetstream": t.storeHealthy},
+		Ready: map[string]obs.Check{
+			"reader": t.loader.Alive,
+			"nats":   t.natsReady,
+		},
+	}, log)
+	if err != nil {
+		return nil, fmt.Errorf("serve metrics: %w", err)
+	}
+	t.lines = newPrinter(stdout, func() { t.metrics.events.WithLabelValues("skipped", "print").Inc() })
+	log.Info("tracing oom kills",
+		"version", obs.Version().Version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
+		"prototype", string(t.loader.Prototype()), "nats", t.natsName(cfg), "metrics", t.http.Addr())
+	return t, nil
+}
+
+func (t *tracer) natsName(cfg config.Config) string {
+	if t.server != nil {
+		return t.server.ClientURL() + " (embedded)"
+	}
+	return cfg.NATS.URL
+}
+
+// storeHealthy fails when the embedded server has given up its store (a full or broken disk), which only a
+// restart cures.
+func (t *tracer) storeHealthy(context.Context) error {
+	if t.server == nil {
+		return nil
+	}
+	return t.server.Healthy()
+}
+
+// natsReady fails while events cannot be stored.
+func (t *tracer) natsReady(ctx context.Context) error {
+	if !t.conn.Connected() {
+		return bus.ErrDisconnected
+	}
+	return errors.Join(t.storeHealthy(ctx), t.publisher.Failing())
+}
+
+// run works until ctx ends or a part fails, then goes down along the flow.
+func (t *tracer) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// These two outlive ctx: they must carry what the loader reads until it has ended.
+	downstream, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	published := make(chan error, 1)
+	go func() {
+		err := t.publisher.Run(downstream)
+		if err != nil {
+			cancel(fmt.Errorf("publish: %w", err))
+		}
+		published <- err
+	}()
+	served := make(chan error, 1)
+	go func() {
+		err := t.http.Serve(downstream)
+		if err != nil {
+			cancel(err)
+		}
+		served <- err
+	}()
+
+	err := t.loader.Run(ctx, t.handle)
+	if err != nil {
+		err = fmt.Errorf("read kills: %w", err)
+	}
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+		err = errors.Join(err, cause)
+	}
+
+	draining, done := context.WithTimeout(downstream, drainTime)
+	defer done()
+	if left, drainErr := t.publisher.Drain(draining); left > 0 {
+		err = errors.Join(err, fmt.Errorf("%d events could not be published before the end: %w", left, drainErr))
+	}
+	stop()
+	<-published
+	<-served
+	err = errors.Join(err, t.close())
+	t.log.Info("stopped")
+	return err
+}
+
+// close releases what start took, in the order of the flow. It may find a half-started tracer.
+func (t *tracer) close() error {
+	var err error
+	if t.loader != nil {
+		t.loader.Close()
+	}
+	if t.lines != nil {
+		t.lines.close()
+	}
+	if t.conn != nil {
+		t.conn.Close()
+	}
+	if t.server != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
+		defer cancel()
+		if stopErr := t.server.Shutdown(ctx); stopErr != nil {
+			err = fmt.Errorf("stop the embedded nats: %w", stopErr)
+		}
+	}
+	return err
+}
+
+// handle takes one sample the whole way to the publisher's buffer. It never blocks, for the kernel's
+// buffer fills meanwhile.
+func (t *tracer) handle(sample []byte) {
+	record, err := wire.Decode(sample)
+	if err != nil {
+		t.metrics.events.WithLabelValues("error", "decode").Inc()
+		t.log.Error("sample refused", "error", err, "bytes", len(sample), "head", fmt.Sprintf("%x", sample[:min(len(sample), 64)]))
+		return
+	}
+	t.metrics.seq.Set(float64(record.Seq))
+	if !t.converter.OnNode(record) {
+		t.metrics.events.WithLabelValues("skipped", "other_node").Inc()
+		return
+	}
+	e := t.converter.Event(record)
+	t.metrics.observe(&e)
+	t.lines.print(text.Line(&e, false))
+	subject, err := e.Subject()
+	if err != nil {
+		t.metrics.events.WithLabelValues("error", "encode").Inc()
+		t.log.Error("event has no subject", "id", e.ID, "error", err)
+		return
+	}
+	data, err := json.Marshal(&e)
+	if err != nil {
+		t.metrics.events.WithLabelValues("error", "encode").Inc()
+		t.log.Error("event cannot be written as json", "id", e.ID, "error", err)
+		return
+	}
+	if err := t.publisher.Enqueue(bus.Msg{ID: e.ID, Subject: subject, Data: data, Tag: e.Time}); err != nil {
+		t.metrics.events.WithLabelValues("error", "buffer_full").Inc()
+		t.log.Error("event not published", "id", e.ID, "seq", e.Seq, "error", err)
+	}
+}
+
+func (t *tracer) hooks() bus.Hooks {
+	return bus.Hooks{
+		OnAck: func(m bus.Msg, _ bool) {
+			t.metrics.published.Observe(time.Since(m.Tag.(time.Time)).Seconds())
+		},
+		OnRetry: func(bus.Msg, error) { t.metrics.events.WithLabelValues("error", "publish").Inc() },
+		OnDrop: func(m bus.Msg, err error) {
+			t.metrics.events.WithLabelValues("error", "dropped").Inc()
+			t.log.Error("event given up", "id", m.ID, "subject", m.Subject, "error", err)
+		},
+	}
+}
+
+// oomScoreAdj keeps the OOM killer away from the process that reports it: only what is at -1000 comes
+// later. The price is that its memory is never had back by a kill, so should it ever leak, others die first.
+const oomScoreAdj = -998
+
+// protect lowers this process's oom_score_adj. It needs CAP_SYS_RESOURCE, and may go on without.
+func protect(log *slog.Logger) {
+	const file = "/proc/self/oom_score_adj"
+	if data, err := os.ReadFile(file); err == nil {
+		if n, err := strconv.Atoi(strings.TrimSpace(string(data))); err == nil && n <= oomScoreAdj {
+			return
+		}
+	}
+	if err := os.WriteFile(file, []byte(strconv.Itoa(oomScoreAdj)), 0); err != nil {
+		log.Warn("not protected from the oom killer itself", "error", err)
+	}
+}
+
+// thisNode is what every event says of its node, but for the tier.
+func thisNode(name string) (event.Node, error) {
+	bootID, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return event.Node{}, fmt.Errorf("read the boot id: %w", err)
+	}
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return event.Node{}, fmt.Errorf("read the kernel's release: %w", err)
+	}
+	return event.Node{
+		Name:   name,
+		BootID: strings.TrimSpace(string(bootID)),
+		Kernel: unix.ByteSliceToString(uts.Release[:]),
+	}, nil
+}
+
+// now reads the wall clock and CLOCK_BOOTTIME, in nanoseconds, together.
+func now() (time.Time, uint64) {
+	var boot unix.Timespec
+	// Fails only for a clock that the kernel does not have; this one is there since 2.6.39.
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot)
+	return time.Now(), uint64(boot.Nano())
+}
+
+// printer writes lines without ever holding up its caller: standard output may be a pipe that nobody
+// reads.
+type printer struct {
+	lines   chan string
+	done    chan struct{}
+	dropped func()
+}
+
+func newPrinter(w io.Writer, dropped func()) *printer {
+	p := &printer{lines: make(chan string, 1024), done: make(chan struct{}), dropped: dropped}
+	go func() {
+		defer close(p.done)
+		for line := range p.lines {
+			fmt.Fprintln(w, line)
+		}
+	}()
+	return p
+}
+
+func (p *printer) print(line string) {
+	select {
+	case p.lines <- line:
+	default:
+		p.dropped()
+	}
+}
+
+// close waits for what is still to be written, for a moment.
+func (p *printer) close() {
+	close(p.lines)
+	select {
+	case <-p.done:
+	case <-time.After(200 * time.Millisecond):
+	}
+}

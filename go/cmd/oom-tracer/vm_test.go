@@ -1,0 +1,770 @@
+//go:build vm
+
+package main
+
+// The tests that run inside a virtual machine, as its first process's only child: tools/vm/test-vm.sh
+// builds them into an initramfs. They may run the machine out of memory.
+//
+// Expected values come from the kernel's console and from what a scenario arranged, never from our own
+// code.
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
+)
+
+// tooMuch is more than the machine has, in MiB.
+const tooMuch = 4096
+
+// observer collects events with one tier.
+type observer struct {
+	tier    loader.Tier
+	task    bool // the tracepoint hands over the task
+	mu      sync.Mutex
+	events  []event.Event
+	console *kmsg.Reader
+	stop    func()
+}
+
+// observe loads the program with a tier; nil, and why, where this kernel does not have it.
+func observe(t *testing.T, tier loader.Tier) (*observer, error) {
+	t.Helper()
+	l, err := loader.Open(loader.Options{Tier: tier, PerfPages: 64, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return nil, err
+	}
+	self, err := thisNode("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := wire.Converter{Node: self, CgroupRoot: "/", PageSize: uint64(os.Getpagesize()), GFPFlags: loader.GFPFlags(), Now: now}
+	o := &observer{tier: tier, task: l.Prototype() == loader.PrototypeTask}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- l.Run(ctx, func(sample []byte) {
+			r, err := wire.Decode(sample)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			o.events = append(o.events, c.Event(r))
+		})
+	}()
+	o.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		l.Close()
+	})
+	t.Cleanup(o.stop)
+	return o, nil
+}
+
+// begin forgets what was, for the next scenario.
+func (o *observer) begin(t *testing.T) {
+	t.Helper()
+	console, err := kmsg.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { console.Close() })
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.events, o.console = nil, console
+}
+
+// take waits until there are n events and the console has printed killed kills, gives stragglers a moment,
+// and returns both. Doubles on the console (the first victim of a group) are dropped.
+func (o *observer) take(t *testing.T, events, killed int) ([]event.Event, []kmsg.Kill) {
+	t.Helper()
+	printed := func() (kills []kmsg.Kill) {
+		all, err := o.console.Read(func([]kmsg.Kill) bool { return true }, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range all {
+			if !slices.ContainsFunc(kills, func(other kmsg.Kill) bool { return other.PID == k.PID }) {
+				kills = append(kills, k)
+			}
+		}
+		return kills
+	}
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		o.mu.Lock()
+		n := len(o.events)
+		o.mu.Unlock()
+		if n >= events && len(printed()) >= killed || time.Now().After(deadline) {
+			break
+		}
+	}
+	time.Sleep(500 * time.Millisecond) // one too many would come now
+	o.mu.Lock()
+	seen := slices.Clone(o.events)
+	o.mu.Unlock()
+	// The console last: its line of a kill comes after the event's record.
+	time.Sleep(200 * time.Millisecond)
+	return seen, printed()
+}
+
+// truth is what a scenario knows beside the console.
+type truth struct {
+	scope   event.Scope
+	trigger string // its comm
+	limit   event.LimitLevel
+	victim  int  // the process; 0: as the console says
+	tid     bool // the marked thread is not the leader
+}
+
+// hooked reports whether a tier knows what struct oom_control says.
+func hooked(tier loader.Tier) bool { return tier == loader.TierFentry || tier == loader.TierKprobe }
+
+// compareKill lists what of an event is not what the console and the scenario say.
+func (o *observer) compareKill(e *event.Event, k *kmsg.Kill, want truth) []string {
+	var wrong []string
+	check := func(field string, got, want any) {
+		if got != want {
+			wrong = append(wrong, fmt.Sprintf("%s: %v, want %v", field, got, want))
+		}
+	}
+	near := func(field string, got, want uint64) {
+		if max(got, want)-min(got, want) > rssSlack {
+			wrong = append(wrong, fmt.Sprintf("%s: %d, want %d", field, got, want))
+		}
+	}
+	check("victim.tid", int(e.Victim.TID), k.PID)
+	check("node.tier", e.Node.Tier, string(o.tier))
+	if o.tier == loader.TierNone {
+		check("scope", e.Scope, event.ScopeUnknown)
+		check("outcome", e.Outcome, event.OutcomeUnknown)
+		check("limit", e.Limit == nil, true)
+		check("incident", e.Incident == nil, true)
+	} else {
+		check("scope", e.Scope, want.scope)
+		check("outcome", e.Outcome, event.OutcomeKilled)
+		if want.scope != event.ScopeUnknown {
+			check("incident is there", e.Incident != nil, true)
+		}
+	}
+	check("alloc is there", e.Alloc != nil, hooked(o.tier))
+	if want.trigger != "" && e.Trigger != nil {
+		if strings.HasSuffix(want.trigger, "*") {
+			check("trigger.comm", strings.HasPrefix(e.Trigger.Comm, strings.TrimSuffix(want.trigger, "*")), true)
+		} else {
+			check("trigger.comm", e.Trigger.Comm, want.trigger)
+		}
+	}
+	if k.TriggerComm != "" {
+		check("trigger.comm against the console", e.Trigger.Comm, k.TriggerComm)
+		if e.Alloc != nil {
+			check("alloc.gfp_mask", e.Alloc.GFPMask, k.GFPMask)
+			check("alloc.order", e.Alloc.Order, k.Order)
+			check("alloc.total_pages is there", e.Alloc.TotalPages > 0, true)
+		}
+	}
+	if k.Constraint != "" && o.tier != loader.TierNone && want.scope != event.ScopeSysrq && want.scope != event.ScopeUnknown {
+		check("scope against the console", e.Scope, map[string]event.Scope{
+			"CONSTRAINT_NONE": event.ScopeGlobal, "CONSTRAINT_MEMCG": event.ScopeCgroup,
+			"CONSTRAINT_CPUSET": event.ScopeCpuset, "CONSTRAINT_MEMORY_POLICY": event.ScopeMempolicy,
+		}[k.Constraint])
+	}
+	if l := e.Limit; l != nil {
+		if want.limit != "" {
+			check("limit.level", l.Level, want.limit)
+		}
+		if want.scope == event.ScopeCgroup {
+			check("limit.inferred", l.Inferred, !hooked(o.tier))
+			if l.Cgroup == nil {
+				return append(wrong, "limit.cgroup is absent")
+			}
+			if k.OOMMemcg != "" {
+				check("limit.cgroup.path", l.Cgroup.Path, k.OOMMemcg)
+			}
+			var max string
+			if data, err := os.ReadFile(limitFile(l.Cgroup.Path)); err == nil {
+				max = strings.TrimSpace(string(data))
+				check("limit.max", fmt.Sprint(*l.Max), max)
+			}
+		}
+	} else if want.scope == event.ScopeCgroup && o.tier != loader.TierNone {
+		wrong = append(wrong, "limit is absent")
+	}
+	if e.Victim.PID == 0 {
+		// Only where the kernel hands over no task, no hook does, and the victim is not the trigger.
+		if o.task || hooked(o.tier) || e.Trigger.TID == e.Victim.TID || e.Trigger.PID == e.Victim.TID {
+			wrong = append(wrong, "victim.pid is absent")
+		}
+		return wrong
+	}
+	if want.victim != 0 {
+		check("victim.pid", int(e.Victim.PID), want.victim)
+	} else if !want.tid {
+		check("victim.pid", int(e.Victim.PID), k.PID)
+	}
+	if want.tid {
+		check("victim.pid is not its tid", e.Victim.PID != e.Victim.TID, true)
+	}
+	check("victim.comm", e.Victim.Comm, k.Comm)
+	check("victim.uid", *e.Victim.UID, k.UID)
+	check("victim.oom_score_adj", *e.Victim.OOMScoreAdj, k.OOMScoreAdj)
+	if k.TaskMemcg != "" {
+		memcg := e.Victim.Cgroup
+		if e.Victim.Memcg != nil {
+			memcg = e.Victim.Memcg
+		}
+		check("victim.memcg.path", memcg.Path, k.TaskMemcg)
+	}
+	m := e.Victim.Memory
+	if m == nil {
+		return append(wrong, "victim.memory is absent")
+	}
+	check("victim.memory.total_vm", m.TotalVM, k.TotalVM)
+	check("victim.memory.pgtables", m.PgTables, k.PgTables)
+	near("victim.memory.anon_rss", m.AnonRSS, k.AnonRSS)
+	near("victim.memory.file_rss", m.FileRSS, k.FileRSS)
+	near("victim.memory.shmem_rss", m.ShmemRSS, k.ShmemRSS)
+	return wrong
+}
+
+// limitFile is where the kernel says a memory cgroup's limit.
+func limitFile(path string) string {
+	h, err := scratch.Find("/proc")
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(h.Mount, path, map[int]string{1: "memory.limit_in_bytes", 2: "memory.max"}[h.Version])
+}
+
+// expect holds events against the console, kill by kill: none missing, none too many, none wrong.
+func (o *observer) expect(t *testing.T, n int, want truth) []event.Event {
+	t.Helper()
+	events, kills := o.take(t, n, n)
+	if len(kills) != n {
+		t.Errorf("the console tells of %d kills, the scenario wanted %d", len(kills), n)
+	}
+	if len(events) != len(kills) {
+		t.Errorf("%d events of %d kills", len(events), len(kills))
+	}
+	for i := range kills {
+		at := slices.IndexFunc(events, func(e event.Event) bool { return int(e.Victim.TID) == kills[i].PID })
+		if at < 0 {
+			t.Errorf("no event of process %d (%s)", kills[i].PID, kills[i].Comm)
+			continue
+		}
+		for _, w := range o.compareKill(&events[at], &kills[i], want) {
+			t.Errorf("%s[%d]: %s", kills[i].Comm, kills[i].PID, w)
+		}
+	}
+	return events
+}
+
+// hogProcess runs tools/hog in a cgroup and returns once it was told to begin.
+func hogProcess(t *testing.T, group *scratch.Cgroup, adj int, args ...string) *exec.Cmd {
+	t.Helper()
+	hog := exec.Command(scratchtest.Program(t, "hog"), args...)
+	stdin, err := hog.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := hog.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = hog.Process.Kill()
+		_ = hog.Wait()
+	})
+	// The test itself is at -1000, and its children inherit that.
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", hog.Process.Pid), []byte(fmt.Sprint(adj)), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := group.Add(hog.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stdin.Write([]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	return hog
+}
+
+// hold is a hog that holds mib MiB when hold returns.
+func hold(t *testing.T, group *scratch.Cgroup, adj, mib int) *exec.Cmd {
+	t.Helper()
+	hog := hogProcess(t, group, adj, "0", fmt.Sprint(mib), "hold")
+	for deadline := time.Now().Add(30 * time.Second); residentMiB(hog.Process.Pid) < mib; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("process %d does not come to hold %d MiB", hog.Process.Pid, mib)
+		}
+	}
+	return hog
+}
+
+func residentMiB(pid int) int {
+	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	var size, resident int
+	_, _ = fmt.Sscan(string(data), &size, &resident)
+	return resident * os.Getpagesize() / mib
+}
+
+func setGroupKill(t *testing.T, group *scratch.Cgroup) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(group.Dir, "memory.oom.group"), []byte("1"), 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// kubelet lays out a pod's cgroups as a kubelet with the cgroupfs driver does; the limits are in bytes.
+func kubelet(t *testing.T, kubepodsMax, podMax, containerMax uint64) *scratch.Cgroup {
+	t.Helper()
+	root := scratchtest.New(t, scratch.Unlimited)
+	kubepods := scratchtest.Child(t, root, "kubepods", kubepodsMax)
+	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
+	pod := scratchtest.Child(t, burstable, "pod0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0", podMax)
+	return scratchtest.Child(t, pod, strings.Repeat("0123456789abcdef", 4), containerMax)
+}
+
+// errNotHere is why a scenario cannot be had on a kernel.
+type errNotHere string
+
+func (e errNotHere) Error() string { return string(e) }
+
+// scenario causes one OOM and holds what is told of it against the console.
+type scenario struct {
+	name string
+	run  func(t *testing.T, o *observer)
+}
+
+// scenarios are what is caused with each tier.
+var scenarios = []scenario{
+	{"global", func(t *testing.T, o *observer) {
+		hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "1", fmt.Sprint(tooMuch))
+		e := o.expect(t, 1, truth{scope: event.ScopeGlobal, trigger: "hog", limit: event.LevelNode})
+		if len(e) == 1 && e[0].Limit != nil && e[0].Limit.Cgroup != nil {
+			t.Errorf("a global kill has the limit of %s", e[0].Limit.Cgroup.Path)
+		}
+	}},
+	{"container-limit", func(t *testing.T, o *observer) {
+		hogProcess(t, kubelet(t, 128*mib, 64*mib, 16*mib), 0, "1", "64")
+		o.expect(t, 1, truth{scope: event.ScopeCgroup, trigger: "hog", limit: event.LevelContainer})
+	}},
+	{"pod-limit", func(t *testing.T, o *observer) {
+		hogProcess(t, kubelet(t, 128*mib, 16*mib, 64*mib), 0, "1", "64")
+		o.expect(t, 1, truth{scope: event.ScopeCgroup, trigger: "hog", limit: event.LevelPod})
+	}},
+	{"kubepods-limit", func(t *testing.T, o *observer) {
+		hogProcess(t, kubelet(t, 16*mib, 64*mib, 32*mib), 0, "1", "64")
+		o.expect(t, 1, truth{scope: event.ScopeCgroup, trigger: "hog", limit: event.LevelKubepods})
+	}},
+	{"oom.group", func(t *testing.T, o *observer) {
+		group := scratchtest.New(t, 96*mib)
+		if group.Version == 1 {
+			panic(errNotHere("version 1 has no memory.oom.group"))
+		}
+		setGroupKill(t, group)
+		var protected *exec.Cmd
+		for i := range 48 { // and the hog and its child make 50
+			adj := 0
+			if i == 7 {
+				adj = -1000
+			}
+			p := hogProcess(t, group, adj, "0", "1", "hold")
+			if i == 7 {
+				protected = p
+			}
+		}
+		hogProcess(t, group, 0, "1", "128")
+		events := o.expect(t, 49, truth{scope: event.ScopeCgroup, trigger: "hog"})
+		if protected.Process.Signal(syscall.Signal(0)) != nil {
+			t.Error("the process at -1000 is gone")
+		}
+		if o.tier == loader.TierNone {
+			return
+		}
+		indices := map[uint32]bool{}
+		for _, e := range events {
+			if e.Incident == nil || !e.Incident.Group || e.Incident.ID != events[0].Incident.ID {
+				t.Errorf("incident %+v of process %d, the first has %+v", e.Incident, e.Victim.PID, events[0].Incident)
+				continue
+			}
+			indices[e.Incident.Index] = true
+		}
+		if len(indices) != len(events) {
+			t.Errorf("%d indices of %d events", len(indices), len(events))
+		}
+	}},
+	{"sysrq", func(t *testing.T, o *observer) {
+		victim := hold(t, scratchtest.New(t, scratch.Unlimited), 0, 64)
+		if err := os.WriteFile("/proc/sysrq-trigger", []byte("f"), 0); err != nil {
+			t.Fatal(err)
+		}
+		o.expect(t, 1, truth{scope: event.ScopeSysrq, trigger: "kworker*", victim: victim.Process.Pid})
+	}},
+	{"innocent-trigger", func(t *testing.T, o *observer) {
+		root := scratchtest.New(t, scratch.Unlimited)
+		a := scratchtest.Child(t, root, "innocent", scratch.Unlimited)
+		b := scratchtest.Child(t, root, "hog", scratch.Unlimited)
+		free := freeMiB(t)
+		victim := hold(t, b, 0, free*6/10)
+		innocent := hogProcess(t, a, -900, "0", fmt.Sprint(free*8/10), "hold")
+		events := o.expect(t, 1, truth{scope: event.ScopeGlobal, victim: victim.Process.Pid})
+		if len(events) != 1 {
+			return
+		}
+		e := events[0]
+		// Anybody may be the one whose allocation fails; what counts is that nobody is taken for another.
+		if e.Victim.PID != 0 && e.Victim.Cgroup.Path != b.Path() {
+			t.Errorf("the victim is in %s, want %s", e.Victim.Cgroup.Path, b.Path())
+		}
+		if int(e.Trigger.PID) == innocent.Process.Pid && e.Trigger.Cgroup.Path != a.Path() {
+			t.Errorf("the trigger is in %s, want %s", e.Trigger.Cgroup.Path, a.Path())
+		}
+		if int(e.Trigger.PID) == victim.Process.Pid {
+			t.Errorf("the victim held still and is the trigger")
+		}
+	}},
+	{"threaded", func(t *testing.T, o *observer) {
+		hogProcess(t, scratchtest.New(t, 16*mib), 0, "1", "64", "threaded")
+		o.expect(t, 1, truth{scope: event.ScopeCgroup, trigger: "hog-thread", tid: true})
+	}},
+	{"already-exiting", func(t *testing.T, o *observer) {
+		group := scratchtest.New(t, 24*mib)
+		dying := hold(t, group, 0, 20)
+		scratchtest.Freezer(t).Freeze(t, dying.Process.Pid)
+		if err := dying.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		hogProcess(t, group, 0, "1", "16")
+		events, kills := o.take(t, 1, 0)
+		wantOutcome, wantScope := event.OutcomeExiting, event.ScopeCgroup
+		if o.tier == loader.TierNone {
+			wantOutcome, wantScope = event.OutcomeUnknown, event.ScopeUnknown
+		}
+		marked := 0
+		for _, e := range events {
+			if int(e.Victim.TID) == dying.Process.Pid {
+				marked++
+				if e.Outcome != wantOutcome || e.Scope != wantScope || e.Incident != nil {
+					t.Errorf("outcome %s, scope %s, incident %+v", e.Outcome, e.Scope, e.Incident)
+				}
+				continue
+			}
+			// Should the dying one take its time, the kernel kills somebody after all.
+			if e.Outcome == event.OutcomeKilled && !slices.ContainsFunc(kills, func(k kmsg.Kill) bool { return k.PID == int(e.Victim.TID) }) {
+				t.Errorf("an event says that %d was killed, the console does not", e.Victim.TID)
+			}
+		}
+		if marked != 1 || slices.ContainsFunc(kills, func(k kmsg.Kill) bool { return k.PID == dying.Process.Pid }) {
+			t.Errorf("%d was dying; events %+v; the console tells of %+v", dying.Process.Pid, events, kills)
+		}
+	}},
+	{"clone-vm", func(t *testing.T, o *observer) {
+		// Two processes share one memory: both die, one is marked.
+		hogProcess(t, scratchtest.New(t, 16*mib), 0, "1", "64", "shared")
+		o.expect(t, 1, truth{scope: event.ScopeCgroup})
+	}},
+	{"ten-levels", func(t *testing.T, o *observer) {
+		leaf := kubelet(t, 128*mib, 64*mib, 16*mib)
+		for i := range 10 {
+			leaf = scratchtest.Child(t, leaf, fmt.Sprintf("level-%d", i), scratch.Unlimited)
+		}
+		hogProcess(t, leaf, 0, "1", "64")
+		events := o.expect(t, 1, truth{scope: event.ScopeCgroup, limit: event.LevelContainer})
+		if len(events) == 1 && events[0].Victim.PID != 0 {
+			if events[0].Victim.Cgroup.Path != leaf.Path() || events[0].Container == nil || events[0].Container.PodUID == "" {
+				t.Errorf("victim in %+v, container %+v", events[0].Victim.Cgroup, events[0].Container)
+			}
+		}
+	}},
+}
+
+// freeMiB is what can still be had.
+func freeMiB(t *testing.T) int {
+	t.Helper()
+	file, err := os.Open("/proc/meminfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	lines := bufio.NewScanner(file)
+	for lines.Scan() {
+		var kib int
+		if n, _ := fmt.Sscanf(lines.Text(), "MemAvailable: %d kB", &kib); n == 1 {
+			return kib >> 10
+		}
+	}
+	t.Fatal("no MemAvailable")
+	return 0
+}
+
+var vmTiers = []loader.Tier{loader.TierFentry, loader.TierKprobe, loader.TierStack, loader.TierNone}
+
+// row prints a line of the table that tools/vm/test-vm.sh makes.
+func row(tier loader.Tier, scenario, result, detail string) {
+	fmt.Printf("TABLE %s %s %s %s\n", tier, scenario, result, strings.ReplaceAll(detail, "\n", " "))
+}
+
+// TestVM causes every scenario with every tier.
+func TestVM(t *testing.T) {
+	self, err := thisNode("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("BOOTED %s\n", self.Kernel)
+	for _, tier := range vmTiers {
+		runTier(t, tier, scenarios)
+	}
+}
+
+// runTier loads the program once with a tier, runs scenarios and prints a row for each.
+func runTier(t *testing.T, tier loader.Tier, scenarios []scenario) {
+	t.Run(string(tier), func(t *testing.T) {
+		o, err := observe(t, tier)
+		if err != nil {
+			// Every stock kernel has every tier; another kernel need not.
+			result := "n/a"
+			if self, _ := thisNode("vm"); strings.HasSuffix(self.Kernel, "-cloud-amd64") {
+				result = "FAIL"
+				t.Error(err)
+			}
+			for _, s := range scenarios {
+				row(tier, s.name, result, err.Error())
+			}
+			return
+		}
+		for _, s := range scenarios {
+			why := ""
+			ok := t.Run(s.name, func(t *testing.T) {
+				defer func() {
+					if p := recover(); p != nil {
+						here, ok := p.(errNotHere)
+						if !ok {
+							panic(p)
+						}
+						why = string(here)
+					}
+				}()
+				o.begin(t)
+				s.run(t, o)
+			})
+			switch {
+			case !ok:
+				row(tier, s.name, "FAIL", "")
+			case why != "":
+				row(tier, s.name, "n/a", why)
+			default:
+				row(tier, s.name, "ok", "")
+			}
+		}
+		o.stop()
+	})
+}
+
+// TestVMAuto: the best tier is chosen: every stock kernel has fentry.
+func TestVMAuto(t *testing.T) {
+	l, err := loader.Open(loader.Options{Tier: loader.TierAuto, PerfPages: 8, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if l.Tier() != loader.TierFentry {
+		t.Errorf("tier %s", l.Tier())
+	}
+}
+
+// TestVMConstrained runs on a machine with two NUMA nodes: what binds is a cpuset or a memory policy, and
+// without a hook nobody can tell.
+func TestVMConstrained(t *testing.T) {
+	nodes, err := os.ReadFile("/sys/devices/system/node/has_memory")
+	if err != nil || strings.TrimSpace(string(nodes)) != "0-1" {
+		for _, tier := range vmTiers {
+			for _, name := range []string{"cpuset", "mempolicy", "global-numa"} {
+				row(tier, name, "n/a", "this machine has one NUMA node")
+			}
+		}
+		return
+	}
+	scopeFor := func(tier loader.Tier, scope event.Scope) event.Scope {
+		if hooked(tier) {
+			return scope
+		}
+		return event.ScopeUnknown
+	}
+	constrained := []scenario{
+		{"cpuset", func(t *testing.T, o *observer) {
+			group := scratchtest.New(t, scratch.Unlimited)
+			if err := os.WriteFile(filepath.Join(group.Dir, "cpuset.mems"), []byte("1"), 0); err != nil {
+				t.Fatal(err)
+			}
+			hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
+			o.expect(t, 1, truth{scope: scopeFor(o.tier, event.ScopeCpuset)})
+		}},
+		{"mempolicy", func(t *testing.T, o *observer) {
+			hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "1", fmt.Sprint(tooMuch), "bind1")
+			o.expect(t, 1, truth{scope: scopeFor(o.tier, event.ScopeMempolicy)})
+		}},
+		{"global-numa", func(t *testing.T, o *observer) {
+			hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "1", fmt.Sprint(tooMuch))
+			o.expect(t, 1, truth{scope: scopeFor(o.tier, event.ScopeGlobal)})
+		}},
+	}
+	for _, tier := range vmTiers {
+		runTier(t, tier, constrained)
+	}
+}
+
+// faultFields are what src/faults.bpf.h breaks, by number.
+var faultFields = map[int]string{
+	1: "victim.pid", 2: "no event of process", 4: "victim.comm", 5: "victim.uid", 6: "victim.oom_score_adj",
+	8: "victim.memcg.path", 9: "scope", 10: "outcome", 11: "victim.memory.total_vm", 12: "victim.memory.anon_rss",
+	13: "victim.memory.file_rss", 14: "victim.memory.shmem_rss", 15: "victim.memory.pgtables", 16: "limit.max",
+	18: "alloc.gfp_mask", 19: "alloc.order", 21: "trigger.comm",
+}
+
+// TestVMFaults: one wrong field in the BPF program at a time is found by the comparison with the console.
+func TestVMFaults(t *testing.T) {
+	for number := 1; number <= 21; number++ {
+		field, ok := faultFields[number]
+		if !ok {
+			continue
+		}
+		t.Run(fmt.Sprintf("%d-%s", number, strings.ReplaceAll(field, " ", "-")), func(t *testing.T) {
+			t.Setenv("OOM_TRACER_FAULT", fmt.Sprint(number))
+			o, err := observe(t, loader.TierAuto)
+			if err != nil {
+				t.Fatal(err)
+			}
+			o.tier = loader.TierFentry
+			o.begin(t)
+			group := scratchtest.New(t, 16*mib)
+			hogProcess(t, group, 0, "1", "64")
+			events, kills := o.take(t, 1, 1)
+			if len(events) != 1 || len(kills) != 1 {
+				t.Fatalf("%d events, %d kills", len(events), len(kills))
+			}
+			var wrong []string
+			if int(events[0].Victim.TID) != kills[0].PID {
+				wrong = append(wrong, "no event of process")
+			}
+			wrong = append(wrong, o.compareKill(&events[0], &kills[0], truth{scope: event.ScopeCgroup})...)
+			if !strings.Contains(strings.Join(wrong, "\n"), field) {
+				t.Errorf("fault %d (%s) goes unnoticed: %q", number, field, wrong)
+				return
+			}
+			fmt.Printf("FAULT %d %s found: %s\n", number, field, wrong[0])
+		})
+	}
+}
+
+// TestVMMissedHook: a hook that is missed half of the time makes events that know less, and never one
+// that tells what is not so.
+func TestVMMissedHook(t *testing.T) {
+	for number, hook := range map[int]string{101: "out_of_memory", 102: "oom_kill_process", 103: "__oom_kill_process"} {
+		t.Run(hook, func(t *testing.T) {
+			t.Setenv("OOM_TRACER_FAULT", fmt.Sprint(number))
+			o, err := observe(t, loader.TierAuto)
+			if err != nil {
+				t.Fatal(err)
+			}
+			o.begin(t)
+			group := scratchtest.New(t, 8*mib)
+			const kills = 20
+			hogProcess(t, group, 0, fmt.Sprint(kills), "32")
+			events, printed := o.take(t, kills, kills)
+			if len(events) != kills || len(printed) != kills {
+				t.Fatalf("%d events, %d on the console", len(events), len(printed))
+			}
+			less := 0
+			for _, e := range events {
+				if e.Scope != event.ScopeCgroup && e.Scope != event.ScopeUnknown || e.Outcome != event.OutcomeKilled && e.Outcome != event.OutcomeUnknown {
+					t.Errorf("scope %s, outcome %s", e.Scope, e.Outcome)
+				}
+				if e.Limit != nil && *e.Limit.Max != 8*mib {
+					t.Errorf("limit %d", *e.Limit.Max)
+				}
+				if e.Node.Tier != string(loader.TierFentry) {
+					less++
+				}
+			}
+			fmt.Printf("MISSED %s: %d of %d events without the hooks' context\n", hook, less, len(events))
+			if less == 0 && number == 102 {
+				t.Error("the hook was never missed")
+			}
+		})
+	}
+}
+
+// TestVMTracer runs the tracer itself, the second biggest process of the machine, through a global OOM, and
+// reads the event back with oom-tap.
+func TestVMTracer(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "config.yaml")
+	text := fmt.Sprintf("nats: {embedded: {listen: \"127.0.0.1:4222\", dir: %s/nats}}\nmetrics: {listen: \"127.0.0.1:9105\"}\n", dir)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// This test is at -1000, and its children inherit that: the tracer must protect itself.
+	tracer := exec.Command("/bin/sh", "-c", "echo 0 >/proc/self/oom_score_adj; exec \"$@\"", "sh",
+		scratchtest.Program(t, "oom-tracer"), "--config", file, "--node-name", "vm")
+	var lines, log bytes.Buffer
+	tracer.Stdout, tracer.Stderr = &lines, &log
+	if err := tracer.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tracer.Process.Kill() }()
+	for deadline := time.Now().Add(60 * time.Second); !tracerRunning(t.Context(), "127.0.0.1:9105"); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("the tracer does not come up: %s", log.String())
+		}
+	}
+	if adj, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", tracer.Process.Pid)); err != nil || strings.TrimSpace(string(adj)) != fmt.Sprint(oomScoreAdj) {
+		t.Errorf("the tracer is at %s, %v", adj, err)
+	}
+	group := scratchtest.New(t, scratch.Unlimited)
+	hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, scratchtest.Program(t, "oom-tap"), "--config", file, "--since", "1h", "--count", "1", "--scope", "global", "--output", "json").Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			t.Logf("oom-tap: %s", exit.Stderr)
+		}
+		t.Fatalf("oom-tap: %v\n%s", err, log.String())
+	}
+	e, err := event.Parse(out)
+	if err != nil || e.Victim.Comm != "hog" || e.Scope != event.ScopeGlobal || e.Outcome != event.OutcomeKilled {
+		t.Errorf("oom-tap says %s, %v", out, err)
+	}
+	if err := tracer.Process.Signal(os.Interrupt); err != nil {
+		t.Errorf("the tracer did not survive: %v", err)
+	}
+	if err := tracer.Wait(); err != nil {
+		t.Errorf("the tracer ended with %v: %s", err, log.String())
+	}
+	if strings.Count(lines.String(), "\n") != 1 {
+		t.Errorf("the tracer printed %q", lines.String())
+	}
+	fmt.Printf("TRACER survived: %s", lines.String())
+}

@@ -1,0 +1,109 @@
+package event
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+)
+
+// Kind is the third token of a subject.
+type Kind string
+
+// The kinds that tracers publish.
+const (
+	KindKill    Kind = "kill"    // class: the scope
+	KindExiting Kind = "exiting" // class: the scope
+)
+
+// subjectRoot opens every subject. The v1 is the schema's.
+const subjectRoot = "oom.v1"
+
+// The streams, and what they hold. Subjects are oom.v1.<kind>.<class>.<node>.
+const (
+	// StreamName holds everything that happened.
+	StreamName = "OOM"
+)
+
+// StreamSubjects are the subjects of the stream StreamName. Kinds that are published by later
+// versions are bound from the start, so that an older stream already takes them.
+func StreamSubjects() []string {
+	return []string{subjectRoot + ".kill.>", subjectRoot + ".exiting.>", subjectRoot + ".outcome.>", subjectRoot + ".gap.>"}
+}
+
+// dns1123Subdomain is the rule for node names (RFC 1123, k8s.io/apimachinery validation).
+var dns1123Subdomain = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+
+// NodeToken turns a node's name into one token of a subject: its dots become underscores, which no
+// DNS-1123 name contains, so that the way back is unique.
+//
+// It fails when the name is not a DNS-1123 subdomain of at most 253 characters.
+func NodeToken(node string) (string, error) {
+	if len(node) > 253 || !dns1123Subdomain.MatchString(node) {
+		return "", fmt.Errorf("node name %q is not a DNS-1123 subdomain (lower-case letters, digits, '-' and '.', at most 253 characters)", node)
+	}
+	return strings.ReplaceAll(node, ".", "_"), nil
+}
+
+// word is the rule for kinds and classes: one token, and no wildcard.
+var word = regexp.MustCompile(`^[a-z0-9_-]+$`)
+
+func checkWord(s string) error {
+	if !word.MatchString(s) {
+		return fmt.Errorf("%q is not a word of lower-case letters, digits, '-' and '_'", s)
+	}
+	return nil
+}
+
+// Subject builds oom.v1.<kind>.<class>.<node>.
+//
+// It fails when the kind or the class is not a plain word, or the node's name not a DNS-1123 subdomain.
+func Subject(kind Kind, class, node string) (string, error) {
+	for _, w := range []string{string(kind), class} {
+		if err := checkWord(w); err != nil {
+			return "", fmt.Errorf("build subject: %w", err)
+		}
+	}
+	token, err := NodeToken(node)
+	if err != nil {
+		return "", fmt.Errorf("build subject: %w", err)
+	}
+	return strings.Join([]string{subjectRoot, string(kind), class, token}, "."), nil
+}
+
+// Filter builds the subject pattern that selects a kind, a class and a node. An empty one selects all of
+// them, and so does "*" as the kind or the class.
+func Filter(kind Kind, class, node string) (string, error) {
+	tokens := []string{subjectRoot, "*", "*", "*"}
+	for i, w := range []string{string(kind), class} {
+		if w == "" || w == "*" {
+			continue
+		}
+		if err := checkWord(w); err != nil {
+			return "", fmt.Errorf("build subject filter: %w", err)
+		}
+		tokens[1+i] = w
+	}
+	if node != "" {
+		token, err := NodeToken(node)
+		if err != nil {
+			return "", fmt.Errorf("build subject filter: %w", err)
+		}
+		tokens[3] = token
+	}
+	return strings.Join(tokens, "."), nil
+}
+
+// ParseSubject takes a subject apart; node is the node's name with its dots back in place. Subject makes
+// the same subject of what it returns.
+func ParseSubject(subject string) (kind Kind, class, node string, err error) {
+	rest, ok := strings.CutPrefix(subject, subjectRoot+".")
+	parts := strings.Split(rest, ".")
+	if !ok || len(parts) != 3 || checkWord(parts[0]) != nil || checkWord(parts[1]) != nil {
+		return "", "", "", fmt.Errorf("subject %q is not %s.<kind>.<class>.<node>", subject, subjectRoot)
+	}
+	node = strings.ReplaceAll(parts[2], "_", ".")
+	if _, err := NodeToken(node); err != nil {
+		return "", "", "", fmt.Errorf("subject %q: %w", subject, err)
+	}
+	return Kind(parts[0]), parts[1], node, nil
+}

@@ -1,0 +1,515 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+)
+
+// Errors that callers may want to tell apart.
+var (
+	// ErrDisconnected means that there is no connection at the moment; it comes back by itself.
+	ErrDisconnected = errors.New("not connected to nats")
+	// ErrClosed means that the connection, or the publisher, was closed and will not come back.
+	ErrClosed = errors.New("closed")
+)
+
+// Options say who connects and how patient it is.
+type Options struct {
+	// Name is the connection's name on the server, and what its inbox prefix is made of: see
+	// InboxPrefix. Name the program and, for one that runs on every node, the node.
+	Name string
+	// Background lets Connect succeed while NATS is away, and goes on trying. Otherwise the first
+	// connection must succeed. In both cases a connection that was lost is sought for ever.
+	Background bool
+}
+
+// InboxPrefix is the prefix of the subjects on which a client of that name receives replies:
+// _INBOX_<name>, where every character that is not a letter, a digit or '-' has become '_'. A client
+// whose permissions are limited needs to subscribe to <prefix>.>, and nobody else should.
+func InboxPrefix(name string) string {
+	return "_INBOX_" + strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-':
+			return r
+		}
+		return '_'
+	}, name)
+}
+
+// Conn is a connection to NATS that seeks its server for ever. Its methods may be called from any
+// goroutine.
+//
+// It keeps its own record of whether it is connected: nats.go dials under the lock that its own
+// status methods need, so that asking it can take as long as dialTimeout.
+type Conn struct {
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	log    *slog.Logger
+	server string // for messages: addresses, no secrets
+	inbox  string
+
+	closing atomic.Bool
+	closed  chan struct{} // closed by nats.go's last callback
+
+	mu       sync.Mutex
+	link     context.Context // lives as long as the present connection; nil when there is none
+	cut      context.CancelCauseFunc
+	up       chan struct{}       // closed while there is a link
+	said     map[string]struct{} // what was logged since the state last changed
+	noInbox  error               // why replies cannot arrive on this link
+	watchers map[*watcher]struct{}
+}
+
+// watcher is told of permission violations.
+type watcher struct {
+	tell func(denial)
+}
+
+// denial is one refusal by the server, which comes without any tie to the call that caused it.
+type denial struct {
+	subscribe bool // else publish
+	subject   string
+	err       error // wraps nats.ErrPermissionViolation
+}
+
+// Connect connects to the servers of cfg.URL, or, when that is empty, to the embedded server that
+// cfg.Embedded describes, which may run in this process or in another one on the same machine.
+//
+// It returns when the connection stands, ctx ends or, unless o.Background is set, every server was
+// tried once (at most 5 s each). It fails at once when cfg names files that cannot be used. Files are read
+// again at each reconnect, so that secrets can be exchanged under a running program; only an nkey
+// must keep its public half.
+func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) (*Conn, error) {
+	c := &Conn{
+		log:      log,
+		inbox:    InboxPrefix(o.Name),
+		closed:   make(chan struct{}),
+		up:       make(chan struct{}),
+		said:     map[string]struct{}{},
+		watchers: map[*watcher]struct{}{},
+	}
+	servers, options, err := c.configure(cfg, o)
+	if err != nil {
+		return nil, fmt.Errorf("connect to nats: %w", err)
+	}
+	c.server = strings.Join(servers, ",")
+
+	// nats.Connect knows no context. A connection that comes too late is closed again.
+	type result struct {
+		nc  *nats.Conn
+		err error
+	}
+	got := make(chan result, 1)
+	go func() {
+		nc, err := nats.Connect(c.server, options...)
+		got <- result{nc, err}
+	}()
+	var r result
+	select {
+	case r = <-got:
+	case <-ctx.Done():
+		c.closing.Store(true)
+		go func() {
+			if r := <-got; r.nc != nil {
+				r.nc.Close()
+			}
+		}()
+		return nil, fmt.Errorf("connect to nats at %s: %w", c.server, context.Cause(ctx))
+	}
+	if r.err != nil {
+		return nil, fmt.Errorf("connect to nats at %s: %w%s", c.server, r.err, hint(r.err, cfg))
+	}
+	c.nc = r.nc
+	if c.js, err = jetstream.New(c.nc); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("connect to nats at %s: %w", c.server, err)
+	}
+	if !o.Background {
+		// The callback that notes the new link runs on a goroutine of its own.
+		if _, err := c.connected(ctx); err != nil {
+			c.Close()
+			return nil, fmt.Errorf("connect to nats at %s: %w", c.server, err)
+		}
+	}
+	return c, nil
+}
+
+// hint says where to look, for errors that do not say it themselves.
+func hint(err error, cfg config.NATS) string {
+	switch {
+	case errors.Is(err, nats.ErrAuthorization) && cfg.URL == "":
+		return fmt.Sprintf(" (the password in %s is not that of the server that listens there)", PasswordFile(cfg.Embedded.Dir))
+	case errors.Is(err, nats.ErrAuthorization) && cfg.User != "":
+		return fmt.Sprintf(" (user %q: check nats.user and nats.password_file)", cfg.User)
+	case errors.Is(err, nats.ErrAuthorization):
+		return " (check nats.creds_file, nats.nkey_file or nats.user)"
+	case errors.Is(err, nats.ErrNoServers) && cfg.URL == "":
+		return " (nobody listens there: is oom-tracer running on this node, with its embedded server?)"
+	case errors.Is(err, nats.ErrNoServers):
+		return " (nobody listens there)"
+	case errors.Is(err, nats.ErrSecureConnWanted):
+		return " (nats.url or nats.tls asks for TLS and the server offers none)"
+	case errors.Is(err, nats.ErrTLS):
+		return " (check nats.tls, and whether the server wants a client certificate)"
+	}
+	return ""
+}
+
+// configure turns the configuration into nats.go's.
+func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options []nats.Option, err error) {
+	// The retry loop may call back before nats.Connect has returned.
+	var early atomic.Pointer[nats.Conn]
+	options = []nats.Option{
+		nats.Name(o.Name),
+		nats.CustomInboxPrefix(c.inbox),
+		nats.Timeout(dialTimeout),
+		nats.FlusherTimeout(dialTimeout),
+		// The dialer resolves too, and within its timeout; nats.go's own lookup has none.
+		nats.SkipHostLookup(),
+		nats.PingInterval(pingInterval),
+		nats.MaxPingsOutstanding(2),
+		nats.MaxReconnects(-1),
+		nats.RetryOnFailedConnect(o.Background),
+		// Secrets may be exchanged while we run: a refusal today is not one for ever.
+		nats.IgnoreAuthErrorAbort(),
+		// No buffer: what is written while disconnected would be sent later, behind the back of the
+		// publisher, which by then has sent it again.
+		nats.ReconnectBufSize(-1),
+		nats.CustomReconnectDelay(func(attempts int) time.Duration {
+			// Neither a failed login nor a failed handshake is reported by a callback while the
+			// first connection is sought.
+			if nc := early.Load(); nc != nil {
+				c.attemptFailed(nc.LastError())
+			}
+			return backoff(attempts)
+		}),
+		nats.ReconnectErrHandler(func(nc *nats.Conn, err error) {
+			early.Store(nc)
+			c.attemptFailed(err)
+		}),
+		nats.ConnectHandler(func(nc *nats.Conn) { early.Store(nc); c.linkUp(nc) }),
+		nats.ReconnectHandler(c.linkUp),
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) { c.linkDown(err) }),
+		nats.ClosedHandler(c.linkClosed),
+		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) { c.asyncError(sub, err) }),
+		nats.LameDuckModeHandler(func(nc *nats.Conn) {
+			c.log.Info("nats server is about to stop, moving on", "server", nc.ConnectedUrlRedacted())
+		}),
+	}
+
+	if cfg.URL == "" {
+		addr, err := embeddedAddress(cfg.Embedded)
+		if err != nil {
+			return nil, nil, err
+		}
+		password := func() (string, error) { return ReadEmbeddedPassword(cfg.Embedded.Dir) }
+		if _, err := password(); err != nil {
+			return nil, nil, fmt.Errorf("%w (is oom-tracer running on this node, with its embedded server?)", err)
+		}
+		return []string{"nats://" + addr}, append(options, c.userInfo(EmbeddedUser, password)), nil
+	}
+
+	if servers, err = splitURLs(cfg.URL); err != nil {
+		return nil, nil, err
+	}
+	switch {
+	case cfg.CredsFile != "":
+		// nats.go would only notice at the first login, and then for ever.
+		if _, err := os.ReadFile(cfg.CredsFile); err != nil {
+			return nil, nil, fmt.Errorf("read nats.creds_file: %w", err)
+		}
+		options = append(options, nats.UserCredentials(cfg.CredsFile))
+	case cfg.NKeyFile != "":
+		nkey, err := nats.NkeyOptionFromSeed(cfg.NKeyFile)
+		if err != nil {
+			return nil, nil, fmt.Errorf("read nats.nkey_file: %w", err)
+		}
+		options = append(options, nkey)
+	case cfg.User != "":
+		password := func() (string, error) { return readPasswordFile(cfg.PasswordFile) }
+		if _, err := password(); err != nil {
+			return nil, nil, err
+		}
+		options = append(options, c.userInfo(cfg.User, password))
+	}
+	if cfg.TLS.CAFile != "" {
+		options = append(options, nats.RootCAs(cfg.TLS.CAFile))
+	}
+	if cfg.TLS.CertFile != "" || cfg.TLS.KeyFile != "" {
+		options = append(options, nats.ClientCert(cfg.TLS.CertFile, cfg.TLS.KeyFile))
+	}
+	return servers, options, nil
+}
+
+// userInfo logs in as user with the password that read returns then.
+func (c *Conn) userInfo(user string, read func() (string, error)) nats.Option {
+	return nats.UserInfoHandler(func() (string, string) {
+		password, err := read()
+		if err != nil {
+			c.attemptFailed(err)
+		}
+		return user, password
+	})
+}
+
+// splitURLs takes nats.url apart. Its errors do not repeat it, because of what people put into URLs.
+func splitURLs(list string) ([]string, error) {
+	var servers []string
+	for i, s := range strings.Split(list, ",") {
+		s = strings.TrimSpace(s)
+		u, err := url.Parse(s)
+		if err != nil || u.Host == "" || (u.Scheme != "nats" && u.Scheme != "tls") {
+			return nil, fmt.Errorf("nats.url: server %d is not nats://host:port or tls://host:port", i+1)
+		}
+		if u.User != nil {
+			return nil, fmt.Errorf("nats.url: server %d carries a user or password: use nats.user and nats.password_file", i+1)
+		}
+		if u.Port() == "" {
+			s = u.Scheme + "://" + net.JoinHostPort(u.Hostname(), "4222")
+		}
+		servers = append(servers, s)
+	}
+	return servers, nil
+}
+
+// linkUp notes a new connection.
+func (c *Conn) linkUp(nc *nats.Conn) {
+	c.mu.Lock()
+	if c.link == nil {
+		c.link, c.cut = context.WithCancelCause(context.Background())
+		close(c.up)
+	}
+	c.noInbox = nil
+	clear(c.said)
+	c.mu.Unlock()
+	c.log.Info("connected to nats", "server", nc.ConnectedUrlRedacted(), "server_name", nc.ConnectedServerName())
+}
+
+// linkDown notes the end of a connection.
+func (c *Conn) linkDown(err error) {
+	cause := ErrDisconnected
+	if err != nil {
+		cause = fmt.Errorf("%w: %w", ErrDisconnected, err)
+	}
+	c.mu.Lock()
+	had := c.link != nil
+	if had {
+		c.cut(cause)
+		c.link, c.cut = nil, nil
+		c.up = make(chan struct{})
+	}
+	clear(c.said)
+	c.mu.Unlock()
+	if had && !c.closing.Load() {
+		c.log.Warn("disconnected from nats, reconnecting", "server", c.server, "error", err)
+	}
+}
+
+// linkClosed is nats.go's last word.
+func (c *Conn) linkClosed(nc *nats.Conn) {
+	err := nc.LastError()
+	c.linkDown(err)
+	if !c.closing.Load() {
+		c.log.Error("nats connection is closed for good", "server", c.server, "error", err)
+	}
+	close(c.closed)
+}
+
+// attemptFailed says once per outage why the server cannot be reached.
+func (c *Conn) attemptFailed(err error) {
+	if err == nil || c.closing.Load() {
+		return
+	}
+	key := err.Error()
+	// nats.go hides the first refused connection behind ErrNoServers.
+	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, syscall.ECONNREFUSED) {
+		key, err = "refused", fmt.Errorf("%w: nobody listens there", err)
+	}
+	c.once(key, "connecting to nats fails, will go on trying", "server", c.server, "error", err)
+}
+
+// once logs a warning unless key was used since the connection's state changed, and no more than a few
+// different ones: error texts carry port numbers.
+func (c *Conn) once(key, msg string, args ...any) {
+	c.mu.Lock()
+	_, again := c.said[key]
+	again = again || len(c.said) >= 32
+	if !again {
+		c.said[key] = struct{}{}
+	}
+	c.mu.Unlock()
+	if !again {
+		c.log.Warn(msg, args...)
+	}
+}
+
+// asyncError takes what the server says without being asked.
+func (c *Conn) asyncError(sub *nats.Subscription, err error) {
+	if c.closing.Load() {
+		return
+	}
+	if d, ok := parseDenial(err); ok {
+		c.mu.Lock()
+		if d.subscribe && strings.HasPrefix(d.subject, c.inbox+".") {
+			c.noInbox = d.err
+		}
+		watchers := make([]*watcher, 0, len(c.watchers))
+		for w := range c.watchers {
+			watchers = append(watchers, w)
+		}
+		c.mu.Unlock()
+		for _, w := range watchers {
+			w.tell(d)
+		}
+		c.once(err.Error(), "nats refuses", "server", c.server, "error", err)
+		return
+	}
+	c.mu.Lock()
+	connected := c.link != nil
+	c.mu.Unlock()
+	if !connected {
+		c.attemptFailed(err)
+		return
+	}
+	subject := ""
+	if sub != nil {
+		subject = sub.Subject
+	}
+	c.once(subject+err.Error(), "nats reports an error", "server", c.server, "subject", subject, "error", err)
+}
+
+// parseDenial reads the server's text: Permissions Violation for Publish to "subject" (server/client.go,
+// pubPermissionViolation and subPermissionViolation).
+func parseDenial(err error) (denial, bool) {
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		return denial{}, false
+	}
+	text := err.Error()
+	d := denial{subscribe: strings.Contains(text, "Violation for Subscription"), err: err}
+	if _, rest, ok := strings.Cut(text, `"`); ok {
+		d.subject, _, _ = strings.Cut(rest, `"`)
+	}
+	return d, true
+}
+
+// watch has tell called for every denial until the returned function is called. tell must not block.
+func (c *Conn) watch(tell func(denial)) (stop func()) {
+	w := &watcher{tell: tell}
+	c.mu.Lock()
+	c.watchers[w] = struct{}{}
+	c.mu.Unlock()
+	return func() {
+		c.mu.Lock()
+		delete(c.watchers, w)
+		c.mu.Unlock()
+	}
+}
+
+// inboxDenied says why no reply can arrive on the present link, if so.
+func (c *Conn) inboxDenied() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.noInbox
+}
+
+// connected waits for a connection and returns a context that ends with it, with a cause that wraps
+// ErrDisconnected. It fails with ErrClosed, or with ctx's cause.
+func (c *Conn) connected(ctx context.Context) (link context.Context, err error) {
+	for {
+		c.mu.Lock()
+		link, up := c.link, c.up
+		c.mu.Unlock()
+		if link != nil {
+			return link, nil
+		}
+		select {
+		case <-up:
+		case <-c.closed:
+			return nil, fmt.Errorf("nats connection: %w", ErrClosed)
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// Connected tells whether there is a connection now. It never blocks.
+func (c *Conn) Connected() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.link != nil
+}
+
+// Closed is closed when the connection will not come back: after Close, or when nats.go gave it up
+// because the server sent an error that it does not know.
+func (c *Conn) Closed() <-chan struct{} { return c.closed }
+
+// NATS is the connection itself, for plain subscriptions. Do not close it: use Close.
+func (c *Conn) NATS() *nats.Conn { return c.nc }
+
+// JetStream is the connection's JetStream API, without a domain or a prefix.
+func (c *Conn) JetStream() jetstream.JetStream { return c.js }
+
+// Close ends the connection, and everything that waits on it, and returns within 6 s. It may be called
+// more than once.
+func (c *Conn) Close() {
+	c.closing.Store(true)
+	// Close needs the lock under which nats.go dials.
+	go c.nc.Close()
+	t := time.NewTimer(closeTimeout)
+	defer t.Stop()
+	select {
+	case <-c.closed:
+	case <-t.C:
+		c.log.Warn("nats connection does not close in time", "server", c.server, "timeout", closeTimeout)
+	}
+}
+
+// call makes one request of the JetStream API. subject is the request's, or how it begins: the server
+// reports a missing permission apart from the request, which would otherwise only time out.
+func (c *Conn) call(ctx context.Context, subject string, request func(context.Context) error) error {
+	link, err := c.connected(ctx)
+	if err != nil {
+		return err
+	}
+	sub, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	sub, cancel := context.WithTimeoutCause(sub, requestTimeout, fmt.Errorf("no answer within %s: %w", requestTimeout, context.DeadlineExceeded))
+	defer cancel()
+	defer c.watch(func(d denial) {
+		if d.subscribe && strings.HasPrefix(d.subject, c.inbox+".") || !d.subscribe && strings.HasPrefix(d.subject, subject) {
+			fail(d.err)
+		}
+	})()
+	defer context.AfterFunc(link, func() { fail(context.Cause(link)) })()
+	err = request(sub)
+	if err != nil && sub.Err() != nil {
+		return context.Cause(sub)
+	}
+	return plain(err)
+}
+
+// plain has the several errors with which nats.go says that it is not connected wrap ErrDisconnected. With
+// its buffer switched off it speaks of the buffer.
+func plain(err error) error {
+	for _, e := range []error{nats.ErrReconnectBufExceeded, nats.ErrDisconnected, nats.ErrConnectionReconnecting, nats.ErrConnectionClosed} {
+		if errors.Is(err, e) {
+			return fmt.Errorf("%w: %w", ErrDisconnected, err)
+		}
+	}
+	return err
+}

@@ -1,0 +1,442 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// publishWindow is how many messages are on their way at once, at most. It also bounds what a server in
+// trouble is asked again and again, and how many refused messages it takes to hold up the others.
+const publishWindow = 256
+
+// ErrFull is returned by Enqueue when as many messages wait as the publisher was made for.
+var ErrFull = errors.New("publish buffer is full")
+
+// Msg is a message for a stream. Nobody may change Data after Enqueue.
+type Msg struct {
+	// ID becomes Nats-Msg-Id: the stream stores one message per ID within its dedup window, which is
+	// what makes a second attempt harmless.
+	ID      string
+	Subject string
+	Data    []byte
+	// Tag is the caller's own. It comes back in the hooks.
+	Tag any
+}
+
+// Hooks are called by the goroutine that runs Run or Drain, one at a time. They hold up publishing for as
+// long as they take. Any of them may be nil.
+type Hooks struct {
+	// OnAck is called when the stream has stored m, or, with duplicate set, says that it had before.
+	OnAck func(m Msg, duplicate bool)
+	// OnRetry is called when an attempt to publish m failed. It will be made again.
+	OnRetry func(m Msg, err error)
+	// OnDrop is called when m can never be stored, and is given up.
+	OnDrop func(m Msg, err error)
+}
+
+// Stats count since the publisher was made.
+type Stats struct {
+	Acked      uint64 // stored, Duplicates among them
+	Duplicates uint64 // of those, the ones that the stream already had
+	Retried    uint64 // failed attempts
+	Dropped    uint64 // given up, because they can never be stored
+	Refused    uint64 // ErrFull
+	Pending    int    // waiting or on their way
+}
+
+// Publisher publishes to JetStream, in order, and repeats what was not acknowledged until it is. Its
+// methods may be called from any goroutine.
+//
+// Messages are sent in the order of Enqueue. Where an attempt fails, a message may be stored after
+// later ones: order is by event.Event's Seq.
+type Publisher struct {
+	conn     *Conn
+	js       jetstream.JetStream
+	capacity int
+	hooks    Hooks
+	log      *slog.Logger
+
+	running chan struct{} // holds a token while nobody runs the loop
+	wake    chan struct{} // holds a token when there is something new to see
+
+	mu         sync.Mutex
+	queue      []Msg // from head on; settled ones leave it at the end of their round
+	head       int
+	pending    int // what is in the queue and not settled
+	closing    bool
+	failing    error
+	complained bool // about failing, in the log
+
+	acked, duplicates, retried, dropped, refused atomic.Uint64
+}
+
+// NewPublisher makes a publisher on which at most capacity messages (at least 1) wait. Nothing is
+// published before Run.
+func NewPublisher(c *Conn, capacity int, hooks Hooks, log *slog.Logger) (*Publisher, error) {
+	if capacity < 1 {
+		return nil, fmt.Errorf("make publisher: capacity %d is below 1", capacity)
+	}
+	// An instance of its own: acknowledgements that do not come are forgotten after ackTimeout. The
+	// window is kept here; nats.go's own would stall, and then fail, behind those forgotten ones.
+	js, err := jetstream.New(c.nc, jetstream.WithPublishAsyncTimeout(ackTimeout), jetstream.WithPublishAsyncMaxPending(1<<20))
+	if err != nil {
+		return nil, fmt.Errorf("make publisher: %w", err)
+	}
+	p := &Publisher{
+		conn:     c,
+		js:       js,
+		capacity: capacity,
+		hooks:    hooks,
+		log:      log,
+		running:  make(chan struct{}, 1),
+		wake:     make(chan struct{}, 1),
+	}
+	p.running <- struct{}{}
+	return p, nil
+}
+
+// Enqueue takes a message over. It never blocks. It fails with ErrFull, and counts, when the buffer is
+// full; with ErrClosed after Drain was called; and when m has no ID or no subject.
+func (p *Publisher) Enqueue(m Msg) error {
+	if m.ID == "" || m.Subject == "" {
+		return fmt.Errorf("enqueue message %q for subject %q: id and subject must not be empty", m.ID, m.Subject)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closing {
+		return fmt.Errorf("enqueue message %s: publisher: %w", m.ID, ErrClosed)
+	}
+	if p.pending >= p.capacity {
+		p.refused.Add(1)
+		return fmt.Errorf("enqueue message %s: %w", m.ID, ErrFull)
+	}
+	p.queue = append(p.queue, m)
+	p.pending++
+	p.signal()
+	return nil
+}
+
+// signal wakes the loop.
+func (p *Publisher) signal() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Pending is how many messages wait or are on their way.
+func (p *Publisher) Pending() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.pending
+}
+
+// Stats returns the counters.
+func (p *Publisher) Stats() Stats {
+	return Stats{
+		Acked:      p.acked.Load(),
+		Duplicates: p.duplicates.Load(),
+		Retried:    p.retried.Load(),
+		Dropped:    p.dropped.Load(),
+		Refused:    p.refused.Load(),
+		Pending:    p.Pending(),
+	}
+}
+
+// Failing is why the last attempt failed, and nil when it did not.
+func (p *Publisher) Failing() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.failing
+}
+
+// Run publishes until ctx ends or Drain is called, and then returns nil. It fails only when the
+// connection is closed for good. What was not acknowledged then stays for Drain, or for another Run.
+func (p *Publisher) Run(ctx context.Context) error {
+	select {
+	case <-p.running:
+	case <-ctx.Done():
+		return nil
+	}
+	defer func() { p.running <- struct{}{} }()
+	if err := p.loop(ctx); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("publish: %w", err)
+	}
+	return nil
+}
+
+// Drain takes no more messages and publishes what is left, by itself when Run has returned. It returns how
+// many are left when ctx ends, or the connection is closed for good, with the reason; 0 and nil mean
+// that everything was stored or dropped.
+func (p *Publisher) Drain(ctx context.Context) (left int, err error) {
+	p.mu.Lock()
+	p.closing = true
+	p.mu.Unlock()
+	p.signal()
+	select {
+	case <-p.running:
+	case <-ctx.Done():
+		return p.left(context.Cause(ctx))
+	}
+	defer func() { p.running <- struct{}{} }()
+	return p.left(p.loop(ctx))
+}
+
+func (p *Publisher) left(err error) (int, error) {
+	n := p.Pending()
+	if n == 0 {
+		return 0, nil
+	}
+	return n, fmt.Errorf("drain publisher: %d messages left: %w", n, err)
+}
+
+// loop publishes until there is nothing left to come, ctx ends or the connection is closed.
+func (p *Publisher) loop(ctx context.Context) error {
+	failures := 0
+	for {
+		batch, finished := p.batch()
+		if finished {
+			return nil
+		}
+		if len(batch) == 0 {
+			select {
+			case <-p.wake:
+				continue
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+		// No buffering in the client: what waits, waits here.
+		link, err := p.conn.connected(ctx)
+		if err != nil {
+			return err
+		}
+		progress, err := p.round(ctx, batch)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		p.note(err)
+		if err == nil {
+			failures = 0
+			continue
+		}
+		if progress {
+			failures = 0
+		}
+		failures++
+		pause := time.NewTimer(backoff(failures))
+		select {
+		case <-pause.C:
+		case <-link.Done(): // the next connection deserves a fresh start
+			failures = 0
+		case <-ctx.Done():
+		}
+		pause.Stop()
+	}
+}
+
+// batch returns what to publish next; finished when Drain was called and nothing is left.
+func (p *Publisher) batch() (batch []Msg, finished bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	waiting := p.queue[p.head:]
+	if len(waiting) == 0 {
+		return nil, p.closing
+	}
+	// A copy: forget writes to the queue, and Enqueue may move it.
+	return append([]Msg(nil), waiting[:min(len(waiting), publishWindow)]...), false
+}
+
+// forget takes the settled ones of the first messages out of the queue.
+func (p *Publisher) forget(settled []bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	// The others move up to the end of their range, in order.
+	keep := p.head + len(settled)
+	for i := len(settled) - 1; i >= 0; i-- {
+		if !settled[i] {
+			keep--
+			p.queue[keep] = p.queue[p.head+i]
+		}
+	}
+	clear(p.queue[p.head:keep])
+	p.head = keep
+	if p.head == len(p.queue) {
+		p.queue, p.head = p.queue[:0], 0
+		if cap(p.queue) > 4*publishWindow {
+			p.queue = nil
+		}
+	} else if p.head > len(p.queue)/2 && p.head > publishWindow {
+		p.queue = append([]Msg(nil), p.queue[p.head:]...)
+		p.head = 0
+	}
+}
+
+// round publishes a batch and waits for what becomes of each message. It returns whether any message left
+// the queue, and the first failure that calls for another attempt.
+func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, failure error) {
+	settled := make([]bool, len(batch))
+	defer func() { p.forget(settled) }()
+
+	// The server reports a forbidden subject apart from the message, and sends no acknowledgement.
+	subjects := map[string]bool{}
+	for _, m := range batch {
+		subjects[m.Subject] = true
+	}
+	denials := make(chan denial, len(batch)) // one for each message
+	defer p.conn.watch(func(d denial) {
+		if d.subscribe || !subjects[d.subject] {
+			return
+		}
+		select {
+		case denials <- d:
+		default: // of an earlier attempt as well
+		}
+	})()
+	denied := map[string]error{}
+
+	retry := func(i int, err error) {
+		p.retried.Add(1)
+		if failure == nil {
+			failure = fmt.Errorf("publish %s: %w", batch[i].Subject, err)
+		}
+		if p.hooks.OnRetry != nil {
+			p.hooks.OnRetry(batch[i], err)
+		}
+	}
+	// settle makes room at once: a slow one in the same round must not cost others their place.
+	settle := func(i int) {
+		settled[i], progress = true, true
+		p.mu.Lock()
+		p.pending--
+		p.mu.Unlock()
+	}
+	ack := func(i int, duplicate bool) {
+		settle(i)
+		p.acked.Add(1)
+		if duplicate {
+			p.duplicates.Add(1)
+		}
+		if p.hooks.OnAck != nil {
+			p.hooks.OnAck(batch[i], duplicate)
+		}
+	}
+	drop := func(i int, err error) {
+		settle(i)
+		p.dropped.Add(1)
+		p.log.Error("message can never be stored, dropped", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
+		if p.hooks.OnDrop != nil {
+			p.hooks.OnDrop(batch[i], err)
+		}
+	}
+
+	futures := make([]jetstream.PubAckFuture, len(batch))
+	for i, m := range batch {
+		future, err := p.js.PublishMsgAsync(&nats.Msg{Subject: m.Subject, Data: m.Data},
+			jetstream.WithMsgID(m.ID),
+			jetstream.WithRetryAttempts(0)) // retries are ours: nats.go's would overtake each other
+		if err != nil && permanent(err) {
+			drop(i, err)
+			continue
+		}
+		if err != nil {
+			// The rest would fail alike, or, worse, overtake this one.
+			retry(i, plain(err))
+			break
+		}
+		futures[i] = future
+	}
+	for i, future := range futures {
+		if future == nil {
+			continue
+		}
+		for waiting := true; waiting; {
+			// What is already here goes before what is said of the subject.
+			select {
+			case stored := <-future.Ok():
+				ack(i, stored.Duplicate)
+				waiting = false
+				continue
+			default:
+			}
+			if err := denied[batch[i].Subject]; err != nil {
+				retry(i, err)
+				break
+			}
+			select {
+			case stored := <-future.Ok():
+				ack(i, stored.Duplicate)
+				waiting = false
+			case err := <-future.Err():
+				switch {
+				case permanent(err):
+					drop(i, err)
+				case errors.Is(err, jetstream.ErrAsyncPublishTimeout) && p.conn.inboxDenied() != nil:
+					retry(i, fmt.Errorf("%w: acknowledgements cannot arrive: %w", err, p.conn.inboxDenied()))
+				default:
+					retry(i, plain(err))
+				}
+				waiting = false
+			case d := <-denials:
+				denied[d.subject] = d.err
+			case <-ctx.Done():
+				return progress, failure
+			}
+		}
+	}
+	return progress, failure
+}
+
+// note remembers whether publishing works, and says so when that changes. That the connection is gone is
+// the connection's own news.
+func (p *Publisher) note(err error) {
+	p.mu.Lock()
+	before := p.failing
+	p.failing = err
+	complained := p.complained
+	complain := err != nil && !errors.Is(err, ErrDisconnected) && (before == nil || before.Error() != err.Error())
+	p.complained = err != nil && (complained || complain)
+	pending := p.pending
+	p.mu.Unlock()
+	switch {
+	case complain:
+		p.log.Warn("publishing fails, will go on trying", "pending", pending, "error", err)
+	case err == nil && complained:
+		p.log.Info("publishing works again", "pending", pending)
+	}
+}
+
+// Error codes of JetStream (server/errors.json) that nats.go has no name for.
+const (
+	codeStoreFailed        jetstream.ErrorCode = 10077 // with the store's own words
+	codeHeaderExceedsLimit jetstream.ErrorCode = 10097
+)
+
+// permanent tells the errors that the same message will meet for ever from those that pass, or that an
+// operator can mend while the message waits.
+func permanent(err error) bool {
+	if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrBadSubject) || errors.Is(err, jetstream.ErrStreamMessageExceedsMaximum) {
+		return true
+	}
+	var api *jetstream.APIError
+	if !errors.As(err, &api) {
+		return false
+	}
+	switch api.ErrorCode {
+	case codeHeaderExceedsLimit:
+		return true
+	case codeStoreFailed:
+		// "maximum bytes exceeded", "no space left on device" and their like pass.
+		return strings.Contains(api.Description, "message too large")
+	}
+	return false
+}

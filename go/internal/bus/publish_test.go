@@ -1,0 +1,535 @@
+package bus_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+)
+
+// What is published is stored byte by byte, in order, under its ID, and a plain NATS subscriber sees it too.
+func TestPublish(t *testing.T) {
+	ctx := begin(t)
+	cfg, _ := startEmbedded(t)
+	log, _ := newLog(t)
+	c := connect(ctx, t, cfg, bus.Options{Name: "oom-tracer-node-1"}, log)
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+
+	plain := connect(ctx, t, cfg, bus.Options{Name: "plain"}, log).NATS()
+	sub, err := plain.SubscribeSync("oom.v1.kill.*." + node)
+	check(t, err)
+	check(t, plain.Flush())
+
+	const n = 1000
+	rec := newRecorder()
+	p, _ := publisher(t, c, n, rec.hooks(), log)
+	enqueue(t, p, 0, n)
+	rec.waitAcks(ctx, t, n)
+
+	all := stored(ctx, t, cfg)
+	wantOnce(t, all, n)
+	for i, m := range all {
+		want := message(t, i)
+		if m.Subject != want.Subject || !bytes.Equal(m.Data, want.Data) || m.Header.Get(nats.MsgIdHdr) != want.ID || len(m.Header) != 1 {
+			t.Fatalf("message %d is stored as %s %v %s", i, m.Subject, m.Header, m.Data)
+		}
+		got, err := sub.NextMsgWithContext(ctx)
+		check(t, err)
+		if got.Subject != want.Subject || !bytes.Equal(got.Data, want.Data) {
+			t.Fatalf("subscriber got %s %s as message %d", got.Subject, got.Data, i)
+		}
+	}
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
+	for i, id := range rec.acks {
+		if id != message(t, i).ID || rec.tags[i] != i {
+			t.Fatalf("ack %d is for %s, tag %v", i, id, rec.tags[i])
+		}
+	}
+	if got, want := p.Stats(), (bus.Stats{Acked: n}); got != want {
+		t.Errorf("stats are %+v, want %+v", got, want)
+	}
+	if err := p.Failing(); err != nil {
+		t.Errorf("failing: %v", err)
+	}
+}
+
+// The same ID is stored once, also by another publisher.
+func TestPublishSameID(t *testing.T) {
+	ctx := begin(t)
+	cfg, _ := startEmbedded(t)
+	log, _ := newLog(t)
+	c := connect(ctx, t, cfg, bus.Options{}, log)
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	for i := range 2 {
+		rec := newRecorder()
+		p, stop := publisher(t, c, 10, rec.hooks(), log)
+		enqueue(t, p, 0, 3)
+		rec.waitAcks(ctx, t, 3)
+		stop()
+		// The publisher has stopped: nobody writes to the record.
+		if want := uint64(3 * i); p.Stats().Duplicates != want || uint64(len(rec.dups)) != want {
+			t.Errorf("publisher %d: %d duplicates counted, %v reported, want %d", i, p.Stats().Duplicates, rec.dups, want)
+		}
+	}
+	wantOnce(t, stored(ctx, t, cfg), 3)
+}
+
+// A server that is killed in the middle costs nothing.
+func TestPublishServerKilled(t *testing.T) {
+	ctx := begin(t)
+	d := startNatsd(t, "")
+	log, _ := newLog(t)
+	c := connect(ctx, t, d.owner(), bus.Options{}, log)
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+
+	const n = 500
+	rec, killed := newRecorder(), make(chan struct{})
+	rec.onAck = func(acks int) {
+		if acks == 100 {
+			d.kill()
+			close(killed)
+		}
+	}
+	p := waiting(t, c, n, rec.hooks(), log)
+	enqueue(t, p, 0, n)
+	run(t, p)
+	<-killed
+	if pending := p.Pending(); pending == 0 {
+		t.Fatal("nothing is pending: the server died too late")
+	}
+	d.start()
+	rec.waitAcks(ctx, t, n)
+	wantOnce(t, stored(ctx, t, d.owner()), n)
+	s := p.Stats()
+	if s.Acked != n || s.Dropped != 0 || s.Pending != 0 {
+		t.Errorf("stats are %+v", s)
+	}
+	t.Logf("%d attempts failed, %d messages were there already", s.Retried, s.Duplicates)
+}
+
+// Acknowledgements that are lost are asked for again, and nothing is stored twice.
+func TestPublishAcksLost(t *testing.T) {
+	ctx := begin(t)
+	d := startNatsd(t, "")
+	log, _ := newLog(t)
+	direct := connect(ctx, t, d.owner(), bus.Options{Name: "direct"}, log)
+	check(t, bus.EnsureStream(ctx, direct, streamConfig))
+	px := startProxy(t, d.listen)
+	c := connect(ctx, t, config.NATS{URL: "nats://" + px.addr()}, bus.Options{}, log)
+
+	const n = 500
+	rec := newRecorder()
+	p := waiting(t, c, n, rec.hooks(), log)
+	enqueue(t, p, 0, n)
+
+	watch, err := direct.NATS().SubscribeSync("oom.v1.>")
+	check(t, err)
+	check(t, direct.NATS().Flush())
+	px.set(true, false)
+	run(t, p)
+	for range 200 { // what a plain subscriber sees is with the server
+		_, err := watch.NextMsgWithContext(ctx)
+		check(t, err)
+	}
+	px.set(false, false)
+	px.cut()
+	rec.waitAcks(ctx, t, n)
+	wantOnce(t, stored(ctx, t, d.owner()), n)
+	if s := p.Stats(); s.Duplicates == 0 {
+		t.Errorf("no duplicate was reported: %+v", s)
+	}
+	if ids := idsOf(stored(ctx, t, d.owner())); !slices.IsSortedFunc(ids, func(a, b string) int { return number(a) - number(b) }) {
+		t.Errorf("out of order: %v", ids)
+	}
+}
+
+func number(id string) (n int) {
+	fmt.Sscanf(id, "boot-%d-", &n)
+	return n
+}
+
+// Messages that vanish on the way are not acknowledged, and are sent again.
+func TestPublishMessagesLost(t *testing.T) {
+	ctx := begin(t)
+	d := startNatsd(t, "")
+	log, _ := newLog(t)
+	direct := connect(ctx, t, d.owner(), bus.Options{Name: "direct"}, log)
+	check(t, bus.EnsureStream(ctx, direct, streamConfig))
+	px := startProxy(t, d.listen)
+	c := connect(ctx, t, config.NATS{URL: "nats://" + px.addr()}, bus.Options{}, log)
+
+	rec := newRecorder()
+	p := waiting(t, c, 100, rec.hooks(), log)
+	enqueue(t, p, 0, 10)
+	before := c.NATS().Stats().OutMsgs
+	px.set(false, true)
+	run(t, p)
+	for c.NATS().Stats().OutMsgs < before+10 { // nats.go announces no write
+		if ctx.Err() != nil {
+			t.Fatal("nothing was sent")
+		}
+		time.Sleep(time.Millisecond)
+	}
+	px.cut()
+	rec.wait(ctx, t, "10 retries", func() bool { return len(rec.retries) == 10 })
+	if pending := p.Pending(); pending != 10 {
+		t.Errorf("%d messages are pending, want 10", pending)
+	}
+	rec.mu.Lock()
+	for id, errs := range rec.retries {
+		if !errors.Is(errs[0], bus.ErrDisconnected) {
+			t.Errorf("%s was retried because of %v", id, errs[0])
+		}
+	}
+	rec.mu.Unlock()
+	px.set(false, false)
+	px.cut()
+	rec.waitAcks(ctx, t, 10)
+	wantOnce(t, stored(ctx, t, d.owner()), 10)
+}
+
+// A server that hangs is waited for, and asked again.
+func TestPublishServerHangs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes as long as an acknowledgement may: 5 s")
+	}
+	ctx := begin(t)
+	d := startNatsd(t, "")
+	log, logged := newLog(t)
+	c := connect(ctx, t, d.owner(), bus.Options{}, log)
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	rec := newRecorder()
+	p := waiting(t, c, 100, rec.hooks(), log)
+	enqueue(t, p, 0, 10)
+	check(t, d.cmd.Process.Signal(syscall.SIGSTOP))
+	run(t, p)
+	rec.wait(ctx, t, "10 retries", func() bool { return len(rec.retries) == 10 })
+	rec.mu.Lock()
+	for id, errs := range rec.retries {
+		if !errors.Is(errs[0], jetstream.ErrAsyncPublishTimeout) {
+			t.Errorf("%s was retried because of %v", id, errs[0])
+		}
+	}
+	rec.mu.Unlock()
+	check(t, d.cmd.Process.Signal(syscall.SIGCONT))
+	rec.waitAcks(ctx, t, 10)
+	wantOnce(t, stored(ctx, t, d.owner()), 10)
+	for p.Failing() != nil { // told a moment after the last acknowledgement
+		if ctx.Err() != nil {
+			t.Fatal(p.Failing())
+		}
+		time.Sleep(time.Millisecond)
+	}
+	for _, text := range []string{"publishing fails, will go on trying", "publishing works again"} {
+		if n := strings.Count(logged.String(), text); n != 1 {
+			t.Errorf("%q was logged %d times", text, n)
+		}
+	}
+}
+
+// The agent starts while NATS is away.
+func TestPublishAwayAtStart(t *testing.T) {
+	ctx := begin(t)
+	addr := freePort(t)
+	log, logged := newLog(t)
+	c := connect(ctx, t, config.NATS{URL: "nats://" + addr}, bus.Options{Background: true}, log)
+	if c.Connected() {
+		t.Fatal("connected to nobody")
+	}
+	// Nothing is buffered below the publisher, to be sent when nobody expects it any more.
+	if err := c.NATS().Publish("oom.v1.kill.global.a", nil); !errors.Is(err, nats.ErrReconnectBufExceeded) {
+		t.Errorf("publish while away: %v", err)
+	}
+	rec := newRecorder()
+	p, _ := publisher(t, c, 100, rec.hooks(), log)
+	enqueue(t, p, 0, 20)
+	if h := c.Check(ctx); h.Connected || h.JetStream || h.Stream || !errors.Is(h.Err, bus.ErrDisconnected) {
+		t.Errorf("health is %+v", h)
+	}
+
+	d := &natsd{t: t, dir: t.TempDir(), listen: addr}
+	d.conf = jetstreamConf(d.dir)
+	d.start()
+	// EnsureStream waits for the connection, and the publisher for the stream.
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	rec.waitAcks(ctx, t, 20)
+	wantOnce(t, stored(ctx, t, d.owner()), 20)
+	if s := p.Stats(); s.Pending != 0 || s.Acked != 20 {
+		t.Errorf("stats are %+v", s)
+	}
+	if n := strings.Count(logged.String(), "nobody listens there"); n != 1 {
+		t.Errorf("the log says %d times why there was no connection", n)
+	}
+}
+
+// Without a stream nothing is lost, and somebody hears of it.
+func TestPublishNoStream(t *testing.T) {
+	ctx := begin(t)
+	cfg, _ := startEmbedded(t)
+	log, logged := newLog(t)
+	c := connect(ctx, t, cfg, bus.Options{}, log)
+	rec := newRecorder()
+	p, _ := publisher(t, c, 100, rec.hooks(), log)
+	enqueue(t, p, 0, 5)
+	rec.wait(ctx, t, "a second attempt", func() bool { return len(rec.retries[message(t, 4).ID]) == 2 })
+	if err := p.Failing(); !errors.Is(err, jetstream.ErrNoStreamResponse) {
+		t.Errorf("failing because of %v", err)
+	}
+	if n := strings.Count(logged.String(), "publishing fails"); n != 1 {
+		t.Errorf("logged %d times", n)
+	}
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	rec.waitAcks(ctx, t, 5)
+	wantOnce(t, stored(ctx, t, cfg), 5)
+}
+
+// What does not fit is refused at once and counted exactly.
+func TestPublishOverflow(t *testing.T) {
+	ctx := begin(t)
+	cfg, _ := startEmbedded(t)
+	log, _ := newLog(t)
+	c := connect(ctx, t, cfg, bus.Options{}, log)
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	rec := newRecorder()
+	p := waiting(t, c, 300, rec.hooks(), log)
+	refused := 0
+	for i := range 1000 {
+		switch err := p.Enqueue(message(t, i)); {
+		case errors.Is(err, bus.ErrFull):
+			refused++
+		case err != nil:
+			t.Fatal(err)
+		case i >= 300:
+			t.Fatalf("message %d was taken", i)
+		}
+	}
+	if s := p.Stats(); refused != 700 || s.Refused != 700 || s.Pending != 300 {
+		t.Errorf("%d were refused, stats are %+v", refused, s)
+	}
+	// There is room again from the first acknowledgement on, not only when all of them are there.
+	rec.onAck = func(acks int) {
+		if acks > 5 {
+			return
+		}
+		if err := p.Enqueue(message(t, 299+acks)); err != nil {
+			t.Error(err)
+		}
+	}
+	run(t, p)
+	rec.waitAcks(ctx, t, 305)
+	wantOnce(t, stored(ctx, t, cfg), 305)
+	if _, err := bus.NewPublisher(c, 0, bus.Hooks{}, log); err == nil {
+		t.Error("a publisher without capacity was made")
+	}
+	for _, m := range []bus.Msg{{Subject: "oom.v1.kill.global.a"}, {ID: "x"}} {
+		if err := p.Enqueue(m); err == nil {
+			t.Errorf("%+v was taken", m)
+		}
+	}
+}
+
+// A message that can never be stored does not hold up the others.
+func TestPublishOversize(t *testing.T) {
+	ctx := begin(t)
+	d := startNatsd(t, "max_payload: 4096")
+	log, _ := newLog(t)
+	c := connect(ctx, t, d.owner(), bus.Options{}, log)
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	s, err := c.JetStream().Stream(ctx, event.StreamName)
+	check(t, err)
+	limited := s.CachedInfo().Config
+	limited.MaxMsgSize = 2048
+	_, err = c.JetStream().UpdateStream(ctx, limited)
+	check(t, err)
+
+	rec := newRecorder()
+	p, _ := publisher(t, c, 100, rec.hooks(), log)
+	enqueue(t, p, 0, 2)
+	big := func(id, subject string, size int) bus.Msg {
+		return bus.Msg{ID: id, Subject: subject, Data: bytes.Repeat([]byte("x"), size)}
+	}
+	check(t, p.Enqueue(big("over-payload", subject(t, "global", node), 5000)))
+	check(t, p.Enqueue(big("over-stream", subject(t, "global", node), 3000)))
+	check(t, p.Enqueue(big("bad-subject", "oom.v1.kill.glo bal."+node, 10)))
+	enqueue(t, p, 2, 4)
+	rec.waitAcks(ctx, t, 4)
+	wantOnce(t, stored(ctx, t, d.owner()), 4)
+	rec.mu.Lock()
+	defer rec.mu.Unlock()
+	for id, want := range map[string]error{
+		"over-payload": nats.ErrMaxPayload,
+		"over-stream":  jetstream.ErrStreamMessageExceedsMaximum,
+		"bad-subject":  nats.ErrBadSubject,
+	} {
+		if !errors.Is(rec.drops[id], want) {
+			t.Errorf("%s was dropped because of %v, want %v", id, rec.drops[id], want)
+		}
+	}
+	if s := p.Stats(); s.Dropped != 3 || s.Acked != 4 || s.Retried != 0 || s.Pending != 0 {
+		t.Errorf("stats are %+v", s)
+	}
+}
+
+// limited is a server on which the tracer of node-1 may do what the design gives it, and no more.
+func limited(t *testing.T) (d *natsd, tracer config.NATS, owner config.NATS) {
+	t.Helper()
+	d = startNatsd(t, fmt.Sprintf(`authorization { users: [
+		{ user: owner, password: owner-secret }
+		{ user: node-1, password: node-secret, permissions: { publish: "oom.v1.*.*.node-1", subscribe: "%s.>" } }
+	] }`, bus.InboxPrefix("oom-tracer-node-1")))
+	tracer = config.NATS{URL: d.url(), User: "node-1", PasswordFile: secret(t, "node-secret\n")}
+	owner = config.NATS{URL: d.url(), User: "owner", PasswordFile: secret(t, "owner-secret")}
+	return d, tracer, owner
+}
+
+// The permissions of the design suffice, and what they forbid is reported with its name.
+func TestPublishPermissions(t *testing.T) {
+	ctx := begin(t)
+	_, tracer, owner := limited(t)
+	log, logged := newLog(t)
+	o := connect(ctx, t, owner, bus.Options{Name: "owner"}, log)
+	check(t, bus.EnsureStream(ctx, o, streamConfig))
+	c := connect(ctx, t, tracer, bus.Options{Name: "oom-tracer-node-1"}, log)
+
+	rec := newRecorder()
+	p, _ := publisher(t, c, 100, rec.hooks(), log)
+	start := time.Now()
+	check(t, p.Enqueue(bus.Msg{ID: "foreign", Subject: subject(t, "global", "node-2"), Data: []byte("{}")}))
+	rec.wait(ctx, t, "the refusal", func() bool { return len(rec.retries["foreign"]) > 0 })
+	if took := time.Since(start); took > 4*time.Second {
+		t.Errorf("the refusal took %s, as long as a lost acknowledgement", took)
+	}
+	enqueue(t, p, 0, 10)
+	rec.waitAcks(ctx, t, 10)
+	wantOnce(t, stored(ctx, t, owner), 10)
+
+	rec.mu.Lock()
+	err := rec.retries["foreign"][0]
+	rec.mu.Unlock()
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("retried because of %v", err)
+	}
+	wantError(t, err, "oom.v1.kill.global.node-2")
+	wantError(t, p.Failing(), "oom.v1.kill.global.node-2")
+	if p.Pending() != 1 {
+		t.Errorf("%d are pending, want the refused one", p.Pending())
+	}
+	rec.wait(ctx, t, "more refusals", func() bool { return len(rec.retries["foreign"]) > 3 })
+	if n := strings.Count(logged.String(), "nats refuses"); n != 1 {
+		t.Errorf("the refusal was logged %d times", n)
+	}
+	if strings.Contains(logged.String(), "secret") {
+		t.Error("a password was logged")
+	}
+
+	// It may ask nothing of the JetStream API, and hears so at once.
+	start = time.Now()
+	h := c.Check(ctx)
+	if !h.Connected || h.JetStream || !errors.Is(h.Err, nats.ErrPermissionViolation) {
+		t.Errorf("health is %+v", h)
+	}
+	if err := bus.EnsureStream(ctx, c, streamConfig); !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("ensure stream: %v", err)
+	}
+	if err := bus.Tail(ctx, c, bus.TailOptions{Follow: true}, func(bus.Stored) error { return nil }); !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("tail: %v", err)
+	}
+	if took := time.Since(start); took > 4*time.Second {
+		t.Errorf("three refusals took %s", took)
+	}
+}
+
+// A client with another's inbox learns why no acknowledgement arrives.
+func TestPublishInboxDenied(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes as long as an acknowledgement may: 5 s")
+	}
+	ctx := begin(t)
+	_, tracer, owner := limited(t)
+	log, _ := newLog(t)
+	o := connect(ctx, t, owner, bus.Options{Name: "owner"}, log)
+	check(t, bus.EnsureStream(ctx, o, streamConfig))
+	c := connect(ctx, t, tracer, bus.Options{Name: "oom-tracer-node-2"}, log)
+	rec := newRecorder()
+	p, _ := publisher(t, c, 100, rec.hooks(), log)
+	enqueue(t, p, 0, 1)
+	rec.wait(ctx, t, "a retry", func() bool { return len(rec.retries) == 1 })
+	rec.mu.Lock()
+	err := rec.retries[message(t, 0).ID][0]
+	rec.mu.Unlock()
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("retried because of %v", err)
+	}
+	wantError(t, err, "acknowledgements cannot arrive", "_INBOX_oom-tracer-node-2")
+}
+
+func TestDrain(t *testing.T) {
+	ctx := begin(t)
+	d := startNatsd(t, "")
+	log, _ := newLog(t)
+	c := connect(ctx, t, d.owner(), bus.Options{}, log)
+	check(t, bus.EnsureStream(ctx, c, streamConfig))
+
+	t.Run("while running", func(t *testing.T) {
+		p, _ := publisher(t, c, 1000, bus.Hooks{}, log)
+		enqueue(t, p, 0, 600)
+		left, err := p.Drain(ctx)
+		if left != 0 || err != nil {
+			t.Errorf("%d left, %v", left, err)
+		}
+		if err := p.Enqueue(message(t, 0)); !errors.Is(err, bus.ErrClosed) {
+			t.Errorf("enqueue after drain: %v", err)
+		}
+		wantOnce(t, stored(ctx, t, d.owner()), 600)
+	})
+	t.Run("after running", func(t *testing.T) {
+		p, stop := publisher(t, c, 1000, bus.Hooks{}, log)
+		stop()
+		enqueue(t, p, 600, 1000)
+		if left, err := p.Drain(ctx); left != 0 || err != nil {
+			t.Errorf("%d left, %v", left, err)
+		}
+		wantOnce(t, stored(ctx, t, d.owner()), 1000)
+		if left, err := p.Drain(ctx); left != 0 || err != nil { // again
+			t.Errorf("%d left, %v", left, err)
+		}
+	})
+	t.Run("server away", func(t *testing.T) {
+		p, stop := publisher(t, c, 1000, bus.Hooks{}, log)
+		d.kill()
+		enqueue(t, p, 1000, 1007)
+		short, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+		defer cancel()
+		start := time.Now()
+		left, err := p.Drain(short)
+		if left != 7 || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%d left, %v", left, err)
+		}
+		if took := time.Since(start); took > 3*time.Second {
+			t.Errorf("drain took %s", took)
+		}
+		stop()
+		// The connection is closed: no reason to wait for ctx.
+		c.Close()
+		left, err = p.Drain(ctx)
+		if left != 7 || !errors.Is(err, bus.ErrClosed) {
+			t.Errorf("%d left, %v", left, err)
+		}
+		if err := p.Run(ctx); !errors.Is(err, bus.ErrClosed) {
+			t.Errorf("run on a closed connection: %v", err)
+		}
+	})
+}

@@ -1,0 +1,194 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+)
+
+// EnsureStream makes the stream [event.StreamName], or brings an existing one to cfg: subjects, age,
+// bytes, replicas and dedup window. What cfg does not speak of (placement, compression, further
+// subjects) stays as an operator has set it. Calling it again, or from several places at once, does no
+// harm.
+//
+// It waits for a connection as long as ctx lets it. It fails when the server refuses, and when a
+// stream of that name exists that cannot be turned into one that keeps every message on disk for its
+// time (memory storage, another retention, a mirror, no acknowledgements).
+func EnsureStream(ctx context.Context, c *Conn, cfg config.Stream) error {
+	if err := ensureStream(ctx, c, event.StreamName, event.StreamSubjects(), cfg); err != nil {
+		return fmt.Errorf("ensure stream %s: %w", event.StreamName, err)
+	}
+	return nil
+}
+
+func ensureStream(ctx context.Context, c *Conn, name string, subjects []string, cfg config.Stream) error {
+	for {
+		info, err := streamInfo(ctx, c, name)
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			want := jetstream.StreamConfig{Name: name, Storage: jetstream.FileStorage, Retention: jetstream.LimitsPolicy}
+			configureStream(&want, subjects, cfg)
+			err = c.call(ctx, "$JS.API.STREAM.CREATE."+name, func(ctx context.Context) error {
+				_, err := c.js.CreateStream(ctx, want)
+				return err
+			})
+			if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
+				continue // somebody was faster
+			}
+			if err != nil {
+				return fmt.Errorf("create: %w", err)
+			}
+			c.log.Info("stream created", "stream", name, "max_age", cfg.MaxAge, "max_bytes", cfg.MaxBytes, "replicas", cfg.Replicas)
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := checkStream(info.Config); err != nil {
+			return err
+		}
+		want := info.Config
+		if !configureStream(&want, subjects, cfg) {
+			return nil
+		}
+		err = c.call(ctx, "$JS.API.STREAM.UPDATE."+name, func(ctx context.Context) error {
+			_, err := c.js.UpdateStream(ctx, want)
+			return err
+		})
+		if errors.Is(err, jetstream.ErrStreamNotFound) {
+			continue // deleted in between
+		}
+		if err != nil {
+			return fmt.Errorf("update: %w", err)
+		}
+		c.log.Info("stream updated", "stream", name, "max_age", cfg.MaxAge, "max_bytes", cfg.MaxBytes, "replicas", cfg.Replicas)
+		return nil
+	}
+}
+
+// streamInfo reads a stream's state; jetstream.ErrStreamNotFound when there is none.
+func streamInfo(ctx context.Context, c *Conn, name string) (info *jetstream.StreamInfo, err error) {
+	err = c.call(ctx, "$JS.API.STREAM.INFO."+name, func(ctx context.Context) error {
+		s, err := c.js.Stream(ctx, name)
+		if err == nil {
+			info = s.CachedInfo()
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("look up: %w", err)
+	}
+	return info, nil
+}
+
+// checkStream refuses what an update cannot mend.
+func checkStream(have jetstream.StreamConfig) error {
+	var wrong []string
+	if have.Storage != jetstream.FileStorage {
+		wrong = append(wrong, fmt.Sprintf("its storage is %s, not file", have.Storage))
+	}
+	if have.Retention != jetstream.LimitsPolicy {
+		wrong = append(wrong, fmt.Sprintf("its retention is %s, not limits", have.Retention))
+	}
+	if have.Mirror != nil {
+		wrong = append(wrong, "it is a mirror of "+have.Mirror.Name)
+	}
+	if have.Sealed {
+		wrong = append(wrong, "it is sealed")
+	}
+	if have.NoAck {
+		wrong = append(wrong, "it does not acknowledge")
+	}
+	if wrong != nil {
+		return fmt.Errorf("the existing stream cannot be used, delete or rename it: %s", strings.Join(wrong, ", "))
+	}
+	return nil
+}
+
+// configureStream writes our settings over s and tells whether anything changed.
+func configureStream(s *jetstream.StreamConfig, subjects []string, cfg config.Stream) (changed bool) {
+	// Subjects of a newer version, or of the operator, stay: this may be the older of two programs.
+	want := slices.Clone(s.Subjects)
+	for _, ours := range subjects {
+		if slices.ContainsFunc(want, func(w string) bool { return covers(w, ours) }) {
+			continue
+		}
+		want = slices.DeleteFunc(want, func(w string) bool { return covers(ours, w) })
+		want = append(want, ours)
+	}
+	if !slices.Equal(want, s.Subjects) {
+		s.Subjects, changed = want, true
+	}
+	set(&s.Discard, jetstream.DiscardOld, &changed)
+	set(&s.MaxAge, cfg.MaxAge, &changed)
+	set(&s.MaxBytes, int64(cfg.MaxBytes), &changed)
+	set(&s.Replicas, cfg.Replicas, &changed)
+	set(&s.Duplicates, cfg.DedupWindow, &changed)
+	return changed
+}
+
+func set[T comparable](field *T, value T, changed *bool) {
+	if *field != value {
+		*field, *changed = value, true
+	}
+}
+
+// covers tells whether the subject pattern a takes everything that b takes.
+func covers(a, b string) bool {
+	as, bs := strings.Split(a, "."), strings.Split(b, ".")
+	for i, t := range as {
+		switch {
+		case t == ">":
+			return len(bs) > i
+		case i >= len(bs) || bs[i] == ">":
+			return false
+		case t != "*" && t != bs[i]:
+			return false
+		}
+	}
+	return len(as) == len(bs)
+}
+
+// Health is what a readiness probe or a doctor wants to know, in the order in which one thing needs
+// the other.
+type Health struct {
+	Connected bool
+	JetStream bool // enabled for the account
+	Stream    bool // [event.StreamName] exists
+	// Err says why the first of them that is false is so. It wraps nats.ErrPermissionViolation when
+	// this client may not ask, as a tracer on a shared cluster may not: then Connected and
+	// Publisher.Failing are all there is to know.
+	Err error
+}
+
+// Check asks the server. It does not wait for a connection, and takes at most 5 s.
+func (c *Conn) Check(ctx context.Context) Health {
+	var h Health
+	if h.Connected = c.Connected(); !h.Connected {
+		h.Err = fmt.Errorf("check nats at %s: %w", c.server, ErrDisconnected)
+		return h
+	}
+	// The link may break before the call notices: then call would wait for the next one.
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	if err := c.call(ctx, "$JS.API.INFO", func(ctx context.Context) error {
+		_, err := c.js.AccountInfo(ctx)
+		return err
+	}); err != nil {
+		h.Err = fmt.Errorf("check jetstream at %s: %w", c.server, err)
+		return h
+	}
+	h.JetStream = true
+	if _, err := streamInfo(ctx, c, event.StreamName); err != nil {
+		h.Err = fmt.Errorf("check stream %s at %s: %w", event.StreamName, c.server, err)
+		return h
+	}
+	h.Stream = true
+	return h
+}

@@ -1,0 +1,194 @@
+package bus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+// TailOptions say what to read from the stream [event.StreamName].
+type TailOptions struct {
+	// Subjects are subject patterns that do not overlap, see event.Filter; none means everything.
+	Subjects []string
+	// Since is when the first message to read was stored, or later; zero means only new ones.
+	Since time.Time
+	// Follow goes on with what comes. Otherwise Tail ends with what was stored when it began.
+	Follow bool
+}
+
+// Stored is a message as the stream has it.
+type Stored struct {
+	ID      string // Nats-Msg-Id; empty when the publisher sent none
+	Subject string
+	Data    []byte
+	Seq     uint64    // the stream's own count, from 1, with holes where Subjects leave some out
+	Time    time.Time // when it was stored, by the server's clock
+}
+
+// Tail hands what the stream holds to each, one at a time, in the stream's order, each message once,
+// across reconnects and restarts of the server.
+//
+// With Follow it returns nil when ctx ends; without, nil at the end of what was stored, and ctx's error
+// when that came first. It returns each's error as it is. It fails when the stream does not exist or
+// the server refuses, but once it has begun, it waits for a server that went away.
+func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) error {
+	t := &tail{c: c, o: o, each: each}
+	failures := 0
+	for {
+		link, err := c.connected(ctx)
+		if err == nil {
+			before := t.last
+			err = t.session(ctx, link)
+			if t.last != before {
+				failures = 0
+			}
+		}
+		var stop errStop
+		switch {
+		case err == nil:
+			return nil
+		case errors.As(err, &stop):
+			return stop.error
+		case ctx.Err() != nil && o.Follow:
+			return nil
+		case ctx.Err() != nil:
+			return fmt.Errorf("tail stream %s: %w", event.StreamName, context.Cause(ctx))
+		case errors.Is(err, ErrClosed), errors.Is(err, nats.ErrPermissionViolation), !t.began && !errors.Is(err, ErrDisconnected):
+			return fmt.Errorf("tail stream %s: %w", event.StreamName, err)
+		}
+		c.once("tail"+err.Error(), "reading the stream is interrupted, will go on after the last message", "stream", event.StreamName, "last_seq", t.last, "error", err)
+		failures++
+		pause := time.NewTimer(backoff(failures))
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+		}
+		pause.Stop()
+	}
+}
+
+// errStop carries the error of the caller's own function past the ones that are met with patience.
+type errStop struct{ error }
+
+// tail is one call of Tail. nats.go has an ordered consumer, which works in the same way, but while it
+// seeks a new consumer for a lost one it heeds no context.
+type tail struct {
+	c    *Conn
+	o    TailOptions
+	each func(Stored) error
+
+	began   bool
+	created time.Time // which stream of that name it is
+	last    uint64    // the last sequence handed over, or the one before the first to read; 0 with Since
+	end     uint64    // without Follow: the last sequence to read
+}
+
+// session reads through one consumer. It returns nil at the end of what was to be read.
+func (t *tail) session(ctx, link context.Context) error {
+	ctx, cut := context.WithCancelCause(ctx)
+	defer cut(nil)
+	defer context.AfterFunc(link, func() { cut(context.Cause(link)) })()
+	// Without this a consumer that it is forbidden to read from would look like an idle one.
+	defer t.c.watch(func(d denial) {
+		if d.subscribe && strings.HasPrefix(d.subject, t.c.inbox+".") || strings.HasPrefix(d.subject, "$JS.API.CONSUMER.MSG.NEXT."+event.StreamName+".") {
+			cut(d.err)
+		}
+	})()
+	err := t.read(ctx)
+	var stop errStop
+	if err != nil && !errors.As(err, &stop) && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+func (t *tail) read(ctx context.Context) error {
+	info, err := streamInfo(ctx, t.c, event.StreamName)
+	if err != nil {
+		return err
+	}
+	switch {
+	case !t.began:
+		t.created, t.end = info.Created, info.State.LastSeq
+		if t.o.Since.IsZero() {
+			// Not DeliverNew: that would mean another moment after a reconnect.
+			t.last = info.State.LastSeq
+		}
+	case !t.created.Equal(info.Created):
+		if !t.o.Follow {
+			return errStop{fmt.Errorf("tail stream %s: it was deleted while it was read", event.StreamName)}
+		}
+		t.c.log.Warn("stream was made anew, reading it from its start", "stream", event.StreamName, "last_seq", t.last)
+		t.created, t.last, t.o.Since = info.Created, 0, time.Unix(0, 0)
+	}
+
+	cfg := jetstream.ConsumerConfig{
+		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
+		OptStartSeq:       t.last + 1,
+		AckPolicy:         jetstream.AckNonePolicy,
+		FilterSubjects:    t.o.Subjects,
+		MemoryStorage:     true,
+		Replicas:          1,
+		InactiveThreshold: time.Minute, // the server removes it then; to ask for that would need one more permission
+	}
+	if t.last == 0 && !t.o.Since.IsZero() {
+		cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, 0, &t.o.Since
+	}
+	if len(t.o.Subjects) == 1 {
+		// Puts the filter into the request's subject, where permissions can see it.
+		cfg.FilterSubject, cfg.FilterSubjects = t.o.Subjects[0], nil
+	}
+	var consumer jetstream.Consumer
+	if err := t.c.call(ctx, "$JS.API.CONSUMER.CREATE."+event.StreamName, func(ctx context.Context) error {
+		consumer, err = t.c.js.CreateConsumer(ctx, event.StreamName, cfg)
+		return err
+	}); err != nil {
+		return fmt.Errorf("create consumer: %w", err)
+	}
+	t.began = true
+	if !t.o.Follow && (t.last >= t.end || consumer.CachedInfo().NumPending == 0) {
+		return nil
+	}
+
+	messages, err := consumer.Messages(jetstream.PullMaxMessages(256), jetstream.PullHeartbeat(requestTimeout))
+	if err != nil {
+		return fmt.Errorf("read: %w", err)
+	}
+	defer messages.Stop()
+	for count := uint64(1); ; count++ {
+		m, err := messages.Next(jetstream.NextContext(ctx))
+		if err != nil {
+			return fmt.Errorf("read: %w", err)
+		}
+		meta, err := m.Metadata()
+		if err != nil {
+			return fmt.Errorf("read: %w", err)
+		}
+		if meta.Sequence.Consumer != count {
+			return fmt.Errorf("read: message %d of the consumer came where %d was due", meta.Sequence.Consumer, count)
+		}
+		if !t.o.Follow && meta.Sequence.Stream > t.end {
+			return nil
+		}
+		if err := t.each(Stored{
+			ID:      m.Headers().Get(jetstream.MsgIDHeader),
+			Subject: m.Subject(),
+			Data:    m.Data(),
+			Seq:     meta.Sequence.Stream,
+			Time:    meta.Timestamp,
+		}); err != nil {
+			return errStop{err}
+		}
+		t.last = meta.Sequence.Stream
+		if !t.o.Follow && (t.last >= t.end || meta.NumPending == 0) {
+			return nil
+		}
+	}
+}

@@ -1,0 +1,132 @@
+// Package config reads the one config.yaml that every binary of OOM Tracer shares.
+//
+// Rule of the package: strict. An unknown key, a second document, a value out of range is an error
+// that names the key's path, and all of them are reported at once. Every key has a default.
+package config
+
+import (
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Config is the whole file.
+type Config struct {
+	Node    Node    `yaml:"node"`
+	Kernel  Kernel  `yaml:"kernel"`
+	NATS    NATS    `yaml:"nats"`
+	Metrics Metrics `yaml:"metrics"`
+	Log     Log     `yaml:"log"`
+}
+
+// Node says which node this is.
+type Node struct {
+	// Name is a DNS-1123 subdomain. The flag --node-name and NODE_NAME from the environment go
+	// before it; where all three are empty, the host's name is taken. See NodeName.
+	Name string `yaml:"name"`
+	// CgroupRoot is the absolute cgroup path under which this node's kills happen. Anything but
+	// "/" is for several nodes on one kernel (kind, k3d).
+	CgroupRoot string `yaml:"cgroup_root"`
+}
+
+// Kernel is about the BPF program.
+type Kernel struct {
+	// Tier is auto, fentry, kprobe, stack or none.
+	Tier string `yaml:"tier"`
+	// PerfPages is the size of each CPU's perf buffer, in pages; a power of two, 1..1024.
+	PerfPages int `yaml:"perf_pages"`
+}
+
+// NATS is the connection; an empty URL means the embedded server.
+type NATS struct {
+	URL string `yaml:"url"` // comma-separated nats:// or tls:// URLs, without credentials
+	// CredsFile is a NATS credentials file (JWT and nkey seed), NKeyFile a bare nkey seed. User goes
+	// with PasswordFile. At most one of the three ways, and only with a URL.
+	CredsFile    string `yaml:"creds_file"`
+	NKeyFile     string `yaml:"nkey_file"`
+	User         string `yaml:"user"`
+	PasswordFile string `yaml:"password_file"`
+	TLS          TLS    `yaml:"tls"`
+	// Buffer is how many events wait in memory while NATS is away, 1..1000000.
+	Buffer   int      `yaml:"buffer"`
+	Embedded Embedded `yaml:"embedded"`
+	Stream   Stream   `yaml:"stream"`
+}
+
+// TLS holds absolute file paths; empty ones mean the system's CAs and no client certificate.
+type TLS struct {
+	CAFile   string `yaml:"ca_file"`
+	CertFile string `yaml:"cert_file"`
+	KeyFile  string `yaml:"key_file"`
+}
+
+// Embedded is the NATS server inside oom-tracer, used when NATS.URL is empty.
+type Embedded struct {
+	// Listen is a loopback address and port; port 0 picks a free one.
+	Listen string `yaml:"listen"`
+	// Dir holds the stream's files and the password file. It is made with mode 0700.
+	Dir string `yaml:"dir"`
+	// SyncAlways makes the server fsync each message before it acks it.
+	SyncAlways bool `yaml:"sync_always"`
+}
+
+// Stream is how long JetStream keeps what happened.
+type Stream struct {
+	MaxAge      time.Duration `yaml:"max_age"`      // at least a minute
+	MaxBytes    Bytes         `yaml:"max_bytes"`    // at least 1 MiB
+	Replicas    int           `yaml:"replicas"`     // 1, 3 or 5; the embedded server has 1
+	DedupWindow time.Duration `yaml:"dedup_window"` // 1 s .. max_age
+}
+
+// Metrics is where /metrics, /healthz and /readyz are served; an empty address serves nothing.
+type Metrics struct {
+	Listen string `yaml:"listen"`
+}
+
+// Log is about the program's own messages on standard error.
+type Log struct {
+	Level  string `yaml:"level"`  // debug, info, warn or error
+	Format string `yaml:"format"` // text or json
+}
+
+// Default is the configuration of an empty file, and of the one that is shipped.
+func Default() Config {
+	return Config{
+		Node:   Node{CgroupRoot: "/"},
+		Kernel: Kernel{Tier: "auto", PerfPages: 64},
+		NATS: NATS{
+			Buffer: 10000,
+			Embedded: Embedded{
+				Listen: "127.0.0.1:4222",
+				Dir:    "/var/lib/oom-tracer/nats",
+				// A node that ran out of memory may panic or be reset next: what was acked must be on disk.
+				SyncAlways: true,
+			},
+			Stream: Stream{
+				MaxAge:      168 * time.Hour,
+				MaxBytes:    1 << 30,
+				Replicas:    1,
+				DedupWindow: 10 * time.Minute,
+			},
+		},
+		Metrics: Metrics{Listen: "127.0.0.1:9105"},
+		Log:     Log{Level: "info", Format: "text"},
+	}
+}
+
+// Bytes is a size in bytes. In the file it is an integer, or digits with a binary unit: 512MiB.
+type Bytes int64
+
+// parseBytes reads digits followed by KiB, MiB, GiB, TiB or nothing. Decimal units are refused: the
+// kernel and NATS count in binary ones, and a GB that means a GiB elsewhere is a trap.
+func parseBytes(s string) (Bytes, error) {
+	digits := strings.TrimRight(s, "KMGTiB")
+	shift, ok := map[string]uint{"": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[s[len(digits):]]
+	n, err := strconv.ParseUint(digits, 10, 63)
+	if !ok || err != nil || n > math.MaxInt64>>shift {
+		return 0, fmt.Errorf("must be a number of bytes or a size such as 512MiB or 1GiB (KiB, MiB, GiB, TiB), not %s", show(s))
+	}
+	return Bytes(n << shift), nil
+}

@@ -1,0 +1,181 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+// Validate checks what Parse checks of the values. Call it again when flags have changed some.
+//
+// Its error has one line for each fault: "key.path: what".
+func (c *Config) Validate() error {
+	var errs []error
+	for _, f := range c.faults() {
+		errs = append(errs, f)
+	}
+	return errors.Join(errs...)
+}
+
+// faults collects every rule that c breaks. No message repeats what may be a secret.
+func (c *Config) faults() []fault {
+	var faults []fault
+	bad := func(key, format string, args ...any) {
+		faults = append(faults, fault{keys: []string{key}, what: fmt.Sprintf(format, args...)})
+	}
+	// clash blames key for what the value of other makes of it.
+	clash := func(key, other, format string, args ...any) {
+		faults = append(faults, fault{keys: []string{key, other}, what: fmt.Sprintf(format, args...)})
+	}
+	oneOf := func(key, value string, allowed ...string) {
+		if !slices.Contains(allowed, value) {
+			bad(key, "must be one of %s, not %s", strings.Join(allowed, ", "), show(value))
+		}
+	}
+
+	if c.Node.Name != "" {
+		if _, err := event.NodeToken(c.Node.Name); err != nil {
+			bad("node.name", "%v", err)
+		}
+	}
+	if !path.IsAbs(c.Node.CgroupRoot) || path.Clean(c.Node.CgroupRoot) != c.Node.CgroupRoot {
+		bad("node.cgroup_root", "must be an absolute path without \"..\", \"//\" or a slash at its end, not %s", show(c.Node.CgroupRoot))
+	}
+
+	oneOf("kernel.tier", c.Kernel.Tier, "auto", "fentry", "kprobe", "stack", "none")
+	if p := c.Kernel.PerfPages; p < 1 || p > 1024 || p&(p-1) != 0 {
+		bad("kernel.perf_pages", "must be a power of two from 1 to 1024, not %d", p)
+	}
+
+	n := c.NATS
+	if n.URL != "" {
+		if err := checkURLs(n.URL); err != nil {
+			bad("nats.url", "%v", err)
+		}
+	}
+	var ways []string // of authentication, the key that stands for each
+	for _, k := range []struct {
+		key, value string
+		file, way  bool
+	}{
+		{"nats.creds_file", n.CredsFile, true, true},
+		{"nats.nkey_file", n.NKeyFile, true, true},
+		{"nats.user", n.User, false, true},
+		{"nats.password_file", n.PasswordFile, true, n.User == ""},
+		{"nats.tls.ca_file", n.TLS.CAFile, true, false},
+		{"nats.tls.cert_file", n.TLS.CertFile, true, false},
+		{"nats.tls.key_file", n.TLS.KeyFile, true, false},
+	} {
+		if k.value == "" {
+			continue
+		}
+		// The value is not shown: it may be the secret, pasted in place of its path.
+		if k.file && !isPath(k.value) {
+			bad(k.key, "must be the absolute path of a file")
+		}
+		if n.URL == "" {
+			clash(k.key, "nats.url", "needs nats.url: the embedded server makes its own credentials and has no TLS")
+		}
+		if k.way {
+			ways = append(ways, k.key)
+		}
+	}
+	for _, way := range ways[min(1, len(ways)):] {
+		clash(way, ways[0], "cannot be set with %s: choose one way to authenticate", ways[0])
+	}
+	pair := func(key, value, other, otherValue string) {
+		if value != "" && otherValue == "" {
+			clash(key, other, "needs %s too", other)
+		}
+	}
+	pair("nats.user", n.User, "nats.password_file", n.PasswordFile)
+	pair("nats.password_file", n.PasswordFile, "nats.user", n.User)
+	pair("nats.tls.cert_file", n.TLS.CertFile, "nats.tls.key_file", n.TLS.KeyFile)
+	pair("nats.tls.key_file", n.TLS.KeyFile, "nats.tls.cert_file", n.TLS.CertFile)
+	if n.Buffer < 1 || n.Buffer > 1_000_000 {
+		bad("nats.buffer", "must be from 1 to 1000000, not %d", n.Buffer)
+	}
+
+	// A name is refused, even localhost: what it resolves to is not in this file.
+	if ap, err := netip.ParseAddrPort(n.Embedded.Listen); err != nil || !ap.Addr().IsLoopback() {
+		bad("nats.embedded.listen", "must be a loopback IP address and a port, such as 127.0.0.1:4222 or [::1]:4222, not %s", show(n.Embedded.Listen))
+	}
+	if !isPath(n.Embedded.Dir) {
+		bad("nats.embedded.dir", "must be the absolute path of a directory, not %s", show(n.Embedded.Dir))
+	}
+
+	s := n.Stream
+	if s.MaxAge < time.Minute {
+		bad("nats.stream.max_age", "must be at least 1m, not %s", s.MaxAge)
+	}
+	if s.MaxBytes < 1<<20 {
+		bad("nats.stream.max_bytes", "must be at least 1MiB, not %d bytes", s.MaxBytes)
+	}
+	if s.Replicas != 1 && s.Replicas != 3 && s.Replicas != 5 {
+		bad("nats.stream.replicas", "must be 1, 3 or 5, not %d", s.Replicas)
+	} else if s.Replicas > 1 && n.URL == "" {
+		clash("nats.stream.replicas", "nats.url", "must be 1 without nats.url: the embedded server is alone")
+	}
+	if s.DedupWindow < time.Second {
+		bad("nats.stream.dedup_window", "must be at least 1s, not %s", s.DedupWindow)
+	} else if s.DedupWindow > s.MaxAge && s.MaxAge >= time.Minute {
+		clash("nats.stream.dedup_window", "nats.stream.max_age", "is %s and must not exceed nats.stream.max_age, which is %s", s.DedupWindow, s.MaxAge)
+	}
+
+	if c.Metrics.Listen != "" {
+		if err := checkListen(c.Metrics.Listen); err != nil {
+			bad("metrics.listen", "%v", err)
+		}
+	}
+	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
+	oneOf("log.format", c.Log.Format, "text", "json")
+	return faults
+}
+
+// isPath tells an absolute path from a word, or from the text of a file.
+func isPath(s string) bool {
+	return path.IsAbs(s) && !strings.ContainsFunc(s, unicode.IsControl)
+}
+
+// checkURLs checks a comma-separated list of servers.
+func checkURLs(list string) error {
+	// Asked first, so that no other message can repeat a password.
+	if strings.Contains(list, "@") {
+		return errors.New("must not hold credentials: use nats.creds_file, nats.nkey_file, or nats.user with nats.password_file")
+	}
+	for entry := range strings.SplitSeq(list, ",") {
+		u, err := url.Parse(strings.TrimSpace(entry))
+		if err != nil || u.Scheme != "nats" && u.Scheme != "tls" || u.Hostname() == "" ||
+			u.Path+u.RawQuery+u.Fragment != "" || strings.HasSuffix(u.Host, ":") || u.Port() != "" && !isPort(u.Port(), 1) {
+			return fmt.Errorf("must be nats://host:port or tls://host:port, or several with commas between, not %s", show(entry))
+		}
+	}
+	return nil
+}
+
+// checkListen checks host:port. The host may be empty, which is every address of the machine.
+func checkListen(addr string) error {
+	host, port, err := net.SplitHostPort(addr)
+	_, notIP := netip.ParseAddr(host)
+	_, notName := event.NodeToken(host)
+	if err != nil || host != "" && notIP != nil && notName != nil || !isPort(port, 0) {
+		return fmt.Errorf("must be an address and a port, such as 127.0.0.1:9105 or :9105, not %s", show(addr))
+	}
+	return nil
+}
+
+// isPort reports whether s is a decimal port number of at least lowest.
+func isPort(s string, lowest uint64) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n >= lowest
+}

@@ -1,0 +1,403 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
+)
+
+const mib = 1 << 20
+
+func open(t *testing.T, tier Tier, pages int) *Loader {
+	t.Helper()
+	l, err := Open(Options{Tier: tier, PerfPages: pages, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	return l
+}
+
+// collect runs l until stop is called, and returns what it read.
+func collect(t *testing.T, l *Loader) (stop func() []*wire.Record) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	var records []*wire.Record
+	done := make(chan error, 1)
+	go func() {
+		done <- l.Run(ctx, func(sample []byte) {
+			r, err := wire.Decode(sample)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			records = append(records, r)
+		})
+	}()
+	stop = sync.OnceValue(func() []*wire.Record {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		return records
+	})
+	t.Cleanup(func() { stop() })
+	return stop
+}
+
+func toEvent(r *wire.Record) event.Event {
+	c := wire.Converter{
+		Node: event.Node{Name: "test", BootID: "boot"}, CgroupRoot: "/", PageSize: uint64(os.Getpagesize()),
+		Now: func() (time.Time, uint64) {
+			var boot unix.Timespec
+			_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot)
+			return time.Now(), uint64(boot.Nano())
+		},
+	}
+	return c.Event(r)
+}
+
+// TestLayout proves Go's structs against the object, and that a difference would be seen.
+func TestLayout(t *testing.T) {
+	if err := CheckLayout(); err != nil {
+		t.Fatal(err)
+	}
+	spec, err := objectSpec()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name   string
+		c      string
+		change func(*btf.Struct)
+		goType reflect.Type
+		want   string
+	}{
+		{"renamed", "oom_stats", func(s *btf.Struct) { s.Members[1].Name = "posted" }, reflect.TypeFor[Stats](), `posted is field Sent`},
+		{"moved", "oom_stats", func(s *btf.Struct) { s.Members[1].Offset = 16 * 8 }, reflect.TypeFor[Stats](), "sent is at 16"},
+		{"swapped", "oom_stats", func(s *btf.Struct) { s.Members[0], s.Members[1] = s.Members[1], s.Members[0] }, reflect.TypeFor[Stats](), "sent is field Seen"},
+		{"added", "oom_stats", func(s *btf.Struct) { s.Members = append(s.Members, s.Members[0]) }, reflect.TypeFor[Stats](), "has 4 members"},
+		{"grown", "oom_stats", func(s *btf.Struct) { s.Size += 8 }, reflect.TypeFor[Stats](), "has 32 bytes"},
+		{"narrowed", "oom_stats", func(s *btf.Struct) { s.Members[0].Type = &btf.Int{Name: "int", Size: 4} }, reflect.TypeFor[Stats](), "seen is"},
+		{"signed", "oom_stats", func(s *btf.Struct) { s.Members[0].Type = &btf.Int{Name: "long", Size: 8, Encoding: btf.Signed} }, reflect.TypeFor[Stats](), "seen is"},
+		{"nested", "oom_event", func(s *btf.Struct) {
+			for i, m := range s.Members {
+				if m.Name == "victim" {
+					inner := btf.Copy(m.Type).(*btf.Struct)
+					inner.Members[0].Name = "pid"
+					s.Members[i].Type = inner
+				}
+			}
+		}, reflect.TypeFor[wire.Header](), "struct oom_victim: pid is field TGID"},
+		{"more roles", "oom_event", func(s *btf.Struct) {
+			for i, m := range s.Members {
+				if m.Name == "cgroup" {
+					inner := *m.Type.(*btf.Array)
+					inner.Nelems++
+					s.Members[i].Type = &inner
+				}
+			}
+		}, reflect.TypeFor[wire.Header](), "cgroup is an array of 5"},
+		{"data moved", "oom_event", func(s *btf.Struct) { s.Members[len(s.Members)-1].Offset += 64 }, reflect.TypeFor[wire.Header](), "data is at 320"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var original *btf.Struct
+			if err := spec.TypeByName(tt.c, &original); err != nil {
+				t.Fatal(err)
+			}
+			changed := btf.Copy(original).(*btf.Struct)
+			tt.change(changed)
+			err := sameStruct(changed, tt.goType, tt.c != "oom_event")
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %v, want an error with %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// TestPrototype reads both prototypes, and refuses what is neither.
+func TestPrototype(t *testing.T) {
+	integer := &btf.Int{Name: "int", Size: 4, Encoding: btf.Signed}
+	task := &btf.Pointer{Target: &btf.Struct{Name: "task_struct", Size: 8}}
+	void := &btf.Pointer{Target: &btf.Void{}}
+	param := func(types ...btf.Type) []btf.FuncParam {
+		params := []btf.FuncParam{{Type: void}}
+		for _, typ := range types {
+			params = append(params, btf.FuncParam{Type: typ})
+		}
+		return params
+	}
+	for _, tt := range []struct {
+		name   string
+		params []btf.FuncParam
+		want   Prototype
+	}{
+		{"before v6.9", param(integer), PrototypePID},
+		{"since v6.9", param(task, &btf.Typedef{Name: "uid_t", Type: integer}), PrototypeTask},
+		{"another struct", param(&btf.Pointer{Target: &btf.Struct{Name: "mm_struct", Size: 8}}), ""},
+		{"two integers", param(integer, integer), ""},
+		{"nothing", param(), ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			proto := &btf.FuncProto{Return: &btf.Void{}, Params: tt.params}
+			b, err := btf.NewBuilder([]btf.Type{&btf.Typedef{Name: "btf_trace_mark_victim", Type: &btf.Pointer{Target: proto}}}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			raw, err := b.Marshal(nil, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			spec, err := btf.LoadSpecFromReader(strings.NewReader(string(raw)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := MarkVictimPrototype(spec)
+			if got != tt.want || (err == nil) != (tt.want != "") {
+				t.Errorf("got %q, %v; want %q", got, err, tt.want)
+			}
+		})
+	}
+}
+
+func TestStackSymbols(t *testing.T) {
+	const whole = `ffffffff81000000 T _text
+ffffffff81212300 t __oom_kill_process.cold
+ffffffff81212346 t oom_kill_process.cold
+ffffffff81595b90 t mark_oom_victim
+ffffffff81596eb0 t __oom_kill_process
+ffffffff81597310 t oom_kill_process
+ffffffff815974b0 t oom_kill_memcg_member
+ffffffff81597ce0 T out_of_memory
+ffffffff81597ce0 T out_of_memory_alias
+ffffffff815981f0 T next
+ffffffff8161e720 t __alloc_pages_slowpath.constprop.0
+ffffffff8161f000 d not_text
+ffffffff8161f720 t after
+ffffffff8168bab0 t mem_cgroup_out_of_memory
+ffffffff8168bbb0 t end
+ffffffffc0000000 t out_of_memory	[evil]
+`
+	symbols, err := stackSymbols(strings.NewReader(whole))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []symbol{
+		{0xffffffff81212300, 0xffffffff81212346, frameKill, 0},
+		{0xffffffff81212346, 0xffffffff81595b90, frameKillProcess, 0},
+		{0xffffffff81596eb0, 0xffffffff81597310, frameKill, 0},
+		{0xffffffff815974b0, 0xffffffff81597ce0, frameGroup, 0},
+		{0xffffffff81597ce0, 0xffffffff815981f0, frameOOM, 0},
+		{0xffffffff8161e720, 0xffffffff8161f720, framePageAlloc, 0},
+		{0xffffffff8168bab0, 0xffffffff8168bbb0, frameMemcg, 0},
+	} {
+		found := false
+		for _, s := range symbols {
+			found = found || s == want
+		}
+		if !found {
+			t.Errorf("%x is not among %x", want, symbols)
+		}
+	}
+	for _, s := range symbols {
+		if s.Start >= 0xffffffffc0000000 {
+			t.Errorf("a module's function is taken for the kernel's: %x", s)
+		}
+	}
+
+	for _, tt := range []struct{ name, text, want string }{
+		{"inlined", strings.Replace(whole, "t __oom_kill_process\n", "t x\n", 1), ""}, // the .cold part is still one
+		{"missing", strings.ReplaceAll(whole, "__oom_kill_process", "x"), "no __oom_kill_process"},
+		{"no memcg", strings.ReplaceAll(whole, "mem_cgroup_out", "x"), "no mem_cgroup_out_of_memory"},
+		{"hidden", regexp.MustCompile(`(?m)^[0-9a-f]{16}`).ReplaceAllString(whole, "0000000000000000"), "hides"},
+		{"empty", "", "no __oom_kill_process"},
+		{"rubbish", "zzzz t x\n", "read kallsyms"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := stackSymbols(strings.NewReader(tt.text))
+			switch {
+			case tt.want == "" && err != nil:
+				t.Error(err)
+			case tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)):
+				t.Errorf("got %v, want an error with %q", err, tt.want)
+			}
+		})
+	}
+	if _, err := StackSymbols(t.TempDir()); !errors.Is(err, ErrNoStack) {
+		t.Errorf("without kallsyms: %v", err)
+	}
+}
+
+func TestOneMemoryNode(t *testing.T) {
+	for list, want := range map[string]bool{"0\n": true, "0-1\n": false, "0,2\n": false, "1\n": true} {
+		dir := t.TempDir()
+		node := filepath.Join(dir, "devices/system/node")
+		if err := os.MkdirAll(node, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(node+"/has_memory", []byte(list), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := oneMemoryNode(dir); got != want || err != nil {
+			t.Errorf("%q: %t, %v", list, got, err)
+		}
+	}
+	if got, err := oneMemoryNode(t.TempDir()); !got || err != nil {
+		t.Errorf("without NUMA: %t, %v", got, err)
+	}
+}
+
+func TestOpenFails(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	if _, err := Open(Options{Tier: TierAuto, PerfPages: 3, Log: log}); err == nil || !strings.Contains(err.Error(), "3 pages") {
+		t.Errorf("a perf buffer of three pages: %v", err)
+	}
+}
+
+// TestTiers: with a stack the kill is proved to be one of a cgroup, without any context it is not.
+func TestTiers(t *testing.T) {
+	for tier, want := range map[Tier]struct {
+		scope   event.Scope
+		outcome event.KillOutcome
+		limit   bool
+	}{
+		TierAuto:  {event.ScopeCgroup, event.OutcomeKilled, true},
+		TierStack: {event.ScopeCgroup, event.OutcomeKilled, true},
+		TierNone:  {event.ScopeUnknown, event.OutcomeUnknown, false},
+	} {
+		t.Run(string(tier), func(t *testing.T) {
+			l := open(t, tier, 8)
+			stop := collect(t, l)
+			group := scratchtest.New(t, 16*mib)
+			killed := scratchtest.Storm(t, group, 1, 32, "plain")
+			records := stop()
+			if len(records) != 1 || len(killed) != 1 {
+				t.Fatalf("%d records of %d kills", len(records), len(killed))
+			}
+			e := toEvent(records[0])
+			if e.Scope != want.scope || e.Outcome != want.outcome || (e.Limit != nil) != want.limit || (e.Incident != nil) != want.limit {
+				t.Errorf("scope %s, outcome %s, limit %+v, incident %+v", e.Scope, e.Outcome, e.Limit, e.Incident)
+			}
+			if int(e.Victim.PID) != killed[0] || e.Victim.Cgroup == nil || e.Victim.Cgroup.ID != group.ID {
+				t.Errorf("victim %+v, want process %d in %+v", e.Victim, killed[0], group)
+			}
+			if tier != TierNone && l.Tier() != TierStack {
+				t.Errorf("%s became %s", tier, l.Tier())
+			}
+		})
+	}
+}
+
+// TestSlowReader: nobody reads one page while it overflows; what was refused is counted exactly, what
+// was not is read.
+func TestSlowReader(t *testing.T) {
+	const kills = 120
+	l := open(t, TierAuto, 1)
+	group := scratchtest.New(t, 8*mib)
+	killed := scratchtest.Storm(t, group, kills, 16, "plain")
+	counted := scratchtest.Kills(t, group)
+	if counted != kills || len(killed) != kills {
+		t.Fatalf("the cgroup counts %d kills and the hog %d of %d", counted, len(killed), kills)
+	}
+	before, err := l.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	records := collect(t, l)()
+	after, err := l.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d kills: %+v, %d read", counted, after, len(records))
+	if before != after || after.Seen != kills || after.Sent+after.Refused != kills || after.Refused == 0 {
+		t.Errorf("%+v, then %+v, of %d kills", before, after, kills)
+	}
+	if len(records) != int(after.Sent) || l.Received() != after.Sent {
+		t.Errorf("read %d of %d sent", len(records), after.Sent)
+	}
+	seen := map[uint64]bool{}
+	for _, r := range records {
+		if r.Seq < 1 || r.Seq > kills || seen[r.Seq] {
+			t.Errorf("seq %d", r.Seq)
+		}
+		seen[r.Seq] = true
+	}
+}
+
+// TestAlive: reading is alive while what the kernel sends arrives, and only then.
+func TestAlive(t *testing.T) {
+	before := epolls(t)
+	l := open(t, TierAuto, 8)
+	if err := l.Alive(t.Context()); err == nil {
+		t.Error("alive before Run")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- l.Run(ctx, func([]byte) {}) }()
+	group := scratchtest.New(t, 8*mib)
+	scratchtest.Storm(t, group, 1, 16, "plain")
+	for l.Received() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	if err := l.Alive(t.Context()); err != nil {
+		t.Error(err)
+	}
+
+	// libbpfgo's poller ends without a word when its epoll fails. The kernel then sends what nobody
+	// gets. Its descriptor becomes one that cannot be polled.
+	null, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	for fd := range epolls(t) {
+		if !before[fd] {
+			if err := unix.Dup2(int(null.Fd()), fd); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	time.Sleep(400 * time.Millisecond) // one turn of the poller
+	scratchtest.Storm(t, group, 1, 16, "plain")
+	if err := l.Alive(t.Context()); err == nil || !strings.Contains(err.Error(), "sent 2 samples and 1 arrived") {
+		t.Errorf("with the poller gone: %v", err)
+	}
+	// And Run says so at its end, instead of waiting for ever.
+	cancel()
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "1 samples did not arrive") {
+		t.Errorf("Run ended with %v", err)
+	}
+}
+
+// epolls are this process's epoll descriptors.
+func epolls(t *testing.T) map[int]bool {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := map[int]bool{}
+	for _, fd := range fds {
+		link, _ := os.Readlink("/proc/self/fd/" + fd.Name())
+		if n, err := strconv.Atoi(fd.Name()); err == nil && link == "anon_inode:[eventpoll]" {
+			found[n] = true
+		}
+	}
+	return found
+}

@@ -1,0 +1,199 @@
+// Package scratchtest causes real, contained OOM kills for tests.
+package scratchtest
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+)
+
+// Program is a binary that make builds for the tests.
+func Program(t testing.TB, name string) string {
+	t.Helper()
+	dir := os.Getenv("OOM_TEST_BUILD")
+	if dir == "" {
+		t.Fatalf("OOM_TEST_BUILD does not say where %s is: run the tests with make test", name)
+	}
+	return filepath.Join(dir, name)
+}
+
+// New makes a cgroup that goes with the test.
+func New(t testing.TB, limit uint64) *scratch.Cgroup {
+	t.Helper()
+	h, err := scratch.Find("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	group, err := h.New(limit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	removeAfter(t, group)
+	return group
+}
+
+// Child makes a cgroup inside another.
+func Child(t testing.TB, parent *scratch.Cgroup, name string, limit uint64) *scratch.Cgroup {
+	t.Helper()
+	child, err := parent.Child(name, limit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	removeAfter(t, child)
+	return child
+}
+
+func removeAfter(t testing.TB, group *scratch.Cgroup) {
+	t.Cleanup(func() {
+		if err := group.Remove(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Kills reads the cgroup's own count.
+func Kills(t testing.TB, group *scratch.Cgroup) int {
+	t.Helper()
+	n, err := group.Kills()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return int(n)
+}
+
+// Storm runs tools/hog in the cgroup: count children, one after the other, of mib MiB each. It returns
+// the PIDs of those that were killed by SIGKILL, in their order.
+func Storm(t testing.TB, group *scratch.Cgroup, count, mib int, mode string) []int {
+	t.Helper()
+	hog := exec.CommandContext(t.Context(), Program(t, "hog"), fmt.Sprint(count), fmt.Sprint(mib), mode)
+	hog.Stderr = os.Stderr
+	hog.WaitDelay = time.Second
+	stdin, err := hog.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := hog.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := hog.Start(); err != nil {
+		t.Fatal(err)
+	}
+	// Its parent only forks and waits; the kernel takes the child, which is the bigger one.
+	if err := group.Add(hog.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stdin.Write([]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	var killed []int
+	lines := bufio.NewScanner(stdout)
+	for lines.Scan() {
+		var pid, value int
+		var how string
+		if _, err := fmt.Sscan(lines.Text(), &pid, &how, &value); err != nil {
+			t.Fatalf("hog said %q: %v", lines.Text(), err)
+		}
+		if how == "signal" && value == 9 {
+			killed = append(killed, pid)
+		}
+	}
+	if err := hog.Wait(); err != nil {
+		t.Fatalf("hog: %v", err)
+	}
+	return killed
+}
+
+// Hold runs tools/hog in the cgroup until it holds mib MiB, and leaves it there. It goes with the test.
+func Hold(t testing.TB, group *scratch.Cgroup, mib int) *os.Process {
+	t.Helper()
+	hog := exec.Command(Program(t, "hog"), "0", fmt.Sprint(mib), "hold")
+	hog.Stderr = os.Stderr
+	stdin, err := hog.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := hog.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := hog.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = hog.Process.Kill()
+		_ = hog.Wait()
+	})
+	if err := group.Add(hog.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stdin.Write([]byte{1}); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(stdout).ReadString('\n'); line != "holding\n" {
+		t.Fatalf("hog said %q: %v", line, err)
+	}
+	return hog.Process
+}
+
+// FreezerGroup is a cgroup of the version 1 freezer. A task in it cannot act on a signal, SIGKILL included,
+// as one that hangs in the kernel cannot.
+type FreezerGroup string
+
+// Freezer makes a freezer cgroup that is thawed and goes with the test. Where the machine has not mounted
+// the controller (it is apart from the unified hierarchy), it is mounted for the test.
+func Freezer(t testing.TB) FreezerGroup {
+	t.Helper()
+	root := "/sys/fs/cgroup/freezer"
+	if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err != nil {
+		root = t.TempDir()
+		if err := unix.Mount("freezer", root, "cgroup", 0, "freezer"); err != nil {
+			t.Fatalf("mount the freezer controller of cgroup v1: %v", err)
+		}
+		t.Cleanup(func() {
+			if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	dir := filepath.Join(root, fmt.Sprintf("oom-tracer-test-%d", os.Getpid()))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("THAWED"), 0)
+		for range 100 {
+			if os.Remove(dir) == nil {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		t.Errorf("%s cannot be removed", dir)
+	})
+	return FreezerGroup(dir)
+}
+
+// Freeze freezes a process.
+func (f FreezerGroup) Freeze(t testing.TB, pid int) {
+	t.Helper()
+	for _, set := range [][2]string{{"cgroup.procs", fmt.Sprint(pid)}, {"freezer.state", "FROZEN"}} {
+		if err := os.WriteFile(filepath.Join(string(f), set[0]), []byte(set[1]), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 500 {
+		if state, _ := os.ReadFile(filepath.Join(string(f), "freezer.state")); string(state) == "FROZEN\n" {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatalf("process %d does not freeze", pid)
+}

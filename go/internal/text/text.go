@@ -1,0 +1,204 @@
+// Package text renders an event as the one line that people read.
+//
+// Rule of the package: names come from the machine's users (a task may call itself anything), and
+// events from whoever may publish, so nothing of an event reaches a terminal but printable ASCII.
+package text
+
+import (
+	"bytes"
+	"fmt"
+	"strconv"
+	"strings"
+	"unicode/utf16"
+	"unicode/utf8"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+// timeLayout is RFC 3339 in milliseconds, always of one width in UTC.
+const timeLayout = "2006-01-02T15:04:05.000Z07:00"
+
+// The columns' widths: the longest values that are met in practice. What is longer still moves the
+// rest of its own line.
+const (
+	outcomeWidth = len("already_exiting")
+	scopeWidth   = len("mempolicy")
+	victimWidth  = len("fifteen-letters[4194304]") // TASK_COMM_LEN - 1, PID_MAX_LIMIT
+	heldWidth    = len("rss 1023.9 GiB")
+	limitWidth   = len("limit container? 1023.9 GiB")
+	// Node names have no width in common: their column grows with them, up to that of a label
+	// (RFC 1123), for lines must fit somewhere.
+	maxNodeWidth = 63
+)
+
+// Table renders events as lines whose columns line up with those of the lines before. Its zero value
+// renders without color.
+type Table struct {
+	// Color adds ANSI escapes.
+	Color bool
+
+	nodeWidth int
+}
+
+// Line is the event without a newline: time, node, outcome, scope, victim, what it held, whose limit,
+// where, and who asked for the memory unless it was the victim.
+func (t *Table) Line(e *event.Event) string {
+	node := Printable(e.Node.Name)
+	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
+	outcomeColor := yellow
+	switch e.Outcome {
+	case event.OutcomeKilled:
+		outcomeColor = boldRed
+	case event.OutcomeExiting:
+		outcomeColor = dim
+	}
+	columns := []string{
+		t.paint(dim, e.Time.UTC().Format(timeLayout)),
+		pad(node, t.nodeWidth),
+		t.paint(outcomeColor, pad(Printable(string(e.Outcome)), outcomeWidth)),
+		pad(Printable(string(e.Scope)), scopeWidth),
+		t.paint(bold, pad(victim(e), victimWidth)),
+		pad(held(e), heldWidth),
+		pad(limit(e), limitWidth),
+		where(e),
+	}
+	if tr := e.Trigger; tr != nil && tr.PID != e.Victim.PID {
+		columns = append(columns, t.paint(dim, "asked by "+process(tr.Comm, tr.PID)))
+	}
+	return strings.Join(columns, "  ")
+}
+
+// Line is the event as the only line of a table.
+func Line(e *event.Event, color bool) string {
+	t := Table{Color: color}
+	return t.Line(e)
+}
+
+// The parameters of ANSI's Select Graphic Rendition.
+const (
+	bold    = "1"
+	dim     = "2"
+	boldRed = "1;31"
+	yellow  = "33"
+)
+
+func (t *Table) paint(sgr, s string) string {
+	if !t.Color {
+		return s
+	}
+	return "\x1b[" + sgr + "m" + s + "\x1b[0m"
+}
+
+// pad fills s, which is ASCII, up with spaces.
+func pad(s string, width int) string { return fmt.Sprintf("%-*s", width, s) }
+
+func victim(e *event.Event) string {
+	if e.Victim.PID == 0 {
+		return fmt.Sprintf("thread %d", e.Victim.TID)
+	}
+	return process(e.Victim.Comm, e.Victim.PID)
+}
+
+// process is a name and a process ID. A task may also have no name at all.
+func process(comm string, pid uint32) string {
+	if comm == "" {
+		comm = "?"
+	}
+	return fmt.Sprintf("%s[%d]", Printable(comm), pid)
+}
+
+func held(e *event.Event) string {
+	m := e.Victim.Memory
+	if m == nil {
+		return "rss ?"
+	}
+	return "rss " + size(m.AnonRSS+m.FileRSS+m.ShmemRSS)
+}
+
+func limit(e *event.Event) string {
+	l := e.Limit
+	if l == nil {
+		return "limit ?"
+	}
+	s := "limit " + Printable(string(l.Level))
+	if l.Inferred {
+		s += "?"
+	}
+	if l.Max != nil {
+		s += " " + size(*l.Max)
+	}
+	return s
+}
+
+func where(e *event.Event) string {
+	var parts []string
+	if c := e.Container; c != nil {
+		switch {
+		case c.PodUID != "" && c.Static:
+			parts = append(parts, "static pod "+Printable(c.PodUID))
+		case c.PodUID != "":
+			parts = append(parts, "pod "+Printable(c.PodUID))
+		}
+		if c.ContainerID != "" {
+			parts = append(parts, fmt.Sprintf("container %.12s", Printable(c.ContainerID)))
+		}
+	}
+	switch {
+	case parts != nil:
+		return strings.Join(parts, " ")
+	case e.Victim.Cgroup != nil && e.Victim.Cgroup.Path != "":
+		// With its spaces a path could pretend to be the columns that follow.
+		return strings.ReplaceAll(Printable(e.Victim.Cgroup.Path), " ", `\x20`)
+	default:
+		return "-"
+	}
+}
+
+// size renders a number of bytes with one decimal in the largest binary unit that fits.
+func size(n uint64) string {
+	const units = "KMGTPE"
+	if n < 1024 {
+		return strconv.FormatUint(n, 10) + " B"
+	}
+	value, unit := float64(n)/1024, 0
+	// What would be rounded to 1024.0 belongs to the next unit.
+	for value >= 1023.95 && unit < len(units)-1 {
+		value /= 1024
+		unit++
+	}
+	return fmt.Sprintf("%.1f %ciB", value, units[unit])
+}
+
+// unescape takes back what strconv.QuoteToASCII does for the sake of Go's syntax alone.
+var unescape = strings.NewReplacer(`\\`, `\`, `\"`, `"`)
+
+// Printable leaves printable ASCII as it is and writes everything else as Go escapes it in a string:
+// control characters, and letters that would read backwards, look like others or have no certain
+// width. A backslash stays as it is, for systemd's unit names are full of them; who must tell \x1b from
+// an escape character looks at the JSON.
+func Printable(s string) string {
+	quoted := strconv.QuoteToASCII(s)
+	return unescape.Replace(quoted[1 : len(quoted)-1])
+}
+
+// JSON returns valid JSON as the same value on one line of ASCII, for JSON allows what a terminal may
+// act on: U+007F, U+0080 to U+009F, and bytes that are not UTF-8.
+func JSON(data []byte) []byte {
+	var out bytes.Buffer
+	for len(data) > 0 {
+		r, n := utf8.DecodeRune(data)
+		data = data[n:]
+		switch {
+		case r < 0x20: // white space between the tokens
+			out.WriteByte(' ')
+		case r < 0x7f:
+			out.WriteByte(byte(r))
+		case r <= 0xffff:
+			fmt.Fprintf(&out, `\u%04x`, r)
+		default:
+			high, low := utf16.EncodeRune(r)
+			fmt.Fprintf(&out, `\u%04x\u%04x`, high, low)
+		}
+	}
+	return out.Bytes()
+}

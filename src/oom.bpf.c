@@ -1,0 +1,701 @@
+// SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
+/*
+ * Reports every task that the kernel's OOM killer marks, global or cgroup, through a perf buffer.
+ *
+ * One source of truth: the mark_victim tracepoint in mark_oom_victim() (mm/oom_kill.c). It fires once
+ * per victim and under oom_lock, so the program never runs twice at a time: seq, the incident and the
+ * scratch record need no other protection.
+ *
+ * The tracepoint says who, and not why. The why is context: from hooks on the functions that lead here
+ * (tiers fentry and kprobe), else from the kernel stack (tier stack), else it is left unknown (tier
+ * none). Nothing is ever guessed: what is not proved is not flagged.
+ */
+#include "vmlinux.h"
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "core_fixes.bpf.h"
+#include "oom_event.h"
+#include "faults.bpf.h"
+
+/* Levels of a cgroup path, and ancestors of a memory cgroup, that are looked at. */
+#define MAX_DEPTH 64
+#define MAX_CPUS 1024
+#define NAME_LEN 256 /* NAME_MAX and a NUL */
+#define MAX_FRAMES 48
+#define LEN_PENDING 0xffff /* of a path whose end is not reached yet */
+
+/* Written by the loader before the program is loaded. */
+const volatile __u32 oom_tier;
+const volatile __u32 oom_nr_cpus;	  /* possible CPUs */
+const volatile __u32 oom_one_memory_node; /* no cpuset or mempolicy can bind on such a machine */
+const volatile __u32 oom_symbol_count;
+const volatile struct oom_symbol oom_symbols[OOM_SYMBOLS_MAX];
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
+	__type(key, __u32);
+	__type(value, __u32);
+} oom_events SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct oom_stats);
+} oom_stats SEC(".maps");
+
+/* What lives on from one mark to the next, and the room that the stack does not have. */
+struct scratch {
+	struct oom_event event;
+	struct kernfs_node *nodes[OOM_CG_ROLES]; /* whose paths the record wants */
+	__u32 used;				 /* bytes of event.data */
+	__u32 pad;
+	__u64 frames[MAX_FRAMES];
+	__u64 seq;
+	__u64 incident_boottime_ns;
+	__u64 incident_thread; /* pid_tgid of the trigger that the incident is bound to */
+	__u32 incident_index;
+	__u32 pad2;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct scratch);
+} oom_scratch SEC(".maps");
+
+/*
+ * What the hooks saw of the OOM kill that is under way. All of them run under oom_lock, so one is
+ * enough. A context is used up by what it explains, so that it cannot explain another mark later,
+ * should a hook be missed: then the mark has no context, and never a stale one.
+ */
+enum cause_stage {
+	CAUSE_NONE = 0,	   /* none, or used up */
+	CAUSE_ENTERED = 1, /* out_of_memory(): memcg, gfp_mask and order are set */
+	CAUSE_CHOSEN = 2,  /* oom_kill_process(): everything is set */
+	CAUSE_SPENT = 3,   /* the chosen one was marked; only members of its group may follow */
+};
+
+struct cause {
+	__u64 thread; /* pid_tgid */
+	struct mem_cgroup *memcg;
+	__u64 total_pages;
+	__u32 gfp_mask;
+	__s32 order;
+	__u32 stage;	  /* enum cause_stage */
+	__u32 constraint; /* enum oom_constraint */
+	__u32 chosen_tgid;
+	__u32 killing_tgid;	     /* __oom_kill_process() was entered for it */
+	struct task_struct *marking; /* mark_oom_victim() was entered for it */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct cause);
+} oom_cause SEC(".maps");
+
+/* Never written. Its addresses tell where each CPU's part of a percpu allocation lies. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} oom_percpu SEC(".maps");
+
+/* launder turns a pointer that the verifier knows into a plain number. */
+static __always_inline __u64 launder(const void *ptr)
+{
+	__u64 number = 0;
+
+	bpf_probe_read_kernel(&number, sizeof(number), &ptr);
+	return number;
+}
+
+static __always_inline __u64 positive(__s64 n)
+{
+	return n > 0 ? n : 0;
+}
+
+/*
+ * read_percpu_rss does what get_mm_counter() and get_mm_counter_sum() do: the batched counts, and to
+ * them what each CPU has not folded in yet. The kernel's own __per_cpu_offset is no ksym without
+ * CONFIG_KALLSYMS_ALL, so the offset of a CPU is taken from a percpu map of our own.
+ */
+static __always_inline void read_percpu_rss(struct oom_event *e, struct mm_struct *task_mm)
+{
+	struct mm_struct___since_v62 *mm = (void *)task_mm;
+	__s64 sum[OOM_RSS_COUNTERS];
+	__u64 counters[OOM_RSS_COUNTERS];
+	struct bpf_array *array;
+	__u64 base = 0;
+	bool adjacent = true;
+	__u32 zero = 0;
+
+	for (int i = 0; i < OOM_RSS_COUNTERS; i++) {
+		sum[i] = BPF_CORE_READ(mm, rss_stat[i].count);
+		counters[i] = (__u64)BPF_CORE_READ(mm, rss_stat[i].counters);
+		e->memory.batched[i] = positive(sum[i]);
+		e->memory.rss[i] = positive(sum[i]);
+		/* percpu_counter_init_many() allocates them as one block. */
+		if (counters[i] != counters[0] + i * sizeof(__s32))
+			adjacent = false;
+	}
+	if (!has_lookup_percpu_elem() || !adjacent || oom_nr_cpus > MAX_CPUS)
+		return;
+
+	array = (void *)launder(&oom_percpu);
+	if (bpf_core_read(&base, sizeof(base), &array->pptrs[0]) || !base)
+		return;
+	for (__u32 cpu = 0; cpu < MAX_CPUS && cpu < oom_nr_cpus; cpu++) {
+		void *probe = bpf_map_lookup_percpu_elem(&oom_percpu, &zero, cpu);
+		__s32 part[OOM_RSS_COUNTERS];
+
+		if (!probe)
+			return;
+		if (bpf_probe_read_kernel(part, sizeof(part),
+					  (void *)(counters[0] + launder(probe) - base)))
+			return;
+		for (int i = 0; i < OOM_RSS_COUNTERS; i++)
+			sum[i] += part[i];
+	}
+	for (int i = 0; i < OOM_RSS_COUNTERS; i++)
+		e->memory.rss[i] = positive(sum[i]);
+	e->flags |= OOM_F_EXACT;
+}
+
+static __always_inline void read_memory(struct oom_event *e, struct task_struct *task)
+{
+	struct mm_struct *mm = BPF_CORE_READ(task, mm);
+
+	if (!mm)
+		return;
+	e->memory.total_vm = BPF_CORE_READ(mm, total_vm);
+	e->memory.pgtables = BPF_CORE_READ(mm, pgtables_bytes.counter);
+	if (rss_is_percpu()) {
+		read_percpu_rss(e, mm);
+	} else {
+		struct mm_struct___before_v62 *old = (void *)mm;
+
+		for (int i = 0; i < OOM_RSS_COUNTERS; i++) {
+			__s64 n = BPF_CORE_READ(old, rss_stat.count[i].counter);
+
+			e->memory.batched[i] = positive(n);
+			e->memory.rss[i] = positive(n);
+		}
+	}
+	e->flags |= OOM_F_MEMORY;
+}
+
+static __always_inline void read_victim(struct oom_event *e, struct task_struct *task)
+{
+	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
+	struct pid *pid = BPF_CORE_READ(leader, thread_pid);
+	unsigned int level = BPF_CORE_READ(pid, level);
+	struct upid upid = {};
+
+	e->victim.tid = BPF_CORE_READ(task, pid);
+	e->victim.tgid = BPF_CORE_READ(task, tgid);
+	e->victim.uid = BPF_CORE_READ(task, real_cred, uid.val);
+	e->victim.oom_score_adj = BPF_CORE_READ(task, signal, oom_score_adj);
+	e->victim.start_boottime_ns = BPF_CORE_READ(leader, start_boottime);
+	BPF_CORE_READ_STR_INTO(&e->victim.comm, task, comm);
+	bpf_core_read(&upid, sizeof(upid), &pid->numbers[level]);
+	e->victim.ns_tgid = upid.nr;
+	e->flags |= OOM_F_VICTIM;
+	read_memory(e, task);
+}
+
+static __always_inline struct mem_cgroup *memcg_of(struct task_struct *task)
+{
+	int id = bpf_core_enum_value(enum cgroup_subsys_id, memory_cgrp_id);
+	struct css_set *cset = BPF_CORE_READ(task, cgroups);
+	struct cgroup_subsys_state *css = NULL;
+
+	bpf_core_read(&css, sizeof(css), &cset->subsys[id]);
+	if (!css)
+		return NULL;
+	return (void *)css - bpf_core_field_offset(struct mem_cgroup, css);
+}
+
+/* The memory cgroup that the charge goes to next: not every parent is charged on v1. */
+static __always_inline struct mem_cgroup *charged_parent(struct mem_cgroup *memcg)
+{
+	struct page_counter *parent = BPF_CORE_READ(memcg, memory.parent);
+
+	if (!parent)
+		return NULL;
+	return (void *)parent - bpf_core_field_offset(struct mem_cgroup, memory);
+}
+
+static __always_inline bool on_unified(struct task_struct *task, struct mem_cgroup *memcg)
+{
+	return BPF_CORE_READ(memcg, css.cgroup, root) == BPF_CORE_READ(task, cgroups, dfl_cgrp, root);
+}
+
+static __always_inline struct cgroup *cgroup_of(struct task_struct *task, struct mem_cgroup *memcg)
+{
+	if (on_unified(task, memcg))
+		return BPF_CORE_READ(task, cgroups, dfl_cgrp);
+	return BPF_CORE_READ(memcg, css.cgroup);
+}
+
+/*
+ * put_path writes the path of nodes[role] behind what data holds already, and with it the path of
+ * every later role that turns out to be the same cgroup or an ancestor of it.
+ *
+ * A global function, and all that it knows kept in the map: the verifier then looks at it once for
+ * every role, and each turn of the loop looks like the one before.
+ */
+__noinline int put_path(__u32 role)
+{
+	struct kernfs_node *kn;
+	bool whole = false;
+	struct scratch *s;
+	__u32 zero = 0;
+
+	s = bpf_map_lookup_elem(&oom_scratch, &zero);
+	if (!s)
+		return 0;
+	role &= OOM_CG_ROLES - 1; /* a bound that the verifier sees */
+	kn = s->nodes[role];
+	if (!kn || s->event.cgroup[role].flags & OOM_CG_F_PRESENT)
+		return 0;
+	for (int level = 0; level < MAX_DEPTH; level++) {
+		struct kernfs_node *parent = kernfs_parent_of(kn);
+		__u32 off = s->used;
+		long n;
+
+		for (__u32 r = 0; r < OOM_CG_ROLES; r++) {
+			struct oom_cgroup *cg = &s->event.cgroup[r];
+
+			if (s->nodes[r] != kn || cg->flags & OOM_CG_F_PRESENT)
+				continue;
+			cg->flags |= OOM_CG_F_PRESENT;
+			cg->off = off;
+			cg->len = LEN_PENDING;
+			cg->id = BPF_CORE_READ(kn, id);
+		}
+		if (!parent) {
+			whole = true;
+			break;
+		}
+		if (off > OOM_DATA_MAX - NAME_LEN)
+			break;
+		n = bpf_probe_read_kernel_str(&s->event.data[off], NAME_LEN, BPF_CORE_READ(kn, name));
+		if (n <= 0)
+			break;
+		s->used = off + n;
+		kn = parent;
+	}
+	for (__u32 r = 0; r < OOM_CG_ROLES; r++) {
+		struct oom_cgroup *cg = &s->event.cgroup[r];
+
+		if (cg->len != LEN_PENDING)
+			continue;
+		cg->len = s->used - cg->off;
+		if (!whole)
+			cg->flags |= OOM_CG_F_TRUNCATED;
+	}
+	return 0;
+}
+
+static __always_inline __u64 headroom(__u64 max, __u64 usage)
+{
+	if (max >= OOM_NO_LIMIT)
+		return OOM_NO_LIMIT;
+	return max > usage ? max - usage : 0;
+}
+
+/*
+ * infer_limit finds the ancestor of the trigger's memory cgroup with the least headroom: a failed
+ * charge (try_charge_memcg(), mm/memcontrol.c) stops at the lowest counter that is full. It is an
+ * inference: a remote charge goes elsewhere. (A function of its own, as those below, and with numbers
+ * for pointers, so that the verifier looks at its loop once.)
+ */
+__noinline __u64 infer_limit(__u64 trigger_memcg, __u32 unified)
+{
+	struct mem_cgroup *memcg = (void *)trigger_memcg, *owner = NULL;
+	__u64 least = OOM_NO_LIMIT;
+
+	for (int level = 0; level < MAX_DEPTH && memcg; level++) {
+		__u64 room = headroom(BPF_CORE_READ(memcg, memory.max),
+				      BPF_CORE_READ(memcg, memory.usage.counter));
+
+		if (!unified) {
+			__u64 swap = headroom(BPF_CORE_READ(memcg, memsw.max),
+					      BPF_CORE_READ(memcg, memsw.usage.counter));
+
+			if (swap < room)
+				room = swap;
+		}
+		if (room < least) {
+			least = room;
+			owner = memcg;
+		}
+		memcg = charged_parent(memcg);
+	}
+	return (__u64)owner;
+}
+
+/*
+ * kills_group does what mem_cgroup_get_oom_group() does: is any cgroup from the victim's up to the
+ * one that is out of memory to die as a whole? Without one (a global kill) the walk ends at the root.
+ */
+__noinline __u32 kills_group(__u64 victim_memcg, __u64 domain)
+{
+	struct mem_cgroup *memcg = (void *)victim_memcg;
+
+	for (int level = 0; level < MAX_DEPTH && memcg; level++) {
+		if (BPF_CORE_READ(memcg, oom_group))
+			return true;
+		if ((__u64)memcg == domain)
+			break;
+		memcg = charged_parent(memcg);
+	}
+	return false;
+}
+
+/*
+ * frame_of says which of the known functions an address lies in, OOM_FRAMES if in none. A function
+ * of its own, so that the verifier looks at it once and not for each frame.
+ */
+__noinline __u32 frame_of(__u64 address)
+{
+	for (__u32 i = 0; i < OOM_SYMBOLS_MAX && i < oom_symbol_count; i++) {
+		if (address >= oom_symbols[i].start && address < oom_symbols[i].end)
+			return oom_symbols[i].frame;
+	}
+	return OOM_FRAMES;
+}
+
+/* stack_frames tells as a set of bits which known functions led here, up to the one that decides. */
+static __always_inline __u32 stack_frames(void *ctx, struct scratch *s)
+{
+	const __u32 deciding =
+		1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ | 1U << OOM_FRAME_PAGE_ALLOC;
+	long bytes = bpf_get_stack(ctx, s->frames, sizeof(s->frames), 0);
+	__u32 seen = 0;
+
+	for (int i = 0; i < MAX_FRAMES && i * (long)sizeof(__u64) < bytes; i++) {
+		/* Beside out_of_memory() nothing above it can decide: it is what they all call. */
+		seen |= 1U << (frame_of(s->frames[i]) & 31);
+		if (seen & 1U << OOM_FRAME_OOM && seen & deciding)
+			break;
+	}
+	return seen;
+}
+
+static __always_inline bool has(__u32 frames, enum oom_frame frame)
+{
+	return frames & 1U << frame;
+}
+
+static __always_inline struct cause *the_cause(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&oom_cause, &zero);
+}
+
+/* The bodies of the hooks, which fentry and kprobe share. */
+
+static __always_inline int enter_out_of_memory(struct oom_control *oc)
+{
+	struct cause *c = the_cause();
+
+	if (!c || MISSED(101))
+		return 0;
+	c->thread = bpf_get_current_pid_tgid();
+	c->memcg = BPF_CORE_READ(oc, memcg);
+	c->gfp_mask = BPF_CORE_READ(oc, gfp_mask);
+	c->order = BPF_CORE_READ(oc, order);
+	c->stage = CAUSE_ENTERED;
+	c->killing_tgid = 0;
+	return 0;
+}
+
+static __always_inline int enter_oom_kill_process(struct oom_control *oc)
+{
+	struct cause *c = the_cause();
+
+	if (!c || MISSED(102))
+		return 0;
+	c->thread = bpf_get_current_pid_tgid();
+	c->memcg = BPF_CORE_READ(oc, memcg);
+	c->gfp_mask = BPF_CORE_READ(oc, gfp_mask);
+	c->order = BPF_CORE_READ(oc, order);
+	c->total_pages = BPF_CORE_READ(oc, totalpages);
+	c->constraint = BPF_CORE_READ(oc, constraint);
+	c->chosen_tgid = BPF_CORE_READ(oc, chosen, tgid);
+	c->stage = CAUSE_CHOSEN;
+	c->killing_tgid = 0;
+	return 0;
+}
+
+static __always_inline int enter___oom_kill_process(struct task_struct *victim)
+{
+	struct cause *c = the_cause();
+
+	if (c && !MISSED(103))
+		c->killing_tgid = BPF_CORE_READ(victim, tgid);
+	return 0;
+}
+
+/* Only needed where the tracepoint hands over no task. */
+static __always_inline int enter_mark_oom_victim(struct task_struct *task)
+{
+	struct cause *c = the_cause();
+
+	if (c)
+		c->marking = task;
+	return 0;
+}
+
+#define HOOK(function, type)                                                                           \
+	SEC("fentry/" #function)                                                                       \
+	int BPF_PROG(fentry_##function, type *arg)                                                     \
+	{                                                                                              \
+		return enter_##function(arg);                                                          \
+	}                                                                                              \
+	SEC("kprobe/" #function)                                                                       \
+	int BPF_KPROBE(kprobe_##function, type *arg)                                                   \
+	{                                                                                              \
+		return enter_##function(arg);                                                          \
+	}
+
+HOOK(out_of_memory, struct oom_control)
+HOOK(oom_kill_process, struct oom_control)
+HOOK(__oom_kill_process, struct task_struct)
+HOOK(mark_oom_victim, struct task_struct)
+
+/* scope_of is oom_constraint with the two that stand beside it (is_memcg_oom(), is_sysrq_oom()). */
+static __always_inline __u8 scope_of(struct cause *c)
+{
+	if (c->memcg)
+		return OOM_SCOPE_CGROUP;
+	if (c->order == -1)
+		return OOM_SCOPE_SYSRQ;
+	if (oom_one_memory_node)
+		return OOM_SCOPE_GLOBAL;
+	if (c->stage == CAUSE_ENTERED) /* constrained_alloc() has not run yet */
+		return OOM_SCOPE_UNKNOWN;
+	switch (c->constraint) {
+	case CONSTRAINT_NONE:
+		return OOM_SCOPE_GLOBAL;
+	case CONSTRAINT_CPUSET:
+		return OOM_SCOPE_CPUSET;
+	case CONSTRAINT_MEMORY_POLICY:
+		return OOM_SCOPE_MEMPOLICY;
+	}
+	return OOM_SCOPE_UNKNOWN;
+}
+
+/*
+ * read_hooks takes scope, outcome and allocation from the hooks, if what they saw explains this mark.
+ * It returns whether it does, and uses it up.
+ */
+static __always_inline bool read_hooks(struct oom_event *e, struct cause *c, __u32 frames)
+{
+	bool killing = c->killing_tgid && c->killing_tgid == e->victim.tgid;
+	bool explained;
+
+	if (c->thread != bpf_get_current_pid_tgid())
+		return false;
+	if (c->stage == CAUSE_CHOSEN) /* oom_kill_process() marks the chosen one first */
+		explained = c->chosen_tgid == e->victim.tgid;
+	else if (c->stage == CAUSE_SPENT) /* oom_kill_memcg_member() */
+		explained = killing;
+	else /* out_of_memory() marks the caller, if that is exiting */
+		explained = c->stage == CAUSE_ENTERED && !killing && e->victim.tgid == e->trigger.tgid;
+	if (!explained)
+		return false;
+	e->scope = scope_of(c);
+	/* The stack, where it can be read, has the last word: a hook can be missed. */
+	e->outcome = killing || has(frames, OOM_FRAME_KILL) ? OOM_OUTCOME_KILLED : OOM_OUTCOME_EXITING;
+	e->alloc.gfp_mask = c->gfp_mask;
+	e->alloc.order = c->order;
+	if (c->stage != CAUSE_ENTERED)
+		e->alloc.total_pages = c->total_pages;
+	e->flags |= OOM_F_ALLOC;
+	c->stage = c->stage == CAUSE_ENTERED ? CAUSE_NONE : CAUSE_SPENT;
+	c->killing_tgid = 0;
+	return true;
+}
+
+/* read_stack takes scope and outcome from the functions on the stack, and returns whether it could. */
+static __always_inline bool read_stack(struct oom_event *e, __u32 frames)
+{
+	if (!has(frames, OOM_FRAME_OOM))
+		return false;
+	if (has(frames, OOM_FRAME_MEMCG))
+		e->scope = OOM_SCOPE_CGROUP;
+	else if (has(frames, OOM_FRAME_SYSRQ))
+		e->scope = OOM_SCOPE_SYSRQ;
+	else if (has(frames, OOM_FRAME_PAGE_ALLOC) && oom_one_memory_node)
+		e->scope = OOM_SCOPE_GLOBAL;
+	/*
+	 * Both callers of mark_oom_victim() that do not kill are told by the absence of
+	 * __oom_kill_process(). The loader writes symbols only where that function has an address of
+	 * its own.
+	 */
+	e->outcome = has(frames, OOM_FRAME_KILL) ? OOM_OUTCOME_KILLED : OOM_OUTCOME_EXITING;
+	return true;
+}
+
+static __always_inline void read_limit(struct oom_event *e, struct mem_cgroup *owner)
+{
+	if (!owner)
+		return;
+	e->limit.max = BPF_CORE_READ(owner, memory.max);
+	e->limit.usage = BPF_CORE_READ(owner, memory.usage.counter);
+	e->limit.swap_max = BPF_CORE_READ(owner, memsw.max);
+	e->limit.swap_usage = BPF_CORE_READ(owner, memsw.usage.counter);
+	e->flags |= OOM_F_LIMIT;
+}
+
+/*
+ * bind_incident gives the victims of one decision one name. The members of a group follow their first
+ * victim in the same thread, with oom_lock held throughout.
+ */
+static __always_inline void bind_incident(struct oom_event *e, struct scratch *s, bool member,
+					  bool group)
+{
+	__u64 thread = bpf_get_current_pid_tgid();
+
+	if (member && s->incident_thread == thread) {
+		s->incident_index++;
+		group = true;
+	} else {
+		s->incident_boottime_ns = e->boottime_ns;
+		s->incident_thread = thread;
+		s->incident_index = 0;
+	}
+	e->incident.boottime_ns = s->incident_boottime_ns;
+	e->incident.index = s->incident_index;
+	e->flags |= OOM_F_INCIDENT;
+	if (group)
+		e->flags |= OOM_F_GROUP;
+}
+
+SEC("tp_btf/mark_victim")
+int oom_mark_victim(__u64 *ctx)
+{
+	struct task_struct *current = (void *)bpf_get_current_task();
+	struct mem_cgroup *victim_memcg = NULL, *trigger_memcg, *owner = NULL;
+	struct task_struct *victim = NULL;
+	bool victim_v2 = false, trigger_v2 = false, member, group;
+	struct cause *c = the_cause();
+	struct oom_stats *stats;
+	struct oom_event *e;
+	struct scratch *s;
+	__u32 zero = 0, frames = 0;
+	__u64 size;
+
+	s = bpf_map_lookup_elem(&oom_scratch, &zero);
+	stats = bpf_map_lookup_elem(&oom_stats, &zero);
+	if (!s || !stats || !c)
+		return 0;
+	e = &s->event;
+	/* The whole header, so that nothing of an earlier record can stand in this one. */
+	__builtin_memset(e, 0, OOM_HEADER_SIZE);
+	__builtin_memset(s->nodes, 0, sizeof(s->nodes));
+	s->used = 0;
+	e->abi_version = OOM_ABI_VERSION;
+	e->header_size = OOM_HEADER_SIZE;
+	e->seq = ++s->seq;
+	e->boottime_ns = bpf_ktime_get_boot_ns();
+	stats->seen++;
+
+	e->trigger.tgid = bpf_get_current_pid_tgid() >> 32;
+	e->trigger.tid = bpf_get_current_pid_tgid();
+	bpf_get_current_comm(&e->trigger.comm, sizeof(e->trigger.comm));
+
+	if (mark_victim_hands_task()) {
+		victim = (void *)ctx[0];
+	} else {
+		/* Copied, or CO-RE would take struct cause for one of the kernel's. */
+		struct task_struct *marking = c->marking;
+
+		e->victim.tid = ctx[0];
+		/* mark_oom_victim() has just been entered for it, where that is hooked. */
+		if (marking && BPF_CORE_READ(marking, pid) == e->victim.tid)
+			victim = marking;
+		/* Without a task only a victim that is the trigger, or its leader, can be read. */
+		else if (e->victim.tid == e->trigger.tid)
+			victim = current;
+		else if (e->victim.tid == e->trigger.tgid)
+			victim = BPF_CORE_READ(current, group_leader);
+		c->marking = NULL;
+	}
+	if (victim) {
+		read_victim(e, victim);
+		victim_memcg = memcg_of(victim);
+	}
+
+	if (oom_tier != OOM_TIER_NONE)
+		frames = stack_frames(ctx, s);
+	member = has(frames, OOM_FRAME_GROUP) || c->stage == CAUSE_SPENT;
+	if (oom_tier >= OOM_TIER_KPROBE && read_hooks(e, c, frames))
+		e->tier = oom_tier;
+	else if (read_stack(e, frames))
+		e->tier = OOM_TIER_STACK;
+
+	trigger_memcg = memcg_of(current);
+	if (trigger_memcg) {
+		trigger_v2 = on_unified(current, trigger_memcg);
+		s->nodes[OOM_CG_TRIGGER] = BPF_CORE_READ(cgroup_of(current, trigger_memcg), kn);
+		if (e->scope == OOM_SCOPE_CGROUP) {
+			if (e->tier >= OOM_TIER_KPROBE) {
+				owner = c->memcg;
+			} else {
+				owner = (void *)infer_limit((__u64)trigger_memcg, trigger_v2);
+				e->flags |= OOM_F_LIMIT_INFERRED;
+			}
+			read_limit(e, owner);
+			if (owner)
+				s->nodes[OOM_CG_LIMIT] = BPF_CORE_READ(owner, css.cgroup, kn);
+		}
+	}
+	if (victim_memcg) {
+		victim_v2 = on_unified(victim, victim_memcg);
+		s->nodes[OOM_CG_VICTIM] = BPF_CORE_READ(cgroup_of(victim, victim_memcg), kn);
+		if (victim_v2)
+			s->nodes[OOM_CG_VICTIM_MEMCG] = BPF_CORE_READ(victim_memcg, css.cgroup, kn);
+	}
+	group = victim_v2 && kills_group((__u64)victim_memcg, (__u64)owner);
+	if (!group)
+		c->stage = CAUSE_NONE; /* nobody follows */
+	if (e->outcome == OOM_OUTCOME_KILLED && e->scope != OOM_SCOPE_UNKNOWN)
+		bind_incident(e, s, member, group);
+
+	for (__u32 role = 0; role < OOM_CG_ROLES; role++)
+		put_path(role);
+	if (victim_v2) {
+		e->cgroup[OOM_CG_VICTIM].flags |= OOM_CG_F_V2;
+		e->cgroup[OOM_CG_VICTIM_MEMCG].flags |= OOM_CG_F_V2;
+	}
+	if (trigger_v2) {
+		e->cgroup[OOM_CG_LIMIT].flags |= OOM_CG_F_V2;
+		e->cgroup[OOM_CG_TRIGGER].flags |= OOM_CG_F_V2;
+	}
+
+	put_fault(e);
+	size = OOM_HEADER_SIZE + s->used;
+	/* The verifier must see the bound on the register that the helper gets. */
+	barrier_var(size);
+	if (size > sizeof(*e))
+		size = sizeof(*e);
+	e->size = size;
+	if (bpf_perf_event_output(ctx, &oom_events, BPF_F_CURRENT_CPU, e, size))
+		stats->refused++;
+	else
+		stats->sent++;
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
