@@ -30,6 +30,8 @@
 const volatile __u32 oom_tier;
 const volatile __u32 oom_nr_cpus;	  /* possible CPUs */
 const volatile __u32 oom_one_memory_node; /* no cpuset or mempolicy can bind on such a machine */
+const volatile __u64 oom_generation;	  /* of this load: it speaks while the state says the same */
+const volatile __u32 oom_journal_slots;	  /* a power of two */
 const volatile __u32 oom_symbol_count;
 const volatile struct oom_symbol oom_symbols[OOM_SYMBOLS_MAX];
 
@@ -46,18 +48,30 @@ struct {
 	__type(value, struct oom_stats);
 } oom_stats SEC(".maps");
 
-/* What lives on from one mark to the next, and the room that the stack does not have. */
+/* The write-ahead journal. Both are mapped by the reader, which so needs no system call to look. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1); /* set by the loader */
+	__type(key, __u32);
+	__type(value, struct oom_event);
+} oom_journal SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct oom_state);
+} oom_state SEC(".maps");
+
+/* The room that the stack does not have. */
 struct scratch {
 	struct oom_event event;
 	struct kernfs_node *nodes[OOM_CG_ROLES]; /* whose paths the record wants */
 	__u32 used;				 /* bytes of event.data */
 	__u32 pad;
 	__u64 frames[MAX_FRAMES];
-	__u64 seq;
-	__u64 incident_boottime_ns;
-	__u64 incident_thread; /* pid_tgid of the trigger that the incident is bound to */
-	__u32 incident_index;
-	__u32 pad2;
 };
 
 struct {
@@ -89,6 +103,7 @@ struct cause {
 	__u32 constraint; /* enum oom_constraint */
 	__u32 chosen_tgid;
 	__u32 killing_tgid;	     /* __oom_kill_process() was entered for it */
+	__u32 killing_again;	     /* and it was marked before */
 	struct task_struct *marking; /* mark_oom_victim() was entered for it */
 };
 
@@ -402,6 +417,13 @@ static __always_inline struct cause *the_cause(void)
 	return bpf_map_lookup_elem(&oom_cause, &zero);
 }
 
+static __always_inline struct oom_state *the_state(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&oom_state, &zero);
+}
+
 /* The bodies of the hooks, which fentry and kprobe share. */
 
 static __always_inline int enter_out_of_memory(struct oom_control *oc)
@@ -440,9 +462,18 @@ static __always_inline int enter_oom_kill_process(struct oom_control *oc)
 static __always_inline int enter___oom_kill_process(struct task_struct *victim)
 {
 	struct cause *c = the_cause();
+	struct oom_state *st = the_state();
 
-	if (c && !MISSED(103))
-		c->killing_tgid = BPF_CORE_READ(victim, tgid);
+	if (!c || !st || MISSED(103))
+		return 0;
+	c->killing_tgid = BPF_CORE_READ(victim, tgid);
+	/* tsk_is_oom_victim(): it was marked. find_lock_task_mm() gives up on one that has no mm left.
+	 */
+	c->killing_again =
+		BPF_CORE_READ(victim, signal, oom_mm) && BPF_CORE_READ(victim, signal, live.counter);
+	/* No mark follows, as a rule, and then this is the only trace. */
+	if (c->killing_again && st->generation == oom_generation)
+		st->killed_again++;
 	return 0;
 }
 
@@ -562,24 +593,70 @@ static __always_inline void read_limit(struct oom_event *e, struct mem_cgroup *o
  * bind_incident gives the victims of one decision one name. The members of a group follow their first
  * victim in the same thread, with oom_lock held throughout.
  */
-static __always_inline void bind_incident(struct oom_event *e, struct scratch *s, bool member,
+static __always_inline void bind_incident(struct oom_event *e, struct oom_state *st, bool member,
 					  bool group)
 {
 	__u64 thread = bpf_get_current_pid_tgid();
 
-	if (member && s->incident_thread == thread) {
-		s->incident_index++;
+	if (member && st->incident_thread == thread) {
+		st->incident_index++;
 		group = true;
 	} else {
-		s->incident_boottime_ns = e->boottime_ns;
-		s->incident_thread = thread;
-		s->incident_index = 0;
+		st->incident_boottime_ns = e->boottime_ns;
+		st->incident_thread = thread;
+		st->incident_index = 0;
+		st->groups += group;
 	}
-	e->incident.boottime_ns = s->incident_boottime_ns;
-	e->incident.index = s->incident_index;
+	e->incident.boottime_ns = st->incident_boottime_ns;
+	e->incident.index = st->incident_index;
 	e->flags |= OOM_F_INCIDENT;
 	if (group)
 		e->flags |= OOM_F_GROUP;
+}
+
+/* told_before knows the mark that two programs see, when they change between the one and the other. */
+static __always_inline bool told_before(struct oom_event *e, struct oom_told *told)
+{
+	return told->generation != oom_generation && told->tid == e->victim.tid &&
+	       told->thread == bpf_get_current_pid_tgid() &&
+	       told->start_boottime_ns == e->victim.start_boottime_ns;
+}
+
+static __always_inline void count(struct oom_event *e, struct oom_state *st)
+{
+	switch (e->outcome) {
+	case OOM_OUTCOME_KILLED:
+		st->killed++;
+		st->unhooked += e->tier < OOM_TIER_KPROBE;
+		break;
+	case OOM_OUTCOME_EXITING:
+		st->exiting++;
+		break;
+	default:
+		st->unknown++;
+	}
+	if (e->outcome != OOM_OUTCOME_EXITING)
+		st->last_kill_boottime_ns = e->boottime_ns;
+}
+
+/*
+ * put_journal makes the record durable before anybody is told: it outlives the reader. head names it
+ * only now that it is whole. (On a weakly ordered machine another CPU may see head first, for a moment:
+ * the reader waits longer than that before it looks.)
+ */
+static __always_inline void put_journal(struct oom_event *e, struct oom_state *st, __u32 size)
+{
+	__u32 slot = e->seq & (oom_journal_slots - 1);
+	struct oom_event *kept = bpf_map_lookup_elem(&oom_journal, &slot);
+
+	if (kept)
+		bpf_probe_read_kernel(kept, size, e);
+	st->told.generation = oom_generation;
+	st->told.thread = bpf_get_current_pid_tgid();
+	st->told.start_boottime_ns = e->victim.start_boottime_ns;
+	st->told.tid = e->victim.tid;
+	barrier();
+	*(volatile __u64 *)&st->head = e->seq;
 }
 
 SEC("tp_btf/mark_victim")
@@ -590,6 +667,7 @@ int oom_mark_victim(__u64 *ctx)
 	struct task_struct *victim = NULL;
 	bool victim_v2 = false, trigger_v2 = false, member, group;
 	struct cause *c = the_cause();
+	struct oom_state *st = the_state();
 	struct oom_stats *stats;
 	struct oom_event *e;
 	struct scratch *s;
@@ -598,8 +676,12 @@ int oom_mark_victim(__u64 *ctx)
 
 	s = bpf_map_lookup_elem(&oom_scratch, &zero);
 	stats = bpf_map_lookup_elem(&oom_stats, &zero);
-	if (!s || !stats || !c)
+	if (!s || !stats || !c || !st)
 		return 0;
+	if (*(volatile __u64 *)&st->generation != oom_generation) {
+		c->stage = CAUSE_NONE;
+		return 0;
+	}
 	e = &s->event;
 	/* The whole header, so that nothing of an earlier record can stand in this one. */
 	__builtin_memset(e, 0, OOM_HEADER_SIZE);
@@ -607,9 +689,8 @@ int oom_mark_victim(__u64 *ctx)
 	s->used = 0;
 	e->abi_version = OOM_ABI_VERSION;
 	e->header_size = OOM_HEADER_SIZE;
-	e->seq = ++s->seq;
+	e->seq = st->head + 1;
 	e->boottime_ns = bpf_ktime_get_boot_ns();
-	stats->seen++;
 
 	e->trigger.tgid = bpf_get_current_pid_tgid() >> 32;
 	e->trigger.tid = bpf_get_current_pid_tgid();
@@ -635,6 +716,14 @@ int oom_mark_victim(__u64 *ctx)
 	if (victim) {
 		read_victim(e, victim);
 		victim_memcg = memcg_of(victim);
+	}
+	if (told_before(e, &st->told))
+		return 0;
+	stats->seen++;
+	if (c->killing_again && c->killing_tgid == e->victim.tgid) {
+		/* It has a mark of its own after all: the kill hit another of its threads. */
+		st->killed_again--;
+		c->killing_again = 0;
 	}
 
 	if (oom_tier != OOM_TIER_NONE)
@@ -671,7 +760,7 @@ int oom_mark_victim(__u64 *ctx)
 	if (!group)
 		c->stage = CAUSE_NONE; /* nobody follows */
 	if (e->outcome == OOM_OUTCOME_KILLED && e->scope != OOM_SCOPE_UNKNOWN)
-		bind_incident(e, s, member, group);
+		bind_incident(e, st, member, group);
 
 	for (__u32 role = 0; role < OOM_CG_ROLES; role++)
 		put_path(role);
@@ -691,6 +780,8 @@ int oom_mark_victim(__u64 *ctx)
 	if (size > sizeof(*e))
 		size = sizeof(*e);
 	e->size = size;
+	put_journal(e, st, size);
+	count(e, st);
 	if (bpf_perf_event_output(ctx, &oom_events, BPF_F_CURRENT_CPU, e, size))
 		stats->refused++;
 	else

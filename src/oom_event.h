@@ -137,7 +137,7 @@ struct oom_event {
 	__u16 abi_version;
 	__u16 header_size; /* offset of data */
 	__u32 size;	   /* bytes of this record that are used: header_size and the names */
-	__u64 seq;	   /* counts the records of this load of the program, from 1 */
+	__u64 seq;	   /* counts the records since struct oom_state was made, from 1 */
 	__u64 boottime_ns;
 	__u32 flags;
 	__u8 tier;    /* enum oom_tier */
@@ -166,7 +166,10 @@ _Static_assert(sizeof(struct oom_cgroup) == 16, "oom_cgroup");
 _Static_assert(OOM_HEADER_SIZE == 312, "oom_event header");
 _Static_assert(sizeof(struct oom_event) == 4024, "oom_event");
 
-/* What happened to the records, counted per CPU where it happened. */
+/*
+ * What happened to the records of one load of the program, counted per CPU where it happened. A
+ * refused record stands in the journal all the same.
+ */
 struct oom_stats {
 	__u64 seen; /* marks: sent + refused */
 	__u64 sent;
@@ -174,6 +177,62 @@ struct oom_stats {
 };
 
 _Static_assert(sizeof(struct oom_stats) == 24, "oom_stats");
+
+/*
+ * What lives on when programs and their readers change, as long as it is pinned: one per node. The
+ * journal beside it is an array of struct oom_event: the record of seq stands in slot seq % slots.
+ *
+ * Everything but acked and generation is written by the program, under oom_lock. A record is whole
+ * before head names it.
+ *
+ * The first part never changes, so that any version can tell what another one left unread; what
+ * stands behind it is of OOM_STATE_VERSION. Of a record, abi_version, header_size, size and seq never
+ * change.
+ */
+#define OOM_STATE_MAGIC 0x4f4f4d54U /* "OOMT" */
+#define OOM_STATE_VERSION 1
+
+/* The first mark that a program tells after a switch may be the last one of the program before. */
+struct oom_told {
+	__u64 generation;
+	__u64 thread; /* pid_tgid of the trigger */
+	__u64 start_boottime_ns;
+	__u32 tid; /* of the victim */
+	__u32 pad;
+};
+
+struct oom_state {
+	__u32 magic;
+	__u32 version;
+	__u64 generation; /* the program that speaks; written by the reader. 0: none */
+	__u64 head;	  /* seq of the last record */
+	__u64 acked;	  /* all up to it need not be kept; written by the reader */
+
+	/* What became of the marks, to hold against the kernel's own count of kills. */
+	__u64 killed;
+	__u64 exiting;
+	__u64 unknown;	    /* a kill, or a mark without one */
+	__u64 groups;	    /* incidents of memory.oom.group */
+	__u64 killed_again; /* kills of a task that was marked before: counted by the kernel, no mark */
+	__u64 unhooked; /* kills that were not seen by the hooks, so that killed_again may lack one */
+
+	/* Written by the reader. */
+	__u64 kernel_base;	 /* what the kernel had counted when all these were 0 */
+	__u64 epoch_boottime_ns; /* when this state was made; seq counts from here */
+	__u64 lost;		 /* records that were told as lost */
+
+	__u64 last_kill_boottime_ns;
+
+	/* The incident under way. */
+	__u64 incident_boottime_ns;
+	__u64 incident_thread; /* pid_tgid of the trigger that it is bound to */
+	__u32 incident_index;
+	__u32 pad;
+	struct oom_told told;
+};
+
+_Static_assert(sizeof(struct oom_told) == 32, "oom_told");
+_Static_assert(sizeof(struct oom_state) == 168, "oom_state");
 
 /*
  * The stack tier: what the functions on the kernel stack prove. The loader finds their address

@@ -8,9 +8,7 @@
 package event
 
 import (
-	"encoding/json"
 	"errors"
-	"fmt"
 	"strconv"
 	"time"
 )
@@ -54,7 +52,8 @@ type Event struct {
 	// ID names the kill. The same kill has the same ID on every path and after every restart;
 	// see VictimID. It is also the JetStream message ID.
 	ID string `json:"id"`
-	// Seq counts the records of one load of the kernel program, from 1, without a hole.
+	// Seq counts the records of one epoch (Node.Epoch), from 1. A number that comes in no event is in a
+	// gap; with several nodes on one kernel (node.cgroup_root) it may also be another node's.
 	Seq uint64 `json:"seq"`
 	// Time is the wall clock at the kill: BoottimeNS converted once, when the record was first
 	// read, and never again.
@@ -82,6 +81,9 @@ type Node struct {
 	Kernel string `json:"kernel"`
 	// Tier is where the context (scope, outcome, limit) comes from: fentry, kprobe, stack or none.
 	Tier string `json:"tier"`
+	// Epoch is CLOCK_BOOTTIME in nanoseconds when the kernel program began to record: Seq counts from
+	// there, over as many tracers as the program stays pinned for.
+	Epoch uint64 `json:"epoch,omitempty"`
 }
 
 // Victim is the process that was chosen, read from the task that the tracepoint hands over.
@@ -267,28 +269,11 @@ var ErrSchema = errors.New("unknown schema")
 // message of another version, or without what names a kill, is refused, with an error that names the
 // field.
 func Parse(data []byte) (Event, error) {
-	// On its own, for in another version the other fields may have other types.
-	type message struct {
-		Schema string `json:"schema"`
-	}
-	var m message
-	if err := json.Unmarshal(data, &m); err != nil {
-		return Event{}, fmt.Errorf("parse event: %w", err)
-	}
-	if m.Schema == "" {
-		return Event{}, errors.New("parse event: schema is missing")
-	}
-	if m.Schema != Schema {
-		return Event{}, fmt.Errorf("parse event: schema %q: %w (this build reads %s)", m.Schema, ErrSchema, Schema)
-	}
 	var e Event
-	if err := json.Unmarshal(data, &e); err != nil {
-		return Event{}, fmt.Errorf("parse event: %w", err)
+	if err := parse("event", data, &e); err != nil {
+		return Event{}, err
 	}
-	for _, f := range []struct {
-		name    string
-		missing bool
-	}{
+	if err := missing("event", []field{
 		{"id", e.ID == ""},
 		{"seq", e.Seq == 0},
 		{"time", e.Time.IsZero()},
@@ -296,10 +281,8 @@ func Parse(data []byte) (Event, error) {
 		{"scope", e.Scope == ""},
 		{"outcome", e.Outcome == ""},
 		{"victim.tid", e.Victim.TID == 0},
-	} {
-		if f.missing {
-			return Event{}, fmt.Errorf("parse event: %s is missing", f.name)
-		}
+	}); err != nil {
+		return Event{}, err
 	}
 	return e, nil
 }

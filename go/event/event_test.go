@@ -30,7 +30,7 @@ func full() event.Event {
 		Seq:        7,
 		Time:       time.Date(2026, 11, 23, 2, 3, 4, 5000006, time.UTC),
 		BoottimeNS: 9876543210123,
-		Node:       event.Node{Name: "worker-1.example.com", BootID: bootID, Kernel: "6.12.9-amd64", Tier: "fentry"},
+		Node:       event.Node{Name: "worker-1.example.com", BootID: bootID, Kernel: "6.12.9-amd64", Tier: "fentry", Epoch: 9876000000000},
 		Scope:      event.ScopeCgroup,
 		Outcome:    event.OutcomeKilled,
 		Victim: event.Victim{

@@ -13,6 +13,8 @@ type Kind string
 const (
 	KindKill    Kind = "kill"    // class: the scope
 	KindExiting Kind = "exiting" // class: the scope
+	KindGap     Kind = "gap"     // class: the cause
+	KindNode    Kind = "node"    // class: status
 )
 
 // subjectRoot opens every subject. The v1 is the schema's.
@@ -22,6 +24,8 @@ const subjectRoot = "oom.v1"
 const (
 	// StreamName holds everything that happened.
 	StreamName = "OOM"
+	// NodesStreamName holds the last status of each node.
+	NodesStreamName = "OOM_NODES"
 )
 
 // StreamSubjects are the subjects of the stream StreamName. Kinds that are published by later
@@ -29,6 +33,9 @@ const (
 func StreamSubjects() []string {
 	return []string{subjectRoot + ".kill.>", subjectRoot + ".exiting.>", subjectRoot + ".outcome.>", subjectRoot + ".gap.>"}
 }
+
+// NodesStreamSubjects are the subjects of the stream NodesStreamName.
+func NodesStreamSubjects() []string { return []string{subjectRoot + ".node.>"} }
 
 // dns1123Subdomain is the rule for node names (RFC 1123, k8s.io/apimachinery validation).
 var dns1123Subdomain = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)

@@ -238,6 +238,8 @@ tails() {
 	local dir=$1 log
 	{
 		echo "--- $2"
+		# What tests complained of stands above their verdicts, which may be more than the tail.
+		grep -aE '^ +[a-z_]+_test\.go:[0-9]+: ' "$dir/output.log" 2>/dev/null | head -n 40 | cut -c 1-600 || true
 		for log in qemu output console; do
 			[[ -s $dir/$log.log ]] || continue
 			echo "--- the end of $dir/$log.log:"

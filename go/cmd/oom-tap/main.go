@@ -28,8 +28,9 @@ import (
 const usage = `oom-tap shows the OOM kills that OOM Tracer publishes on NATS.
 
 Usage:
-  oom-tap [tail] [flags]   show kills as they happen
-  oom-tap setup [flags]    make or update the stream on the NATS of the config
+  oom-tap [tail] [flags]   show kills, and gaps in what is known of them, as they happen
+  oom-tap nodes [flags]    show which nodes are watched, which have gone quiet, which have gaps
+  oom-tap setup [flags]    make or update the streams on the NATS of the config
 
 Flags of %s:
 `
@@ -100,13 +101,17 @@ func (o *options) tailFlags(flags *flag.FlagSet) {
 		return nil
 	})
 	flags.StringVar(&o.node, "node", "", "only this `node`")
-	flags.BoolVar(&o.kills, "kills", false, "leave out tasks that were already exiting")
-	flags.StringVar(&o.output, "output", "text", "text, or json: the stored bytes, one event a line")
+	flags.BoolVar(&o.kills, "kills", false, "kills alone: leave out tasks that were already exiting, and gaps")
+	o.outputFlag(flags)
 	flags.StringVar(&o.color, "color", "auto", "auto, always or never")
 	flags.IntVar(&o.count, "count", 0, "end after `N` events; 0 sets no bound")
 }
 
-// check returns what is wrong with the flags of tail.
+func (o *options) outputFlag(flags *flag.FlagSet) {
+	flags.StringVar(&o.output, "output", "text", "text, or json: the stored bytes, one message a line")
+}
+
+// check returns what is wrong with the flags.
 func (o *options) check() error {
 	switch {
 	case o.noFollow && o.since == 0:
@@ -139,6 +144,8 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	switch command {
 	case "tail":
 		o.tailFlags(flags)
+	case "nodes":
+		o.outputFlag(flags)
 	case "setup":
 	default:
 		return usageError{fmt.Errorf("unknown command %q", command)}
@@ -177,11 +184,14 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	}
 	defer conn.Close()
 	if command == "setup" {
-		if err := bus.EnsureStream(ctx, conn, cfg.NATS.Stream); err != nil {
+		if err := bus.EnsureStreams(ctx, conn, cfg.NATS.Stream); err != nil {
 			return err
 		}
-		fmt.Fprintf(stdout, "stream %s is as the config says\n", event.StreamName)
+		fmt.Fprintf(stdout, "streams %s and %s are as the config says\n", event.StreamName, event.NodesStreamName)
 		return nil
+	}
+	if command == "nodes" {
+		return nodes(ctx, conn, o, stdout, stderr)
 	}
 	return tail(ctx, conn, o, stdout, stderr)
 }
@@ -214,6 +224,14 @@ func subjects(o options) ([]string, error) {
 			patterns = append(patterns, pattern)
 		}
 	}
+	if !o.kills {
+		// Whatever is selected: what is missing may be just that.
+		pattern, err := event.Filter(event.KindGap, "", o.node)
+		if err != nil {
+			return nil, err
+		}
+		patterns = append(patterns, pattern)
+	}
 	slices.Sort(patterns)
 	return slices.Compact(patterns), nil
 }
@@ -235,23 +253,18 @@ func tail(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writ
 	seen := newRecent(10000)
 	shown := 0
 	err = bus.Tail(ctx, conn, tailOptions, func(m bus.Stored) error {
-		e, err := parse(m)
+		shownAs, id, err := parse(m, &table)
 		if err != nil {
-			fmt.Fprintf(stderr, "oom-tap: message %d on %s is skipped: %s\n", m.Seq, text.Printable(m.Subject), text.Printable(err.Error()))
+			skip(stderr, m, err)
 			return nil
 		}
 		// The stream drops doubles within its window only.
-		if !seen.add(e.ID) {
+		if !seen.add(id) {
 			return nil
 		}
-		var line []byte
-		switch {
-		case o.output == "text":
-			line = []byte(table.Line(&e))
-		case terminal:
-			line = text.JSON(m.Data)
-		default:
-			line = oneLine(m.Data)
+		line := []byte(shownAs)
+		if o.output == "json" {
+			line = rendered(m.Data, terminal)
 		}
 		switch _, err := fmt.Fprintf(stdout, "%s\n", line); {
 		case errors.Is(err, syscall.EPIPE):
@@ -276,21 +289,51 @@ func tail(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writ
 // errEnough ends the tail: --count is reached, or whoever read our output (head, grep -m) has gone.
 var errEnough = errors.New("enough")
 
-// parse reads a message. Its node is the one that the server let the publisher speak for, which is in the
-// subject: one node's tracer must not report kills of another.
-func parse(m bus.Stored) (event.Event, error) {
-	_, _, node, err := event.ParseSubject(m.Subject)
+// parse reads a message, as a line of the table. Its node is the one that the server let the publisher speak
+// for, which is in the subject: one node's tracer must not report kills of another.
+func parse(m bus.Stored, table *text.Table) (line, id string, err error) {
+	kind, _, node, err := event.ParseSubject(m.Subject)
 	if err != nil {
-		return event.Event{}, err
+		return "", "", err
+	}
+	if kind == event.KindGap {
+		g, err := event.ParseGap(m.Data)
+		if err == nil {
+			err = sameNode(g.Node.Name, node)
+		}
+		if err != nil {
+			return "", "", err
+		}
+		return table.GapLine(&g), g.ID, nil
 	}
 	e, err := event.Parse(m.Data)
+	if err == nil {
+		err = sameNode(e.Node.Name, node)
+	}
 	if err != nil {
-		return event.Event{}, err
+		return "", "", err
 	}
-	if e.Node.Name != node {
-		return event.Event{}, fmt.Errorf("node.name is %q, the subject's node %q", e.Node.Name, node)
+	return table.Line(&e), e.ID, nil
+}
+
+func sameNode(payload, subject string) error {
+	if payload != subject {
+		return fmt.Errorf("node.name is %q, the subject's node %q", payload, subject)
 	}
-	return e, nil
+	return nil
+}
+
+// skip says that a message is not one of ours.
+func skip(stderr io.Writer, m bus.Stored, err error) {
+	fmt.Fprintf(stderr, "oom-tap: message %d on %s is skipped: %s\n", m.Seq, text.Printable(m.Subject), text.Printable(err.Error()))
+}
+
+// rendered is a stored message as one line of JSON.
+func rendered(data []byte, terminal bool) []byte {
+	if terminal {
+		return text.JSON(data)
+	}
+	return oneLine(data)
 }
 
 // oneLine is the stored bytes, unless somebody else published JSON of several lines.

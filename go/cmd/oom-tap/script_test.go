@@ -207,7 +207,7 @@ func startNATS(dir string, stream bool) (*natsServer, error) {
 		os.WriteFile(filepath.Join(dir, "url.yaml"), []byte(url), 0o600),
 	)
 	if stream {
-		err = errors.Join(err, bus.EnsureStream(ctx, s.conn, cfg.NATS.Stream))
+		err = errors.Join(err, bus.EnsureStreams(ctx, s.conn, cfg.NATS.Stream))
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.stop())

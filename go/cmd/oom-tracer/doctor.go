@@ -185,7 +185,7 @@ func (x *examiner) tryTier(tier loader.Tier, said *complaints) (loader.Tier, err
 	if x.running {
 		pages = 1 // the tracer that runs has locked what this user may lock
 	}
-	return x.load(loader.Options{Tier: tier, PerfPages: pages, Log: slog.New(said)})
+	return x.load(loader.Options{Tier: tier, PerfPages: pages, JournalSlots: x.cfg.Kernel.JournalSlots, Log: slog.New(said)})
 }
 
 // thisProcess is this one, as proc shows it.
@@ -542,7 +542,7 @@ func (x *examiner) memoryNodes() string {
 
 // tryLoad is the proof, and leaves nothing behind.
 func tryLoad(o loader.Options) (loader.Tier, error) {
-	l, err := loader.Open(o)
+	l, err := loader.Open(context.Background(), o)
 	if err != nil {
 		return "", err
 	}
@@ -656,13 +656,22 @@ func (x *examiner) memoryDisabled() bool {
 	return false
 }
 
+// bpffs says whether recording can go on while no tracer runs.
 func (x *examiner) bpffs() finding {
-	dir := x.sysfs + "/fs/bpf"
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil || st.Type != unix.BPF_FS_MAGIC {
-		return ok("bpffs", "not mounted at %s (this version does not need it)", dir)
+	const check = "bpffs"
+	dir := x.cfg.Kernel.PinDir
+	if dir == "" {
+		return ok(check, "not used (kernel.pin_dir is empty): kills while no tracer runs are not recorded")
 	}
-	return ok("bpffs", "mounted at %s", dir)
+	var st unix.Statfs_t
+	if err := unix.Statfs(filepath.Dir(dir), &st); err != nil || st.Type != unix.BPF_FS_MAGIC {
+		return warn(check, fmt.Sprintf("not mounted at %s: kills while no tracer runs are not recorded", filepath.Dir(dir)),
+			"mount -t bpf bpf "+filepath.Dir(dir)+" (systemd does it at boot), or set kernel.pin_dir")
+	}
+	if _, err := os.Stat(dir); err == nil {
+		return ok(check, "the kernel records in %s, also while no tracer runs; oom-tracer unload ends that", dir)
+	}
+	return ok(check, "mounted at %s: the kernel will record in %s, also while no tracer runs", filepath.Dir(dir), filepath.Base(dir))
 }
 
 // tracer says whether one runs on this node already and how it is, or whether its metrics could be

@@ -771,7 +771,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		conn, err := bus.Connect(t.Context(), p.cfg.NATS, bus.Options{Name: "test"}, quiet)
 		must(t, err)
 		defer conn.Close()
-		must(t, bus.EnsureStream(t.Context(), conn, p.cfg.NATS.Stream))
+		must(t, bus.EnsureStreams(t.Context(), conn, p.cfg.NATS.Stream))
 		p.expect(finding{"jetstream", statusOK, "enabled; the stream is there", ""})
 	})
 	t.Run("ran", func(t *testing.T) {
@@ -911,7 +911,7 @@ func TestDoctorExternalNATS(t *testing.T) {
 		conn, err := bus.Connect(t.Context(), p.cfg.NATS, bus.Options{Name: "test"}, slog.New(slog.DiscardHandler))
 		must(t, err)
 		defer conn.Close()
-		must(t, bus.EnsureStream(t.Context(), conn, p.cfg.NATS.Stream))
+		must(t, bus.EnsureStreams(t.Context(), conn, p.cfg.NATS.Stream))
 		p.expect(finding{"jetstream", statusOK, "enabled; the stream is there", ""})
 	})
 	t.Run("without JetStream", func(t *testing.T) {

@@ -25,6 +25,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
@@ -41,7 +42,31 @@ func testConfig(t *testing.T) config.Config {
 	cfg.NATS.Embedded.Dir = filepath.Join(t.TempDir(), "nats")
 	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
 	cfg.Metrics.Listen = ""
+	cfg.Kernel.PinDir = ""
+	cfg.Node.StateFile = filepath.Join(t.TempDir(), "state.json")
+	// As if a tracer had ended just now: what the machine killed before is nobody's gap here.
+	writeMemory(t, cfg, nil)
 	return cfg
+}
+
+// writeMemory writes the file of a tracer that ended cleanly just now, but for what change makes of it.
+func writeMemory(t *testing.T, cfg config.Config, change func(*remembered)) {
+	t.Helper()
+	self, err := thisNode(testNode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel, err := obs.KernelOOMKills("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := remembered{BootID: self.BootID, Time: time.Now().UTC(), Clean: true, Kernel: &kernel, Epoch: 1}
+	if change != nil {
+		change(&r)
+	}
+	if err := (&memory{path: cfg.Node.StateFile}).write(r); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // runTracer runs a tracer until stop is called, or the test ends.
@@ -75,7 +100,9 @@ func stored(t *testing.T, cfg config.Config, want int) []event.Event {
 	defer cancel()
 	var events []event.Event
 	enough := fmt.Errorf("enough")
-	err := bus.Tail(ctx, conn, bus.TailOptions{Since: time.Now().Add(-time.Hour), Follow: true}, func(m bus.Stored) error {
+	err := bus.Tail(ctx, conn, bus.TailOptions{
+		Subjects: []string{"oom.v1.kill.>", "oom.v1.exiting.>"}, Since: time.Now().Add(-time.Hour), Follow: true,
+	}, func(m bus.Stored) error {
 		e, err := event.Parse(m.Data)
 		if err != nil {
 			return err
@@ -354,7 +381,7 @@ func TestPlainSubscriber(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer nc.Close()
-	sub, err := nc.SubscribeSync("oom.v1.>")
+	sub, err := nc.SubscribeSync("oom.v1.kill.>")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -393,7 +420,9 @@ func TestMalformedSamples(t *testing.T) {
 	}
 	const lengths = 4200
 	for n := range lengths {
-		tr.handle(bytes.Repeat([]byte{0xff}, n))
+		if !tr.record(uint64(1_000_000+n), bytes.Repeat([]byte{0xff}, n)) {
+			t.Fatalf("%d bytes are not taken", n)
+		}
 	}
 	if got := testutil.ToFloat64(tr.metrics.events.WithLabelValues("error", "decode")); got != lengths {
 		t.Errorf("%v of %d bad samples are counted", got, lengths)
@@ -491,7 +520,7 @@ func TestNATSAway(t *testing.T) {
 		}
 	}
 	owner := connect(t, cfg)
-	if err := bus.EnsureStream(t.Context(), owner, cfg.NATS.Stream); err != nil {
+	if err := bus.EnsureStreams(t.Context(), owner, cfg.NATS.Stream); err != nil {
 		t.Fatal(err)
 	}
 	stored(t, cfg, 7)
@@ -710,7 +739,7 @@ func TestShutdownUnderLoad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer server.close()
+	defer server.close(time.Now().Add(time.Second))
 	conn := connect(t, cfg)
 	seqs := map[uint64]bool{}
 	var last uint64

@@ -16,6 +16,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
 
@@ -26,6 +27,7 @@ Usage:
   oom-tracer selftest [flags]                    cause one contained OOM kill and see it come back
   oom-tracer doctor [--output text|json] [flags] what this kernel and this process can do
   oom-tracer config check [flags]                read the config, say what is wrong with it
+  oom-tracer unload [--force] [flags]            end the recording that goes on while no tracer runs
 
 Exit status: 0 done; 1 failed (doctor: tracing cannot work; config check: the config is wrong);
 2 the command line is wrong.
@@ -62,6 +64,7 @@ type options struct {
 	nodeName   string
 	logLevel   string
 	output     string // doctor only
+	force      bool   // unload only
 	version    bool
 }
 
@@ -91,7 +94,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		command, args = command+" "+args[0], args[1:]
 	}
 	switch command {
-	case "run", "selftest", "doctor", "config", "config check":
+	case "run", "selftest", "doctor", "config", "config check", "unload":
 	case hogCommand:
 		return hog(args)
 	default:
@@ -132,6 +135,8 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return err
 	}
 	switch command {
+	case "unload":
+		return unload(ctx, cfg.Kernel.PinDir, o.force, stdout)
 	case "selftest":
 		return selftest(ctx, cfg, node, stdout, log)
 	case "doctor":
@@ -152,6 +157,9 @@ func parseFlags(command string, args []string) (o options, flags *flag.FlagSet, 
 	flags.BoolVar(&o.version, "version", false, "print the version and end")
 	if command == "doctor" {
 		flags.StringVar(&o.output, "output", "text", "the `format`: text or json")
+	}
+	if command == "unload" {
+		flags.BoolVar(&o.force, "force", false, "also discard records that are not published yet, or that this version cannot read")
 	}
 	err = flags.Parse(args)
 	switch {
@@ -207,4 +215,25 @@ func run(ctx context.Context, cfg config.Config, node string, stdout io.Writer, 
 		return err
 	}
 	return t.run(ctx)
+}
+
+// unload ends the recording that goes on in the kernel.
+func unload(ctx context.Context, dir string, force bool, stdout io.Writer) error {
+	if dir == "" {
+		fmt.Fprintln(stdout, "nothing is pinned: kernel.pin_dir is empty")
+		return nil
+	}
+	unpublished, err := loader.Unload(ctx, dir, force)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, loader.ErrNoBPFFS):
+		fmt.Fprintf(stdout, "nothing is pinned in %s\n", dir)
+		return nil
+	case err != nil:
+		return fmt.Errorf("unload: %w", err)
+	case unpublished > 0:
+		fmt.Fprintf(stdout, "unloaded; %d records that were not published are gone\n", unpublished)
+	default:
+		fmt.Fprintln(stdout, "unloaded: nothing records kills now")
+	}
+	return nil
 }

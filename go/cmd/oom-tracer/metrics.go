@@ -1,11 +1,14 @@
 package main
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
 
 const subsystem = "oom_tracer"
@@ -18,12 +21,14 @@ const tierMetric = subsystem + "_tier_info"
 type metrics struct {
 	events    *prometheus.CounterVec
 	kills     *prometheus.CounterVec
+	gaps      *prometheus.CounterVec
 	published prometheus.Histogram
 	seq       prometheus.Gauge
 
 	kernel    kernelSide
 	publisher interface{ Stats() bus.Stats }
 	conn      interface{ Connected() bool }
+	vmstat    procRoot
 }
 
 // kernelSide is what is shown of a loader.Loader.
@@ -32,12 +37,17 @@ type kernelSide interface {
 	Prototype() loader.Prototype
 	Stats() (loader.Stats, error)
 	Received() uint64
+	CaughtUp() uint64
+	Counts() loader.Counts
 }
 
 // The metrics that are read at the scrape.
 var (
 	tierDesc      = desc("tier_info", "Where the context of kills comes from, and what mark_victim hands over; always 1.", "tier", "prototype")
-	samplesDesc   = desc("samples_total", "Records of the kernel program: seen = sent + refused; received = sent once they are read.", "state")
+	samplesDesc   = desc("samples_total", "Records of the kernel program since it was loaded: seen = sent + refused by the perf buffer; received = sent once they are read; caught_up were read from the journal.", "state")
+	journalDesc   = desc("journal_records", "Records in the kernel's journal that are not acknowledged by JetStream yet.")
+	lostDesc      = desc("lost_records_total", "Records that were lost since recording began; a gap event tells which.")
+	unseenDesc    = desc("unseen_kills", "Kills that the kernel has counted and the program did not see, within two bounds; 0 when nothing is missing.", "bound")
 	connectedDesc = desc("nats_connected", "Whether there is a connection to NATS.")
 	pendingDesc   = desc("publish_pending", "Events that wait for their acknowledgement by JetStream.")
 	ackedDesc     = desc("publish_acked_total", "Events that JetStream has acknowledged.")
@@ -57,6 +67,10 @@ func newMetrics() *metrics {
 			Subsystem: subsystem, Name: "kills_total",
 			Help: "Kills by scope; marks without a kill are not among them.",
 		}, []string{"scope"}),
+		gaps: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Subsystem: subsystem, Name: "gaps_total",
+			Help: "Gaps in what is known of kills, by cause; each is an event of its own.",
+		}, []string{"cause"}),
 		published: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Subsystem: subsystem, Name: "publish_latency_seconds",
 			Help:    "From the kill in the kernel to its acknowledgement by JetStream.",
@@ -72,7 +86,7 @@ func newMetrics() *metrics {
 		"observed":   {"kill", "exiting"},
 		"identified": {"pod", "container", "host"},
 		"skipped":    {"other_node", "print"},
-		"error":      {"decode", "encode", "publish", "dropped", "buffer_full"},
+		"error":      {"decode", "encode", "publish", "dropped"},
 	} {
 		for _, reason := range reasons {
 			m.events.WithLabelValues(stage, reason)
@@ -81,12 +95,15 @@ func newMetrics() *metrics {
 	for _, scope := range event.Scopes() {
 		m.kills.WithLabelValues(string(scope))
 	}
+	for _, cause := range event.GapCauses() {
+		m.gaps.WithLabelValues(string(cause))
+	}
 	return m
 }
 
 // watch names what is read at the scrape.
-func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn) {
-	m.kernel, m.publisher, m.conn = l, p, c
+func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn, vmstat procRoot) {
+	m.kernel, m.publisher, m.conn, m.vmstat = l, p, c, vmstat
 }
 
 // observe counts an event that was read.
@@ -107,17 +124,17 @@ func (m *metrics) observe(e *event.Event) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.published, m.seq} {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.published, m.seq} {
 		c.Describe(ch)
 	}
-	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, connectedDesc, pendingDesc, ackedDesc} {
+	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, journalDesc, lostDesc, unseenDesc, connectedDesc, pendingDesc, ackedDesc} {
 		ch <- d
 	}
 }
 
 // Collect implements prometheus.Collector.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.published, m.seq} {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.published, m.seq} {
 		c.Collect(ch)
 	}
 	ch <- prometheus.MustNewConstMetric(tierDesc, prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Prototype()))
@@ -128,10 +145,19 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.NewInvalidMetric(samplesDesc, err)
 	} else {
 		for state, n := range map[string]uint64{
-			"seen": stats.Seen, "sent": stats.Sent, "refused": stats.Refused, "received": received,
+			"seen": stats.Seen, "sent": stats.Sent, "refused": stats.Refused, "received": received, "caught_up": m.kernel.CaughtUp(),
 		} {
 			ch <- prometheus.MustNewConstMetric(samplesDesc, prometheus.CounterValue, float64(n), state)
 		}
+	}
+	counts := m.kernel.Counts()
+	ch <- prometheus.MustNewConstMetric(journalDesc, prometheus.GaugeValue, float64(counts.Head-min(counts.Head, counts.Acked)))
+	ch <- prometheus.MustNewConstMetric(lostDesc, prometheus.CounterValue, float64(counts.Lost))
+	if atLeast, atMost, err := m.unseen(counts); err != nil {
+		ch <- prometheus.NewInvalidMetric(unseenDesc, err)
+	} else {
+		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atLeast), "at_least")
+		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atMost), "at_most")
 	}
 	connected := 0.0
 	if m.conn.Connected() {
@@ -141,4 +167,21 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	publish := m.publisher.Stats()
 	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(publish.Pending))
 	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(publish.Acked))
+}
+
+// unseen holds the program's counts against the kernel's. Between the kernel's count of a kill and the mark
+// of its victim there are some microseconds: what is left over is looked at again.
+func (m *metrics) unseen(counts loader.Counts) (atLeast, atMost uint64, err error) {
+	for range 3 {
+		kernel, err := obs.KernelOOMKills(string(m.vmstat))
+		if err != nil {
+			return 0, 0, err
+		}
+		if atLeast, atMost = counts.Unseen(kernel); atMost == 0 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+		counts = m.kernel.Counts()
+	}
+	return atLeast, atMost, nil
 }

@@ -34,6 +34,8 @@ type fakeSides struct {
 	stats     loader.Stats
 	statsErr  error
 	received  uint64
+	caughtUp  uint64
+	counts    loader.Counts
 	connected bool
 	publisher bus.Stats
 }
@@ -42,6 +44,8 @@ func (f *fakeSides) Tier() loader.Tier            { return f.tier }
 func (f *fakeSides) Prototype() loader.Prototype  { return f.prototype }
 func (f *fakeSides) Stats() (loader.Stats, error) { return f.stats, f.statsErr }
 func (f *fakeSides) Received() uint64             { return f.received }
+func (f *fakeSides) CaughtUp() uint64             { return f.caughtUp }
+func (f *fakeSides) Counts() loader.Counts        { return f.counts }
 func (f *fakeSides) Connected() bool              { return f.connected }
 
 type fakePublisher bus.Stats
@@ -51,7 +55,7 @@ func (f *fakePublisher) Stats() bus.Stats { return bus.Stats(*f) }
 // fakeMetrics are the metrics of a tracer that is not there.
 func fakeMetrics(f *fakeSides) *metrics {
 	m := newMetrics()
-	m.kernel, m.conn, m.publisher = f, f, (*fakePublisher)(&f.publisher)
+	m.kernel, m.conn, m.publisher, m.vmstat = f, f, (*fakePublisher)(&f.publisher), "testdata/proc"
 	return m
 }
 
@@ -107,7 +111,7 @@ func golden(t *testing.T, name, got string) {
 
 // Every name, label and help text, from the first scrape on: alerts and dashboards are written to them.
 func TestMetricsExposition(t *testing.T) {
-	m := fakeMetrics(&fakeSides{tier: loader.TierStack, prototype: loader.PrototypeTask})
+	m := fakeMetrics(&fakeSides{tier: loader.TierStack, prototype: loader.PrototypeTask, counts: loader.Counts{KernelBase: 42}})
 	registry := register(t, m)
 	golden(t, "metrics-start.golden", exposition(t, registry))
 	problems, err := testutil.GatherAndLint(registry)
@@ -122,7 +126,9 @@ func TestMetricsExposition(t *testing.T) {
 // What happens moves the series that it should, and no other.
 func TestMetricsCount(t *testing.T) {
 	m := fakeMetrics(&fakeSides{
-		tier: loader.TierNone, prototype: loader.PrototypePID, connected: true, received: 7,
+		tier: loader.TierNone, prototype: loader.PrototypePID, connected: true, received: 7, caughtUp: 3,
+		// The kernel's 42 are 32 more than its base. Of 20 kills seen, 2 in groups; 3 exits may have become kills.
+		counts:    loader.Counts{Head: 30, Acked: 26, Lost: 2, Killed: 20, Unknown: 4, Exiting: 3, Groups: 2, Unhooked: 20, KernelBase: 10},
 		stats:     loader.Stats{Seen: 10, Sent: 8, Refused: 2},
 		publisher: bus.Stats{Acked: 5, Duplicates: 1, Retried: 2, Dropped: 3, Refused: 4, Pending: 6},
 	})
@@ -139,6 +145,7 @@ func TestMetricsCount(t *testing.T) {
 	m.seq.Set(10)
 	m.published.Observe(0.003)
 	m.events.WithLabelValues("error", "decode").Inc()
+	m.gaps.WithLabelValues("wrapped").Inc()
 	golden(t, "metrics-counted.golden", exposition(t, register(t, m)))
 }
 

@@ -123,6 +123,8 @@ func privateTracer(ctx context.Context, cfg *config.Config, node string, log *sl
 	cfg.NATS.Embedded.Dir = filepath.Join(dir, "nats")
 	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
 	cfg.Metrics.Listen = ""
+	// It records for itself alone, and leaves nothing.
+	cfg.Kernel.PinDir, cfg.Node.StateFile = "", ""
 	t, err := start(ctx, *cfg, node, io.Discard, log)
 	if err != nil {
 		return nil, err

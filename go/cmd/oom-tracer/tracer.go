@@ -24,11 +24,10 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
-// Each step of the way down has its share of the five seconds that a SIGTERM may take. The loader
-// bounds its own.
+// The way down ends within five seconds of a SIGTERM, whatever hangs. The loader bounds its own step.
 const (
-	drainTime    = 1500 * time.Millisecond
-	shutdownTime = 1 * time.Second
+	stopTime  = 4500 * time.Millisecond // of all steps together
+	drainTime = 1500 * time.Millisecond // of publishing what is left
 )
 
 // tracer is the pipeline: loader -> wire -> bus.
@@ -42,6 +41,17 @@ type tracer struct {
 	metrics   *metrics
 	http      *obs.Server
 	lines     *printer
+	vmstat    procRoot
+	memory    *memory // nil: nothing is remembered over restarts
+	interval  time.Duration
+	version   string
+	told      time.Time // of the last record that was handed over
+}
+
+// settles is the tag of a message: what it settles once it is acknowledged.
+type settles struct {
+	kill        time.Time // of an event
+	first, last uint64
 }
 
 // start brings everything up, in the order of the flow backwards: when the first kill is recorded,
@@ -52,7 +62,10 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		return nil, err
 	}
 	t := &tracer{
-		log: log,
+		log:      log,
+		vmstat:   "/proc",
+		interval: cfg.Node.StatusInterval,
+		version:  obs.Version().Version,
 		converter: wire.Converter{
 			Node:       self,
 			CgroupRoot: cfg.Node.CgroupRoot,
@@ -63,7 +76,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	}
 	defer func() {
 		if err != nil {
-			t.close()
+			t.close(time.Now().Add(stopTime))
 		}
 	}()
 	if cfg.NATS.URL == "" {
@@ -77,7 +90,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		return nil, err
 	}
 	if t.server != nil {
-		if err := bus.EnsureStream(ctx, t.conn, cfg.NATS.Stream); err != nil {
+		if err := bus.EnsureStreams(ctx, t.conn, cfg.NATS.Stream); err != nil {
 			return nil, err
 		}
 	}
@@ -85,16 +98,25 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if t.publisher, err = bus.NewPublisher(t.conn, cfg.NATS.Buffer, t.hooks(), log); err != nil {
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
-	t.loader, err = loader.Open(loader.Options{
-		Tier: loader.Tier(cfg.Kernel.Tier), PerfPages: cfg.Kernel.PerfPages, Log: log,
+	t.memory, err = openMemory(cfg.Node.StateFile)
+	if err != nil {
+		return nil, err
+	}
+	t.loader, err = loader.Open(ctx, loader.Options{
+		Tier: loader.Tier(cfg.Kernel.Tier), PerfPages: cfg.Kernel.PerfPages, JournalSlots: cfg.Kernel.JournalSlots,
+		PinDir: cfg.Kernel.PinDir, Log: log,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("%w (oom-tracer doctor says more)", err)
 	}
-	t.metrics.watch(t.loader, t.publisher, t.conn)
+	t.converter.Node.Epoch = t.loader.EpochNS()
+	t.metrics.watch(t.loader, t.publisher, t.conn, t.vmstat)
+	if err := t.begin(); err != nil {
+		return nil, err
+	}
 
 	registry := obs.NewRegistry("oom-tracer")
-	registry.MustRegister(t.metrics, obs.NewOOMKillCollector("/proc"))
+	registry.MustRegister(t.metrics, obs.NewOOMKillCollector(string(t.vmstat)))
 	t.http, err = obs.Listen(cfg.Metrics.Listen, registry, obs.Checks{
 		Health: map[string]obs.Check{"reader": t.loader.Alive, "jetstream": t.storeHealthy},
 		Ready: map[string]obs.Check{
@@ -108,7 +130,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	t.lines = newPrinter(stdout, func() { t.metrics.events.WithLabelValues("skipped", "print").Inc() })
 	log.Info("tracing oom kills",
 		"version", obs.Version().Version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
-		"prototype", string(t.loader.Prototype()), "nats", t.natsName(cfg), "metrics", t.http.Addr())
+		"prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", t.natsName(cfg), "metrics", t.http.Addr())
 	return t, nil
 }
 
@@ -160,29 +182,70 @@ func (t *tracer) run(ctx context.Context) error {
 		served <- err
 	}()
 
-	err := t.loader.Run(ctx, t.handle)
+	kept := make(chan struct{})
+	go func() {
+		defer close(kept)
+		t.keep(ctx)
+	}()
+	reported := make(chan struct{})
+	go func() {
+		defer close(reported)
+		t.report(ctx)
+	}()
+
+	stopped := make(chan time.Time, 1)
+	context.AfterFunc(ctx, func() { stopped <- time.Now() })
+	err := t.loader.Run(ctx, loader.Handler{Record: t.record, Lost: t.lost})
 	if err != nil {
 		err = fmt.Errorf("read kills: %w", err)
 	}
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
 		err = errors.Join(err, cause)
 	}
-
-	draining, done := context.WithTimeout(downstream, drainTime)
+	cancel(nil)
+	deadline := (<-stopped).Add(stopTime)
+	bounded, done := context.WithDeadline(downstream, deadline)
 	defer done()
-	if left, drainErr := t.publisher.Drain(draining); left > 0 {
+	wait(bounded, kept)
+	wait(bounded, reported)
+
+	t.unseen(bounded)
+	draining, drained := context.WithTimeout(bounded, drainTime)
+	defer drained()
+	if left, drainErr := t.publisher.Drain(draining); left > 0 && t.loader.Pinned() {
+		t.log.Warn("not all is published, the rest stays in the journal for the next start", "left", left, "error", drainErr)
+	} else if left > 0 {
 		err = errors.Join(err, fmt.Errorf("%d events could not be published before the end: %w", left, drainErr))
 	}
+	if t.conn.Connected() {
+		if statusErr := t.publishStatus(draining, event.PhaseStop); statusErr != nil {
+			t.log.Warn("the end is not told on nats", "error", statusErr)
+		}
+	}
+	t.remember(bounded, true)
 	stop()
-	<-published
-	<-served
-	err = errors.Join(err, t.close())
-	t.log.Info("stopped")
+	wait(bounded, published)
+	wait(bounded, served)
+	pinned := t.loader.Pinned()
+	err = errors.Join(err, t.close(deadline))
+	if pinned {
+		t.log.Info("stopped; the kernel goes on recording for the next start, unless told otherwise by: oom-tracer unload")
+	} else {
+		t.log.Info("stopped")
+	}
 	return err
 }
 
+// wait waits for something, until ctx ends.
+func wait[T any](ctx context.Context, done <-chan T) {
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
 // close releases what start took, in the order of the flow. It may find a half-started tracer.
-func (t *tracer) close() error {
+func (t *tracer) close(deadline time.Time) error {
 	var err error
 	if t.loader != nil {
 		t.loader.Close()
@@ -190,12 +253,18 @@ func (t *tracer) close() error {
 	if t.lines != nil {
 		t.lines.close()
 	}
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	defer cancel()
 	if t.conn != nil {
-		t.conn.Close()
+		// It may wait for a server that does not answer.
+		closed := make(chan struct{})
+		go func() {
+			defer close(closed)
+			t.conn.Close()
+		}()
+		wait(ctx, closed)
 	}
 	if t.server != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
-		defer cancel()
 		if stopErr := t.server.Shutdown(ctx); stopErr != nil {
 			err = fmt.Errorf("stop the embedded nats: %w", stopErr)
 		}
@@ -203,50 +272,73 @@ func (t *tracer) close() error {
 	return err
 }
 
-// handle takes one sample the whole way to the publisher's buffer. It never blocks, for the kernel's
-// buffer fills meanwhile.
-func (t *tracer) handle(sample []byte) {
+// record takes one sample the whole way to the publisher's buffer. It never blocks, for the kernel's
+// buffer fills meanwhile. It returns false when that buffer is full.
+func (t *tracer) record(seq uint64, sample []byte) bool {
 	record, err := wire.Decode(sample)
 	if err != nil {
+		count := uint64(1)
+		if !t.gap(event.Gap{Cause: event.GapUnreadable, FirstSeq: seq, LastSeq: seq, Count: &count}) {
+			return false
+		}
 		t.metrics.events.WithLabelValues("error", "decode").Inc()
-		t.log.Error("sample refused", "error", err, "bytes", len(sample), "head", fmt.Sprintf("%x", sample[:min(len(sample), 64)]))
-		return
+		t.log.Error("sample refused", "seq", seq, "error", err, "bytes", len(sample), "head", fmt.Sprintf("%x", sample[:min(len(sample), 64)]))
+		return true
 	}
-	t.metrics.seq.Set(float64(record.Seq))
 	if !t.converter.OnNode(record) {
 		t.metrics.events.WithLabelValues("skipped", "other_node").Inc()
-		return
+		t.loader.Settle(seq, seq)
+		t.metrics.seq.Set(float64(seq))
+		return true
 	}
 	e := t.converter.Event(record)
+	subject, err := e.Subject()
+	if err == nil {
+		err = t.enqueue(e.ID, subject, &e, settles{kill: e.Time, first: seq, last: seq})
+	}
+	switch {
+	case errors.Is(err, bus.ErrFull):
+		return false
+	case err != nil:
+		t.metrics.events.WithLabelValues("error", "encode").Inc()
+		t.log.Error("event cannot be published", "id", e.ID, "seq", seq, "error", err)
+		t.loader.Settle(seq, seq)
+	}
+	t.metrics.seq.Set(float64(seq))
 	t.metrics.observe(&e)
 	t.lines.print(text.Line(&e, false))
-	subject, err := e.Subject()
+	t.told = e.Time
+	return true
+}
+
+// enqueue hands a message to the publisher.
+func (t *tracer) enqueue(id, subject string, message any, tag settles) error {
+	data, err := json.Marshal(message)
 	if err != nil {
-		t.metrics.events.WithLabelValues("error", "encode").Inc()
-		t.log.Error("event has no subject", "id", e.ID, "error", err)
-		return
+		return fmt.Errorf("write %s as json: %w", id, err)
 	}
-	data, err := json.Marshal(&e)
-	if err != nil {
-		t.metrics.events.WithLabelValues("error", "encode").Inc()
-		t.log.Error("event cannot be written as json", "id", e.ID, "error", err)
-		return
-	}
-	if err := t.publisher.Enqueue(bus.Msg{ID: e.ID, Subject: subject, Data: data, Tag: e.Time}); err != nil {
-		t.metrics.events.WithLabelValues("error", "buffer_full").Inc()
-		t.log.Error("event not published", "id", e.ID, "seq", e.Seq, "error", err)
-	}
+	return t.publisher.Enqueue(bus.Msg{ID: id, Subject: subject, Data: data, Tag: tag})
 }
 
 func (t *tracer) hooks() bus.Hooks {
 	return bus.Hooks{
 		OnAck: func(m bus.Msg, _ bool) {
-			t.metrics.published.Observe(time.Since(m.Tag.(time.Time)).Seconds())
+			tag := m.Tag.(settles)
+			if !tag.kill.IsZero() {
+				t.metrics.published.Observe(time.Since(tag.kill).Seconds())
+			}
+			if tag.last > 0 {
+				t.loader.Settle(tag.first, tag.last)
+			}
 		},
 		OnRetry: func(bus.Msg, error) { t.metrics.events.WithLabelValues("error", "publish").Inc() },
 		OnDrop: func(m bus.Msg, err error) {
+			tag := m.Tag.(settles)
 			t.metrics.events.WithLabelValues("error", "dropped").Inc()
 			t.log.Error("event given up", "id", m.ID, "subject", m.Subject, "error", err)
+			if tag.last > 0 {
+				t.loader.Settle(tag.first, tag.last)
+			}
 		},
 	}
 }

@@ -19,7 +19,7 @@ func BenchmarkPublish(b *testing.B) {
 			ctx := context.Background()
 			cfg, _ := startEmbedded(b)
 			c := connect(ctx, b, cfg, bus.Options{}, quiet())
-			if err := bus.EnsureStream(ctx, c, streamConfig); err != nil {
+			if err := bus.EnsureStreams(ctx, c, streamConfig); err != nil {
 				b.Fatal(err)
 			}
 			acks := make(chan struct{}, window.size)

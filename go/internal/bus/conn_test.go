@@ -123,7 +123,7 @@ func TestConnectSecretsChange(t *testing.T) {
 	log, logged := newLog(t)
 	cfg := config.NATS{URL: d.url(), User: "tracer", PasswordFile: secret(t, "first")}
 	c := connect(ctx, t, cfg, bus.Options{Background: true}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	rec := newRecorder()
 	p, _ := publisher(t, c, 10, rec.hooks(), log)
 
@@ -159,7 +159,7 @@ func TestConnectSecretsChange(t *testing.T) {
 	c2 := connect(ctx, t, late, bus.Options{Name: "late", Background: true}, log2)
 	refusals(c2, logged2)
 	check(t, os.WriteFile(late.PasswordFile, []byte("second\n"), 0o600))
-	check(t, bus.EnsureStream(ctx, c2, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c2, streamConfig))
 	if n := strings.Count(logged2.String(), "level=WARN"); n > 2 {
 		t.Errorf("%d warnings", n)
 	}
@@ -194,7 +194,7 @@ func TestConnectNKey(t *testing.T) {
 	other, _ := nkeyPair(t)
 	d := startNatsd(t, fmt.Sprintf(`authorization { users: [ { nkey: %s } ] }`, public))
 	c := connect(ctx, t, config.NATS{URL: d.url(), NKeyFile: file}, bus.Options{}, quiet())
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	wantError(t, refused(ctx, t, config.NATS{URL: d.url(), NKeyFile: other}), "Authorization Violation")
 }
 
@@ -256,7 +256,7 @@ func TestConnectTLS(t *testing.T) {
 
 	good := config.NATS{URL: url, TLS: config.TLS{CAFile: ca.file, CertFile: clientCert, KeyFile: clientKey}}
 	c := connect(ctx, t, good, bus.Options{}, quiet())
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	state, err := c.NATS().TLSConnectionState()
 	check(t, err)
 	if state.Version < tls.VersionTLS12 || !state.HandshakeComplete {
@@ -317,7 +317,7 @@ func TestClose(t *testing.T) {
 	if strings.Contains(logged.String(), "WARN") || strings.Contains(logged.String(), "ERROR") {
 		t.Errorf("closing is not silent: %s", logged)
 	}
-	if err := bus.EnsureStream(ctx, c, streamConfig); !errors.Is(err, bus.ErrClosed) {
+	if err := bus.EnsureStreams(ctx, c, streamConfig); !errors.Is(err, bus.ErrClosed) {
 		t.Errorf("ensure stream: %v", err)
 	}
 	if err := bus.Tail(ctx, away, bus.TailOptions{Follow: true}, nil); !errors.Is(err, bus.ErrClosed) {

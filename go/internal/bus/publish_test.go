@@ -25,7 +25,7 @@ func TestPublish(t *testing.T) {
 	cfg, _ := startEmbedded(t)
 	log, _ := newLog(t)
 	c := connect(ctx, t, cfg, bus.Options{Name: "oom-tracer-node-1"}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 
 	plain := connect(ctx, t, cfg, bus.Options{Name: "plain"}, log).NATS()
 	sub, err := plain.SubscribeSync("oom.v1.kill.*." + node)
@@ -72,7 +72,7 @@ func TestPublishSameID(t *testing.T) {
 	cfg, _ := startEmbedded(t)
 	log, _ := newLog(t)
 	c := connect(ctx, t, cfg, bus.Options{}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	for i := range 2 {
 		rec := newRecorder()
 		p, stop := publisher(t, c, 10, rec.hooks(), log)
@@ -93,7 +93,7 @@ func TestPublishServerKilled(t *testing.T) {
 	d := startNatsd(t, "")
 	log, _ := newLog(t)
 	c := connect(ctx, t, d.owner(), bus.Options{}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 
 	const n = 500
 	rec, killed := newRecorder(), make(chan struct{})
@@ -126,7 +126,7 @@ func TestPublishAcksLost(t *testing.T) {
 	d := startNatsd(t, "")
 	log, _ := newLog(t)
 	direct := connect(ctx, t, d.owner(), bus.Options{Name: "direct"}, log)
-	check(t, bus.EnsureStream(ctx, direct, streamConfig))
+	check(t, bus.EnsureStreams(ctx, direct, streamConfig))
 	px := startProxy(t, d.listen)
 	c := connect(ctx, t, config.NATS{URL: "nats://" + px.addr()}, bus.Options{}, log)
 
@@ -167,7 +167,7 @@ func TestPublishMessagesLost(t *testing.T) {
 	d := startNatsd(t, "")
 	log, _ := newLog(t)
 	direct := connect(ctx, t, d.owner(), bus.Options{Name: "direct"}, log)
-	check(t, bus.EnsureStream(ctx, direct, streamConfig))
+	check(t, bus.EnsureStreams(ctx, direct, streamConfig))
 	px := startProxy(t, d.listen)
 	c := connect(ctx, t, config.NATS{URL: "nats://" + px.addr()}, bus.Options{}, log)
 
@@ -210,7 +210,7 @@ func TestPublishServerHangs(t *testing.T) {
 	d := startNatsd(t, "")
 	log, logged := newLog(t)
 	c := connect(ctx, t, d.owner(), bus.Options{}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	rec := newRecorder()
 	p := waiting(t, c, 100, rec.hooks(), log)
 	enqueue(t, p, 0, 10)
@@ -263,8 +263,8 @@ func TestPublishAwayAtStart(t *testing.T) {
 	d := &natsd{t: t, dir: t.TempDir(), listen: addr}
 	d.conf = jetstreamConf(d.dir)
 	d.start()
-	// EnsureStream waits for the connection, and the publisher for the stream.
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	// EnsureStreams waits for the connection, and the publisher for the stream.
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	rec.waitAcks(ctx, t, 20)
 	wantOnce(t, stored(ctx, t, d.owner()), 20)
 	if s := p.Stats(); s.Pending != 0 || s.Acked != 20 {
@@ -291,7 +291,7 @@ func TestPublishNoStream(t *testing.T) {
 	if n := strings.Count(logged.String(), "publishing fails"); n != 1 {
 		t.Errorf("logged %d times", n)
 	}
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	rec.waitAcks(ctx, t, 5)
 	wantOnce(t, stored(ctx, t, cfg), 5)
 }
@@ -302,7 +302,7 @@ func TestPublishOverflow(t *testing.T) {
 	cfg, _ := startEmbedded(t)
 	log, _ := newLog(t)
 	c := connect(ctx, t, cfg, bus.Options{}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	rec := newRecorder()
 	p := waiting(t, c, 300, rec.hooks(), log)
 	refused := 0
@@ -347,7 +347,7 @@ func TestPublishOversize(t *testing.T) {
 	d := startNatsd(t, "max_payload: 4096")
 	log, _ := newLog(t)
 	c := connect(ctx, t, d.owner(), bus.Options{}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	s, err := c.JetStream().Stream(ctx, event.StreamName)
 	check(t, err)
 	limited := s.CachedInfo().Config
@@ -401,7 +401,7 @@ func TestPublishPermissions(t *testing.T) {
 	_, tracer, owner := limited(t)
 	log, logged := newLog(t)
 	o := connect(ctx, t, owner, bus.Options{Name: "owner"}, log)
-	check(t, bus.EnsureStream(ctx, o, streamConfig))
+	check(t, bus.EnsureStreams(ctx, o, streamConfig))
 	c := connect(ctx, t, tracer, bus.Options{Name: "oom-tracer-node-1"}, log)
 
 	rec := newRecorder()
@@ -441,7 +441,7 @@ func TestPublishPermissions(t *testing.T) {
 	if !h.Connected || h.JetStream || !errors.Is(h.Err, nats.ErrPermissionViolation) {
 		t.Errorf("health is %+v", h)
 	}
-	if err := bus.EnsureStream(ctx, c, streamConfig); !errors.Is(err, nats.ErrPermissionViolation) {
+	if err := bus.EnsureStreams(ctx, c, streamConfig); !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("ensure stream: %v", err)
 	}
 	if err := bus.Tail(ctx, c, bus.TailOptions{Follow: true}, func(bus.Stored) error { return nil }); !errors.Is(err, nats.ErrPermissionViolation) {
@@ -461,7 +461,7 @@ func TestPublishInboxDenied(t *testing.T) {
 	_, tracer, owner := limited(t)
 	log, _ := newLog(t)
 	o := connect(ctx, t, owner, bus.Options{Name: "owner"}, log)
-	check(t, bus.EnsureStream(ctx, o, streamConfig))
+	check(t, bus.EnsureStreams(ctx, o, streamConfig))
 	c := connect(ctx, t, tracer, bus.Options{Name: "oom-tracer-node-2"}, log)
 	rec := newRecorder()
 	p, _ := publisher(t, c, 100, rec.hooks(), log)
@@ -481,7 +481,7 @@ func TestDrain(t *testing.T) {
 	d := startNatsd(t, "")
 	log, _ := newLog(t)
 	c := connect(ctx, t, d.owner(), bus.Options{}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 
 	t.Run("while running", func(t *testing.T) {
 		p, _ := publisher(t, c, 1000, bus.Hooks{}, log)

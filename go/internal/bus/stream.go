@@ -13,28 +13,46 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 )
 
-// EnsureStream makes the stream [event.StreamName], or brings an existing one to cfg: subjects, age,
-// bytes, replicas and dedup window. What cfg does not speak of (placement, compression, further
-// subjects) stays as an operator has set it. Calling it again, or from several places at once, does no
-// harm.
+// nodesMaxBytes bounds the stream of the nodes' statuses: some 1 KiB for each node, of 10,000 and more.
+const nodesMaxBytes = 64 << 20
+
+// EnsureStreams makes the streams [event.StreamName] and [event.NodesStreamName], or brings existing ones to
+// cfg: subjects, age, bytes, replicas and dedup window. What cfg does not speak of (placement,
+// compression, further subjects) stays as an operator has set it. Calling it again, or from several
+// places at once, does no harm.
 //
 // It waits for a connection as long as ctx lets it. It fails when the server refuses, and when a
 // stream of that name exists that cannot be turned into one that keeps every message on disk for its
 // time (memory storage, another retention, a mirror, no acknowledgements).
-func EnsureStream(ctx context.Context, c *Conn, cfg config.Stream) error {
-	if err := ensureStream(ctx, c, event.StreamName, event.StreamSubjects(), cfg); err != nil {
-		return fmt.Errorf("ensure stream %s: %w", event.StreamName, err)
+func EnsureStreams(ctx context.Context, c *Conn, cfg config.Stream) error {
+	nodes := cfg
+	nodes.MaxBytes = nodesMaxBytes
+	for _, s := range []streamWanted{
+		{event.StreamName, event.StreamSubjects(), cfg, 0},
+		{event.NodesStreamName, event.NodesStreamSubjects(), nodes, 1},
+	} {
+		if err := ensureStream(ctx, c, s); err != nil {
+			return fmt.Errorf("ensure stream %s: %w", s.name, err)
+		}
 	}
 	return nil
 }
 
-func ensureStream(ctx context.Context, c *Conn, name string, subjects []string, cfg config.Stream) error {
+// streamWanted is how a stream ought to be.
+type streamWanted struct {
+	name       string
+	subjects   []string
+	cfg        config.Stream
+	perSubject int64 // messages; 0: no bound
+}
+
+func ensureStream(ctx context.Context, c *Conn, s streamWanted) error {
 	for {
-		info, err := streamInfo(ctx, c, name)
+		info, err := streamInfo(ctx, c, s.name)
 		if errors.Is(err, jetstream.ErrStreamNotFound) {
-			want := jetstream.StreamConfig{Name: name, Storage: jetstream.FileStorage, Retention: jetstream.LimitsPolicy}
-			configureStream(&want, subjects, cfg)
-			err = c.call(ctx, "$JS.API.STREAM.CREATE."+name, func(ctx context.Context) error {
+			want := jetstream.StreamConfig{Name: s.name, Storage: jetstream.FileStorage, Retention: jetstream.LimitsPolicy}
+			s.configure(&want)
+			err = c.call(ctx, "$JS.API.STREAM.CREATE."+s.name, func(ctx context.Context) error {
 				_, err := c.js.CreateStream(ctx, want)
 				return err
 			})
@@ -44,7 +62,7 @@ func ensureStream(ctx context.Context, c *Conn, name string, subjects []string, 
 			if err != nil {
 				return fmt.Errorf("create: %w", err)
 			}
-			c.log.Info("stream created", "stream", name, "max_age", cfg.MaxAge, "max_bytes", cfg.MaxBytes, "replicas", cfg.Replicas)
+			c.log.Info("stream created", "stream", s.name, "max_age", s.cfg.MaxAge, "max_bytes", s.cfg.MaxBytes, "replicas", s.cfg.Replicas)
 			return nil
 		}
 		if err != nil {
@@ -54,10 +72,10 @@ func ensureStream(ctx context.Context, c *Conn, name string, subjects []string, 
 			return err
 		}
 		want := info.Config
-		if !configureStream(&want, subjects, cfg) {
+		if !s.configure(&want) {
 			return nil
 		}
-		err = c.call(ctx, "$JS.API.STREAM.UPDATE."+name, func(ctx context.Context) error {
+		err = c.call(ctx, "$JS.API.STREAM.UPDATE."+s.name, func(ctx context.Context) error {
 			_, err := c.js.UpdateStream(ctx, want)
 			return err
 		})
@@ -67,7 +85,7 @@ func ensureStream(ctx context.Context, c *Conn, name string, subjects []string, 
 		if err != nil {
 			return fmt.Errorf("update: %w", err)
 		}
-		c.log.Info("stream updated", "stream", name, "max_age", cfg.MaxAge, "max_bytes", cfg.MaxBytes, "replicas", cfg.Replicas)
+		c.log.Info("stream updated", "stream", s.name, "max_age", s.cfg.MaxAge, "max_bytes", s.cfg.MaxBytes, "replicas", s.cfg.Replicas)
 		return nil
 	}
 }
@@ -111,25 +129,28 @@ func checkStream(have jetstream.StreamConfig) error {
 	return nil
 }
 
-// configureStream writes our settings over s and tells whether anything changed.
-func configureStream(s *jetstream.StreamConfig, subjects []string, cfg config.Stream) (changed bool) {
+// configure writes what is wanted over have and tells whether anything changed.
+func (s streamWanted) configure(have *jetstream.StreamConfig) (changed bool) {
 	// Subjects of a newer version, or of the operator, stay: this may be the older of two programs.
-	want := slices.Clone(s.Subjects)
-	for _, ours := range subjects {
+	want := slices.Clone(have.Subjects)
+	for _, ours := range s.subjects {
 		if slices.ContainsFunc(want, func(w string) bool { return covers(w, ours) }) {
 			continue
 		}
 		want = slices.DeleteFunc(want, func(w string) bool { return covers(ours, w) })
 		want = append(want, ours)
 	}
-	if !slices.Equal(want, s.Subjects) {
-		s.Subjects, changed = want, true
+	if !slices.Equal(want, have.Subjects) {
+		have.Subjects, changed = want, true
 	}
-	set(&s.Discard, jetstream.DiscardOld, &changed)
-	set(&s.MaxAge, cfg.MaxAge, &changed)
-	set(&s.MaxBytes, int64(cfg.MaxBytes), &changed)
-	set(&s.Replicas, cfg.Replicas, &changed)
-	set(&s.Duplicates, cfg.DedupWindow, &changed)
+	set(&have.Discard, jetstream.DiscardOld, &changed)
+	set(&have.MaxAge, s.cfg.MaxAge, &changed)
+	set(&have.MaxBytes, int64(s.cfg.MaxBytes), &changed)
+	set(&have.Replicas, s.cfg.Replicas, &changed)
+	set(&have.Duplicates, s.cfg.DedupWindow, &changed)
+	if s.perSubject > 0 {
+		set(&have.MaxMsgsPerSubject, s.perSubject, &changed)
+	}
 	return changed
 }
 

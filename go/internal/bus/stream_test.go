@@ -31,7 +31,7 @@ func TestEnsureStream(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
-			if err := bus.EnsureStream(ctx, c, streamConfig); err != nil {
+			if err := bus.EnsureStreams(ctx, c, streamConfig); err != nil {
 				t.Error(err)
 			}
 		})
@@ -46,7 +46,7 @@ func TestEnsureStream(t *testing.T) {
 
 	// Once more: nothing happens.
 	before := logged.String()
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	if logged.String() != before {
 		t.Errorf("something was done: %s", strings.TrimPrefix(logged.String(), before))
 	}
@@ -59,7 +59,7 @@ func TestEnsureStream(t *testing.T) {
 	check(t, err)
 	other := streamConfig
 	other.MaxAge, other.MaxBytes, other.DedupWindow = 30*time.Minute, 1<<20, time.Minute
-	check(t, bus.EnsureStream(ctx, c, other))
+	check(t, bus.EnsureStreams(ctx, c, other))
 	got = config()
 	if got.MaxAge != other.MaxAge || got.MaxBytes != 1<<20 || got.Duplicates != time.Minute {
 		t.Errorf("stream is %+v", got)
@@ -73,14 +73,14 @@ func TestEnsureStream(t *testing.T) {
 	operators.Subjects = []string{"oom.v1.kill.global.*", "oom.v1.outcome.>", "oom.v1.exiting.>", "oom.v1.gap.*.*"}
 	_, err = c.JetStream().UpdateStream(ctx, operators)
 	check(t, err)
-	check(t, bus.EnsureStream(ctx, c, other))
+	check(t, bus.EnsureStreams(ctx, c, other))
 	if got, want := config().Subjects, []string{"oom.v1.outcome.>", "oom.v1.exiting.>", "oom.v1.kill.>", "oom.v1.gap.>"}; !slices.Equal(got, want) {
 		t.Errorf("subjects are %q, want %q", got, want)
 	}
 	operators.Subjects = []string{"oom.>"}
 	_, err = c.JetStream().UpdateStream(ctx, operators)
 	check(t, err)
-	check(t, bus.EnsureStream(ctx, c, other))
+	check(t, bus.EnsureStreams(ctx, c, other))
 	if got := config().Subjects; !slices.Equal(got, []string{"oom.>"}) {
 		t.Errorf("subjects are %q", got)
 	}
@@ -88,7 +88,7 @@ func TestEnsureStream(t *testing.T) {
 	// What the server refuses.
 	three := other
 	three.Replicas = 3
-	wantError(t, bus.EnsureStream(ctx, c, three), "ensure stream OOM", "update", "replicas")
+	wantError(t, bus.EnsureStreams(ctx, c, three), "ensure stream OOM", "update", "replicas")
 
 	// What cannot be mended.
 	keepAccount(ctx, t, c)
@@ -99,13 +99,13 @@ func TestEnsureStream(t *testing.T) {
 		check(t, err)
 	}
 	remake(jetstream.StreamConfig{Name: event.StreamName, Subjects: event.StreamSubjects(), Storage: jetstream.MemoryStorage, Retention: jetstream.WorkQueuePolicy, NoAck: true})
-	wantError(t, bus.EnsureStream(ctx, c, streamConfig), "delete or rename it", "Memory, not file", "WorkQueue, not limits", "does not acknowledge")
+	wantError(t, bus.EnsureStreams(ctx, c, streamConfig), "delete or rename it", "Memory, not file", "WorkQueue, not limits", "does not acknowledge")
 
 	// Another stream has the subjects.
 	check(t, c.JetStream().DeleteStream(ctx, event.StreamName))
 	_, err = c.JetStream().CreateStream(ctx, jetstream.StreamConfig{Name: "OTHER", Subjects: []string{"oom.>"}})
 	check(t, err)
-	wantError(t, bus.EnsureStream(ctx, c, streamConfig), "ensure stream OOM", "create", "subjects overlap")
+	wantError(t, bus.EnsureStreams(ctx, c, streamConfig), "ensure stream OOM", "create", "subjects overlap")
 }
 
 // keepAccount makes another stream. When the last stream of an account is deleted, nats-server 2.15.2
@@ -124,7 +124,7 @@ func TestCheck(t *testing.T) {
 	if !h.Connected || !h.JetStream || h.Stream || !errors.Is(h.Err, jetstream.ErrStreamNotFound) {
 		t.Errorf("without a stream: %+v", h)
 	}
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	if h := c.Check(ctx); h != (bus.Health{Connected: true, JetStream: true, Stream: true}) {
 		t.Errorf("with everything: %+v", h)
 	}
@@ -136,5 +136,5 @@ func TestCheck(t *testing.T) {
 		t.Errorf("without JetStream: %+v", h)
 	}
 	wantError(t, h.Err, "check jetstream", "not enabled")
-	wantError(t, bus.EnsureStream(ctx, c, streamConfig), "not enabled")
+	wantError(t, bus.EnsureStreams(ctx, c, streamConfig), "not enabled")
 }

@@ -13,8 +13,10 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 )
 
-// TailOptions say what to read from the stream [event.StreamName].
+// TailOptions say what to read.
 type TailOptions struct {
+	// Stream is the stream's name; empty means [event.StreamName].
+	Stream string
 	// Subjects are subject patterns that do not overlap, see event.Filter; none means everything.
 	Subjects []string
 	// Since is when the first message to read was stored, or later; zero means only new ones.
@@ -39,6 +41,9 @@ type Stored struct {
 // when that came first. It returns each's error as it is. It fails when the stream does not exist or
 // the server refuses, but once it has begun, it waits for a server that went away.
 func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) error {
+	if o.Stream == "" {
+		o.Stream = event.StreamName
+	}
 	t := &tail{c: c, o: o, each: each}
 	failures := 0
 	for {
@@ -59,11 +64,11 @@ func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) 
 		case ctx.Err() != nil && o.Follow:
 			return nil
 		case ctx.Err() != nil:
-			return fmt.Errorf("tail stream %s: %w", event.StreamName, context.Cause(ctx))
+			return fmt.Errorf("tail stream %s: %w", t.o.Stream, context.Cause(ctx))
 		case errors.Is(err, ErrClosed), errors.Is(err, nats.ErrPermissionViolation), !t.began && !errors.Is(err, ErrDisconnected):
-			return fmt.Errorf("tail stream %s: %w", event.StreamName, err)
+			return fmt.Errorf("tail stream %s: %w", t.o.Stream, err)
 		}
-		c.once("tail"+err.Error(), "reading the stream is interrupted, will go on after the last message", "stream", event.StreamName, "last_seq", t.last, "error", err)
+		c.once("tail"+err.Error(), "reading the stream is interrupted, will go on after the last message", "stream", t.o.Stream, "last_seq", t.last, "error", err)
 		failures++
 		pause := time.NewTimer(backoff(failures))
 		select {
@@ -97,7 +102,7 @@ func (t *tail) session(ctx, link context.Context) error {
 	defer context.AfterFunc(link, func() { cut(context.Cause(link)) })()
 	// Without this a consumer that it is forbidden to read from would look like an idle one.
 	defer t.c.watch(func(d denial) {
-		if d.subscribe && strings.HasPrefix(d.subject, t.c.inbox+".") || strings.HasPrefix(d.subject, "$JS.API.CONSUMER.MSG.NEXT."+event.StreamName+".") {
+		if d.subscribe && strings.HasPrefix(d.subject, t.c.inbox+".") || strings.HasPrefix(d.subject, "$JS.API.CONSUMER.MSG.NEXT."+t.o.Stream+".") {
 			cut(d.err)
 		}
 	})()
@@ -110,7 +115,7 @@ func (t *tail) session(ctx, link context.Context) error {
 }
 
 func (t *tail) read(ctx context.Context) error {
-	info, err := streamInfo(ctx, t.c, event.StreamName)
+	info, err := streamInfo(ctx, t.c, t.o.Stream)
 	if err != nil {
 		return err
 	}
@@ -123,9 +128,9 @@ func (t *tail) read(ctx context.Context) error {
 		}
 	case !t.created.Equal(info.Created):
 		if !t.o.Follow {
-			return errStop{fmt.Errorf("tail stream %s: it was deleted while it was read", event.StreamName)}
+			return errStop{fmt.Errorf("tail stream %s: it was deleted while it was read", t.o.Stream)}
 		}
-		t.c.log.Warn("stream was made anew, reading it from its start", "stream", event.StreamName, "last_seq", t.last)
+		t.c.log.Warn("stream was made anew, reading it from its start", "stream", t.o.Stream, "last_seq", t.last)
 		t.created, t.last, t.o.Since = info.Created, 0, time.Unix(0, 0)
 	}
 
@@ -146,8 +151,8 @@ func (t *tail) read(ctx context.Context) error {
 		cfg.FilterSubject, cfg.FilterSubjects = t.o.Subjects[0], nil
 	}
 	var consumer jetstream.Consumer
-	if err := t.c.call(ctx, "$JS.API.CONSUMER.CREATE."+event.StreamName, func(ctx context.Context) error {
-		consumer, err = t.c.js.CreateConsumer(ctx, event.StreamName, cfg)
+	if err := t.c.call(ctx, "$JS.API.CONSUMER.CREATE."+t.o.Stream, func(ctx context.Context) error {
+		consumer, err = t.c.js.CreateConsumer(ctx, t.o.Stream, cfg)
 		return err
 	}); err != nil {
 		return fmt.Errorf("create consumer: %w", err)

@@ -73,7 +73,7 @@ func TestTail(t *testing.T) {
 	if err := bus.Tail(ctx, c, bus.TailOptions{Follow: true}, nothing); !errors.Is(err, jetstream.ErrStreamNotFound) {
 		t.Errorf("without a stream: %v", err)
 	}
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	epoch := time.Unix(0, 0)
 	if all := replay(ctx, t, c, epoch); len(all) != 0 {
 		t.Errorf("an empty stream has %d messages", len(all))
@@ -177,7 +177,7 @@ func TestTailReconnect(t *testing.T) {
 	d := startNatsd(t, "")
 	log, _ := newLog(t)
 	owner := connect(ctx, t, d.owner(), bus.Options{Name: "owner"}, log)
-	check(t, bus.EnsureStream(ctx, owner, streamConfig))
+	check(t, bus.EnsureStreams(ctx, owner, streamConfig))
 	a := subject(t, "global", node)
 	publish(ctx, t, owner, a, "before")
 
@@ -232,7 +232,7 @@ func TestTailReconnect(t *testing.T) {
 			d.kill()
 			d.start()
 			// The owner's connection must be back to publish.
-			check(t, bus.EnsureStream(ctx, owner, streamConfig))
+			check(t, bus.EnsureStreams(ctx, owner, streamConfig))
 		}
 		send(i)
 	}
@@ -268,7 +268,7 @@ func TestTailReplayReconnect(t *testing.T) {
 	d := startNatsd(t, "")
 	log, _ := newLog(t)
 	owner := connect(ctx, t, d.owner(), bus.Options{Name: "owner"}, log)
-	check(t, bus.EnsureStream(ctx, owner, streamConfig))
+	check(t, bus.EnsureStreams(ctx, owner, streamConfig))
 	a := subject(t, "global", node)
 	for i := range 600 {
 		publish(ctx, t, owner, a, fmt.Sprint(i))
@@ -299,14 +299,14 @@ func TestTailStreamMadeAnew(t *testing.T) {
 	cfg, _ := startEmbedded(t)
 	log, logged := newLog(t)
 	c := connect(ctx, t, cfg, bus.Options{}, log)
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	keepAccount(ctx, t, c)
 	a := subject(t, "global", node)
 	publish(ctx, t, c, a, "old")
 	messages, stop := follow(ctx, t, c, bus.TailOptions{Since: time.Unix(0, 0)})
 	next(ctx, t, messages)
 	check(t, c.JetStream().DeleteStream(ctx, event.StreamName))
-	check(t, bus.EnsureStream(ctx, c, streamConfig))
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	publish(ctx, t, c, a, "new")
 	if m := next(ctx, t, messages); m.ID != "new" || m.Seq != 1 {
 		t.Errorf("got %+v", m)

@@ -29,6 +29,11 @@ type Node struct {
 	// CgroupRoot is the absolute cgroup path under which this node's kills happen. Anything but
 	// "/" is for several nodes on one kernel (kind, k3d).
 	CgroupRoot string `yaml:"cgroup_root"`
+	// StateFile is an absolute path. The file remembers over restarts and reboots up to where kills were
+	// recorded; empty: nothing is remembered.
+	StateFile string `yaml:"state_file"`
+	// StatusInterval is how often the node says that it is watched, 1 s .. 1 h, give or take a tenth.
+	StatusInterval time.Duration `yaml:"status_interval"`
 }
 
 // Kernel is about the BPF program.
@@ -37,6 +42,10 @@ type Kernel struct {
 	Tier string `yaml:"tier"`
 	// PerfPages is the size of each CPU's perf buffer, in pages; a power of two, 1..1024.
 	PerfPages int `yaml:"perf_pages"`
+	// JournalSlots is how many records the journal holds; a power of two, 64..65536.
+	JournalSlots int `yaml:"journal_slots"`
+	// PinDir is an absolute path in a bpffs, where the program stays while no tracer runs; empty: nowhere.
+	PinDir string `yaml:"pin_dir"`
 }
 
 // NATS is the connection; an empty URL means the embedded server.
@@ -94,8 +103,8 @@ type Log struct {
 // Default is the configuration of an empty file, and of the one that is shipped.
 func Default() Config {
 	return Config{
-		Node:   Node{CgroupRoot: "/"},
-		Kernel: Kernel{Tier: "auto", PerfPages: 64},
+		Node:   Node{CgroupRoot: "/", StateFile: "/var/lib/oom-tracer/state.json", StatusInterval: 5 * time.Minute},
+		Kernel: Kernel{Tier: "auto", PerfPages: 64, JournalSlots: 1024, PinDir: "/sys/fs/bpf/oom-tracer"},
 		NATS: NATS{
 			Buffer: 10000,
 			Embedded: Embedded{

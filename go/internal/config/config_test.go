@@ -112,8 +112,8 @@ func TestEveryKeyIsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Config{
-		Node:   Node{Name: "worker-1.example.com", CgroupRoot: "/kubelet.slice/kind"},
-		Kernel: Kernel{Tier: "stack", PerfPages: 128},
+		Node:   Node{Name: "worker-1.example.com", CgroupRoot: "/kubelet.slice/kind", StateFile: "/srv/state.json", StatusInterval: 90 * time.Second},
+		Kernel: Kernel{Tier: "stack", PerfPages: 128, JournalSlots: 4096, PinDir: "/run/bpf/oom"},
 		NATS: NATS{
 			URL: "tls://a.example.com:4222, nats://[2001:db8::1]:4222,tls://b", User: "tracer", PasswordFile: "/run/secrets/password",
 			TLS:      TLS{CAFile: "/etc/ca.pem", CertFile: "/etc/cert.pem", KeyFile: "/etc/key.pem"},

@@ -52,9 +52,23 @@ func (c *Config) faults() []fault {
 		bad("node.cgroup_root", "must be an absolute path without \"..\", \"//\" or a slash at its end, not %s", show(c.Node.CgroupRoot))
 	}
 
+	if f := c.Node.StateFile; f != "" && !isPath(f) {
+		bad("node.state_file", "must be the absolute path of a file, or empty, not %s", show(f))
+	}
+	if i := c.Node.StatusInterval; i < time.Second || i > time.Hour {
+		bad("node.status_interval", "must be from 1s to 1h, not %s", i)
+	}
+
 	oneOf("kernel.tier", c.Kernel.Tier, "auto", "fentry", "kprobe", "stack", "none")
 	if p := c.Kernel.PerfPages; p < 1 || p > 1024 || p&(p-1) != 0 {
 		bad("kernel.perf_pages", "must be a power of two from 1 to 1024, not %d", p)
+	}
+
+	if n := c.Kernel.JournalSlots; n < 64 || n > 65536 || n&(n-1) != 0 {
+		bad("kernel.journal_slots", "must be a power of two from 64 to 65536, not %d", n)
+	}
+	if d := c.Kernel.PinDir; d != "" && !isPath(d) {
+		bad("kernel.pin_dir", "must be the absolute path of a directory, or empty, not %s", show(d))
 	}
 
 	n := c.NATS

@@ -23,6 +23,7 @@ func CheckLayout() error {
 	}{
 		{"oom_event", reflect.TypeFor[wire.Header](), false},
 		{"oom_stats", reflect.TypeFor[Stats](), true},
+		{"oom_state", reflect.TypeFor[state](), true},
 		{"oom_symbol", reflect.TypeFor[symbol](), true},
 	} {
 		var c *btf.Struct

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,7 +27,7 @@ const mib = 1 << 20
 
 func open(t *testing.T, tier Tier, pages int) *Loader {
 	t.Helper()
-	l, err := Open(Options{Tier: tier, PerfPages: pages, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	l, err := Open(t.Context(), Options{Tier: tier, PerfPages: pages, JournalSlots: 1024, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,13 +42,20 @@ func collect(t *testing.T, l *Loader) (stop func() []*wire.Record) {
 	var records []*wire.Record
 	done := make(chan error, 1)
 	go func() {
-		done <- l.Run(ctx, func(sample []byte) {
-			r, err := wire.Decode(sample)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			records = append(records, r)
+		done <- l.Run(ctx, Handler{
+			Record: func(seq uint64, sample []byte) bool {
+				r, err := wire.Decode(sample)
+				if err != nil || r.Seq != seq {
+					t.Errorf("seq %d: %+v, %v", seq, r, err)
+					return true
+				}
+				records = append(records, r)
+				return true
+			},
+			Lost: func(first, last uint64) bool {
+				t.Errorf("%d to %d are lost", first, last)
+				return true
+			},
 		})
 	}()
 	stop = sync.OnceValue(func() []*wire.Record {
@@ -265,8 +273,11 @@ func TestOneMemoryNode(t *testing.T) {
 
 func TestOpenFails(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
-	if _, err := Open(Options{Tier: TierAuto, PerfPages: 3, Log: log}); err == nil || !strings.Contains(err.Error(), "3 pages") {
+	if _, err := Open(t.Context(), Options{Tier: TierAuto, PerfPages: 3, JournalSlots: 64, Log: log}); err == nil || !strings.Contains(err.Error(), "3 pages") {
 		t.Errorf("a perf buffer of three pages: %v", err)
+	}
+	if _, err := Open(t.Context(), Options{Tier: TierAuto, PerfPages: 4, JournalSlots: 48, Log: log}); err == nil || !strings.Contains(err.Error(), "48 records") {
+		t.Errorf("a journal of 48 records: %v", err)
 	}
 }
 
@@ -304,8 +315,8 @@ func TestTiers(t *testing.T) {
 	}
 }
 
-// TestSlowReader: nobody reads one page while it overflows; what was refused is counted exactly, what
-// was not is read.
+// TestSlowReader: nobody reads one page while it overflows; what was refused is counted exactly, and read
+// from the journal, in its place.
 func TestSlowReader(t *testing.T) {
 	const kills = 120
 	l := open(t, TierAuto, 1)
@@ -325,18 +336,24 @@ func TestSlowReader(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("%d kills: %+v, %d read", counted, after, len(records))
-	if before != after || after.Seen != kills || after.Sent+after.Refused != kills || after.Refused == 0 {
+	// Another program's kills, on a shared machine, are among them.
+	if before != after || after.Seen < kills || after.Sent+after.Refused != after.Seen || after.Refused == 0 {
 		t.Errorf("%+v, then %+v, of %d kills", before, after, kills)
 	}
-	if len(records) != int(after.Sent) || l.Received() != after.Sent {
-		t.Errorf("read %d of %d sent", len(records), after.Sent)
+	if uint64(len(records)) != after.Seen || l.CaughtUp() < after.Refused || l.Received() > after.Sent {
+		t.Errorf("read %d of %+v; %d by the perf buffer, %d from the journal", len(records), after, l.Received(), l.CaughtUp())
 	}
-	seen := map[uint64]bool{}
-	for _, r := range records {
-		if r.Seq < 1 || r.Seq > kills || seen[r.Seq] {
-			t.Errorf("seq %d", r.Seq)
+	var ours []int
+	for i, r := range records {
+		if r.Seq != uint64(i+1) {
+			t.Fatalf("record %d has seq %d", i, r.Seq)
 		}
-		seen[r.Seq] = true
+		if slices.Contains(killed, int(r.Victim.TGID)) {
+			ours = append(ours, int(r.Victim.TGID))
+		}
+	}
+	if !slices.Equal(ours, killed) {
+		t.Errorf("told of %v, killed %v", ours, killed)
 	}
 }
 
@@ -349,7 +366,10 @@ func TestAlive(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- l.Run(ctx, func([]byte) {}) }()
+	read := make(chan uint64, 8)
+	go func() {
+		done <- l.Run(ctx, Handler{Record: func(seq uint64, _ []byte) bool { read <- seq; return true }})
+	}()
 	group := scratchtest.New(t, 8*mib)
 	scratchtest.Storm(t, group, 1, 16, "plain")
 	for l.Received() == 0 {
@@ -378,9 +398,12 @@ func TestAlive(t *testing.T) {
 	if err := l.Alive(t.Context()); err == nil || !strings.Contains(err.Error(), "sent 2 samples and 1 arrived") {
 		t.Errorf("with the poller gone: %v", err)
 	}
-	// And Run says so at its end, instead of waiting for ever.
+	// The record is read all the same, from the journal.
+	if first, second := <-read, <-read; first != 1 || second != 2 {
+		t.Errorf("read %d, then %d", first, second)
+	}
 	cancel()
-	if err := <-done; err == nil || !strings.Contains(err.Error(), "1 samples did not arrive") {
+	if err := <-done; err != nil {
 		t.Errorf("Run ended with %v", err)
 	}
 }

@@ -22,7 +22,7 @@ import (
 const (
 	// A kubelet's probe gives up after one second by default: less, so that it sees what hangs.
 	checkTimeout    = 800 * time.Millisecond
-	shutdownTimeout = 3 * time.Second
+	shutdownTimeout = time.Second
 	// maxScrapes is how many scrapes may run at once; further ones are told 503.
 	maxScrapes = 4
 )
@@ -84,7 +84,7 @@ func (s *Server) Addr() string {
 	return s.listener.Addr().String()
 }
 
-// Serve serves until ctx ends, and then gives the requests under way a few seconds. Call it once.
+// Serve serves until ctx ends, and then gives the requests under way a second. Call it once.
 //
 // It returns nil when it came to its end that way, an error when it could not go on serving or had
 // to cut requests off.

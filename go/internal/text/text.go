@@ -68,6 +68,39 @@ func (t *Table) Line(e *event.Event) string {
 	return strings.Join(columns, "  ")
 }
 
+// GapLine is a gap without a newline, with the columns of an event as far as they have a meaning.
+func (t *Table) GapLine(g *event.Gap) string {
+	node := Printable(g.Node.Name)
+	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
+	what := "an unknown number of kills"
+	switch {
+	case g.Count != nil:
+		what = fmt.Sprintf("%d kills", *g.Count)
+	case g.CountMax != nil:
+		what = fmt.Sprintf("at most %d kills", *g.CountMax)
+	}
+	line := what + " missing"
+	if g.LastSeq > 0 {
+		line += fmt.Sprintf(", seq %d..%d", g.FirstSeq, g.LastSeq)
+	}
+	if g.Since != nil && g.Until != nil {
+		line += fmt.Sprintf(", from %s to %s", g.Since.UTC().Format(timeLayout), g.Until.UTC().Format(timeLayout))
+	}
+	return strings.Join([]string{
+		t.paint(dim, g.Time.UTC().Format(timeLayout)),
+		pad(node, t.nodeWidth),
+		t.paint(boldYellow, pad("GAP", outcomeWidth)),
+		pad(Printable(string(g.Cause)), scopeWidth),
+		t.paint(bold, line),
+	}, "  ")
+}
+
+// GapLine is the gap as the only line of a table.
+func GapLine(g *event.Gap, color bool) string {
+	t := Table{Color: color}
+	return t.GapLine(g)
+}
+
 // Line is the event as the only line of a table.
 func Line(e *event.Event, color bool) string {
 	t := Table{Color: color}
@@ -80,6 +113,8 @@ const (
 	dim     = "2"
 	boldRed = "1;31"
 	yellow  = "33"
+
+	boldYellow = "1;33"
 )
 
 func (t *Table) paint(sgr, s string) string {

@@ -128,8 +128,8 @@ type Cgroup struct {
 // HeaderSize is OOM_HEADER_SIZE in bytes: where the names of the cgroup paths begin.
 const HeaderSize = 312
 
-// maxSize is sizeof(struct oom_event) in bytes.
-const maxSize = 4024
+// MaxSize is sizeof(struct oom_event) in bytes: of a slot of the journal.
+const MaxSize = 4024
 
 // ErrSample is wrapped by every error of Decode.
 var ErrSample = errors.New("malformed sample")
@@ -158,8 +158,8 @@ func Decode(sample []byte) (*Record, error) {
 	if r.HeaderSize != HeaderSize {
 		return nil, fmt.Errorf("%w: header_size %d, want %d", ErrSample, r.HeaderSize, HeaderSize)
 	}
-	if r.Size < HeaderSize || r.Size > maxSize {
-		return nil, fmt.Errorf("%w: size %d is not in %d..%d", ErrSample, r.Size, HeaderSize, maxSize)
+	if r.Size < HeaderSize || r.Size > MaxSize {
+		return nil, fmt.Errorf("%w: size %d is not in %d..%d", ErrSample, r.Size, HeaderSize, MaxSize)
 	}
 	if n := uint32(len(sample)); n < r.Size || n-r.Size >= 8 {
 		return nil, fmt.Errorf("%w: size %d in a sample of %d bytes", ErrSample, r.Size, n)

@@ -150,7 +150,7 @@ func TestRestart(t *testing.T) {
 				}
 
 				c := connect(t, cfg)
-				check(t, bus.EnsureStream(ctx, c, streamConfig))
+				check(t, bus.EnsureStreams(ctx, c, streamConfig))
 				stream, err := c.JetStream().Stream(ctx, event.StreamName)
 				check(t, err)
 				if n := stream.CachedInfo().State.Msgs; n != uint64(i) {
@@ -296,7 +296,7 @@ func TestDirInUse(t *testing.T) {
 	wantError(t, err, fmt.Sprintf("in use by process %d", cmd.Process.Pid))
 	// This process finds the other's server from the configuration alone.
 	c := connect(t, cfg)
-	check(t, bus.EnsureStream(context10s(t), c, streamConfig))
+	check(t, bus.EnsureStreams(context10s(t), c, streamConfig))
 	c.Close()
 	check(t, cmd.Process.Kill())
 	stop()

@@ -1,0 +1,89 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+// statusTime bounds one attempt to publish a status.
+const statusTime = 5 * time.Second
+
+// report says that the node is watched: at the start, then at every interval give or take a tenth, so that
+// thousands of nodes do not speak as one. What cannot be said now is said later, with what is true then.
+func (t *tracer) report(ctx context.Context) {
+	phase := event.PhaseStart
+	for {
+		pause := t.interval - t.interval/10 + rand.N(t.interval/5)
+		t.unseen(ctx)
+		attempt, cancel := context.WithTimeout(ctx, statusTime)
+		err := t.publishStatus(attempt, phase)
+		cancel()
+		if err == nil {
+			phase = event.PhaseAlive
+		} else {
+			if t.conn.Connected() && ctx.Err() == nil {
+				t.log.Warn("cannot publish the node's status", "error", err)
+			}
+			// That NATS is back may be seen soon; that it refuses, not too often.
+			pause = min(pause, 2*statusTime)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (t *tracer) publishStatus(ctx context.Context, phase event.Phase) error {
+	s := t.status(phase)
+	subject, err := s.Subject()
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(&s)
+	if err != nil {
+		return fmt.Errorf("write the node's status as json: %w", err)
+	}
+	_, err = t.conn.JetStream().PublishMsg(ctx, &nats.Msg{Subject: subject, Data: data},
+		jetstream.WithMsgID(s.ID), jetstream.WithRetryAttempts(0))
+	if err != nil {
+		return fmt.Errorf("publish %s: %w", subject, err)
+	}
+	return nil
+}
+
+// status is what can be said of this node now.
+func (t *tracer) status(phase event.Phase) event.NodeStatus {
+	counts, kernel, known := t.stable()
+	wall, boottime := now()
+	at := func(boottimeNS uint64) time.Time { return wall.Add(-time.Duration(boottime - boottimeNS)).UTC() }
+	s := event.NodeStatus{
+		Schema: event.Schema, Time: wall.UTC(), Node: t.converter.Node, Phase: phase,
+		Version: t.version, Prototype: string(t.loader.Prototype()), Pinned: t.loader.Pinned(),
+		Since: at(t.converter.Node.Epoch), Seq: counts.Head, Acked: counts.Acked, Lost: counts.Lost,
+	}
+	s.ID = fmt.Sprintf("%s-status-%d", s.Node.BootID, boottime)
+	s.Node.Tier = string(t.loader.Tier())
+	if phase != event.PhaseStop {
+		due := s.Time.Add(t.interval + t.interval/10)
+		s.Due = &due
+	}
+	if known {
+		atLeast, atMost := counts.Unseen(kernel)
+		s.Unseen = &event.Bounds{AtLeast: atLeast, AtMost: atMost}
+	}
+	if counts.LastKillNS > 0 {
+		last := at(counts.LastKillNS)
+		s.LastKill = &last
+	}
+	return s
+}

@@ -1,0 +1,265 @@
+package loader
+
+import (
+	"encoding/binary"
+	"fmt"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
+)
+
+// state mirrors struct oom_state. It lies in memory that the kernel program writes: every access to it is
+// atomic.
+type state struct {
+	Magic      uint32 `abi:"magic"`
+	Version    uint32 `abi:"version"`
+	Generation uint64 `abi:"generation"`
+	Head       uint64 `abi:"head"`
+	Acked      uint64 `abi:"acked"`
+
+	Killed      uint64 `abi:"killed"`
+	Exiting     uint64 `abi:"exiting"`
+	Unknown     uint64 `abi:"unknown"`
+	Groups      uint64 `abi:"groups"`
+	KilledAgain uint64 `abi:"killed_again"`
+	Unhooked    uint64 `abi:"unhooked"`
+
+	KernelBase      uint64 `abi:"kernel_base"`
+	EpochBoottimeNS uint64 `abi:"epoch_boottime_ns"`
+	Lost            uint64 `abi:"lost"`
+
+	LastKillBoottimeNS uint64 `abi:"last_kill_boottime_ns"`
+
+	IncidentBoottimeNS uint64 `abi:"incident_boottime_ns"`
+	IncidentThread     uint64 `abi:"incident_thread"`
+	IncidentIndex      uint32 `abi:"incident_index"`
+	Pad                uint32 `abi:"pad"`
+	Told               told   `abi:"told"`
+}
+
+// told mirrors struct oom_told.
+type told struct {
+	Generation      uint64 `abi:"generation"`
+	Thread          uint64 `abi:"thread"`
+	StartBoottimeNS uint64 `abi:"start_boottime_ns"`
+	TID             uint32 `abi:"tid"`
+	Pad             uint32 `abi:"pad"`
+}
+
+// OOM_STATE_MAGIC and OOM_STATE_VERSION.
+const (
+	stateMagic   = 0x4f4f4d54
+	stateVersion = 1
+)
+
+// mapArray maps the values of a BPF array map.
+func mapArray(fd int, bytes uint64) ([]byte, error) {
+	page := uint64(unix.Getpagesize())
+	memory, err := unix.Mmap(fd, 0, int((bytes+page-1)/page*page), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %d bytes: %w", bytes, err)
+	}
+	return memory, nil
+}
+
+func mapState(fd int) ([]byte, *state, error) {
+	memory, err := mapArray(fd, uint64(unsafe.Sizeof(state{})))
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", stateMap, err)
+	}
+	return memory, (*state)(unsafe.Pointer(&memory[0])), nil
+}
+
+// journal is the kernel's array of the last records: that of seq stands in slot seq modulo slots.
+type journal struct {
+	memory []byte
+	slots  uint64
+	stride uint64 // bytes from slot to slot: the map's value size, rounded up to 8
+	dir    string // the pin directory of an earlier generation; empty for the one in use
+	end    uint64 // of an earlier generation: its last seq
+}
+
+func mapJournal(fd int, slots, valueSize uint32) (*journal, error) {
+	j := &journal{slots: uint64(slots), stride: (uint64(valueSize) + 7) / 8 * 8}
+	var err error
+	if j.memory, err = mapArray(fd, j.slots*j.stride); err != nil {
+		return nil, fmt.Errorf("%s: %w", journalMap, err)
+	}
+	return j, nil
+}
+
+// What no version of a record changes (src/oom_event.h): where its size and its seq stand.
+const (
+	sizeOffset   = 4
+	seqOffset    = 8
+	recordPrefix = 16
+)
+
+// read copies the record of seq out of its slot; nil when it does not stand there any more. head must
+// read the seq of the last record.
+func (j *journal) read(seq uint64, head func() uint64) []byte {
+	slot := j.memory[(seq&(j.slots-1))*j.stride:][:j.stride]
+	if binary.NativeEndian.Uint64(slot[seqOffset:]) != seq {
+		return nil
+	}
+	size := uint64(binary.NativeEndian.Uint32(slot[sizeOffset:]))
+	record := append([]byte(nil), slot[:min(max(size, recordPrefix), j.stride)]...)
+	// The slot may have been written over meanwhile, and head says so late: the record after it may be
+	// under way already.
+	if seq+j.slots <= head()+1 || binary.NativeEndian.Uint64(record[seqOffset:]) != seq {
+		return nil
+	}
+	return record
+}
+
+func (j *journal) close() { _ = unix.Munmap(j.memory) }
+
+// sequencer puts records into the order of their seq: those of the perf buffers, which come early or
+// late or not at all, and from the journal those that did not come.
+type sequencer struct {
+	next  uint64 // what is to be handed over next
+	seen  uint64 // the head at the look before: what stands at or below it had its time to arrive
+	early map[uint64][]byte
+	bound int // of early, for what is not kept stands in the journal
+
+	// stored reads the journal, nil when the record is gone.
+	stored func(seq uint64) []byte
+	// record and lost hand over; false means not now.
+	record func(seq uint64, sample []byte, caughtUp bool) bool
+	lost   func(first, last uint64) bool
+}
+
+// arrive takes a sample of the perf buffer.
+func (s *sequencer) arrive(sample []byte) {
+	if len(sample) < recordPrefix {
+		return // it has no seq; what was sent in its place stands in the journal
+	}
+	seq := binary.NativeEndian.Uint64(sample[seqOffset:])
+	switch {
+	case seq < s.next: // read from the journal already
+	case seq == s.next && s.record(seq, sample, false):
+		s.next++
+		s.flush()
+	case len(s.early) < s.bound:
+		s.early[seq] = sample
+	}
+}
+
+// flush hands over what was early and has its turn now.
+func (s *sequencer) flush() bool {
+	for {
+		sample, ok := s.early[s.next]
+		if !ok {
+			return true
+		}
+		if !s.record(s.next, sample, false) {
+			return false
+		}
+		delete(s.early, s.next)
+		s.next++
+	}
+}
+
+// look fetches from the journal what has not arrived since the look before, up to head. What the journal
+// does not have either is lost if arrived says that everything that was sent has arrived.
+func (s *sequencer) look(head uint64, arrived func() bool) {
+	until := s.seen
+	s.seen = head
+	for s.flush() && s.next <= until {
+		if sample := s.stored(s.next); sample != nil {
+			if !s.record(s.next, sample, true) {
+				return
+			}
+			s.next++
+			continue
+		}
+		if !arrived() {
+			return
+		}
+		// Once more: it may have come between the two.
+		if _, ok := s.early[s.next]; ok {
+			continue
+		}
+		last := s.next
+		for last < until && s.early[last+1] == nil && s.stored(last+1) == nil {
+			last++
+		}
+		if !s.lost(s.next, last) {
+			return
+		}
+		s.next = last + 1
+	}
+}
+
+// acks finds up to where everything is settled.
+type acks struct {
+	ranges map[uint64]uint64 // first to last of what is settled above acked
+}
+
+// settle adds a range, and returns the new end of what is settled without a hole, given the old one.
+func (a *acks) settle(acked, first, last uint64) uint64 {
+	if first <= acked {
+		return acked
+	}
+	if a.ranges == nil {
+		a.ranges = map[uint64]uint64{}
+	}
+	a.ranges[first] = last
+	for {
+		last, ok := a.ranges[acked+1]
+		if !ok {
+			return acked
+		}
+		delete(a.ranges, acked+1)
+		acked = last
+	}
+}
+
+// Counts are what the kernel program and its readers have counted since the epoch began: since the state
+// was made, over as many tracers as it has been pinned for.
+type Counts struct {
+	Head  uint64 // the last record's seq: how many there were
+	Acked uint64 // up to it all are settled
+	Lost  uint64 // records that were told as lost
+
+	Killed      uint64 // marks that were proved to be kills
+	Exiting     uint64 // marks that were proved to be none
+	Unknown     uint64 // the others
+	Groups      uint64 // incidents of memory.oom.group
+	KilledAgain uint64 // kills of processes that were marked before, and so had no mark; where the tier has hooks
+	Unhooked    uint64 // of Killed, those that the hooks did not see
+
+	KernelBase uint64 // what the kernel had counted when the epoch began
+	LastKillNS uint64 // CLOCK_BOOTTIME of the last kill, 0 if there was none
+}
+
+// Unseen is how many kills the kernel has counted (oom_kill in /proc/vmstat) that the program saw no mark
+// of. With hooks the two figures are one; else they bound what may be.
+//
+// The kernel counts before it marks, and it counts a process that it kills twice: once on its own and once
+// as a member of its group, or after it was marked as exiting. So a count is read between two equal ones of
+// the program's, and doubles are taken off.
+func (c Counts) Unseen(kernel uint64) (atLeast, atMost uint64) {
+	less := func(a, b uint64) uint64 { return a - min(a, b) }
+	since := less(kernel, c.KernelBase)
+	atMost = less(since, c.Killed+c.KilledAgain)
+	if c.Unhooked == 0 && c.Unknown == 0 {
+		return atMost, atMost
+	}
+	return less(atMost, c.Unknown+c.Groups+c.Exiting), atMost
+}
+
+func (s *state) counts() Counts {
+	return Counts{
+		Head: atomic.LoadUint64(&s.Head), Acked: atomic.LoadUint64(&s.Acked), Lost: atomic.LoadUint64(&s.Lost),
+		Killed: atomic.LoadUint64(&s.Killed), Exiting: atomic.LoadUint64(&s.Exiting), Unknown: atomic.LoadUint64(&s.Unknown),
+		Groups: atomic.LoadUint64(&s.Groups), KilledAgain: atomic.LoadUint64(&s.KilledAgain), Unhooked: atomic.LoadUint64(&s.Unhooked),
+		KernelBase: atomic.LoadUint64(&s.KernelBase), LastKillNS: atomic.LoadUint64(&s.LastKillBoottimeNS),
+	}
+}
+
+// maxRecord is sizeof(struct oom_event).
+const maxRecord = wire.MaxSize

@@ -1,0 +1,263 @@
+package loader
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
+)
+
+// The pin directory, in bpffs:
+//
+//	state                    struct oom_state: which generation speaks, how far it has come
+//	<generation>/journal-v1  the journal of one load of the program; the version is the records' ABI
+//	<generation>/<program>   the links, which hold the program and its maps
+//
+// A tracer pins a generation as a whole before it switches to it, so that at any moment one whole
+// generation speaks, whoever is killed when. Leftovers of others are removed at the next start.
+
+const (
+	statePin   = "state"
+	journalPin = "journal-v"
+)
+
+// ErrNoBPFFS means that nothing can be pinned, because the directory is not in a bpffs.
+var ErrNoBPFFS = errors.New("no bpffs is mounted there")
+
+// errLocked means that somebody else holds the pin directory.
+var errLocked = errors.New("is in use: is another oom-tracer running?")
+
+// lockWait is how long a tracer waits for another one to end, as at an update of a DaemonSet.
+const lockWait = 10 * time.Second
+
+// pins is a locked pin directory.
+type pins struct {
+	dir  string
+	lock *os.File
+}
+
+// lockPins makes the directory if need be and locks it against other tracers. The lock goes with the
+// process.
+func lockPins(ctx context.Context, dir string) (*pins, error) {
+	if err := onBPFFS(filepath.Dir(dir)); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("make the pin directory: %w", err)
+	}
+	// It may be a mount of its own, or no directory of ours at all.
+	if err := onBPFFS(dir); err != nil {
+		return nil, err
+	}
+	lock, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the pin directory: %w", err)
+	}
+	for deadline := time.Now().Add(lockWait); ; {
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return &pins{dir: dir, lock: lock}, nil
+		}
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = errLocked
+			if time.Now().Before(deadline) {
+				select {
+				case <-time.After(50 * time.Millisecond):
+					continue
+				case <-ctx.Done():
+					err = context.Cause(ctx)
+				}
+			}
+		}
+		lock.Close()
+		return nil, fmt.Errorf("lock the pin directory %s: %w", dir, err)
+	}
+}
+
+func onBPFFS(dir string) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return fmt.Errorf("%w: %s: %w", ErrNoBPFFS, dir, err)
+	}
+	if fs.Type != unix.BPF_FS_MAGIC {
+		return fmt.Errorf("%w: %s", ErrNoBPFFS, dir)
+	}
+	return nil
+}
+
+func (p *pins) close() { p.lock.Close() }
+
+func (p *pins) path(parts ...string) string {
+	return filepath.Join(append([]string{p.dir}, parts...)...)
+}
+
+func (p *pins) generation(n uint64) string { return p.path(strconv.FormatUint(n, 10)) }
+
+// generations are those that have left something, whole or not, in no order.
+func (p *pins) generations() ([]uint64, error) {
+	entries, err := os.ReadDir(p.dir)
+	if err != nil {
+		return nil, fmt.Errorf("read the pin directory: %w", err)
+	}
+	var found []uint64
+	for _, entry := range entries {
+		if n, err := strconv.ParseUint(entry.Name(), 10, 64); err == nil && entry.IsDir() {
+			found = append(found, n)
+		}
+	}
+	return found, nil
+}
+
+// remove removes what a generation has pinned: the kernel detaches its links.
+func remove(dir string) error {
+	if err := removePins(dir, func(string) bool { return true }); err != nil {
+		return err
+	}
+	if err := os.Remove(dir); err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	return nil
+}
+
+// removeLinks detaches a generation and leaves its journal.
+func removeLinks(dir string) error {
+	return removePins(dir, func(name string) bool { return !strings.HasPrefix(name, journalPin) })
+}
+
+func removePins(dir string, which func(name string) bool) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	for _, entry := range entries {
+		if !which(entry.Name()) {
+			continue
+		}
+		if err := os.Remove(filepath.Join(dir, entry.Name())); err != nil {
+			return fmt.Errorf("remove pin: %w", err)
+		}
+	}
+	return nil
+}
+
+// openState opens the pinned state, if there is one. It fails on one that this version cannot read.
+func (p *pins) openState() (*ebpf.Map, error) {
+	m, err := ebpf.LoadPinnedMap(p.path(statePin), nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the pinned state %s: %w", p.path(statePin), err)
+	}
+	wrong := func(format string, args ...any) error {
+		m.Close()
+		return fmt.Errorf("the pinned state %s is not of this version: %s; let the version that made it drain it and unload, "+
+			"or discard it with: oom-tracer unload --force", p.path(statePin), fmt.Sprintf(format, args...))
+	}
+	if m.Type() != ebpf.Array || m.ValueSize() < 8 || m.MaxEntries() != 1 {
+		return nil, wrong("it is %v", m)
+	}
+	value := make([]byte, m.ValueSize())
+	if err := m.Lookup(uint32(0), value); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("read the pinned state: %w", err)
+	}
+	magic, version := binary.NativeEndian.Uint32(value), binary.NativeEndian.Uint32(value[4:])
+	switch {
+	case magic != stateMagic:
+		return nil, wrong("it begins with %#x", magic)
+	case version != stateVersion:
+		return nil, wrong("it has version %d, this one reads %d", version, stateVersion)
+	case uintptr(len(value)) != unsafe.Sizeof(state{}):
+		return nil, wrong("it has %d bytes, not %d", len(value), unsafe.Sizeof(state{}))
+	}
+	return m, nil
+}
+
+// pinnedJournal opens the journal of a generation, and tells whether its records are of this version; nil
+// if it has none.
+func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err error) {
+	entries, err := os.ReadDir(p.generation(generation))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, false, nil
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("read the pinned generation: %w", err)
+	}
+	for _, entry := range entries {
+		version, ok := strings.CutPrefix(entry.Name(), journalPin)
+		if !ok {
+			continue
+		}
+		path := filepath.Join(p.generation(generation), entry.Name())
+		m, err := ebpf.LoadPinnedMap(path, nil)
+		if err != nil {
+			return nil, false, fmt.Errorf("open the pinned journal %s: %w", path, err)
+		}
+		if n := m.MaxEntries(); m.Type() != ebpf.Array || m.Flags()&unix.BPF_F_MMAPABLE == 0 || m.ValueSize() < recordPrefix || n&(n-1) != 0 {
+			m.Close()
+			return nil, false, fmt.Errorf("the pinned journal %s is none: %v", path, m)
+		}
+		return m, version == strconv.Itoa(wire.ABIVersion), nil
+	}
+	return nil, false, nil
+}
+
+// Unload detaches and removes everything that is pinned in dir, and reports how many records nobody has
+// published. Unless force is set, it fails rather than throw any away. Where the directory does not exist, the error
+// wraps os.ErrNotExist.
+func Unload(ctx context.Context, dir string, force bool) (unpublished uint64, err error) {
+	if _, err := os.Stat(dir); err != nil {
+		return 0, err
+	}
+	p, err := lockPins(ctx, dir)
+	if err != nil {
+		return 0, err
+	}
+	defer p.close()
+	m, err := p.openState()
+	switch {
+	case err != nil && !force:
+		return 0, err
+	case err == nil && m != nil:
+		defer m.Close()
+		memory, s, err := mapState(m.FD())
+		if err != nil {
+			return 0, err
+		}
+		defer unix.Munmap(memory)
+		unpublished = atomic.LoadUint64(&s.Head) - min(atomic.LoadUint64(&s.Head), atomic.LoadUint64(&s.Acked))
+		if unpublished > 0 && !force {
+			return unpublished, fmt.Errorf("%d records in %s are not published yet: run oom-tracer to publish them, or discard them with --force", unpublished, dir)
+		}
+	}
+	generations, err := p.generations()
+	if err != nil {
+		return unpublished, err
+	}
+	for _, n := range generations {
+		if err := remove(p.generation(n)); err != nil {
+			return unpublished, err
+		}
+	}
+	if err := os.Remove(p.path(statePin)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return unpublished, fmt.Errorf("remove pin: %w", err)
+	}
+	// What is not ours stays, and so does the directory then; as where it is a mount.
+	if err := os.Remove(dir); err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, unix.EBUSY) {
+		return unpublished, fmt.Errorf("remove the pin directory: %w", err)
+	}
+	return unpublished, nil
+}
