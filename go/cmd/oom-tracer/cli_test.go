@@ -75,7 +75,7 @@ func expectStatus(err error, want string) error {
 // A write that fails is a failure of the command whose purpose it was.
 func TestDoctorIntoClosedPipe(t *testing.T) {
 	var said bytes.Buffer
-	code := realMain(t.Context(), []string{"doctor", "--config", writeConfigFile(t, testConfig(t))}, brokenPipe{}, &said)
+	code := realMain(t.Context(), []string{"doctor", "--config", writeConfig(t, testConfig(t))}, brokenPipe{}, &said)
 	if code != exitFailure || !strings.Contains(said.String(), "write the findings: io: read/write on closed pipe") {
 		t.Errorf("exit status %d, %q", code, &said)
 	}
@@ -90,7 +90,7 @@ func TestSelftestLog(t *testing.T) {
 		{nil, ""},
 		{[]string{"--log-level", "info"}, "tracing oom kills"},
 	} {
-		run := exec.Command(scratchtest.Program(t, "oom-tracer"), append([]string{"selftest", "--config", writeConfigFile(t, testConfig(t))}, tt.flags...)...)
+		run := exec.Command(scratchtest.Program(t, "oom-tracer"), append([]string{"selftest", "--config", writeConfig(t, testConfig(t))}, tt.flags...)...)
 		var log bytes.Buffer
 		run.Stderr = &log
 		if out, err := run.Output(); err != nil {
@@ -106,7 +106,7 @@ func TestSelftestLog(t *testing.T) {
 func TestReaderOfOutputGoesAway(t *testing.T) {
 	cfg := testConfig(t)
 	cfg.Metrics.Listen = freeAddr(t)
-	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfigFile(t, cfg), "--node-name", testNode)
+	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)
 	var log bytes.Buffer
 	tracer.Stderr = &log
 	reader, writer, err := os.Pipe()

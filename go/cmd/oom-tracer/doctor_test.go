@@ -60,6 +60,7 @@ func newPatient(t *testing.T) *patient {
 	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
 	cfg.NATS.Embedded.Dir = filepath.Join(t.TempDir(), "nats")
 	cfg.NATS.Stream.MaxBytes = 1 << 20
+	cfg.Kernel.PinDir = ""
 	p := &patient{t: t, examiner: &examiner{cfg: cfg, node: "node-1", procfs: t.TempDir(), sysfs: t.TempDir()}, refuse: map[loader.Tier]error{}}
 	p.load = func(o loader.Options) (loader.Tier, error) {
 		p.loaded = append(p.loaded, o)
@@ -290,7 +291,7 @@ func TestDoctorFindings(t *testing.T) {
 			{"stack", statusOK, "not needed beside the hooks", ""},
 			{"program", statusOK, "loads and attaches; tier fentry", ""},
 			{"cgroup", statusOK, "v2: memory controller at ", ""},
-			{"bpffs", statusOK, "not mounted at", ""},
+			{"bpffs", statusOK, "not used (kernel.pin_dir is empty)", ""},
 			{"tracer", statusOK, "none runs with this config", ""},
 			{"nats", statusOK, "the embedded server does not run; it can listen at 127.0.0.1:0", ""},
 			{"jetstream", statusOK, "comes with the embedded server", ""},
@@ -570,7 +571,17 @@ func TestDoctorFindings(t *testing.T) {
 		{"bpffs", func(p *patient) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
 			mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
-		}, []finding{{"bpffs", statusOK, "mounted at", ""}}},
+			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
+		}, []finding{{"bpffs", statusOK, "the kernel will record in oom, also while no tracer runs", ""}}},
+		{"bpffs with pins", func(p *patient) {
+			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
+			mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
+			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
+			must(p.t, os.Mkdir(p.cfg.Kernel.PinDir, 0o700))
+		}, []finding{{"bpffs", statusOK, "also while no tracer runs; oom-tracer unload ends that", ""}}},
+		{"no bpffs", func(p *patient) { p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom" }, []finding{
+			{"bpffs", statusWarn, "kills while no tracer runs are not recorded", "mount -t bpf bpf "},
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPatient(t)
@@ -1024,7 +1035,7 @@ func TestDoctorHere(t *testing.T) {
 func doctorWithout(t *testing.T, cfg config.Config, shell string, bits ...uintptr) (report, *exec.Cmd, string) {
 	t.Helper()
 	command := exec.Command("sh", "-c", shell+`exec "$0" "$@"`, scratchtest.Program(t, "oom-tracer"),
-		"doctor", "--config", writeConfigFile(t, cfg), "--node-name", testNode, "--output", "json")
+		"doctor", "--config", writeConfig(t, cfg), "--node-name", testNode, "--output", "json")
 	var out, said bytes.Buffer
 	command.Stdout, command.Stderr = &out, &said
 	started := make(chan error)
@@ -1048,14 +1059,6 @@ func doctorWithout(t *testing.T, cfg config.Config, shell string, bits ...uintpt
 	return got, command, said.String()
 }
 
-func writeConfigFile(t *testing.T, cfg config.Config) string {
-	t.Helper()
-	file := filepath.Join(t.TempDir(), "config.yaml")
-	write(t, file, fmt.Sprintf("kernel: {tier: %s, perf_pages: %d}\nnats:\n  embedded: {dir: %q, listen: %q}\n  stream: {max_bytes: %d}\nmetrics: {listen: %q}\n",
-		cfg.Kernel.Tier, cfg.Kernel.PerfPages, cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.NATS.Stream.MaxBytes, cfg.Metrics.Listen))
-	return file
-}
-
 func findingOf(findings []finding, check string) finding {
 	return findings[slices.IndexFunc(findings, func(f finding) bool { return f.Check == check })]
 }
@@ -1076,7 +1079,7 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 	// What root gets here: hooks, or the stack.
 	best, hooks := loader.TierStack, finding{"hooks", statusWarn, "none; the owner of a limit is inferred", "CONFIG_KPROBE_EVENTS=y"}
 	for _, tier := range []loader.Tier{loader.TierKprobe, loader.TierFentry} {
-		if _, err := tryLoad(loader.Options{Tier: tier, PerfPages: 1, Log: slog.New(slog.DiscardHandler)}); err == nil {
+		if _, err := tryLoad(loader.Options{Tier: tier, PerfPages: 1, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)}); err == nil {
 			best, hooks = tier, finding{"hooks", statusOK, string(tier) + " works", ""}
 		}
 	}

@@ -124,7 +124,10 @@ func privateTracer(ctx context.Context, cfg *config.Config, node string, log *sl
 	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
 	cfg.Metrics.Listen = ""
 	// It records for itself alone, and leaves nothing.
-	cfg.Kernel.PinDir, cfg.Node.StateFile = "", ""
+	cfg.Kernel.PinDir, cfg.Node.StateFile = "", filepath.Join(dir, "state.json")
+	if err := nothingMissed(cfg.Node.StateFile, node); err != nil {
+		return nil, err
+	}
 	t, err := start(ctx, *cfg, node, io.Discard, log)
 	if err != nil {
 		return nil, err

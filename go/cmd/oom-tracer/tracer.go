@@ -95,6 +95,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		}
 	}
 	t.metrics = newMetrics()
+	t.lines = newPrinter(stdout, func() { t.metrics.events.WithLabelValues("skipped", "print").Inc() })
 	if t.publisher, err = bus.NewPublisher(t.conn, cfg.NATS.Buffer, t.hooks(), log); err != nil {
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
@@ -127,7 +128,6 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
-	t.lines = newPrinter(stdout, func() { t.metrics.events.WithLabelValues("skipped", "print").Inc() })
 	log.Info("tracing oom kills",
 		"version", obs.Version().Version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
 		"prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", t.natsName(cfg), "metrics", t.http.Addr())
@@ -209,7 +209,6 @@ func (t *tracer) run(ctx context.Context) error {
 	wait(bounded, kept)
 	wait(bounded, reported)
 
-	t.unseen(bounded)
 	draining, drained := context.WithTimeout(bounded, drainTime)
 	defer drained()
 	if left, drainErr := t.publisher.Drain(draining); left > 0 && t.loader.Pinned() {

@@ -77,12 +77,20 @@ func TestEnsureStream(t *testing.T) {
 	if got, want := config().Subjects, []string{"oom.v1.outcome.>", "oom.v1.exiting.>", "oom.v1.kill.>", "oom.v1.gap.>"}; !slices.Equal(got, want) {
 		t.Errorf("subjects are %q, want %q", got, want)
 	}
-	operators.Subjects = []string{"oom.>"}
+	operators.Subjects = []string{"oom.*.kill.>", "oom.*.exiting.>", "oom.*.outcome.>", "oom.*.gap.>"}
 	_, err = c.JetStream().UpdateStream(ctx, operators)
 	check(t, err)
 	check(t, bus.EnsureStreams(ctx, c, other))
-	if got := config().Subjects; !slices.Equal(got, []string{"oom.>"}) {
+	if got := config().Subjects; !slices.Equal(got, operators.Subjects) {
 		t.Errorf("subjects are %q", got)
+	}
+
+	// Of each node the last status is kept.
+	s, err := c.JetStream().Stream(ctx, event.NodesStreamName)
+	check(t, err)
+	if nodes := s.CachedInfo().Config; nodes.MaxMsgsPerSubject != 1 || !slices.Equal(nodes.Subjects, event.NodesStreamSubjects()) ||
+		nodes.Storage != jetstream.FileStorage || nodes.MaxAge != other.MaxAge {
+		t.Errorf("the nodes' stream is %+v", nodes)
 	}
 
 	// What the server refuses.
@@ -103,6 +111,7 @@ func TestEnsureStream(t *testing.T) {
 
 	// Another stream has the subjects.
 	check(t, c.JetStream().DeleteStream(ctx, event.StreamName))
+	check(t, c.JetStream().DeleteStream(ctx, event.NodesStreamName))
 	_, err = c.JetStream().CreateStream(ctx, jetstream.StreamConfig{Name: "OTHER", Subjects: []string{"oom.>"}})
 	check(t, err)
 	wantError(t, bus.EnsureStreams(ctx, c, streamConfig), "ensure stream OOM", "create", "subjects overlap")

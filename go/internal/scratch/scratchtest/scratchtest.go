@@ -144,6 +144,22 @@ func Hold(t testing.TB, group *scratch.Cgroup, mib int) *os.Process {
 	return hog.Process
 }
 
+// BPFFS mounts a bpffs of the test's own.
+func BPFFS(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=0700"); err != nil {
+		t.Fatalf("mount a bpffs: %v", err)
+	}
+	t.Cleanup(func() {
+		// With it goes everything that is still pinned in it.
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
 // FreezerGroup is a cgroup of the version 1 freezer. A task in it cannot act on a signal, SIGKILL included,
 // as one that hangs in the kernel cannot.
 type FreezerGroup string

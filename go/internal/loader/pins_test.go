@@ -1,0 +1,377 @@
+package loader
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
+)
+
+func openPinned(t *testing.T, dir string, slots int) *Loader {
+	t.Helper()
+	l, err := Open(t.Context(), Options{Tier: TierAuto, PerfPages: 8, JournalSlots: slots, PinDir: dir, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.Close)
+	return l
+}
+
+// reading is what a Run has handed over.
+type reading struct {
+	mu   sync.Mutex
+	pids []int
+	seqs []uint64
+	lost [][2]uint64
+	stop func()
+}
+
+func read(t *testing.T, l *Loader, settle bool) *reading {
+	t.Helper()
+	r := &reading{}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- l.Run(ctx, Handler{
+			Record: func(seq uint64, sample []byte) bool {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				record, err := wire.Decode(sample)
+				if err != nil {
+					t.Error(err)
+					return true
+				}
+				r.seqs, r.pids = append(r.seqs, seq), append(r.pids, int(record.Victim.TGID))
+				if settle {
+					l.Settle(seq, seq)
+				}
+				return true
+			},
+			Lost: func(first, last uint64) bool {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				r.lost = append(r.lost, [2]uint64{first, last})
+				if settle {
+					l.Settle(first, last)
+				}
+				return true
+			},
+		})
+	}()
+	r.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(r.stop)
+	return r
+}
+
+// caughtUp waits until everything is settled that the program has recorded.
+func caughtUp(t *testing.T, l *Loader) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); l.Counts().Acked < l.Counts().Head; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v", l.Counts())
+		}
+	}
+}
+
+func mustHave(t *testing.T, pids, killed []int) {
+	t.Helper()
+	told := map[int]int{}
+	for _, pid := range pids {
+		told[pid]++
+	}
+	for _, pid := range killed {
+		if told[pid] != 1 {
+			t.Errorf("process %d was killed, and is told of %d times", pid, told[pid])
+		}
+	}
+}
+
+// TestPinned: recording goes on between two tracers, and the next one takes over what the one before did not
+// settle, with another size of journal too. In the end nothing is left.
+func TestPinned(t *testing.T) {
+	dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+	group := scratchtest.New(t, 8*mib)
+
+	first := openPinned(t, dir, 64)
+	if !first.Fresh() || !first.Pinned() {
+		t.Error("the first is not a fresh, pinned one")
+	}
+	if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%v, %v", info, err)
+	}
+	r := read(t, first, true)
+	killed := scratchtest.Storm(t, group, 5, 16, "plain")
+	caughtUp(t, first)
+	r.stop()
+	mustHave(t, r.pids, killed)
+	epoch := first.EpochNS()
+	first.Close()
+
+	between := scratchtest.Storm(t, group, 10, 16, "plain")
+
+	second := openPinned(t, dir, 64)
+	if second.Fresh() || second.EpochNS() != epoch {
+		t.Error("the second begins anew")
+	}
+	r = read(t, second, false) // and dies before anything of it is settled
+	for deadline := time.Now().Add(30 * time.Second); second.CaughtUp() < 10; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("read %d", second.CaughtUp())
+		}
+	}
+	r.stop()
+	mustHave(t, r.pids, between)
+	second.Close()
+
+	third := openPinned(t, dir, 128) // another journal, beside which the old one is read
+	more := scratchtest.Storm(t, group, 3, 16, "plain")
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 3 {
+		t.Errorf("with an unread journal: %v, %v", entries, err)
+	}
+	r = read(t, third, true)
+	caughtUp(t, third)
+	r.stop()
+	mustHave(t, r.pids, append(between, more...))
+	for i := 1; i < len(r.seqs); i++ {
+		if r.seqs[i] != r.seqs[i-1]+1 {
+			t.Errorf("seq %d after %d", r.seqs[i], r.seqs[i-1])
+		}
+	}
+	if len(r.lost) > 0 {
+		t.Errorf("lost %v", r.lost)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2 {
+		t.Errorf("with everything read: %v, %v", entries, err)
+	}
+
+	// While one runs, no other may, and nothing is unloaded.
+	if _, err := Unload(ended(t), dir, true); !errors.Is(err, context.Canceled) {
+		t.Errorf("unload beside a tracer: %v", err)
+	}
+	third.Close()
+	gone := scratchtest.Storm(t, group, 2, 16, "plain")
+	if n, err := Unload(t.Context(), dir, false); err == nil || n < uint64(len(gone)) || !strings.Contains(err.Error(), "not published yet") {
+		t.Errorf("unload with %d unread: %d, %v", len(gone), n, err)
+	}
+	if n, err := Unload(t.Context(), dir, true); err != nil || n < uint64(len(gone)) {
+		t.Errorf("unload: %d, %v", n, err)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("left behind: %v", err)
+	}
+	if _, err := Unload(t.Context(), dir, false); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("unload with nothing there: %v", err)
+	}
+}
+
+// ended is a context that is about to end: nobody has ten seconds.
+func ended(t *testing.T) context.Context {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	return ctx
+}
+
+// TestWrapped: what the journal had no room for is lost, exactly, and said to be.
+func TestWrapped(t *testing.T) {
+	dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+	l := openPinned(t, dir, 64)
+	l.Close()
+	killed := scratchtest.Storm(t, scratchtest.New(t, 8*mib), 100, 16, "plain")
+	l = openPinned(t, dir, 64)
+	head := l.Counts().Head
+	r := read(t, l, true)
+	caughtUp(t, l)
+	r.stop()
+	// One slot may be under way to be written over.
+	if len(r.lost) != 1 || r.lost[0] != [2]uint64{1, head - 63} || l.Counts().Lost != head-63 || r.seqs[0] != head-62 {
+		t.Errorf("lost %v (%d), read from %d on, of %d", r.lost, l.Counts().Lost, r.seqs[0], head)
+	}
+	mustHave(t, r.pids, killed[len(killed)-30:])
+	if _, err := Unload(ended(t), dir, false); err == nil {
+		t.Error("unloaded beside a loader")
+	}
+	l.Close()
+	if _, err := Unload(t.Context(), dir, false); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestStrangePins: what another version has pinned is drained by its own header or refused, never misread.
+func TestStrangePins(t *testing.T) {
+	log := slog.New(slog.DiscardHandler)
+	try := func(dir string) (*Loader, error) {
+		return Open(t.Context(), Options{Tier: TierAuto, PerfPages: 8, JournalSlots: 64, PinDir: dir, Log: log})
+	}
+	t.Run("no bpffs", func(t *testing.T) {
+		l, err := try(filepath.Join(t.TempDir(), "oom"))
+		if err != nil || l.Pinned() {
+			t.Fatalf("%v", err)
+		}
+		l.Close()
+	})
+	for name, change := range map[string]func(*state){
+		"another version": func(s *state) { s.Version = 2 },
+		"another program": func(s *state) { s.Magic = 17 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+			l := openPinned(t, dir, 64)
+			change(l.state)
+			l.Close()
+			if _, err := try(dir); err == nil || !strings.Contains(err.Error(), "not of this version") || !strings.Contains(err.Error(), "unload --force") {
+				t.Errorf("open: %v", err)
+			}
+			if _, err := Unload(t.Context(), dir, false); err == nil {
+				t.Error("unloaded without force")
+			}
+			if _, err := Unload(t.Context(), dir, true); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Run("another size of state", func(t *testing.T) {
+		dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 64, MaxEntries: 1, Flags: unix.BPF_F_MMAPABLE})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		if err := m.Pin(filepath.Join(dir, statePin)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := try(dir); err == nil || !strings.Contains(err.Error(), "not of this version") {
+			t.Errorf("open: %v", err)
+		}
+		if _, err := Unload(t.Context(), dir, true); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("records of another version", func(t *testing.T) {
+		dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+		l := openPinned(t, dir, 64)
+		killed := scratchtest.Storm(t, scratchtest.New(t, 8*mib), 2, 16, "plain")
+		own := l.pins.generation(l.generation)
+		// As if a later version had written them.
+		for seq := uint64(1); seq <= l.Counts().Head; seq++ {
+			l.journal.memory[seq*l.journal.stride] = wire.ABIVersion + 1
+		}
+		head := l.Counts().Head
+		l.Close()
+		if err := os.Rename(filepath.Join(own, fmt.Sprintf("%s%d", journalPin, wire.ABIVersion)), filepath.Join(own, journalPin+"99")); err != nil {
+			t.Fatal(err)
+		}
+		l, err := try(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(l.Close)
+		// They come, each with its seq, and the decoder says that it cannot read them.
+		var seqs []uint64
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() {
+			done <- l.Run(ctx, Handler{
+				Record: func(seq uint64, sample []byte) bool {
+					if _, err := wire.Decode(sample); seq <= head && !errors.Is(err, wire.ErrSample) {
+						t.Errorf("seq %d is read as one of ours: %v", seq, err)
+					}
+					seqs = append(seqs, seq)
+					l.Settle(seq, seq)
+					return true
+				},
+				Lost: func(first, last uint64) bool { t.Errorf("lost %d-%d", first, last); return true },
+			})
+		}()
+		caughtUp(t, l)
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if len(seqs) < len(killed) || seqs[0] != 1 {
+			t.Errorf("seqs %v of %d records", seqs, head)
+		}
+		l.Close()
+		if _, err := Unload(t.Context(), dir, false); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("half a generation", func(t *testing.T) {
+		// A tracer was killed while it pinned: what it left is removed, and what speaks goes on.
+		dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+		l := openPinned(t, dir, 64)
+		l.Close()
+		if err := os.Mkdir(filepath.Join(dir, "7"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		killed := scratchtest.Storm(t, scratchtest.New(t, 8*mib), 2, 16, "plain")
+		l = openPinned(t, dir, 64)
+		r := read(t, l, true)
+		caughtUp(t, l)
+		r.stop()
+		mustHave(t, r.pids, killed)
+		if l.generation != 8 {
+			t.Errorf("generation %d", l.generation)
+		}
+		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2 {
+			t.Errorf("left: %v, %v", entries, err)
+		}
+		l.Close()
+		if _, err := Unload(t.Context(), dir, false); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestTakeOver: tracers take over from each other all through a storm, without a pause. Each kill is recorded
+// once, by one of them.
+func TestTakeOver(t *testing.T) {
+	const kills = 300
+	dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+	l := openPinned(t, dir, 1024)
+	group := scratchtest.New(t, 8*mib)
+	storm := make(chan []int, 1)
+	go func() { storm <- scratchtest.Storm(t, group, kills, 16, "plain") }()
+	var killed []int
+	rounds := 0
+	for killed == nil {
+		select {
+		case killed = <-storm:
+		default:
+			l.Close()
+			l = openPinned(t, dir, 1024)
+			rounds++
+		}
+	}
+	r := read(t, l, true)
+	caughtUp(t, l)
+	r.stop()
+	t.Logf("%d kills, %d generations", len(killed), rounds)
+	if len(killed) != kills || rounds < 3 || len(r.lost) > 0 {
+		t.Errorf("%d kills, %d generations, lost %v", len(killed), rounds, r.lost)
+	}
+	mustHave(t, r.pids, killed)
+	l.Close()
+	if _, err := Unload(t.Context(), dir, false); err != nil {
+		t.Error(err)
+	}
+}
