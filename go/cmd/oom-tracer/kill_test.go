@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/btf"
 	"github.com/nats-io/nats.go"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
@@ -25,6 +26,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
@@ -140,6 +142,37 @@ func compareWithConsole(t *testing.T, e *event.Event, k *kmsg.Kill) {
 	}
 }
 
+// percpuRSS reports whether this kernel counts a process's memory per CPU (since v6.2, see
+// core_fixes.bpf.h). Only these counts can be summed exactly.
+func percpuRSS(t *testing.T) bool {
+	t.Helper()
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mm *btf.Struct
+	if err := kernel.TypeByName("mm_struct", &mm); err != nil {
+		t.Fatal(err)
+	}
+	members := mm.Members
+	for len(members) > 0 {
+		m := members[0]
+		members = members[1:]
+		if m.Name == "rss_stat" {
+			_, percpu := m.Type.(*btf.Array) // else struct mm_rss_stat
+			return percpu
+		}
+		if inner, ok := m.Type.(*btf.Struct); ok && m.Name == "" {
+			members = append(members, inner.Members...)
+		}
+	}
+	t.Fatal("struct mm_struct has no rss_stat")
+	return false
+}
+
+// inferred reports whether a tier can but infer whose limit was hit: the hooks are told.
+func inferred(tier loader.Tier) bool { return tier == loader.TierStack }
+
 // TestStorm: a thousand kills. The cgroup's own counter says how many there were; every one of them is
 // in the stream, once; and what the console printed of them is what the events say.
 func TestStorm(t *testing.T) {
@@ -172,6 +205,7 @@ func TestStorm(t *testing.T) {
 		t.Error(err)
 	}
 
+	exact := percpuRSS(t)
 	byTID := map[uint32]*event.Event{}
 	ids, seqs := map[string]bool{}, map[uint64]bool{}
 	for i := range events {
@@ -180,8 +214,11 @@ func TestStorm(t *testing.T) {
 		byTID[e.Victim.TID] = e
 		if e.Scope != event.ScopeCgroup || e.Outcome != event.OutcomeKilled || e.Node.Name != testNode ||
 			e.Victim.Cgroup.ID != group.ID || *e.Limit.Max != 8*mib || e.Limit.Cgroup.ID != group.ID ||
-			e.Trigger.PID != e.Victim.PID || e.Incident.Group || e.Incident.Index != 0 || e.Victim.Memory.Approximate {
-			t.Errorf("%+v", e)
+			e.Trigger.PID != e.Victim.PID || e.Incident.Group || e.Incident.Index != 0 ||
+			e.Victim.Memory.Approximate == exact || (e.Victim.Memory.Batched != nil) != exact ||
+			e.Node.Tier != string(tr.loader.Tier()) || e.Limit.Inferred != inferred(tr.loader.Tier()) {
+			text, _ := json.Marshal(e)
+			t.Errorf("%s", text)
 		}
 	}
 	if len(ids) != counted || len(seqs) != counted || !seqs[1] || !seqs[uint64(counted)] {
@@ -304,7 +341,8 @@ func TestNested(t *testing.T) {
 	if e.Victim.Cgroup.Path != leaf.Path() || e.Victim.Cgroup.ID != leaf.ID || e.Victim.Cgroup.Truncated {
 		t.Errorf("victim in %+v, want %s", e.Victim.Cgroup, leaf.Path())
 	}
-	if e.Limit.Cgroup.Path != pod.Path() || e.Limit.Cgroup.ID != pod.ID || *e.Limit.Max != 8*mib || e.Limit.Level != event.LevelPod || !e.Limit.Inferred {
+	if e.Limit.Cgroup.Path != pod.Path() || e.Limit.Cgroup.ID != pod.ID || *e.Limit.Max != 8*mib || e.Limit.Level != event.LevelPod ||
+		e.Limit.Inferred != inferred(tr.loader.Tier()) {
 		t.Errorf("limit %+v %+v, want %s", e.Limit, e.Limit.Cgroup, pod.Path())
 	}
 	want := event.Container{PodUID: uid, ContainerID: id, QoS: "burstable"}
