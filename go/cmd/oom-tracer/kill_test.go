@@ -615,6 +615,16 @@ func freeAddr(t *testing.T) string {
 	}
 }
 
+// awaitPublished waits until no event waits for its acknowledgement.
+func awaitPublished(t *testing.T, tr *tracer) {
+	t.Helper()
+	for deadline := time.Now().Add(60 * time.Second); tr.publisher.Pending() > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("events are not published: %+v", tr.publisher.Stats())
+		}
+	}
+}
+
 // TestNATSAway: kills that happen while NATS is not there yet, and while it is gone, arrive when it
 // comes; what does not fit into the buffer is counted, exactly.
 func TestNATSAway(t *testing.T) {
@@ -642,6 +652,8 @@ func TestNATSAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	stored(t, cfg, group, 7)
+	// An event can be stored and its acknowledgement be on its way still: it would have a place in the buffer.
+	awaitPublished(t, tr)
 	before := tr.publisher.Stats()
 
 	if err := server.Process.Kill(); err != nil {
@@ -669,11 +681,7 @@ func TestNATSAway(t *testing.T) {
 		t.Error(err)
 	}
 	natsServer(t, addr, store)
-	for deadline := time.Now().Add(60 * time.Second); tr.publisher.Pending() > 0; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%+v", tr.publisher.Stats())
-		}
-	}
+	awaitPublished(t, tr)
 	all := replay(t, owner)
 	events := of(group, all)
 	others := len(all) - len(events)
@@ -736,6 +744,7 @@ func TestSelftest(t *testing.T) {
 		if err := tracer.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
+		defer time.AfterFunc(time.Minute, func() { _ = tracer.Process.Kill() }).Stop()
 		printed, _ := io.ReadAll(lines)
 		if err := tracer.Wait(); err != nil {
 			t.Errorf("after SIGTERM: %v", err)
@@ -867,10 +876,22 @@ func TestShutdownUnderLoad(t *testing.T) {
 			t.Fatal("the tracer does not come up")
 		}
 	}
-	storm := make(chan []int, 1)
+	storm := make(chan error, 1)
 	group := scratchtest.New(t, 8*mib)
-	go func() { storm <- scratchtest.Storm(t, group, 200, 16, "plain") }()
+	hog := scratchtest.Program(t, "hog")
+	go func() {
+		_, err := scratchtest.RunStorm(t.Context(), group, hog, 200, 16, "plain")
+		storm <- err
+	}()
 	for deadline := time.Now().Add(20 * time.Second); scratchtest.Kills(t, group) < 20; time.Sleep(5 * time.Millisecond) {
+		select {
+		case err := <-storm:
+			if err != nil {
+				t.Fatal(err)
+			}
+			storm <- nil
+		default:
+		}
 		if time.Now().After(deadline) {
 			t.Fatal("the storm does not begin")
 		}
@@ -879,11 +900,14 @@ func TestShutdownUnderLoad(t *testing.T) {
 	if err := tracer.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
+	defer time.AfterFunc(time.Minute, func() { _ = tracer.Process.Kill() }).Stop()
 	err = tracer.Wait()
 	if took := time.Since(begun); err != nil || took > 5*time.Second {
 		t.Errorf("it ended after %s: %v\n%s", took, err, log.String())
 	}
-	<-storm
+	if err := <-storm; err != nil {
+		t.Error(err)
+	}
 	// What it read before the end is all there, without a hole.
 	all := left(t, cfg)
 	seqs := map[uint64]bool{}

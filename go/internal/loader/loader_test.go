@@ -399,8 +399,10 @@ func TestAlive(t *testing.T) {
 	go func() { done <- l.Run(ctx, func([]byte) {}) }()
 	group := scratchtest.New(t, 8*mib)
 	scratchtest.Storm(t, group, 1, 16, "plain")
-	for l.Received() == 0 {
-		time.Sleep(time.Millisecond)
+	for deadline := time.Now().Add(30 * time.Second); l.Received() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the kill does not arrive")
+		}
 	}
 	if err := l.Alive(t.Context()); err != nil {
 		t.Error(err)
