@@ -15,6 +15,10 @@ say = @printf '  %-8s %s\n'
 endif
 
 GO ?= $(shell command -v go || echo /usr/local/go/bin/go)
+# What Go's tools and our scripts start is looked for on PATH, go itself by gotestsum and staticcheck.
+ifeq ($(shell command -v go),)
+export PATH := $(PATH):/usr/local/go/bin
+endif
 CLANG ?= clang
 # What libbpf's headers call the architecture.
 TARGET_amd64 := x86
@@ -162,13 +166,15 @@ build/nats-server: go.mod
 lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	@tools/install-deps.sh $(LIBBPF) clang-format shellcheck
 	$(say) LINT gofmt
-	@test -z "$$(gofmt -l go | tee /dev/stderr)"
+	$(Q)unformatted=$$($(shell $(GO) env GOROOT)/bin/gofmt -l go); test -z "$$unformatted" || { echo "$$unformatted" >&2; exit 1; }
 	$(say) LINT 'go vet'
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags bench ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'vm faults' ./...
 	$(say) LINT staticcheck
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck ./...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags bench ./...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags 'vm faults' ./...
 	$(say) LINT clang-format
 	$(Q)clang-format --dry-run --Werror $(C_FILES)
 	$(say) LINT shellcheck
@@ -176,9 +182,12 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 
 .PHONY: check-deps
 check-deps: $(OBJECT) ## the arrows between the packages point down, and libbpf stays in the tracer
-	$(Q)! $(GO) list -deps ./go/cmd/oom-tap | grep -E 'libbpfgo|nats-server|client-go' || { echo 'oom-tap must not need these' >&2; exit 1; }
-	$(Q)! CGO_LDFLAGS='$(link_flags)' $(GO) list -deps ./go/cmd/oom-tracer | grep client-go || { echo 'oom-tracer must not need client-go' >&2; exit 1; }
-	$(Q)test "$$($(GO) list -deps ./go/event | grep -c '\.')" = 1 || { echo 'go/event must need the standard library only' >&2; exit 1; }
+	$(Q)deps=$$($(GO) list -deps ./go/cmd/oom-tap); \
+		! grep -E 'libbpfgo|nats-server|client-go' <<<"$$deps" || { echo 'oom-tap must not need these' >&2; exit 1; }
+	$(Q)deps=$$(CGO_LDFLAGS='$(link_flags)' $(GO) list -deps ./go/cmd/oom-tracer); \
+		! grep client-go <<<"$$deps" || { echo 'oom-tracer must not need client-go' >&2; exit 1; }
+	$(Q)deps=$$($(GO) list -deps ./go/event); \
+		test "$$(grep -c '\.' <<<"$$deps")" = 1 || { echo 'go/event must need the standard library only' >&2; exit 1; }
 
 .PHONY: fuzz
 fuzz: $(OBJECT) ## run every fuzz target for FUZZTIME (30s)

@@ -4,7 +4,10 @@
 #
 #   tools/fetch-deb.sh SUITE DIRECTORY PACKAGE...
 #
-# The mirror's address is taken from the machine's own apt sources. Package lists live in
+# The mirror's address is taken from the machine's own apt sources. With bookworm goes its security suite,
+# which has the newer kernel most of the time, if those sources name it and it can be reached. (Not with
+# bullseye: a newer kernel there may have lost the old prototype of mark_victim, which it is wanted
+# for.) Package lists live in
 # DIRECTORY/.apt until it is done. What was unpacked is written to DIRECTORY/.packages, one
 # "name version" a line. A kernel's metapackage (linux-image-cloud-amd64) is followed to the newest
 # image that it names.
@@ -19,17 +22,17 @@ dir=$2
 shift 2
 arch=${DEB_ARCH:-$(dpkg --print-architecture)}
 
-# mirror prints the first http(s) URI of the machine's deb822 or one-line sources that serves the
-# Debian archive itself (security archives do not carry other suites).
+# mirror NAME prints the first http(s) URI of the machine's deb822 or one-line sources that ends with
+# NAME: debian is the archive itself, debian-security carries the security suites only.
 mirror() {
 	{
 		sed -n 's/^URIs:[[:space:]]*//p' /etc/apt/sources.list.d/*.sources 2>/dev/null
 		sed -n 's/^deb[[:space:]]\+\(\[[^]]*\][[:space:]]\+\)\?\(http[^[:space:]]*\).*/\2/p' \
 			/etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null
-	} | tr ' ' '\n' | grep -E '^https?://.*/debian/?$' | head -n 1
+	} | tr ' ' '\n' | grep -E "^https?://.*/$1/?\$" | head -n 1
 }
 
-uri=$(mirror || true)
+uri=$(mirror debian || true)
 if [[ -z $uri ]]; then
 	echo "$0: no Debian mirror found in this machine's apt sources" >&2
 	exit 1
@@ -43,7 +46,21 @@ printf 'deb [signed-by=%s arch=%s] %s %s main\n' "$keyring" "$arch" "$uri" "$sui
 apt=(-qq -o "Dir::Etc::sourcelist=$dir/.apt/sources.list" -o Dir::Etc::sourceparts=-
 	-o "Dir::State::lists=$dir/.apt/lists" -o "APT::Architecture=$arch" -o "APT::Architectures=$arch"
 	-o APT::Get::List-Cleanup=0 -o APT::Sandbox::User=root)
-apt-get "${apt[@]}" update
+security=
+if [[ $suite == bookworm ]]; then
+	security=$(mirror debian-security || true)
+fi
+if [[ -n $security ]]; then
+	cp "$dir/.apt/sources.list" "$dir/.apt/without-security"
+	printf 'deb [signed-by=%s arch=%s] %s %s-security main\n' "$keyring" "$arch" "$security" "$suite" >>"$dir/.apt/sources.list"
+fi
+if ! apt-get "${apt[@]}" -o APT::Update::Error-Mode=any update; then
+	if [[ -n $security ]]; then
+		echo "$0: going on without $suite-security" >&2
+		mv "$dir/.apt/without-security" "$dir/.apt/sources.list"
+	fi
+	apt-get "${apt[@]}" update
+fi
 
 names=("$@")
 for ((i = 0; i < ${#names[@]}; i++)); do

@@ -9,8 +9,9 @@
 set -euo pipefail
 
 cd "$(dirname "$0")/../.."
+go=${GO:-$(command -v go || echo /usr/local/go/bin/go)} # as the Makefile has it
 module=github.com/nats-io/nats-server/v2
-version=$(go list -m -f '{{.Version}}' "$module")
+version=$("$go" list -m -f '{{.Version}}' "$module")
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/oom-tracer
 binary=$cache/nats-server-$version
 
@@ -19,7 +20,7 @@ if [[ ! -x $binary ]]; then
 	# Two test processes may build at once: each moves a whole file into place.
 	partial=$(mktemp "$cache/.nats-server-XXXXXX")
 	trap 'rm -f "$partial"' EXIT
-	CGO_ENABLED=0 go build -trimpath -o "$partial" "$module" >&2
+	CGO_ENABLED=0 "$go" build -trimpath -o "$partial" "$module" >&2
 	chmod 755 "$partial"
 	mv "$partial" "$binary"
 fi

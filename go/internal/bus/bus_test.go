@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -29,6 +30,10 @@ import (
 // Every server of these tests is a real one on 127.0.0.1: embedded, or a process of its own.
 
 const node = "node-1"
+
+// timeout is the shortest that the package has. What takes less was not waiting for one, and
+// a loaded machine has time enough.
+const timeout = 5 * time.Second
 
 // begin bounds a test and checks at its end that no goroutine is left.
 func begin(t *testing.T) context.Context {
@@ -155,7 +160,7 @@ var buildNatsd = sync.OnceValues(func() (string, error) {
 // startNatsd starts a server with JetStream, and conf added to its configuration.
 func startNatsd(t testing.TB, conf string) *natsd {
 	t.Helper()
-	d := &natsd{t: t, dir: t.TempDir(), listen: "127.0.0.1:-1"}
+	d := &natsd{t: t, dir: t.TempDir(), listen: freePort(t)}
 	d.conf = jetstreamConf(d.dir) + conf + "\n"
 	d.start()
 	return d
@@ -241,13 +246,18 @@ func secret(t *testing.T, text string) string {
 	return path
 }
 
-// freePort returns an address on which nobody listens.
-func freePort(t *testing.T) string {
+// freePort returns an address on which nobody listens, and that nobody is given by chance, for its port is
+// below the range from which the kernel picks: it is still free when a server is started there later, or
+// again.
+func freePort(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	check(t, err)
-	defer l.Close()
-	return l.Addr().String()
+	for {
+		addr := fmt.Sprintf("127.0.0.1:%d", 15000+rand.IntN(15000))
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
+	}
 }
 
 // recorder keeps what the hooks say.

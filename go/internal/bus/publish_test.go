@@ -406,12 +406,8 @@ func TestPublishPermissions(t *testing.T) {
 
 	rec := newRecorder()
 	p, _ := publisher(t, c, 100, rec.hooks(), log)
-	start := time.Now()
 	check(t, p.Enqueue(bus.Msg{ID: "foreign", Subject: subject(t, "global", "node-2"), Data: []byte("{}")}))
 	rec.wait(ctx, t, "the refusal", func() bool { return len(rec.retries["foreign"]) > 0 })
-	if took := time.Since(start); took > 4*time.Second {
-		t.Errorf("the refusal took %s, as long as a lost acknowledgement", took)
-	}
 	enqueue(t, p, 0, 10)
 	rec.waitAcks(ctx, t, 10)
 	wantOnce(t, stored(ctx, t, owner), 10)
@@ -419,7 +415,8 @@ func TestPublishPermissions(t *testing.T) {
 	rec.mu.Lock()
 	err := rec.retries["foreign"][0]
 	rec.mu.Unlock()
-	if !errors.Is(err, nats.ErrPermissionViolation) {
+	// Not noticed only when the acknowledgement was given up.
+	if !errors.Is(err, nats.ErrPermissionViolation) || errors.Is(err, jetstream.ErrAsyncPublishTimeout) {
 		t.Errorf("retried because of %v", err)
 	}
 	wantError(t, err, "oom.v1.kill.global.node-2")
@@ -436,20 +433,27 @@ func TestPublishPermissions(t *testing.T) {
 	}
 
 	// It may ask nothing of the JetStream API, and hears so at once.
-	start = time.Now()
+	start := time.Now()
+	prompt := func(what string) {
+		t.Helper()
+		if took := time.Since(start); took >= timeout {
+			t.Errorf("the refusal to %s took %s, as long as no answer", what, took)
+		}
+		start = time.Now()
+	}
 	h := c.Check(ctx)
+	prompt("check")
 	if !h.Connected || h.JetStream || !errors.Is(h.Err, nats.ErrPermissionViolation) {
 		t.Errorf("health is %+v", h)
 	}
 	if err := bus.EnsureStreams(ctx, c, streamConfig); !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("ensure stream: %v", err)
 	}
+	prompt("ensure the stream")
 	if err := bus.Tail(ctx, c, bus.TailOptions{Follow: true}, func(bus.Stored) error { return nil }); !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("tail: %v", err)
 	}
-	if took := time.Since(start); took > 4*time.Second {
-		t.Errorf("three refusals took %s", took)
-	}
+	prompt("tail")
 }
 
 // A client with another's inbox learns why no acknowledgement arrives.
@@ -518,7 +522,7 @@ func TestDrain(t *testing.T) {
 		if left != 7 || !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("%d left, %v", left, err)
 		}
-		if took := time.Since(start); took > 3*time.Second {
+		if took := time.Since(start); took > 20*time.Second { // ctx has a minute
 			t.Errorf("drain took %s", took)
 		}
 		stop()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -244,8 +245,12 @@ func TestListen(t *testing.T) {
 }
 
 func TestPortInUse(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	check(t, err)
+	// Below the ports that the kernel hands out: nobody is given it by chance before it is used again.
+	var l net.Listener
+	err := errors.New("no port yet")
+	for err != nil {
+		l, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 15000+rand.IntN(15000)))
+	}
 	log, logged := newLog()
 	cfg := config.Embedded{Listen: l.Addr().String(), Dir: t.TempDir()}
 	_, err = embedded.Start(cfg, log)

@@ -3,6 +3,7 @@ package scratchtest
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -73,43 +74,59 @@ func Kills(t testing.TB, group *scratch.Cgroup) int {
 // the PIDs of those that were killed by SIGKILL, in their order.
 func Storm(t testing.TB, group *scratch.Cgroup, count, mib int, mode string) []int {
 	t.Helper()
-	hog := exec.CommandContext(t.Context(), Program(t, "hog"), fmt.Sprint(count), fmt.Sprint(mib), mode)
+	killed, err := RunStorm(t.Context(), group, Program(t, "hog"), count, mib, mode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return killed
+}
+
+// RunStorm is Storm for a goroutine beside the test's, which may not end the test.
+func RunStorm(ctx context.Context, group *scratch.Cgroup, program string, count, mib int, mode string) (killed []int, err error) {
+	ctx, cancel := context.WithCancel(ctx) // ends the hog on the ways out below
+	defer cancel()
+	hog := exec.CommandContext(ctx, program, fmt.Sprint(count), fmt.Sprint(mib), mode)
 	hog.Stderr = os.Stderr
 	hog.WaitDelay = time.Second
 	stdin, err := hog.StdinPipe()
 	if err != nil {
-		t.Fatal(err)
+		return nil, fmt.Errorf("start hog: %w", err)
 	}
 	stdout, err := hog.StdoutPipe()
 	if err != nil {
-		t.Fatal(err)
+		return nil, fmt.Errorf("start hog: %w", err)
 	}
 	if err := hog.Start(); err != nil {
-		t.Fatal(err)
+		return nil, fmt.Errorf("start hog: %w", err)
 	}
+	defer func() {
+		if err != nil {
+			cancel()
+			_ = hog.Wait() // or its cgroup could not be removed
+		}
+	}()
 	// Its parent only forks and waits; the kernel takes the child, which is the bigger one.
 	if err := group.Add(hog.Process.Pid); err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	if _, err := stdin.Write([]byte{1}); err != nil {
-		t.Fatal(err)
+		return nil, fmt.Errorf("start hog: %w", err)
 	}
-	var killed []int
 	lines := bufio.NewScanner(stdout)
 	for lines.Scan() {
 		var pid, value int
 		var how string
 		if _, err := fmt.Sscan(lines.Text(), &pid, &how, &value); err != nil {
-			t.Fatalf("hog said %q: %v", lines.Text(), err)
+			return nil, fmt.Errorf("hog said %q: %w", lines.Text(), err)
 		}
 		if how == "signal" && value == 9 {
 			killed = append(killed, pid)
 		}
 	}
 	if err := hog.Wait(); err != nil {
-		t.Fatalf("hog: %v", err)
+		return nil, fmt.Errorf("hog: %w", err)
 	}
-	return killed
+	return killed, nil
 }
 
 // Hold runs tools/hog in the cgroup until it holds mib MiB, and leaves it there. It goes with the test.

@@ -1,0 +1,534 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+// pinnedConfig pins in a bpffs of the test's own. What is pinned goes with it.
+func pinnedConfig(t *testing.T) config.Config {
+	t.Helper()
+	cfg := testConfig(t)
+	cfg.Kernel.PinDir = filepath.Join(scratchtest.BPFFS(t), "oom")
+	return cfg
+}
+
+// process is oom-tracer as it ships.
+type process struct {
+	*exec.Cmd
+	log bytes.Buffer
+}
+
+func startProcess(t *testing.T, cfg config.Config) *process {
+	t.Helper()
+	p := &process{Cmd: exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)}
+	p.Stderr = &p.log
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.kill() })
+	return p
+}
+
+// kill is kill -9.
+func (p *process) kill() {
+	if p.ProcessState == nil {
+		_ = p.Process.Kill()
+		_ = p.Wait()
+	}
+}
+
+// stop is SIGTERM, and must do.
+func (p *process) stop(t *testing.T) {
+	t.Helper()
+	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	stuck := time.AfterFunc(time.Minute, func() { _ = p.Process.Kill() })
+	defer stuck.Stop()
+	if err := p.Wait(); err != nil {
+		t.Errorf("after SIGTERM: %v\n%s", err, &p.log)
+	}
+}
+
+// whole is everything that the stream of an embedded server holds; no tracer may run.
+func whole(t *testing.T, cfg config.Config) (events []event.Event, gaps []event.Gap) {
+	t.Helper()
+	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
+	server, err := embedded.Start(cfg.NATS.Embedded, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := server.Shutdown(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	}()
+	cfg.NATS.Embedded.Listen = strings.TrimPrefix(server.ClientURL(), "nats://")
+	conn := connect(t, cfg)
+	defer conn.Close()
+	if err := bus.Tail(t.Context(), conn, bus.TailOptions{Since: time.Unix(0, 0)}, func(m bus.Stored) error {
+		if kind, _, _, _ := event.ParseSubject(m.Subject); kind == event.KindGap {
+			g, err := event.ParseGap(m.Data)
+			gaps = append(gaps, g)
+			return err
+		}
+		e, err := parse(t, m)
+		events = append(events, e)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return events, gaps
+}
+
+// settled waits until the pinned program has nothing that is not on NATS. No tracer may run: one is started.
+func settled(t *testing.T, cfg config.Config) loader.Counts {
+	t.Helper()
+	tr, stop := runTracer(t, cfg, io.Discard)
+	until(t, "everything is acknowledged", func() bool {
+		c := tr.loader.Counts()
+		return c.Acked == c.Head && tr.publisher.Pending() == 0
+	})
+	counts := tr.loader.Counts()
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	return counts
+}
+
+// withoutHole holds the seqs of events and gaps together: each from 1 to head is in one of them.
+func withoutHole(t *testing.T, events []event.Event, gaps []event.Gap, head uint64) {
+	t.Helper()
+	told := map[uint64]int{}
+	for _, e := range events {
+		told[e.Seq]++
+	}
+	for _, g := range gaps {
+		for seq := g.FirstSeq; seq > 0 && seq <= g.LastSeq; seq++ {
+			told[seq]++
+		}
+	}
+	missing := 0
+	for seq := uint64(1); seq <= head; seq++ {
+		if told[seq] == 0 {
+			missing++
+		}
+	}
+	if missing > 0 {
+		t.Errorf("%d of %d seqs are in no event and in no gap", missing, head)
+	}
+}
+
+// TestKilledInStorm: the tracer is killed with -9 at random points of a storm, ten times over, with its NATS
+// in it, and every other time the next one has another size of journal, which needs a new generation of it.
+// What the stream holds in the end is what the kernel killed.
+func TestKilledInStorm(t *testing.T) {
+	const kills, rounds = 2000, 10
+	cfg := pinnedConfig(t)
+	group := scratchtest.New(t, 8*mib)
+	storm := make(chan error, 1)
+	var killed []int
+	hog := scratchtest.Program(t, "hog")
+	tracer := startProcess(t, cfg)
+	var said []string
+	until(t, "the first tracer runs", func() bool {
+		_, err := os.Stat(filepath.Join(cfg.Kernel.PinDir, "1", "oom_mark_victim"))
+		return err == nil
+	})
+	go func() {
+		var err error
+		killed, err = scratchtest.RunStorm(t.Context(), group, hog, kills, 16, "plain")
+		storm <- err
+	}()
+	for round := range rounds {
+		// Evenly over the storm, by how far it has come, and then at any moment.
+		until(t, "the storm goes on", func() bool { return scratchtest.Kills(t, group) > round*kills/rounds })
+		time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
+		tracer.kill()
+		said = append(said, tracer.log.String())
+		cfg.Kernel.JournalSlots = []int{1024, 2048}[round%2]
+		tracer = startProcess(t, cfg)
+	}
+	if err := <-storm; err != nil {
+		t.Fatal(err)
+	}
+	tracer.stop(t)
+	said = append(said, tracer.log.String())
+	counted := scratchtest.Kills(t, group)
+	counts := settled(t, cfg)
+
+	events, gaps := whole(t, cfg)
+	times := map[int]int{}
+	ids := map[string]bool{}
+	for _, e := range events {
+		if ids[e.ID] { // and so dropped by whoever dedupes
+			continue
+		}
+		ids[e.ID] = true
+		if in(group, &e) {
+			times[int(e.Victim.PID)]++
+		}
+	}
+	t.Logf("%d kills, %d events, %d of them of other kills or doubles; %d were lost; seq %d", counted, len(events), len(events)-len(times), counts.Lost, counts.Head)
+	for _, pid := range killed {
+		if times[pid] != 1 {
+			t.Errorf("process %d was killed, and is told of %d times", pid, times[pid])
+		}
+	}
+	if counted != kills || len(killed) != kills || len(times) != kills || counts.Lost != 0 {
+		t.Errorf("the cgroup counts %d kills, the hog %d, the stream %d; %d are lost", counted, len(killed), len(times), counts.Lost)
+	}
+	withoutHole(t, events, nil, counts.Head)
+	for _, g := range gaps {
+		if g.Cause != event.GapBoot {
+			t.Errorf("a gap without a loss: %+v", g)
+		}
+	}
+	if t.Failed() {
+		t.Logf("the tracers said:\n%s", strings.Join(said, "\n"))
+	}
+	if n, err := loader.Unload(t.Context(), cfg.Kernel.PinDir, false); n != 0 || err != nil {
+		t.Errorf("unload: %d, %v", n, err)
+	}
+}
+
+// TestStopped: while the tracer is stopped (SIGSTOP) the perf buffer overflows. What the journal holds is read
+// from there; what it does not is named by a gap, exactly.
+func TestStopped(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		slots int
+		kills int
+		lost  bool
+	}{
+		{"smaller than the journal", 1024, 300, false},
+		{"larger than the journal", 64, 300, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := pinnedConfig(t)
+			cfg.Kernel.PerfPages, cfg.Kernel.JournalSlots = 1, tt.slots
+			cfg.Metrics.Listen, cfg.NATS.Embedded.Listen = freeAddr(t), freeAddr(t)
+			tracer := startProcess(t, cfg)
+			until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+			if err := tracer.Process.Signal(syscall.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+			group := scratchtest.New(t, 8*mib)
+			killed := scratchtest.Storm(t, group, tt.kills, 16, "plain")
+			if err := tracer.Process.Signal(syscall.SIGCONT); err != nil {
+				t.Fatal(err)
+			}
+			// No further kill is needed for it.
+			stored(t, cfg, group, 1)
+			time.Sleep(2 * lookAgain)
+			tracer.stop(t)
+			counts := settled(t, cfg)
+			events, gaps := whole(t, cfg)
+			gaps = slices.DeleteFunc(gaps, func(g event.Gap) bool { return g.Cause == event.GapBoot })
+			withoutHole(t, events, gaps, counts.Head)
+
+			told := map[int]bool{}
+			seqs := map[uint64]bool{}
+			for _, e := range events {
+				told[int(e.Victim.PID)] = true
+				seqs[e.Seq] = true
+			}
+			missing := uint64(0)
+			for _, g := range gaps {
+				if g.Cause != event.GapWrapped || g.Count == nil || *g.Count != g.LastSeq-g.FirstSeq+1 || g.Since == nil || g.Until == nil {
+					t.Errorf("%+v", g)
+					continue
+				}
+				missing += *g.Count
+				for seq := g.FirstSeq; seq <= g.LastSeq; seq++ {
+					if seqs[seq] {
+						t.Errorf("seq %d is in a gap and in an event", seq)
+					}
+				}
+			}
+			untold := 0
+			for _, pid := range killed {
+				if !told[pid] {
+					untold++
+				}
+			}
+			t.Logf("%d kills, %d events, %d gaps with %d records", len(killed), len(events), len(gaps), missing)
+			if len(killed) != tt.kills || (untold > 0) != tt.lost || uint64(untold) > missing || missing != counts.Lost ||
+				uint64(len(seqs))+missing != counts.Head {
+				t.Errorf("%d of %d kills are untold, %d records are in gaps, %d lost of %d", untold, len(killed), missing, counts.Lost, counts.Head)
+			}
+		})
+	}
+}
+
+// TestRestart: without pins nothing is recorded between two tracers. The kernel's own count says how much.
+func TestRestart(t *testing.T) {
+	group := scratchtest.New(t, 8*mib)
+	first := func(t *testing.T, cfg config.Config) {
+		t.Helper()
+		_, stop := runTracer(t, cfg, io.Discard)
+		scratchtest.Storm(t, group, 2, 16, "plain")
+		stored(t, cfg, group, 2)
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+	}
+	again := func(t *testing.T, cfg config.Config) []event.Gap {
+		t.Helper()
+		tr, stop := runTracer(t, cfg, io.Discard)
+		until(t, "the gaps are published", func() bool { return tr.publisher.Pending() == 0 })
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+		_, gaps := whole(t, cfg)
+		return gaps
+	}
+	only := func(t *testing.T, gaps []event.Gap, cause event.GapCause) event.Gap {
+		t.Helper()
+		var found []event.Gap
+		for _, g := range gaps {
+			if g.Cause == cause {
+				found = append(found, g)
+			}
+		}
+		if len(found) != 1 {
+			t.Fatalf("%d gaps of cause %s among %+v", len(found), cause, gaps)
+		}
+		g := found[0]
+		if g.Since == nil || g.Until == nil || !g.Since.Before(*g.Until) || g.Node.Name != testNode || g.ID == "" {
+			t.Errorf("%+v", g)
+		}
+		return g
+	}
+	t.Run("clean", func(t *testing.T) {
+		cfg := withListen(t, testConfig(t))
+		first(t, cfg)
+		scratchtest.Storm(t, group, 3, 16, "plain")
+		if g := only(t, again(t, cfg), event.GapRestart); g.Count == nil || *g.Count < 3 || g.CountMax != nil || *g.Count > 1000 {
+			t.Errorf("%+v", g)
+		}
+	})
+	t.Run("not clean", func(t *testing.T) {
+		cfg := withListen(t, testConfig(t))
+		first(t, cfg)
+		change(t, cfg, func(r *remembered) { r.Clean = false })
+		scratchtest.Storm(t, group, 3, 16, "plain")
+		if g := only(t, again(t, cfg), event.GapRestart); g.Count != nil || g.CountMax == nil || *g.CountMax < 3 {
+			t.Errorf("%+v", g)
+		}
+	})
+	t.Run("died with records", func(t *testing.T) {
+		cfg := withListen(t, testConfig(t))
+		first(t, cfg)
+		change(t, cfg, func(r *remembered) { r.Head, r.Acked = 20, 15 })
+		if g := only(t, again(t, cfg), event.GapRestart); g.FirstSeq != 16 || g.LastSeq != 20 || g.CountMax == nil || *g.CountMax < 5 {
+			t.Errorf("%+v", g)
+		}
+	})
+	t.Run("reboot", func(t *testing.T) {
+		cfg := withListen(t, testConfig(t))
+		change(t, cfg, func(r *remembered) { r.BootID, r.Clean, r.Time = "another boot", false, time.Unix(1, 0) })
+		gaps := again(t, cfg)
+		if g := only(t, gaps, event.GapReboot); g.Count != nil || g.CountMax != nil || !g.Since.Equal(time.Unix(1, 0)) {
+			t.Errorf("%+v", g)
+		}
+		// And this machine has killed before this tracer came.
+		if g := only(t, gaps, event.GapBoot); g.Count == nil || *g.Count == 0 {
+			t.Errorf("%+v", g)
+		}
+	})
+	t.Run("reboot after a clean stop", func(t *testing.T) {
+		cfg := withListen(t, testConfig(t))
+		change(t, cfg, func(r *remembered) { r.BootID = "another boot" })
+		for _, g := range again(t, cfg) {
+			if g.Cause == event.GapReboot {
+				t.Errorf("%+v", g)
+			}
+		}
+	})
+	t.Run("rubbish", func(t *testing.T) {
+		cfg := testConfig(t)
+		if err := os.WriteFile(cfg.Node.StateFile, []byte("{nonsense"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := start(t.Context(), cfg, testNode, io.Discard, slog.New(slog.DiscardHandler))
+		if err == nil || !strings.Contains(err.Error(), cfg.Node.StateFile) {
+			t.Errorf("start: %v", err)
+		}
+	})
+}
+
+// withListen gives the embedded server an address that is known before it runs.
+func withListen(t *testing.T, cfg config.Config) config.Config {
+	cfg.NATS.Embedded.Listen = freeAddr(t)
+	return cfg
+}
+
+// change rewrites the file of a tracer that has ended.
+func change(t *testing.T, cfg config.Config, edit func(*remembered)) {
+	t.Helper()
+	m, err := openMemory(cfg.Node.StateFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	edit(m.before)
+	if err := m.write(*m.before); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestReconciled: over a storm, and a group of processes where there are such, the kernel's count and ours are
+// the same, or bound it; and what the program really did not see is told.
+func TestReconciled(t *testing.T) {
+	cfg := withListen(t, pinnedConfig(t))
+	tr, stop := runTracer(t, cfg, io.Discard)
+	group := scratchtest.New(t, 8*mib)
+	scratchtest.Storm(t, group, 50, 16, "plain")
+	counts, kernel, known := tr.stable()
+	if atLeast, _ := counts.Unseen(kernel); !known || atLeast != 0 || counts.Killed+counts.Unknown < 50 {
+		t.Errorf("%+v, the kernel counts %d", counts, kernel)
+	}
+	// As if the program had been switched off for three kills.
+	tr.loader.SetKernelBase(counts.KernelBase - 3)
+	tr.unseen(t.Context())
+	if atLeast, _ := tr.loader.Counts().Unseen(kernel); atLeast != 0 {
+		t.Errorf("%d are still unseen after they were told", atLeast)
+	}
+	until(t, "the gap is published", func() bool { return tr.publisher.Pending() == 0 })
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	_, gaps := whole(t, cfg)
+	gaps = slices.DeleteFunc(gaps, func(g event.Gap) bool { return g.Cause == event.GapBoot })
+	if len(gaps) != 1 || gaps[0].Cause != event.GapUnseen || gaps[0].Count == nil && (gaps[0].CountMax == nil || *gaps[0].CountMax < 3) {
+		t.Errorf("%+v", gaps)
+	}
+}
+
+// TestNodeStatus: a node says that it is watched, at the start, in between and at the end, and what it says is
+// so; oom-tap nodes shows it.
+func TestNodeStatus(t *testing.T) {
+	cfg := withListen(t, pinnedConfig(t))
+	cfg.Node.StatusInterval = time.Second
+	tr, stop := runTracer(t, cfg, io.Discard)
+	group := scratchtest.New(t, 8*mib)
+	scratchtest.Storm(t, group, 2, 16, "plain")
+	statuses := make(chan event.NodeStatus, 100)
+	conn := connect(t, cfg)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	go func() {
+		err := bus.Tail(ctx, conn, bus.TailOptions{Stream: event.NodesStreamName, Since: time.Unix(0, 0), Follow: true}, func(m bus.Stored) error {
+			s, err := event.ParseNodeStatus(m.Data)
+			if subject, subjectErr := s.Subject(); subjectErr != nil || subject != m.Subject || m.ID != s.ID {
+				t.Errorf("%q on %s: %s, %v", m.ID, m.Subject, subject, subjectErr)
+			}
+			statuses <- s
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}()
+	next := func(phase event.Phase) event.NodeStatus {
+		t.Helper()
+		for {
+			select {
+			case s := <-statuses:
+				if s.Phase == phase {
+					return s
+				}
+			case <-time.After(30 * time.Second):
+				t.Fatalf("no status of phase %s comes", phase)
+			}
+		}
+	}
+	until(t, "the kills are published", func() bool { c := tr.loader.Counts(); return c.Acked == c.Head && c.Head >= 2 })
+	acked := tr.loader.Counts().Acked
+	for {
+		s := next(event.PhaseAlive)
+		if s.Acked < acked {
+			continue // said before
+		}
+		if s.Node.Name != testNode || s.Node.Tier != string(tr.loader.Tier()) || s.Node.Epoch != tr.loader.EpochNS() || !s.Pinned || s.Version == "" ||
+			s.Seq < 2 || s.Lost != 0 || s.LastKill == nil || time.Since(*s.LastKill) > time.Minute || s.Since.After(*s.LastKill) ||
+			s.Due == nil || !s.Due.After(s.Time) || s.Unseen == nil || s.Unseen.AtLeast != 0 || s.Prototype != string(tr.loader.Prototype()) {
+			text, _ := json.Marshal(s)
+			t.Errorf("%s", text)
+		}
+		break
+	}
+	tap := func() string {
+		t.Helper()
+		out, err := exec.Command(scratchtest.Program(t, "oom-tap"), "nodes", "--config", writeConfig(t, cfg)).CombinedOutput()
+		if err != nil {
+			t.Fatalf("oom-tap nodes: %v\n%s", err, out)
+		}
+		return string(out)
+	}
+	if out := tap(); !strings.Contains(out, testNode+"  watched  ") || strings.Count(out, "\n") != 2 {
+		t.Errorf("oom-tap nodes:\n%s", out)
+	}
+	cancel()
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	// The last word stays.
+	server, err := embedded.Start(cfg.NATS.Embedded, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = server.Shutdown(context.WithoutCancel(t.Context())) }()
+	if out := tap(); !strings.Contains(out, "stopped, kernel records") {
+		t.Errorf("oom-tap nodes:\n%s", out)
+	}
+}
+
+// TestUnloadCommand: oom-tracer unload ends what a tracer has left recording, and says what it does.
+func TestUnloadCommand(t *testing.T) {
+	cfg := pinnedConfig(t)
+	unload := func(flags ...string) (string, error) {
+		out, err := exec.Command(scratchtest.Program(t, "oom-tracer"), append([]string{"unload", "--config", writeConfig(t, cfg)}, flags...)...).CombinedOutput()
+		return string(out), err
+	}
+	if out, err := unload(); err != nil || out != fmt.Sprintf("nothing is pinned in %s\n", cfg.Kernel.PinDir) {
+		t.Errorf("%q, %v", out, err)
+	}
+	settled(t, cfg)
+	group := scratchtest.New(t, 8*mib)
+	scratchtest.Storm(t, group, 2, 16, "plain")
+	if out, err := unload(); err == nil || !strings.Contains(out, "records in "+cfg.Kernel.PinDir+" are not published yet") {
+		t.Errorf("%q, %v", out, err)
+	}
+	settled(t, cfg)
+	if events, _ := whole(t, cfg); len(of(group, events)) != 2 {
+		t.Errorf("%d events of 2 kills while no tracer ran", len(of(group, events)))
+	}
+	if out, err := unload("--force"); err != nil || !strings.HasPrefix(out, "unloaded") {
+		t.Errorf("%q, %v", out, err)
+	}
+	if _, err := os.Stat(cfg.Kernel.PinDir); !os.IsNotExist(err) {
+		t.Errorf("left behind: %v", err)
+	}
+}
