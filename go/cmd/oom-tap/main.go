@@ -277,10 +277,15 @@ func tail(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writ
 		}
 		return nil
 	})
-	switch {
-	case errors.Is(err, errEnough):
+	if errors.Is(err, errEnough) {
 		return nil
-	case errors.Is(err, jetstream.ErrStreamNotFound):
+	}
+	return missingStream(err, o)
+}
+
+// missingStream says what to do about a stream that is not there; other errors stay as they are.
+func missingStream(err error, o options) error {
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		return fmt.Errorf("%w: make it with: oom-tap setup --config %s", err, o.configPath)
 	}
 	return err

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -10,48 +9,67 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/nats-io/nats.go/jetstream"
-
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// nodes shows the last status of every node that has ever said one, within the stream's age.
+// nodes shows the last status of every node that has ever said one, and the gaps of each, as far as the
+// streams reach back.
 func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	var all []event.NodeStatus
 	terminal := isTerminal(stdout)
-	err := bus.Tail(ctx, conn, bus.TailOptions{Stream: event.NodesStreamName, Since: time.Unix(0, 0)}, func(m bus.Stored) error {
-		_, _, node, err := event.ParseSubject(m.Subject)
-		if err != nil {
-			skip(stderr, m, err)
-			return nil
-		}
+	err := each(ctx, conn, bus.TailOptions{Stream: event.NodesStreamName}, stderr, func(m bus.Stored, node string) error {
 		s, err := event.ParseNodeStatus(m.Data)
 		if err == nil {
 			err = sameNode(s.Node.Name, node)
 		}
-		if err != nil {
-			skip(stderr, m, err)
-			return nil
-		}
-		if o.output == "json" {
+		if err == nil && o.output == "json" {
 			fmt.Fprintf(stdout, "%s\n", rendered(m.Data, terminal))
-			return nil
 		}
-		all = append(all, s)
-		return nil
-	})
-	switch {
-	case errors.Is(err, jetstream.ErrStreamNotFound):
-		return fmt.Errorf("%w: make it with: oom-tap setup --config %s", err, o.configPath)
-	case err != nil:
+		if err == nil {
+			all = append(all, s)
+		}
 		return err
-	case o.output == "json":
-		return nil
+	})
+	if err != nil || o.output == "json" {
+		return missingStream(err, o)
+	}
+	pattern, err := event.Filter(event.KindGap, "", "")
+	if err != nil {
+		return err
+	}
+	gaps := map[string][]event.Gap{}
+	err = each(ctx, conn, bus.TailOptions{Subjects: []string{pattern}}, stderr, func(m bus.Stored, node string) error {
+		g, err := event.ParseGap(m.Data)
+		if err == nil {
+			err = sameNode(g.Node.Name, node)
+		}
+		if err == nil {
+			gaps[node] = append(gaps[node], g)
+		}
+		return err
+	})
+	if err != nil {
+		return missingStream(err, o)
 	}
 	slices.SortFunc(all, func(a, b event.NodeStatus) int { return strings.Compare(a.Node.Name, b.Node.Name) })
-	return writeNodes(stdout, all, time.Now())
+	return writeNodes(stdout, all, gaps, time.Now())
+}
+
+// each reads what a stream holds now. What one refuses is said, and the rest is read.
+func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, one func(m bus.Stored, node string) error) error {
+	t.Since = time.Unix(0, 0)
+	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
+		_, _, node, err := event.ParseSubject(m.Subject)
+		if err == nil {
+			err = one(m, node)
+		}
+		if err != nil {
+			skip(stderr, m, err)
+		}
+		return nil
+	})
 }
 
 // watched says whether a node is watched at a moment: what it said last, unless that is too long ago.
@@ -68,22 +86,16 @@ func watched(s *event.NodeStatus, now time.Time) string {
 	return "watched"
 }
 
-// gaps says what is missing of a node's kills.
-func gaps(s *event.NodeStatus) string {
-	var missing []string
-	if s.Lost > 0 {
-		missing = append(missing, fmt.Sprintf("%d lost", s.Lost))
-	}
-	if s.Unseen != nil && s.Unseen.AtLeast > 0 {
-		missing = append(missing, fmt.Sprintf("%d unseen", s.Unseen.AtLeast))
-	}
-	if missing == nil {
+// told says how many gaps a node has told of, and what the last one was.
+func told(gaps []event.Gap, now time.Time) string {
+	if len(gaps) == 0 {
 		return "-"
 	}
-	return strings.Join(missing, ", ")
+	last := slices.MaxFunc(gaps, func(a, b event.Gap) int { return a.Time.Compare(b.Time) })
+	return fmt.Sprintf("%d, %s %s", len(gaps), last.Cause, ago(now.Sub(last.Time)))
 }
 
-func writeNodes(w io.Writer, all []event.NodeStatus, now time.Time) error {
+func writeNodes(w io.Writer, all []event.NodeStatus, gaps map[string][]event.Gap, now time.Time) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "NODE\tSTATE\tHEARD\tTIER\tKERNEL\tVERSION\tSEQ\tUNACKED\tGAPS\tLAST KILL")
 	for i := range all {
@@ -94,7 +106,7 @@ func writeNodes(w io.Writer, all []event.NodeStatus, now time.Time) error {
 		}
 		columns := []string{
 			s.Node.Name, watched(s, now), ago(now.Sub(s.Time)), s.Node.Tier, s.Node.Kernel, s.Version,
-			fmt.Sprint(s.Seq), fmt.Sprint(s.Seq - min(s.Seq, s.Acked)), gaps(s), last,
+			fmt.Sprint(s.Seq), fmt.Sprint(s.Seq - min(s.Seq, s.Acked)), told(gaps[s.Node.Name], now), last,
 		}
 		for i, c := range columns {
 			columns[i] = text.Printable(c)

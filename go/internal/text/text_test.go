@@ -268,3 +268,34 @@ func FuzzJSON(f *testing.F) {
 		}
 	})
 }
+
+// A gap's line has the columns of an event's; what is not known is said to be so.
+func TestGapLine(t *testing.T) {
+	at := time.Date(2026, 11, 23, 2, 3, 4, 5_600_000, time.UTC)
+	since := at.Add(-time.Hour)
+	gap := func(change func(*event.Gap)) event.Gap {
+		g := event.Gap{Schema: event.Schema, ID: "id", Time: at, Node: event.Node{Name: "worker-1"}, Cause: event.GapWrapped, Since: &since, Until: &at}
+		change(&g)
+		return g
+	}
+	for _, tt := range []struct {
+		gap  event.Gap
+		want string
+	}{
+		{gap(func(g *event.Gap) { g.FirstSeq, g.LastSeq, g.Count = 17, 19, new(uint64(3)) }),
+			"2026-11-23T02:03:04.005Z  worker-1  GAP              wrapped    3 kills missing, seq 17..19, from 2026-11-23T01:03:04.005Z to 2026-11-23T02:03:04.005Z"},
+		{gap(func(g *event.Gap) { g.Cause, g.CountMax = event.GapUnseen, new(uint64(5)); g.Since = nil }),
+			"2026-11-23T02:03:04.005Z  worker-1  GAP              unseen     at most 5 kills missing"},
+		{gap(func(g *event.Gap) { g.Cause = event.GapReboot }),
+			"2026-11-23T02:03:04.005Z  worker-1  GAP              reboot     an unknown number of kills missing, from 2026-11-23T01:03:04.005Z to 2026-11-23T02:03:04.005Z"},
+		{gap(func(g *event.Gap) { g.Cause, g.Node.Name, g.Since = "a\x1b[2J", "n\n", nil }),
+			`2026-11-23T02:03:04.005Z  n\n  GAP              a\x1b[2J   an unknown number of kills missing`},
+	} {
+		if got := text.GapLine(&tt.gap, false); got != tt.want {
+			t.Errorf("got\n%s\nwant\n%s", got, tt.want)
+		}
+		if got := text.GapLine(&tt.gap, true); !strings.Contains(got, "\x1b[1;33mGAP") {
+			t.Errorf("without color: %q", got)
+		}
+	}
+}

@@ -1,0 +1,142 @@
+package event_test
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+func fullGap() event.Gap {
+	since, until := time.Date(2026, 11, 23, 2, 0, 0, 0, time.UTC), time.Date(2026, 11, 23, 2, 3, 4, 5, time.UTC)
+	return event.Gap{
+		Schema: event.Schema, ID: event.SeqGapID(bootID, 9876, 17, 19), Time: until, Node: full().Node, Cause: event.GapWrapped,
+		Since: &since, Until: &until, FirstSeq: 17, LastSeq: 19, Count: new(uint64(3)), CountMax: new(uint64(3)),
+	}
+}
+
+func bareGap() event.Gap {
+	return event.Gap{
+		Schema: event.Schema, ID: event.GapID(bootID, event.GapReboot, 9876, 0), Time: time.Date(2026, 11, 23, 2, 3, 4, 0, time.UTC),
+		Node: bare().Node, Cause: event.GapReboot,
+	}
+}
+
+func fullStatus() event.NodeStatus {
+	now := time.Date(2026, 11, 23, 2, 3, 4, 5, time.UTC)
+	due, last := now.Add(5*time.Minute), now.Add(-time.Hour)
+	return event.NodeStatus{
+		Schema: event.Schema, ID: bootID + "-status-1", Time: now, Node: full().Node, Phase: event.PhaseAlive, Version: "v1.2.3", Prototype: "task",
+		Pinned: true, Since: now.Add(-2 * time.Hour), Due: &due, Seq: 7, Acked: 6, Lost: 1, Unseen: &event.Bounds{AtLeast: 1, AtMost: 2}, LastKill: &last,
+	}
+}
+
+func bareStatus() event.NodeStatus {
+	now := time.Date(2026, 11, 23, 2, 3, 4, 5, time.UTC)
+	return event.NodeStatus{
+		Schema: event.Schema, ID: bootID + "-status-1", Time: now, Node: bare().Node, Phase: event.PhaseStop, Version: "unknown", Prototype: "pid", Since: now,
+	}
+}
+
+// TestGapGolden pins the schema of gaps and statuses, as TestGolden does that of events, and reads them back.
+func TestGapGolden(t *testing.T) {
+	for name, message := range map[string]any{
+		"gap-full": fullGap(), "gap-bare": bareGap(), "status-full": fullStatus(), "status-bare": bareStatus(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := json.MarshalIndent(message, "", "  ")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, '\n')
+			golden := filepath.Join("testdata", name+".json")
+			if *update {
+				if err := os.WriteFile(golden, got, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), string(got)); diff != "" {
+				t.Errorf("json (-golden +got; -update writes it):\n%s", diff)
+			}
+			var back any
+			switch message.(type) {
+			case event.Gap:
+				back, err = event.ParseGap(want)
+			case event.NodeStatus:
+				back, err = event.ParseNodeStatus(want)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(message, back); diff != "" {
+				t.Errorf("read back (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestParseGapRefuses(t *testing.T) {
+	whole := func(v any) string {
+		data, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	gap, status := whole(fullGap()), whole(fullStatus())
+	for _, tt := range []struct{ text, want string }{
+		{"", "parse gap"},
+		{"{}", "parse gap: schema is missing"},
+		{strings.Replace(gap, "v1", "v2", 1), "unknown schema"},
+		{strings.Replace(gap, `"id"`, `"ID2"`, 1), "parse gap: id is missing"},
+		{strings.Replace(gap, `"time"`, `"time2"`, 1), "parse gap: time is missing"},
+		{strings.Replace(gap, `"cause"`, `"cause2"`, 1), "parse gap: cause is missing"},
+		{strings.Replace(gap, `"name"`, `"name2"`, 1), "parse gap: node.name is missing"},
+		{strings.Replace(gap, `"count":3`, `"count":-3`, 1), "parse gap: "},
+		{whole(full()), "parse gap: cause is missing"},
+	} {
+		if _, err := event.ParseGap([]byte(tt.text)); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", tt.text, err, tt.want)
+		}
+	}
+	for _, tt := range []struct{ text, want string }{
+		{"[]", "parse node status"},
+		{strings.Replace(status, `"phase"`, `"phase2"`, 1), "parse node status: phase is missing"},
+		{strings.Replace(status, `"id"`, `"id2"`, 1), "parse node status: id is missing"},
+		{strings.Replace(status, `"time"`, `"time2"`, 1), "parse node status: time is missing"},
+		{strings.Replace(status, `"name"`, `"name2"`, 1), "parse node status: node.name is missing"},
+	} {
+		if _, err := event.ParseNodeStatus([]byte(tt.text)); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", tt.text, err, tt.want)
+		}
+	}
+	if _, err := event.ParseNodeStatus([]byte(strings.Replace(status, "v1", "v2", 1))); !errors.Is(err, event.ErrSchema) {
+		t.Errorf("another schema: %v", err)
+	}
+}
+
+func TestGapSubjects(t *testing.T) {
+	for _, cause := range event.GapCauses() {
+		g := fullGap()
+		g.Cause = cause
+		want := "oom.v1.gap." + string(cause) + ".worker-1_example_com"
+		if got, err := g.Subject(); err != nil || got != want {
+			t.Errorf("%s: %s, %v", cause, got, err)
+		}
+	}
+	s := fullStatus()
+	if got, err := s.Subject(); err != nil || got != "oom.v1.node.status.worker-1_example_com" {
+		t.Errorf("%s, %v", got, err)
+	}
+}
