@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -156,5 +157,67 @@ func TestRealMain(t *testing.T) {
 		if code := realMain(t.Context(), tt.args, io.Discard, io.Discard); code != tt.code {
 			t.Errorf("%v: %d, want %d", tt.args, code, tt.code)
 		}
+	}
+}
+
+// silentServer takes connections and never says a word.
+func silentServer(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			t.Cleanup(func() { c.Close() })
+		}
+	}()
+	return listener.Addr().String()
+}
+
+// A SIGTERM ends it within five seconds, also while NATS hangs and somebody hangs in a scrape; a second one ends
+// it at once.
+func TestSignals(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		signals int
+		within  time.Duration
+	}{
+		{"one", 1, 5 * time.Second},
+		{"two", 2, time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := testConfig(t)
+			cfg.NATS.URL = "nats://" + silentServer(t)
+			cfg.Metrics.Listen = freeAddr(t)
+			tracer := startProcess(t, cfg)
+			until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+			scratchtest.Storm(t, scratchtest.New(t, 8<<20), 1, 16, "plain")
+			slow, err := net.Dial("tcp", cfg.Metrics.Listen)
+			must(t, err)
+			defer slow.Close()
+			_, err = slow.Write([]byte("GET /metrics HTTP/1.1\r\nHost: x\r\n"))
+			must(t, err)
+			begun := time.Now()
+			for i := range tt.signals {
+				if i > 0 {
+					time.Sleep(100 * time.Millisecond) // or they may come as one
+				}
+				must(t, tracer.Process.Signal(syscall.SIGTERM))
+			}
+			stuck := time.AfterFunc(time.Minute, func() { _ = tracer.Process.Kill() })
+			err = tracer.Wait()
+			stuck.Stop()
+			// What could not be published is said, and no success.
+			if took := time.Since(begun); took > tt.within+100*time.Millisecond || err == nil {
+				t.Errorf("it ended after %s with %v\n%s", took, err, &tracer.log)
+			}
+			if tt.signals == 1 && !strings.Contains(tracer.log.String(), "events could not be published before the end") {
+				t.Errorf("the log says\n%s", &tracer.log)
+			}
+		})
 	}
 }

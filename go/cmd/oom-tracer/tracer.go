@@ -54,8 +54,8 @@ type settles struct {
 	first, last uint64
 }
 
-// start brings everything up, in the order of the flow backwards: when the first kill is recorded,
-// everything behind it is there. NATS itself may be away.
+// start brings everything up. Recording begins first: whatever the rest waits for, the journal keeps the kills
+// meanwhile. NATS itself may be away.
 func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) (_ *tracer, err error) {
 	self, err := thisNode(node)
 	if err != nil {
@@ -79,6 +79,18 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 			t.close(time.Now().Add(stopTime))
 		}
 	}()
+	t.memory, err = openMemory(cfg.Node.StateFile)
+	if err != nil {
+		return nil, err
+	}
+	t.loader, err = loader.Open(ctx, loader.Options{
+		Tier: loader.Tier(cfg.Kernel.Tier), PerfPages: cfg.Kernel.PerfPages, JournalSlots: cfg.Kernel.JournalSlots,
+		PinDir: cfg.Kernel.PinDir, Log: log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%w (oom-tracer doctor says more)", err)
+	}
+	t.converter.Node.Epoch = t.loader.EpochNS()
 	if cfg.NATS.URL == "" {
 		if t.server, err = embedded.Start(cfg.NATS.Embedded, log); err != nil {
 			return nil, err
@@ -99,18 +111,6 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if t.publisher, err = bus.NewPublisher(t.conn, cfg.NATS.Buffer, t.hooks(), log); err != nil {
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
-	t.memory, err = openMemory(cfg.Node.StateFile)
-	if err != nil {
-		return nil, err
-	}
-	t.loader, err = loader.Open(ctx, loader.Options{
-		Tier: loader.Tier(cfg.Kernel.Tier), PerfPages: cfg.Kernel.PerfPages, JournalSlots: cfg.Kernel.JournalSlots,
-		PinDir: cfg.Kernel.PinDir, Log: log,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("%w (oom-tracer doctor says more)", err)
-	}
-	t.converter.Node.Epoch = t.loader.EpochNS()
 	t.metrics.watch(t.loader, t.publisher, t.conn, t.vmstat)
 	if err := t.begin(); err != nil {
 		return nil, err

@@ -3,6 +3,7 @@ package loader
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"sync/atomic"
 	"unsafe"
 
@@ -54,6 +55,9 @@ const (
 	stateMagic   = 0x4f4f4d54
 	stateVersion = 1
 )
+
+// noBase stands in state.KernelBase until SetKernelBase.
+const noBase = math.MaxUint64
 
 // mapArray maps the values of a BPF array map.
 func mapArray(fd int, bytes uint64) ([]byte, error) {
@@ -232,7 +236,7 @@ type Counts struct {
 	KilledAgain uint64 // kills of processes that were marked before, and so had no mark; where the tier has hooks
 	Unhooked    uint64 // of Killed, those that the hooks did not see
 
-	KernelBase uint64 // what the kernel had counted when the epoch began
+	KernelBase uint64 // what the kernel had counted when the epoch began; all ones until SetKernelBase
 	LastKillNS uint64 // CLOCK_BOOTTIME of the last kill, 0 if there was none
 }
 

@@ -382,7 +382,7 @@ func (l *Loader) mapMemory(opts Options) error {
 		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
 			return fmt.Errorf("read the boot time: %w", err)
 		}
-		*l.state = state{Magic: stateMagic, Version: stateVersion, EpochBoottimeNS: uint64(boot.Nano())}
+		*l.state = state{Magic: stateMagic, Version: stateVersion, EpochBoottimeNS: uint64(boot.Nano()), KernelBase: noBase}
 	}
 	return nil
 }
@@ -586,8 +586,9 @@ func (l *Loader) Prototype() Prototype { return l.prototype }
 // Pinned reports whether recording goes on when this process has ended.
 func (l *Loader) Pinned() bool { return l.pins != nil }
 
-// Fresh reports whether an epoch began with this Open: there was nothing pinned that it could go on with.
-func (l *Loader) Fresh() bool { return l.fresh }
+// Fresh reports whether the epoch has no kernel base yet: it began with this Open, or with one whose process
+// ended before it came to SetKernelBase.
+func (l *Loader) Fresh() bool { return l.Counts().KernelBase == noBase }
 
 // EpochNS is CLOCK_BOOTTIME in nanoseconds when the epoch began, in which seq counts.
 func (l *Loader) EpochNS() uint64 {

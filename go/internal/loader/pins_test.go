@@ -116,6 +116,7 @@ func TestPinned(t *testing.T) {
 	if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 {
 		t.Errorf("%v, %v", info, err)
 	}
+	first.SetKernelBase(0)
 	r := read(t, first, true)
 	killed := scratchtest.Storm(t, group, 5, 16, "plain")
 	caughtUp(t, first)
