@@ -3,16 +3,20 @@
  * A bounded memory hog for tests: it allocates until it is killed or its bound is reached.
  *
  *   hog COUNT MIB [plain|threaded|shared|bind1|hold]
+ *   hog COUNT MIB mixed FILE
  *
  * It waits for a byte on standard input (the caller moves it into its cgroup meanwhile), then runs
  * COUNT children, one after the other, each of which touches MIB MiB, and prints one line per child:
  * the PID and how it ended. With "threaded" a child's leader exits and another thread allocates.
  * With "shared" a child has a twin that shares its memory and is another process (CLONE_VM). With
- * "bind1" its memory may only come from NUMA node 1 (MPOL_BIND). With COUNT 0 it allocates itself, and
- * with "hold" then says so and stays. It ends by itself after 300 s.
+ * "bind1" its memory may only come from NUMA node 1 (MPOL_BIND). With "mixed" it first maps all of FILE
+ * and 8 MiB of shared memory and touches them, and becomes user 1234: every figure that the kernel
+ * tells of it is then another one. With COUNT 0 it allocates itself, and with "hold" then says so and
+ * stays. It ends by itself after 300 s.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/mempolicy.h>
 #include <pthread.h>
 #include <sched.h>
@@ -22,23 +26,56 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 enum {
-	SURVIVED = 3
+	SURVIVED = 3,
+	SHARED = 8 << 20, /* bytes */
+	UID = 1234,
 };
 
+static const size_t page = 4096;
 static size_t bytes;
 static int hold;
+static const char *file; /* of "mixed" */
+
+/* mix gives this process file and shared pages, and a user of its own. */
+static void mix(void)
+{
+	int fd = open(file, O_RDONLY);
+	volatile char *shared, *mapped;
+	struct stat st;
+
+	if (fd < 0 || fstat(fd, &st)) {
+		perror("hog: FILE");
+		_exit(1);
+	}
+	mapped = mmap(NULL, st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+	shared = mmap(NULL, SHARED, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (mapped == MAP_FAILED || shared == MAP_FAILED) {
+		perror("hog: mmap");
+		_exit(1);
+	}
+	for (off_t i = 0; i < st.st_size; i += page)
+		(void)mapped[i];
+	for (size_t i = 0; i < SHARED; i += page)
+		shared[i] = 1;
+	if (setuid(UID)) {
+		perror("hog: setuid");
+		_exit(1);
+	}
+}
 
 static void *allocate(void *unused)
 {
-	const size_t page = 4096;
 	char *p;
 
 	(void)unused;
+	if (file)
+		mix();
 	p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
 		 0);
 	if (p == MAP_FAILED) {
@@ -101,7 +138,7 @@ static void child(const char *mode)
 
 static int known(const char *mode)
 {
-	static const char *const modes[] = {"plain", "threaded", "shared", "bind1", "hold"};
+	static const char *const modes[] = {"plain", "threaded", "shared", "bind1", "hold", "mixed"};
 
 	for (size_t i = 0; i < sizeof(modes) / sizeof(*modes); i++)
 		if (strcmp(mode, modes[i]) == 0)
@@ -115,8 +152,8 @@ int main(int argc, char **argv)
 	long count, mib;
 	char go;
 
-	if (argc < 3 || argc > 4 || !known(mode)) {
-		fprintf(stderr, "usage: hog COUNT MIB [plain|threaded|shared|bind1|hold]\n");
+	if (argc < 3 || argc > 5 || (argc == 5) != (strcmp(mode, "mixed") == 0) || !known(mode)) {
+		fprintf(stderr, "usage: hog COUNT MIB [plain|threaded|shared|bind1|hold|mixed FILE]\n");
 		return 2;
 	}
 	count = strtol(argv[1], NULL, 10);
@@ -127,6 +164,7 @@ int main(int argc, char **argv)
 	}
 	bytes = (size_t)mib << 20;
 	hold = strcmp(mode, "hold") == 0;
+	file = argc == 5 ? argv[4] : NULL;
 	alarm(300);
 	if (read(0, &go, 1) != 1)
 		return 1;

@@ -25,6 +25,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
@@ -137,7 +139,23 @@ type truth struct {
 	limit   event.LimitLevel
 	victim  int  // the process; 0: as the console says
 	tid     bool // the marked thread is not the leader
+	mixed   *mixedVictim
 }
+
+// mixedVictim is what is known beforehand of a hog that is the only process of its cgroup and so asks for the
+// memory itself.
+type mixedVictim struct {
+	pid   int
+	start uint64 // field 22 of /proc/PID/stat
+	group *scratch.Cgroup
+}
+
+// The hog's, in its mode "mixed". The console must say the same.
+const (
+	mixedUID  = 1234
+	mixedAdj  = 100
+	mixedFile = 4 * mib // its shared memory is twice as much
+)
 
 // hooked reports whether a tier knows what struct oom_control says.
 func hooked(tier loader.Tier) bool { return tier == loader.TierFentry || tier == loader.TierKprobe }
@@ -201,7 +219,7 @@ func (o *observer) compareKill(e *event.Event, k *kmsg.Kill, want truth) []strin
 				return append(wrong, "limit.cgroup is absent")
 			}
 			if k.OOMMemcg != "" {
-				check("limit.cgroup.path", l.Cgroup.Path, k.OOMMemcg)
+				wrong = append(wrong, wrongCgroup("limit.cgroup", l.Cgroup, k.OOMMemcg)...)
 			}
 			var max string
 			if data, err := os.ReadFile(limitFile(l.Cgroup.Path)); err == nil {
@@ -227,6 +245,20 @@ func (o *observer) compareKill(e *event.Event, k *kmsg.Kill, want truth) []strin
 	if want.tid {
 		check("victim.pid is not its tid", e.Victim.PID != e.Victim.TID, true)
 	}
+	if m := want.mixed; m != nil {
+		// What is wanted of the event must be far from nothing, or a field that is never read would do.
+		check("console's uid", k.UID, uint32(mixedUID))
+		check("console's oom_score_adj", k.OOMScoreAdj, int16(mixedAdj))
+		check("console's file_rss is enough", k.FileRSS >= mixedFile-rssSlack, true)
+		check("console's shmem_rss is enough", k.ShmemRSS >= k.FileRSS+mixedFile-2*rssSlack, true)
+		check("victim.pid", int(e.Victim.PID), m.pid)
+		// USER_HZ is 100.
+		check("victim.start_boottime_ns in ticks", e.Victim.StartBoottimeNS/1e7, m.start)
+		check("trigger.pid", int(e.Trigger.PID), m.pid)
+		check("trigger.tid", int(e.Trigger.TID), m.pid)
+		wrong = append(wrong, wrongCgroup("victim.cgroup", e.Victim.Cgroup, m.group.Path())...)
+		wrong = append(wrong, wrongCgroup("trigger.cgroup", e.Trigger.Cgroup, m.group.Path())...)
+	}
 	check("victim.comm", e.Victim.Comm, k.Comm)
 	check("victim.uid", *e.Victim.UID, k.UID)
 	check("victim.oom_score_adj", *e.Victim.OOMScoreAdj, k.OOMScoreAdj)
@@ -235,7 +267,7 @@ func (o *observer) compareKill(e *event.Event, k *kmsg.Kill, want truth) []strin
 		if e.Victim.Memcg != nil {
 			memcg = e.Victim.Memcg
 		}
-		check("victim.memcg.path", memcg.Path, k.TaskMemcg)
+		wrong = append(wrong, wrongCgroup("victim.memcg", memcg, k.TaskMemcg)...)
 	}
 	m := e.Victim.Memory
 	if m == nil {
@@ -246,6 +278,29 @@ func (o *observer) compareKill(e *event.Event, k *kmsg.Kill, want truth) []strin
 	near("victim.memory.anon_rss", m.AnonRSS, k.AnonRSS)
 	near("victim.memory.file_rss", m.FileRSS, k.FileRSS)
 	near("victim.memory.shmem_rss", m.ShmemRSS, k.ShmemRSS)
+	return wrong
+}
+
+// wrongCgroup compares a cgroup with the directory that is at a path of the memory controller's hierarchy.
+func wrongCgroup(field string, c *event.Cgroup, path string) []string {
+	h, err := scratch.Find("/proc")
+	if err != nil {
+		return []string{err.Error()}
+	}
+	if c == nil {
+		return []string{field + " is absent"}
+	}
+	var wrong []string
+	if c.Path != path || c.Version != h.Version || c.Truncated {
+		wrong = append(wrong, fmt.Sprintf("%s.path: %+v, want %s", field, *c, path))
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(h.Mount, path), &st); err != nil {
+		return append(wrong, fmt.Sprintf("%s.id: %v", field, err))
+	}
+	if c.ID != st.Ino {
+		wrong = append(wrong, fmt.Sprintf("%s.id: %d, want %d", field, c.ID, st.Ino))
+	}
 	return wrong
 }
 
@@ -284,6 +339,31 @@ func (o *observer) expect(t *testing.T, n int, want truth) []event.Event {
 // hogProcess runs tools/hog in a cgroup and returns once it was told to begin.
 func hogProcess(t *testing.T, group *scratch.Cgroup, adj int, args ...string) *exec.Cmd {
 	t.Helper()
+	hog, begin := waitingHog(t, group, adj, args...)
+	begin()
+	return hog
+}
+
+// mixedHog runs tools/hog in its mode "mixed".
+func mixedHog(t *testing.T, group *scratch.Cgroup, size int) *mixedVictim {
+	t.Helper()
+	file := filepath.Join("/ramfs", "mixed")
+	if err := os.WriteFile(file, make([]byte, mixedFile), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(file) })
+	hog, begin := waitingHog(t, group, mixedAdj, "0", fmt.Sprint(size), "mixed", file)
+	_, start, err := processStat(hog.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin()
+	return &mixedVictim{hog.Process.Pid, start, group}
+}
+
+// waitingHog runs tools/hog in a cgroup; it begins when it is told to.
+func waitingHog(t *testing.T, group *scratch.Cgroup, adj int, args ...string) (_ *exec.Cmd, begin func()) {
+	t.Helper()
 	hog := exec.Command(scratchtest.Program(t, "hog"), args...)
 	stdin, err := hog.StdinPipe()
 	if err != nil {
@@ -303,10 +383,12 @@ func hogProcess(t *testing.T, group *scratch.Cgroup, adj int, args ...string) *e
 	if err := group.Add(hog.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := stdin.Write([]byte{1}); err != nil {
-		t.Fatal(err)
+	return hog, func() {
+		t.Helper()
+		if _, err := stdin.Write([]byte{1}); err != nil {
+			t.Fatal(err)
+		}
 	}
-	return hog
 }
 
 // hold is a hog that holds mib MiB when hold returns.
@@ -359,15 +441,15 @@ type scenario struct {
 // scenarios are what is caused with each tier.
 var scenarios = []scenario{
 	{"global", func(t *testing.T, o *observer) {
-		hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "1", fmt.Sprint(tooMuch))
-		e := o.expect(t, 1, truth{scope: event.ScopeGlobal, trigger: "hog", limit: event.LevelNode})
+		victim := mixedHog(t, scratchtest.New(t, scratch.Unlimited), tooMuch)
+		e := o.expect(t, 1, truth{scope: event.ScopeGlobal, trigger: "hog", limit: event.LevelNode, mixed: victim})
 		if len(e) == 1 && e[0].Limit != nil && e[0].Limit.Cgroup != nil {
 			t.Errorf("a global kill has the limit of %s", e[0].Limit.Cgroup.Path)
 		}
 	}},
 	{"container-limit", func(t *testing.T, o *observer) {
-		hogProcess(t, kubelet(t, 128*mib, 64*mib, 16*mib), 0, "1", "64")
-		o.expect(t, 1, truth{scope: event.ScopeCgroup, trigger: "hog", limit: event.LevelContainer})
+		victim := mixedHog(t, kubelet(t, 128*mib, 64*mib, 16*mib), 64)
+		o.expect(t, 1, truth{scope: event.ScopeCgroup, trigger: "hog", limit: event.LevelContainer, mixed: victim})
 	}},
 	{"pod-limit", func(t *testing.T, o *observer) {
 		hogProcess(t, kubelet(t, 128*mib, 16*mib, 64*mib), 0, "1", "64")
@@ -636,19 +718,20 @@ func TestVMConstrained(t *testing.T) {
 
 // faultFields are what src/faults.bpf.h breaks, by number.
 var faultFields = map[int]string{
-	1: "victim.pid", 2: "no event of process", 4: "victim.comm", 5: "victim.uid", 6: "victim.oom_score_adj",
-	8: "victim.memcg.path", 9: "scope", 10: "outcome", 11: "victim.memory.total_vm", 12: "victim.memory.anon_rss",
-	13: "victim.memory.file_rss", 14: "victim.memory.shmem_rss", 15: "victim.memory.pgtables", 16: "limit.max",
-	18: "alloc.gfp_mask", 19: "alloc.order", 21: "trigger.comm",
+	1: "victim.pid", 2: "no event of process", 3: "victim.start_boottime_ns", 4: "victim.comm", 5: "victim.uid",
+	6: "victim.oom_score_adj", 7: "victim.cgroup.id", 8: "victim.memcg.path", 9: "scope", 10: "outcome",
+	11: "victim.memory.total_vm", 12: "victim.memory.anon_rss", 13: "victim.memory.file_rss",
+	14: "victim.memory.shmem_rss", 15: "victim.memory.pgtables", 16: "limit.max", 17: "limit.cgroup.id",
+	18: "alloc.gfp_mask", 19: "alloc.order", 20: "trigger.pid", 21: "trigger.comm",
+	// The file's and the shared pages swapped, the victim's path as the limit's, and what was never read.
+	22: "victim.memory.shmem_rss", 23: "limit.cgroup.path", 24: "victim.uid", 25: "victim.oom_score_adj",
+	26: "trigger.tid",
 }
 
 // TestVMFaults: one wrong field in the BPF program at a time is found by the comparison with the console.
 func TestVMFaults(t *testing.T) {
-	for number := 1; number <= 21; number++ {
-		field, ok := faultFields[number]
-		if !ok {
-			continue
-		}
+	for number := 1; number <= len(faultFields); number++ {
+		field := faultFields[number]
 		t.Run(fmt.Sprintf("%d-%s", number, strings.ReplaceAll(field, " ", "-")), func(t *testing.T) {
 			t.Setenv("OOM_TRACER_FAULT", fmt.Sprint(number))
 			o, err := observe(t, loader.TierAuto)
@@ -657,8 +740,8 @@ func TestVMFaults(t *testing.T) {
 			}
 			o.tier = loader.TierFentry
 			o.begin(t)
-			group := scratchtest.New(t, 16*mib)
-			hogProcess(t, group, 0, "1", "64")
+			// The limit is not the victim's own cgroup's.
+			victim := mixedHog(t, scratchtest.Child(t, scratchtest.New(t, 16*mib), "leaf", scratch.Unlimited), 64)
 			events, kills := o.take(t, 1, 1)
 			if len(events) != 1 || len(kills) != 1 {
 				t.Fatalf("%d events, %d kills", len(events), len(kills))
@@ -667,7 +750,7 @@ func TestVMFaults(t *testing.T) {
 			if int(events[0].Victim.TID) != kills[0].PID {
 				wrong = append(wrong, "no event of process")
 			}
-			wrong = append(wrong, o.compareKill(&events[0], &kills[0], truth{scope: event.ScopeCgroup})...)
+			wrong = append(wrong, o.compareKill(&events[0], &kills[0], truth{scope: event.ScopeCgroup, mixed: victim})...)
 			if !strings.Contains(strings.Join(wrong, "\n"), field) {
 				t.Errorf("fault %d (%s) goes unnoticed: %q", number, field, wrong)
 				return
