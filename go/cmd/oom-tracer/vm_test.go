@@ -323,6 +323,11 @@ func (o *observer) expect(t *testing.T, n int, want truth) []event.Event {
 	if len(events) != len(kills) {
 		t.Errorf("%d events of %d kills", len(events), len(kills))
 	}
+	// A group has one header, above its first. Without it much would not be compared. (It names the process
+	// that was chosen, and cannot be told to belong to a line that names another of its threads.)
+	if len(kills) > 0 && !want.tid && (kills[0].Constraint == "" || kills[0].TriggerComm == "") {
+		t.Errorf("the console does not say why: %+v", kills[0])
+	}
 	for i := range kills {
 		at := slices.IndexFunc(events, func(e event.Event) bool { return int(e.Victim.TID) == kills[i].PID })
 		if at < 0 {
