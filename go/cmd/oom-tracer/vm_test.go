@@ -25,6 +25,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -313,6 +314,39 @@ func limitFile(path string) string {
 	return filepath.Join(h.Mount, path, map[int]string{1: "memory.limit_in_bytes", 2: "memory.max"}[h.Version])
 }
 
+// missedKprobes is how often the kernel itself counts that it has left out a kprobe of this tracer. It does where
+// the CPU is inside of a bpf(2) call on a map, this tracer's own reader's for one, that was preempted
+// (bpf_prog_active in trace_call_bpf()). It counts them since Linux 6.7.
+func missedKprobes(t *testing.T) (n uint64) {
+	t.Helper()
+	for id := ebpf.ProgramID(0); ; {
+		next, err := ebpf.ProgramGetNextID(id)
+		if errors.Is(err, os.ErrNotExist) {
+			return n
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		id = next
+		program, err := ebpf.NewProgramFromID(id)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, infoErr := program.Info()
+		stats, statsErr := program.Stats()
+		program.Close()
+		if err := errors.Join(infoErr, statsErr); err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasPrefix(info.Name, "kprobe_") {
+			n += stats.RecursionMisses
+		}
+	}
+}
+
 // as judges events by what another tier knows.
 func (o *observer) as(tier loader.Tier) *observer { return &observer{tier: tier, task: o.task} }
 
@@ -337,7 +371,14 @@ func (o *observer) expect(t *testing.T, n int, want truth) []event.Event {
 			t.Errorf("no event of process %d (%s)", kills[i].PID, kills[i].Comm)
 			continue
 		}
-		for _, w := range o.compareKill(&events[at], &kills[i], want) {
+		judge := o
+		if o.tier == loader.TierKprobe && events[at].Node.Tier == string(loader.TierStack) {
+			if n := missedKprobes(t); n > 0 {
+				t.Logf("the kernel has missed kprobes %d times: the event must be right by the stack", n)
+				judge = o.as(loader.TierStack)
+			}
+		}
+		for _, w := range judge.compareKill(&events[at], &kills[i], want) {
 			t.Errorf("%s[%d]: %s", kills[i].Comm, kills[i].PID, w)
 		}
 	}
