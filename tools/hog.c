@@ -9,12 +9,12 @@
  * It waits for a byte on standard input (the caller moves it into its cgroup meanwhile), then runs
  * COUNT children, one after the other, each of which touches MIB MiB, and prints one line per child:
  * the PID and how it ended. With "threaded" a child's leader exits and another thread allocates.
- * With "shared" a child has a twin that shares its memory and is another process (CLONE_VM). With
- * "bind1" its memory may only come from NUMA node 1 (MPOL_BIND). With "mixed" it first maps all of FILE
- * and 8 MiB of shared memory and touches them, and becomes user 1234: every figure that the kernel
- * tells of it is then another one. With "alternate" it goes between two cgroups of version 2 that have
- * limits, and runs them out of memory: see there. With COUNT 0 it allocates itself, and with "hold"
- * then says so and stays. It ends by itself after 300 s.
+ * With "shared" a child has a twin that shares its memory and is another process (CLONE_VM), and tells
+ * its PID. With "bind1" its memory may only come from NUMA node 1 (MPOL_BIND). With "mixed" it first
+ * maps all of FILE and 8 MiB of shared memory and touches them, and becomes user 1234: every figure
+ * that the kernel tells of it is then another one. With "alternate" it goes between two cgroups of
+ * version 2 that have limits, and runs them out of memory: see there. With COUNT 0 it allocates itself,
+ * and with "hold" then says so and stays. It ends by itself after 300 s.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -250,10 +250,15 @@ static void child(const char *mode)
 	pthread_t thread;
 
 	prctl(PR_SET_PDEATHSIG, 9);
-	if (strcmp(mode, "shared") == 0 &&
-	    clone(twin, stack + sizeof(stack), CLONE_VM | SIGCHLD, NULL) < 0) {
-		perror("hog: clone");
-		_exit(1);
+	if (strcmp(mode, "shared") == 0) {
+		int pid = clone(twin, stack + sizeof(stack), CLONE_VM | SIGCHLD, NULL);
+
+		if (pid < 0) {
+			perror("hog: clone");
+			_exit(1);
+		}
+		printf("twin %d\n", pid);
+		fflush(stdout);
 	}
 	if (strcmp(mode, "bind1") == 0) {
 		const unsigned long node1 = 2;

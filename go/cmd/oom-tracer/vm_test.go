@@ -19,6 +19,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -388,7 +389,7 @@ func (o *observer) expect(t *testing.T, n int, want truth) []event.Event {
 // hogProcess runs tools/hog in a cgroup and returns once it was told to begin.
 func hogProcess(t *testing.T, group *scratch.Cgroup, adj int, args ...string) *exec.Cmd {
 	t.Helper()
-	hog, begin := waitingHog(t, group, adj, args...)
+	hog, begin := waitingHog(t, scratchtest.Program(t, "hog"), group, adj, args...)
 	begin()
 	return hog
 }
@@ -401,7 +402,7 @@ func mixedHog(t *testing.T, group *scratch.Cgroup, size int) *mixedVictim {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(file) })
-	hog, begin := waitingHog(t, group, mixedAdj, "0", fmt.Sprint(size), "mixed", file)
+	hog, begin := waitingHog(t, scratchtest.Program(t, "hog"), group, mixedAdj, "0", fmt.Sprint(size), "mixed", file)
 	_, start, err := processStat(hog.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
@@ -410,10 +411,17 @@ func mixedHog(t *testing.T, group *scratch.Cgroup, size int) *mixedVictim {
 	return &mixedVictim{hog.Process.Pid, start, group}
 }
 
-// waitingHog runs tools/hog in a cgroup; it begins when it is told to.
-func waitingHog(t *testing.T, group *scratch.Cgroup, adj int, args ...string) (_ *exec.Cmd, begin func()) {
+// waitingHog runs tools/hog, under whatever name, in a cgroup; it begins when it is told to. What it prints
+// goes to a file.
+func waitingHog(t *testing.T, program string, group *scratch.Cgroup, adj int, args ...string) (_ *exec.Cmd, begin func()) {
 	t.Helper()
-	hog := exec.Command(scratchtest.Program(t, "hog"), args...)
+	hog := exec.Command(program, args...)
+	stdout, err := os.Create(filepath.Join(t.TempDir(), "stdout"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stdout.Close() })
+	hog.Stdout = stdout
 	stdin, err := hog.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -450,6 +458,13 @@ func hold(t *testing.T, group *scratch.Cgroup, adj, mib int) *exec.Cmd {
 		}
 	}
 	return hog
+}
+
+// alive reports whether a process is there and no zombie.
+func alive(pid int) bool {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, after, _ := strings.Cut(string(data), ") ")
+	return err == nil && !strings.HasPrefix(after, "Z") && !strings.HasPrefix(after, "X")
 }
 
 func residentMiB(pid int) int {
@@ -556,23 +571,43 @@ var scenarios = []scenario{
 		root := scratchtest.New(t, scratch.Unlimited)
 		a := scratchtest.Child(t, root, "innocent", scratch.Unlimited)
 		b := scratchtest.Child(t, root, "hog", scratch.Unlimited)
-		free := freeMiB(t)
-		victim := hold(t, b, 0, free*6/10)
-		innocent := hogProcess(t, a, -900, "0", fmt.Sprint(free*8/10), "hold")
-		events := o.expect(t, 1, truth{scope: event.ScopeGlobal, victim: victim.Process.Pid})
-		if len(events) != 1 {
-			return
+		name := filepath.Join(t.TempDir(), "innocent")
+		if err := os.Symlink(scratchtest.Program(t, "hog"), name); err != nil {
+			t.Fatal(err)
 		}
-		e := events[0]
-		// Anybody may be the one whose allocation fails; what counts is that nobody is taken for another.
-		if e.Victim.PID != 0 && e.Victim.Cgroup.Path != b.Path() {
-			t.Errorf("the victim is in %s, want %s", e.Victim.Cgroup.Path, b.Path())
-		}
-		if int(e.Trigger.PID) == innocent.Process.Pid && e.Trigger.Cgroup.Path != a.Path() {
-			t.Errorf("the trigger is in %s, want %s", e.Trigger.Cgroup.Path, a.Path())
-		}
-		if int(e.Trigger.PID) == victim.Process.Pid {
-			t.Errorf("the victim held still and is the trigger")
+		// Anybody may be the one whose allocation fails, this test too.
+		for try := 1; ; try++ {
+			free := freeMiB(t)
+			victim := hold(t, b, 0, free*6/10)
+			innocent, begin := waitingHog(t, name, a, -900, "0", fmt.Sprint(free*8/10), "hold")
+			begin()
+			events := o.expect(t, 1, truth{scope: event.ScopeGlobal, victim: victim.Process.Pid})
+			if len(events) != 1 {
+				return
+			}
+			e := &events[0]
+			if e.Victim.PID != 0 && e.Victim.Cgroup.Path != b.Path() {
+				t.Errorf("the victim is in %s, want %s", e.Victim.Cgroup.Path, b.Path())
+			}
+			// The name is the console's, too.
+			if e.Trigger.Comm == "innocent" {
+				if int(e.Trigger.PID) != innocent.Process.Pid || e.Trigger.Cgroup.Path != a.Path() {
+					t.Errorf("the trigger is %d in %s, want %d in %s", e.Trigger.PID, e.Trigger.Cgroup.Path, innocent.Process.Pid, a.Path())
+				}
+				return
+			}
+			if int(e.Trigger.PID) == victim.Process.Pid {
+				t.Errorf("the victim held still and is the trigger")
+			}
+			if try == 5 {
+				t.Errorf("five times it was another who asked for the memory, now %s", e.Trigger.Comm)
+				return
+			}
+			for _, p := range []*exec.Cmd{victim, innocent} {
+				_ = p.Process.Kill()
+				_ = p.Wait()
+			}
+			o.begin(t)
 		}
 	}},
 	{"threaded", func(t *testing.T, o *observer) {
@@ -612,8 +647,21 @@ var scenarios = []scenario{
 	}},
 	{"clone-vm", func(t *testing.T, o *observer) {
 		// Two processes share one memory: both die, one is marked.
-		hogProcess(t, scratchtest.New(t, 16*mib), 0, "1", "64", "shared")
+		hog := hogProcess(t, scratchtest.New(t, 16*mib), 0, "1", "64", "shared")
 		o.expect(t, 1, truth{scope: event.ScopeCgroup})
+		var twin int
+		said, err := os.ReadFile(hog.Stdout.(*os.File).Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := fmt.Sscanf(string(said), "twin %d\n", &twin); err != nil {
+			t.Fatalf("the hog said %q: %v", said, err)
+		}
+		for deadline := time.Now().Add(5 * time.Second); alive(twin); time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("the twin, %d, lives on", twin)
+			}
+		}
 	}},
 	{"ten-levels", func(t *testing.T, o *observer) {
 		leaf := kubelet(t, 128*mib, 64*mib, 16*mib)
@@ -949,6 +997,25 @@ func TestVMMissedHookUnreadable(t *testing.T) {
 	}
 }
 
+// biggest returns the process that holds most memory, of all but this one, which is at -1000.
+func biggest(t *testing.T) (pid, size int) {
+	t.Helper()
+	processes, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range processes {
+		n, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil || n == os.Getpid() {
+			continue
+		}
+		if resident := residentMiB(n); resident > size {
+			pid, size = n, resident
+		}
+	}
+	return pid, size
+}
+
 // TestVMTracer runs the tracer itself, the second biggest process of the machine, through a global OOM, and
 // reads the event back with oom-tap.
 func TestVMTracer(t *testing.T) {
@@ -975,8 +1042,22 @@ func TestVMTracer(t *testing.T) {
 	if adj, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", tracer.Process.Pid)); err != nil || strings.TrimSpace(string(adj)) != fmt.Sprint(oomScoreAdj) {
 		t.Errorf("the tracer is at %s, %v", adj, err)
 	}
+	// All but the hog are smaller, which has nothing yet.
+	second, size := biggest(t)
+	if second != tracer.Process.Pid {
+		t.Errorf("process %d is bigger than the tracer, %d: %d MiB", second, tracer.Process.Pid, size)
+	}
+	console, err := kmsg.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer console.Close()
 	group := scratchtest.New(t, scratch.Unlimited)
 	hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
+	kills, err := console.Read(func(kills []kmsg.Kill) bool { return len(kills) > 0 }, 60*time.Second)
+	if err != nil || len(kills) != 1 || kills[0].Comm != "hog" || kills[0].AnonRSS < uint64(size)*mib {
+		t.Errorf("the console tells of %+v, %v", kills, err)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, scratchtest.Program(t, "oom-tap"), "--config", file, "--since", "1h", "--count", "1", "--scope", "global", "--output", "json").Output()
@@ -1000,5 +1081,5 @@ func TestVMTracer(t *testing.T) {
 	if strings.Count(lines.String(), "\n") != 1 {
 		t.Errorf("the tracer printed %q", lines.String())
 	}
-	fmt.Printf("TRACER survived: %s", lines.String())
+	fmt.Printf("TRACER survived as the second biggest, with %d MiB: %s", size, lines.String())
 }
