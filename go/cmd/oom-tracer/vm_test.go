@@ -997,6 +997,19 @@ func TestVMMissedHookUnreadable(t *testing.T) {
 	}
 }
 
+// selftestVM runs oom-tracer selftest, and returns its first line.
+func selftestVM(t *testing.T, config string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, scratchtest.Program(t, "oom-tracer"), "selftest", "--config", config, "--node-name", "vm").CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("selftest: ok")) {
+		t.Errorf("selftest: %v\n%s", err, out)
+	}
+	first, _, _ := strings.Cut(string(out), "\n")
+	return first
+}
+
 // biggest returns the process that holds most memory, of all but this one, which is at -1000.
 func biggest(t *testing.T) (pid, size int) {
 	t.Helper()
@@ -1017,13 +1030,16 @@ func biggest(t *testing.T) (pid, size int) {
 }
 
 // TestVMTracer runs the tracer itself, the second biggest process of the machine, through a global OOM, and
-// reads the event back with oom-tap.
+// reads the event back with oom-tap. Before that the selftest runs, alone and beside the tracer.
 func TestVMTracer(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "config.yaml")
 	text := fmt.Sprintf("nats: {embedded: {listen: \"127.0.0.1:4222\", dir: %s/nats}}\nmetrics: {listen: \"127.0.0.1:9105\"}\n", dir)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
+	}
+	if said := selftestVM(t, file); !strings.Contains(said, "no tracer runs") {
+		t.Errorf("the selftest alone says %q", said)
 	}
 	// This test is at -1000, and its children inherit that: the tracer must protect itself.
 	tracer := exec.Command("/bin/sh", "-c", "echo 0 >/proc/self/oom_score_adj; exec \"$@\"", "sh",
@@ -1041,6 +1057,9 @@ func TestVMTracer(t *testing.T) {
 	}
 	if adj, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", tracer.Process.Pid)); err != nil || strings.TrimSpace(string(adj)) != fmt.Sprint(oomScoreAdj) {
 		t.Errorf("the tracer is at %s, %v", adj, err)
+	}
+	if said := selftestVM(t, file); !strings.Contains(said, "through the tracer that runs") {
+		t.Errorf("the selftest beside the tracer says %q", said)
 	}
 	// All but the hog are smaller, which has nothing yet.
 	second, size := biggest(t)
@@ -1078,7 +1097,7 @@ func TestVMTracer(t *testing.T) {
 	if err := tracer.Wait(); err != nil {
 		t.Errorf("the tracer ended with %v: %s", err, log.String())
 	}
-	if strings.Count(lines.String(), "\n") != 1 {
+	if strings.Count(lines.String(), "\n") != 2 { // the selftest's kill and the global one
 		t.Errorf("the tracer printed %q", lines.String())
 	}
 	fmt.Printf("TRACER survived as the second biggest, with %d MiB: %s", size, lines.String())
