@@ -10,11 +10,13 @@
 
 const volatile __u32 oom_fault;
 
-/* A hook that is missed half of the time. */
-#define MISSED(number) (oom_fault == (number) && bpf_get_prandom_u32() & 1)
+/* A hook that is missed half of the time, and all of them, each for itself. */
+#define MISSED(number) ((oom_fault == (number) || oom_fault == 104) && bpf_get_prandom_u32() & 1)
 
 static __always_inline void put_fault(struct oom_event *e)
 {
+	__u64 file = e->memory.rss[OOM_RSS_FILE];
+
 	switch (oom_fault) {
 	case 1:
 		e->victim.tgid++;
@@ -78,6 +80,23 @@ static __always_inline void put_fault(struct oom_event *e)
 		break;
 	case 21:
 		e->trigger.comm[0]++;
+		break;
+	case 22:
+		e->memory.rss[OOM_RSS_FILE] = e->memory.rss[OOM_RSS_SHMEM];
+		e->memory.rss[OOM_RSS_SHMEM] = file;
+		break;
+	case 23:
+		e->cgroup[OOM_CG_LIMIT].off = e->cgroup[OOM_CG_VICTIM].off;
+		e->cgroup[OOM_CG_LIMIT].len = e->cgroup[OOM_CG_VICTIM].len;
+		break;
+	case 24:
+		e->victim.uid = 0;
+		break;
+	case 25:
+		e->victim.oom_score_adj = 0;
+		break;
+	case 26:
+		e->trigger.tid++;
 		break;
 	}
 }

@@ -83,27 +83,35 @@ struct {
 
 /*
  * What the hooks saw of the OOM kill that is under way. All of them run under oom_lock, so one is
- * enough. A context is used up by what it explains, so that it cannot explain another mark later,
- * should a hook be missed: then the mark has no context, and never a stale one.
+ * enough.
+ *
+ * A hook can be missed, and no hook tells when out_of_memory() returns without a mark, so what stands
+ * here may be of an earlier call. It is not believed but looked at again at the mark: the oom_control
+ * lies on the kernel stack, above the mark, says what it said to the hook, and the task that it has
+ * chosen is the one that is marked now. An earlier call that ended without a mark had chosen nobody, or
+ * one that had no memory left or was marked already, and such a one is not marked again. (Should the
+ * caller of this call have its oom_control at the very place where that of an earlier call was, then it
+ * is this call's that is read, and it is right.)
  */
 enum cause_stage {
-	CAUSE_NONE = 0,	   /* none, or used up */
-	CAUSE_ENTERED = 1, /* out_of_memory(): memcg, gfp_mask and order are set */
-	CAUSE_CHOSEN = 2,  /* oom_kill_process(): everything is set */
-	CAUSE_SPENT = 3,   /* the chosen one was marked; only members of its group may follow */
+	CAUSE_NONE = 0,	 /* none, or used up */
+	CAUSE_SEEN = 1,	 /* out_of_memory() or oom_kill_process() was entered */
+	CAUSE_SPENT = 2, /* the chosen one was marked; only members of its group may follow */
 };
 
 struct cause {
 	__u64 thread; /* pid_tgid */
+	struct oom_control *oc;
+	struct zonelist *zonelist; /* of oc, as what follows */
 	struct mem_cgroup *memcg;
-	__u64 total_pages;
+	struct task_struct *chosen; /* once it was marked */
 	__u32 gfp_mask;
 	__s32 order;
-	__u32 stage;	  /* enum cause_stage */
-	__u32 constraint; /* enum oom_constraint */
-	__u32 chosen_tgid;
-	__u32 killing_tgid;	     /* __oom_kill_process() was entered for it */
-	__u32 killing_again;	     /* and it was marked before */
+	__u32 stage;	     /* enum cause_stage */
+	__u32 killing_tgid;  /* __oom_kill_process() was entered for it */
+	__u32 killing_again; /* and it was marked before */
+	__u32 pad;
+	__u64 killing_start_boottime_ns;
 	struct task_struct *marking; /* mark_oom_victim() was entered for it */
 };
 
@@ -426,37 +434,32 @@ static __always_inline struct oom_state *the_state(void)
 
 /* The bodies of the hooks, which fentry and kprobe share. */
 
-static __always_inline int enter_out_of_memory(struct oom_control *oc)
+static __always_inline int see(struct oom_control *oc)
 {
 	struct cause *c = the_cause();
 
-	if (!c || MISSED(101))
+	if (!c)
 		return 0;
 	c->thread = bpf_get_current_pid_tgid();
+	c->oc = oc;
+	c->zonelist = BPF_CORE_READ(oc, zonelist);
 	c->memcg = BPF_CORE_READ(oc, memcg);
 	c->gfp_mask = BPF_CORE_READ(oc, gfp_mask);
 	c->order = BPF_CORE_READ(oc, order);
-	c->stage = CAUSE_ENTERED;
+	c->stage = CAUSE_SEEN;
 	c->killing_tgid = 0;
 	return 0;
 }
 
+/* Either of the two is enough. */
+static __always_inline int enter_out_of_memory(struct oom_control *oc)
+{
+	return MISSED(101) ? 0 : see(oc);
+}
+
 static __always_inline int enter_oom_kill_process(struct oom_control *oc)
 {
-	struct cause *c = the_cause();
-
-	if (!c || MISSED(102))
-		return 0;
-	c->thread = bpf_get_current_pid_tgid();
-	c->memcg = BPF_CORE_READ(oc, memcg);
-	c->gfp_mask = BPF_CORE_READ(oc, gfp_mask);
-	c->order = BPF_CORE_READ(oc, order);
-	c->total_pages = BPF_CORE_READ(oc, totalpages);
-	c->constraint = BPF_CORE_READ(oc, constraint);
-	c->chosen_tgid = BPF_CORE_READ(oc, chosen, tgid);
-	c->stage = CAUSE_CHOSEN;
-	c->killing_tgid = 0;
-	return 0;
+	return MISSED(102) ? 0 : see(oc);
 }
 
 static __always_inline int enter___oom_kill_process(struct task_struct *victim)
@@ -467,6 +470,7 @@ static __always_inline int enter___oom_kill_process(struct task_struct *victim)
 	if (!c || !st || MISSED(103))
 		return 0;
 	c->killing_tgid = BPF_CORE_READ(victim, tgid);
+	c->killing_start_boottime_ns = BPF_CORE_READ(victim, group_leader, start_boottime);
 	/* tsk_is_oom_victim(): it was marked. find_lock_task_mm() gives up on one that has no mm left.
 	 */
 	c->killing_again =
@@ -505,56 +509,77 @@ HOOK(__oom_kill_process, struct task_struct)
 HOOK(mark_oom_victim, struct task_struct)
 
 /* scope_of is oom_constraint with the two that stand beside it (is_memcg_oom(), is_sysrq_oom()). */
-static __always_inline __u8 scope_of(struct cause *c)
+static __always_inline __u8 scope_of(struct cause *c, enum oom_constraint constraint)
 {
 	if (c->memcg)
 		return OOM_SCOPE_CGROUP;
 	if (c->order == -1)
 		return OOM_SCOPE_SYSRQ;
-	if (oom_one_memory_node)
-		return OOM_SCOPE_GLOBAL;
-	if (c->stage == CAUSE_ENTERED) /* constrained_alloc() has not run yet */
-		return OOM_SCOPE_UNKNOWN;
-	switch (c->constraint) {
+	switch (constraint) {
 	case CONSTRAINT_NONE:
 		return OOM_SCOPE_GLOBAL;
 	case CONSTRAINT_CPUSET:
 		return OOM_SCOPE_CPUSET;
 	case CONSTRAINT_MEMORY_POLICY:
 		return OOM_SCOPE_MEMPOLICY;
+	default:
+		return OOM_SCOPE_UNKNOWN;
 	}
-	return OOM_SCOPE_UNKNOWN;
 }
 
 /*
- * read_hooks takes scope, outcome and allocation from the hooks, if what they saw explains this mark.
- * It returns whether it does, and uses it up.
+ * outcome_of tells a kill from the mark of a task that is exiting anyway. That a hook did not run
+ * proves nothing: only the stack proves that nobody was killed. There both callers of mark_oom_victim()
+ * that do not kill are told by the absence of __oom_kill_process(). (The loader writes symbols only
+ * where that function has an address of its own.)
  */
-static __always_inline bool read_hooks(struct oom_event *e, struct cause *c, __u32 frames)
+static __always_inline __u8 outcome_of(bool killing, __u32 frames)
 {
-	bool killing = c->killing_tgid && c->killing_tgid == e->victim.tgid;
-	bool explained;
+	if (killing || has(frames, OOM_FRAME_KILL))
+		return OOM_OUTCOME_KILLED;
+	return has(frames, OOM_FRAME_OOM) ? OOM_OUTCOME_EXITING : OOM_OUTCOME_UNKNOWN;
+}
 
-	if (c->thread != bpf_get_current_pid_tgid())
+/*
+ * read_hooks takes scope, outcome and allocation from the hooks, if what they saw explains this mark:
+ * then it returns true, and sets member if the mark follows another in the same group. ctx lies on the
+ * stack.
+ */
+static __always_inline bool read_hooks(void *ctx, struct oom_event *e, struct cause *c,
+				       struct task_struct *victim, __u32 frames, bool *member)
+{
+	bool killing = c->killing_tgid && c->killing_tgid == e->victim.tgid &&
+		       c->killing_start_boottime_ns == e->victim.start_boottime_ns;
+	__u32 stage = c->stage;
+	/* Copied, or CO-RE would take struct cause for one of the kernel's. */
+	struct oom_control *oc = c->oc;
+	struct task_struct *chosen;
+
+	/* What does not explain this mark explains no other. */
+	c->stage = CAUSE_NONE;
+	c->killing_tgid = 0;
+	if (stage == CAUSE_NONE || c->thread != bpf_get_current_pid_tgid() || !victim ||
+	    (__u64)oc <= launder(ctx) || BPF_CORE_READ(oc, zonelist) != c->zonelist ||
+	    BPF_CORE_READ(oc, memcg) != c->memcg || BPF_CORE_READ(oc, gfp_mask) != c->gfp_mask ||
+	    BPF_CORE_READ(oc, order) != c->order)
 		return false;
-	if (c->stage == CAUSE_CHOSEN) /* oom_kill_process() marks the chosen one first */
-		explained = c->chosen_tgid == e->victim.tgid;
-	else if (c->stage == CAUSE_SPENT) /* oom_kill_memcg_member() */
-		explained = killing;
-	else /* out_of_memory() marks the caller, if that is exiting */
-		explained = c->stage == CAUSE_ENTERED && !killing && e->victim.tgid == e->trigger.tgid;
-	if (!explained)
-		return false;
-	e->scope = scope_of(c);
-	/* The stack, where it can be read, has the last word: a hook can be missed. */
-	e->outcome = killing || has(frames, OOM_FRAME_KILL) ? OOM_OUTCOME_KILLED : OOM_OUTCOME_EXITING;
+	chosen = BPF_CORE_READ(oc, chosen);
+	/* oom_kill_process() marks a thread of the chosen one first, then the members of its group. */
+	if (BPF_CORE_READ(chosen, signal) != BPF_CORE_READ(victim, signal)) {
+		if (stage != CAUSE_SPENT || chosen != c->chosen)
+			return false;
+		if (has(frames, OOM_FRAME_OOM) ? !has(frames, OOM_FRAME_GROUP) : !killing)
+			return false;
+		*member = true;
+	}
+	c->chosen = chosen;
+	c->stage = CAUSE_SPENT;
+	e->scope = scope_of(c, BPF_CORE_READ(oc, constraint));
+	e->outcome = outcome_of(killing, frames);
 	e->alloc.gfp_mask = c->gfp_mask;
 	e->alloc.order = c->order;
-	if (c->stage != CAUSE_ENTERED)
-		e->alloc.total_pages = c->total_pages;
+	e->alloc.total_pages = BPF_CORE_READ(oc, totalpages);
 	e->flags |= OOM_F_ALLOC;
-	c->stage = c->stage == CAUSE_ENTERED ? CAUSE_NONE : CAUSE_SPENT;
-	c->killing_tgid = 0;
 	return true;
 }
 
@@ -567,14 +592,10 @@ static __always_inline bool read_stack(struct oom_event *e, __u32 frames)
 		e->scope = OOM_SCOPE_CGROUP;
 	else if (has(frames, OOM_FRAME_SYSRQ))
 		e->scope = OOM_SCOPE_SYSRQ;
+	/* constrained_alloc()'s answer is not on the stack. */
 	else if (has(frames, OOM_FRAME_PAGE_ALLOC) && oom_one_memory_node)
 		e->scope = OOM_SCOPE_GLOBAL;
-	/*
-	 * Both callers of mark_oom_victim() that do not kill are told by the absence of
-	 * __oom_kill_process(). The loader writes symbols only where that function has an address of
-	 * its own.
-	 */
-	e->outcome = has(frames, OOM_FRAME_KILL) ? OOM_OUTCOME_KILLED : OOM_OUTCOME_EXITING;
+	e->outcome = outcome_of(false, frames);
 	return true;
 }
 
@@ -728,8 +749,8 @@ int oom_mark_victim(__u64 *ctx)
 
 	if (oom_tier != OOM_TIER_NONE)
 		frames = stack_frames(ctx, s);
-	member = has(frames, OOM_FRAME_GROUP) || c->stage == CAUSE_SPENT;
-	if (oom_tier >= OOM_TIER_KPROBE && read_hooks(e, c, frames))
+	member = has(frames, OOM_FRAME_GROUP);
+	if (oom_tier >= OOM_TIER_KPROBE && read_hooks(ctx, e, c, victim, frames, &member))
 		e->tier = oom_tier;
 	else if (read_stack(e, frames))
 		e->tier = OOM_TIER_STACK;

@@ -25,6 +25,9 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs tmpfs /tmp
 ln -s /tmp /var/tmp
+# Pages of a tmpfs count as shared memory, those of a ramfs as a file's.
+mkdir /ramfs
+mount -t ramfs ramfs /ramfs
 mount -t bpf bpf /sys/fs/bpf
 mount -t tracefs tracefs /sys/kernel/tracing
 mount -t securityfs securityfs /sys/kernel/security

@@ -1,0 +1,193 @@
+//go:build vm
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+// vmConfig is a config file for oom-tracer with the shipped pin directory; what the kernel killed before is
+// nobody's gap. What a test leaves pinned is unloaded.
+func vmConfig(t *testing.T, tier string) string {
+	t.Helper()
+	dir := t.TempDir()
+	file, state := filepath.Join(dir, "config.yaml"), filepath.Join(dir, "state.json")
+	text := fmt.Sprintf("node: {state_file: %s}\nkernel: {tier: %s}\nnats: {embedded: {listen: \"127.0.0.1:4222\", dir: %s/nats}}\nmetrics: {listen: \"127.0.0.1:9105\"}\n", state, tier, dir)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := nothingMissed(state, "vm"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command(scratchtest.Program(t, "oom-tracer"), "unload", "--force", "--config", file).CombinedOutput(); err != nil {
+			t.Errorf("unload: %v\n%s", err, out)
+		}
+	})
+	return file
+}
+
+// vmTracer starts oom-tracer and waits until it runs.
+func vmTracer(t *testing.T, config string) *process {
+	t.Helper()
+	p := &process{Cmd: exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", config, "--node-name", "vm")}
+	p.Stderr = &p.log
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.kill)
+	until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), "127.0.0.1:9105") })
+	return p
+}
+
+// eventOf waits until the stream has the event of a process.
+func eventOf(t *testing.T, config string, pid int) event.Event {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	tap := exec.CommandContext(ctx, scratchtest.Program(t, "oom-tap"), "--config", config, "--since", "1h", "--kills", "--output", "json")
+	out, err := tap.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tap.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tap.Process.Kill(); _ = tap.Wait() }()
+	for lines := json.NewDecoder(out); ; {
+		var e event.Event
+		if err := lines.Decode(&e); err != nil {
+			t.Fatalf("no event of process %d: %v", pid, err)
+		}
+		if int(e.Victim.PID) == pid || int(e.Victim.TID) == pid {
+			return e
+		}
+	}
+}
+
+// metric reads one figure of the tracer's.
+func metric(t *testing.T, series string) string {
+	t.Helper()
+	response, err := http.Get("http://127.0.0.1:9105/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + ` (\S+)$`).FindSubmatch(body)
+	if found == nil {
+		t.Fatalf("no %s in\n%s", series, body)
+	}
+	return string(found[1])
+}
+
+// TestVMJournalVictim: the tracer itself is killed by the global OOM. The next one reads the kill of the one
+// before from the journal, with all that the pinned hooks knew of it.
+func TestVMJournalVictim(t *testing.T) {
+	config := vmConfig(t, "auto")
+	first := vmTracer(t, config)
+	tier := regexp.MustCompile(`tier=(\w+)`).FindStringSubmatch(first.log.String())[1]
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", first.Process.Pid), []byte("1000"), 0); err != nil {
+		t.Fatal(err)
+	}
+	hog := hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "0", fmt.Sprint(tooMuch))
+	if err := first.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Fatalf("the tracer ended with %v", err)
+	}
+	_ = hog.Wait() // the next one
+	vmTracer(t, config)
+	for _, pid := range []int{first.Process.Pid, hog.Process.Pid} {
+		e := eventOf(t, config, pid)
+		if e.Scope != event.ScopeGlobal || e.Outcome != event.OutcomeKilled || e.Node.Tier != tier || e.Limit == nil || e.Limit.Level != event.LevelNode {
+			t.Errorf("%+v", e)
+		}
+	}
+	if lost := metric(t, "oom_tracer_lost_records_total"); lost != "0" {
+		t.Errorf("%s are lost", lost)
+	}
+	fmt.Printf("TABLE %s journal-victim ok\n", tier)
+}
+
+// TestVMJournalCounts: with hooks the kernel's count and ours are the same to the last kill, over a group of
+// processes of which the kernel counts the first one twice, and over a restart.
+func TestVMJournalCounts(t *testing.T) {
+	config := vmConfig(t, "auto")
+	first := vmTracer(t, config)
+	kill := func() {
+		group := scratchtest.New(t, 48*mib)
+		if group.Version == 2 {
+			setGroupKill(t, group)
+		}
+		for range 10 {
+			hogProcess(t, group, 0, "0", "1", "hold")
+		}
+		before := scratchtest.Kills(t, group)
+		hogProcess(t, group, 0, "1", "64")
+		until(t, "the kernel kills", func() bool { return scratchtest.Kills(t, group) > before })
+		time.Sleep(time.Second)
+	}
+	exact := func() {
+		t.Helper()
+		for _, bound := range []string{"at_least", "at_most"} {
+			if n := metric(t, `oom_tracer_unseen_kills{bound="`+bound+`"}`); n != "0" {
+				t.Errorf("%s %s kills are unseen", bound, n)
+			}
+		}
+	}
+	kill()
+	exact()
+	first.kill()
+	kill()
+	vmTracer(t, config)
+	exact()
+	for _, cause := range event.GapCauses() {
+		if n := metric(t, `oom_tracer_gaps_total{cause="`+string(cause)+`"}`); n != "0" {
+			t.Errorf("%s gaps of cause %s", n, cause)
+		}
+	}
+}
+
+// TestVMJournalKprobe: where hooks cannot be pinned (kprobes before v5.15), a kill that happens while no tracer
+// runs is told with what the stack proves, and never with an older context.
+func TestVMJournalKprobe(t *testing.T) {
+	config := vmConfig(t, "kprobe")
+	first := vmTracer(t, config)
+	pinned := !strings.Contains(first.log.String(), "cannot be pinned")
+	group := scratchtest.New(t, 8*mib)
+	with := scratchtest.Storm(t, group, 1, 32, "plain")
+	before := eventOf(t, config, with[0])
+	if before.Node.Tier != string(loader.TierKprobe) || before.Alloc == nil {
+		t.Errorf("%+v", before)
+	}
+	first.kill()
+	without := scratchtest.Storm(t, group, 1, 32, "plain")
+	vmTracer(t, config)
+	e := eventOf(t, config, without[0])
+	want := loader.TierStack
+	if pinned {
+		want = loader.TierKprobe
+	}
+	if e.Node.Tier != string(want) || (e.Alloc != nil) != pinned || e.Scope != event.ScopeCgroup || e.Outcome != event.OutcomeKilled || e.Limit == nil || e.Limit.Inferred == pinned {
+		t.Errorf("hooks pinned: %t; %+v", pinned, e)
+	}
+	fmt.Printf("TABLE kprobe journal-unhooked ok hooks can be pinned: %t\n", pinned)
+}
