@@ -306,7 +306,6 @@ func TestStorm(t *testing.T) {
 	for i := range all {
 		seqs[all[i].Seq] = true
 	}
-	byItself := 0
 	for i := range events {
 		e := &events[i]
 		ids[e.ID] = true
@@ -314,10 +313,6 @@ func TestStorm(t *testing.T) {
 			parents[e.Trigger.PID]++
 		}
 		byTID[e.Victim.TID] = e
-		// Now and then it is the parent, forking, whose allocation fails.
-		if e.Trigger.PID == e.Victim.PID {
-			byItself++
-		}
 		if e.Scope != event.ScopeCgroup || e.Outcome != event.OutcomeKilled || e.Node.Name != testNode ||
 			e.Victim.Cgroup == nil || *e.Limit.Max != 8*mib || e.Limit.Cgroup.ID != group.ID ||
 			e.Trigger.Comm != "hog" || e.Trigger.Cgroup.ID != group.ID || e.Incident.Group || e.Incident.Index != 0 ||
@@ -326,9 +321,6 @@ func TestStorm(t *testing.T) {
 			text, _ := json.Marshal(e)
 			t.Errorf("%s", text)
 		}
-	}
-	if byItself < counted*9/10 {
-		t.Errorf("%d of %d victims asked for the memory themselves", byItself, counted)
 	}
 	if len(events) != counted || len(ids) != counted || len(seqs) != len(all) || !seqs[1] || !seqs[uint64(len(all))] {
 		t.Errorf("%d events and %d ids of %d kills; %d seqs of %d events", len(events), len(ids), counted, len(seqs), len(all))

@@ -119,7 +119,14 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return usagef("config needs a command: config check")
 	}
 
-	cfg, node, err := load(o)
+	cfg, err := loadConfig(o)
+	if err != nil {
+		return err
+	}
+	if command == "unload" {
+		return unload(ctx, cfg.Kernel.PinDir, o.force, stdout)
+	}
+	node, err := config.NodeName(o.nodeName, os.Getenv, cfg.Node, os.Hostname)
 	if err != nil {
 		return err
 	}
@@ -135,8 +142,6 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return err
 	}
 	switch command {
-	case "unload":
-		return unload(ctx, cfg.Kernel.PinDir, o.force, stdout)
 	case "selftest":
 		return selftest(ctx, cfg, node, stdout, log)
 	case "doctor":
@@ -188,23 +193,19 @@ func parseFlags(command string, args []string) (o options, flags *flag.FlagSet, 
 	return o, flags, nil
 }
 
-// load reads the config and what goes before it: flags and the environment.
-func load(o options) (config.Config, string, error) {
+// loadConfig reads the config and what goes before it.
+func loadConfig(o options) (config.Config, error) {
 	cfg, err := config.Load(o.configPath)
 	if errors.Is(err, fs.ErrNotExist) {
-		return config.Config{}, "", fmt.Errorf("%w (--config names another file)", err)
+		return config.Config{}, fmt.Errorf("%w (--config names another file)", err)
 	}
 	if err != nil {
-		return config.Config{}, "", err
+		return config.Config{}, err
 	}
 	if o.logLevel != "" {
 		cfg.Log.Level = o.logLevel
 	}
-	node, err := config.NodeName(o.nodeName, os.Getenv, cfg.Node, os.Hostname)
-	if err != nil {
-		return config.Config{}, "", err
-	}
-	return cfg, node, nil
+	return cfg, nil
 }
 
 // run traces until ctx ends.

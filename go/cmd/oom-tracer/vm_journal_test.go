@@ -132,8 +132,9 @@ func TestVMJournalVictim(t *testing.T) {
 func TestVMJournalCounts(t *testing.T) {
 	config := vmConfig(t, "auto")
 	first := vmTracer(t, config)
-	kill := func() {
-		group := scratchtest.New(t, 48*mib)
+	root := scratchtest.New(t, scratch.Unlimited)
+	kill := func(name string) {
+		group := scratchtest.Child(t, root, name, 48*mib)
 		if group.Version == 2 {
 			setGroupKill(t, group)
 		}
@@ -153,10 +154,10 @@ func TestVMJournalCounts(t *testing.T) {
 			}
 		}
 	}
-	kill()
+	kill("with-tracer")
 	exact()
 	first.kill()
-	kill()
+	kill("without-tracer")
 	vmTracer(t, config)
 	exact()
 	for _, cause := range event.GapCauses() {
@@ -173,15 +174,17 @@ func TestVMJournalKprobe(t *testing.T) {
 	first := vmTracer(t, config)
 	pinned := !strings.Contains(first.log.String(), "cannot be pinned")
 	group := scratchtest.New(t, 8*mib)
-	with := scratchtest.Storm(t, group, 1, 32, "plain")
-	before := eventOf(t, config, with[0])
+	// At 0: this test is at -1000, and its children inherit that.
+	with := hogProcess(t, group, 0, "0", "32")
+	before := eventOf(t, config, with.Process.Pid)
 	if before.Node.Tier != string(loader.TierKprobe) || before.Alloc == nil {
 		t.Errorf("%+v", before)
 	}
 	first.kill()
-	without := scratchtest.Storm(t, group, 1, 32, "plain")
+	without := hogProcess(t, group, 0, "0", "32")
+	_ = without.Wait()
 	vmTracer(t, config)
-	e := eventOf(t, config, without[0])
+	e := eventOf(t, config, without.Process.Pid)
 	want := loader.TierStack
 	if pinned {
 		want = loader.TierKprobe
