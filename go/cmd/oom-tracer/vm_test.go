@@ -1004,6 +1004,45 @@ func TestVMMissedHookUnreadable(t *testing.T) {
 	}
 }
 
+// TestVMMissedHookAlone: where a kernel has no entry of the other two, out_of_memory alone tells as much, with
+// the outcome from the stack; and without a stack the outcome is unknown.
+func TestVMMissedHookAlone(t *testing.T) {
+	t.Setenv("OOM_TRACER_LACKS", "oom_kill_process,__oom_kill_process")
+	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe} {
+		t.Run(string(tier), func(t *testing.T) {
+			o, err := observe(t, tier)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, s := range scenarios {
+				t.Run(s.name, func(t *testing.T) {
+					o.begin(t)
+					s.run(t, o)
+				})
+			}
+			o.stop()
+			t.Run("unreadable", func(t *testing.T) {
+				hideAddresses(t)
+				o, err := observe(t, tier)
+				if err != nil {
+					t.Fatal(err)
+				}
+				o.begin(t)
+				mixedHog(t, kubelet(t, 128*mib, 64*mib, 16*mib), 64)
+				events, kills := o.take(t, 1, 1)
+				if len(events) != 1 || len(kills) != 1 {
+					t.Fatalf("%d events, %d on the console", len(events), len(kills))
+				}
+				e, k := &events[0], &kills[0]
+				if e.Node.Tier != string(tier) || e.Outcome != event.OutcomeUnknown || e.Scope != event.ScopeCgroup || e.Incident != nil ||
+					e.Alloc == nil || e.Alloc.GFPMask != k.GFPMask || e.Limit == nil || e.Limit.Inferred || e.Limit.Cgroup.Path != k.OOMMemcg {
+					t.Errorf("event %+v, limit %+v, allocation %+v; the console says %+v", e, e.Limit, e.Alloc, k)
+				}
+			})
+		})
+	}
+}
+
 // selftestVM runs oom-tracer selftest, and returns its first line.
 func selftestVM(t *testing.T, config string) string {
 	t.Helper()

@@ -58,19 +58,26 @@ const (
 
 // tiers are the tiers from the best down. Their values in the program are those of enum oom_tier.
 var tiers = []struct {
-	tier  Tier
-	value uint32
-	hooks string // prefix of the programs that it attaches beside the main one
+	tier      Tier
+	value     uint32
+	hooks     string   // prefix of the programs that it attaches beside the main one
+	functions []string // of hookFunctions
 }{
-	{TierFentry, 3, "fentry_"},
-	{TierKprobe, 2, "kprobe_"},
-	{TierStack, 1, ""},
-	{TierNone, 0, ""},
+	{TierFentry, 3, "fentry_", hookFunctions},
+	{TierFentry, 3, "fentry_", fallbackFunctions},
+	{TierKprobe, 2, "kprobe_", hookFunctions},
+	{TierKprobe, 2, "kprobe_", fallbackFunctions},
+	{TierStack, 1, "", nil},
+	{TierNone, 0, "", nil},
 }
 
 // hookFunctions are the functions that fentry and kprobe hook. The last one only where the tracepoint
 // hands over no task.
 var hookFunctions = []string{"out_of_memory", "oom_kill_process", "__oom_kill_process", "mark_oom_victim"}
+
+// fallbackFunctions do where a compiler has left the others, which are static, without an entry of their
+// own. Only the stack then tells whether it was a kill.
+var fallbackFunctions = []string{"out_of_memory", "mark_oom_victim"}
 
 // Options say how to load.
 type Options struct {
@@ -199,10 +206,11 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 			}
 			return l, nil
 		}
-		if opts.Tier != TierAuto || t.tier == TierNone {
+		last := i+1 == len(tiers) || opts.Tier != TierAuto && tiers[i+1].tier != t.tier
+		if last {
 			return nil, fmt.Errorf("use tier %s: %w", t.tier, err)
 		}
-		opts.Log.Info("tier is not to be had here", "tier", string(t.tier), "reason", err)
+		opts.Log.Info("tier is not to be had here", "tier", string(t.tier), "hooks", t.functions, "reason", err)
 	}
 	return nil, fmt.Errorf("tier %q is not known", opts.Tier)
 }
@@ -298,7 +306,7 @@ func openTier(opts Options, g *ground, tier int, prototype Prototype, symbols []
 	if err := l.setMaps(opts, g); err != nil {
 		return nil, err
 	}
-	hooks, err := l.chooseHooks(t.hooks)
+	hooks, err := l.chooseHooks(t.hooks, t.functions)
 	if err != nil {
 		return nil, err
 	}
@@ -509,12 +517,16 @@ func (l *Loader) keepOlder(generation uint64, own uint32, acked, head uint64) (*
 
 // chooseHooks switches off every program that the tier does not need, and returns the names of its
 // hooks.
-func (l *Loader) chooseHooks(prefix string) ([]string, error) {
+func (l *Loader) chooseHooks(prefix string, functions []string) ([]string, error) {
 	var wanted []string
 	for _, kind := range []string{"fentry_", "kprobe_"} {
 		for _, function := range hookFunctions {
 			name := kind + function
-			use := kind == prefix && (function != "mark_oom_victim" || l.prototype == PrototypePID)
+			use := kind == prefix && slices.Contains(functions, function) &&
+				(function != "mark_oom_victim" || l.prototype == PrototypePID)
+			if use && lacks(function) {
+				return nil, fmt.Errorf("hook %s: a fault of the tests", function)
+			}
 			if use {
 				wanted = append(wanted, name)
 				continue
