@@ -9,12 +9,13 @@ import (
 // Kind is the third token of a subject.
 type Kind string
 
-// The kinds that tracers publish.
+// The kinds that tracers publish, and the annotator's.
 const (
 	KindKill    Kind = "kill"    // class: the scope
 	KindExiting Kind = "exiting" // class: the scope
 	KindGap     Kind = "gap"     // class: the cause
 	KindNode    Kind = "node"    // class: status
+	KindOutcome Kind = "outcome" // class: the result
 )
 
 // subjectRoot opens every subject. The v1 is the schema's.

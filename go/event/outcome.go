@@ -1,0 +1,135 @@
+package event
+
+import "time"
+
+// Result says what became of a kill in the end, as far as Kubernetes is concerned.
+type Result string
+
+// The results.
+const (
+	ResultAnnotated Result = "annotated" // the pod carries the annotation
+	ResultObserved  Result = "observed"  // it would, but the annotator is told to act on nothing
+	ResultSkipped   Result = "skipped"   // it was decided that it must not
+	ResultFailed    Result = "failed"    // it should have, or nobody can tell
+)
+
+// Results lists every result, in the order of the documentation.
+func Results() []Result {
+	return []Result{ResultAnnotated, ResultObserved, ResultSkipped, ResultFailed}
+}
+
+// Reason says why it is that result. Each belongs to one result; see Reasons.
+type Reason string
+
+// The reasons.
+const (
+	ReasonMarked Reason = "marked"
+
+	ReasonObserveOnly Reason = "observe_only" // policy.annotation is empty
+
+	// What the event itself says.
+	ReasonHost     Reason = "host"      // the victim was in no pod
+	ReasonUnproven Reason = "unproven"  // nothing proved that the marked task was killed, and not exiting anyway
+	ReasonTooOld   Reason = "too_old"   // older than policy.max_event_age
+	ReasonScope    Reason = "scope"     // not among policy.scopes
+	ReasonNoLimit  Reason = "no_limit"  // whose limit it was is not known
+	ReasonInferred Reason = "inferred"  // whose limit it was is only inferred
+	ReasonLevel    Reason = "level"     // not among policy.levels
+	ReasonNotFound Reason = "not_found" // there is no such pod
+	// What is known of the pod.
+	ReasonOtherNode   Reason = "other_node"  // it runs on another node than the one that reports the kill
+	ReasonAmbiguous   Reason = "ambiguous"   // several pods fit
+	ReasonGone        Reason = "gone"        // it was deleted
+	ReasonReborn      Reason = "reborn"      // another pod has its name now
+	ReasonFinished    Reason = "finished"    // it has ended, or is about to be deleted
+	ReasonAlready     Reason = "already"     // it carries the annotation, for another kill or by another hand
+	ReasonStatic      Reason = "static"      // of a file on the node: it would come back in the same place
+	ReasonDaemonSet   Reason = "daemonset"   // likewise
+	ReasonCritical    Reason = "critical"    // the priority of system components
+	ReasonNamespace   Reason = "namespace"   // policy.namespaces
+	ReasonSelector    Reason = "selector"    // policy.selector
+	ReasonOptOut      Reason = "opt_out"     // policy.opt_out_annotation
+	ReasonMalformed   Reason = "malformed"   // the message is no event
+	ReasonOversized   Reason = "oversized"   // the message is larger than any event
+	ReasonSchema      Reason = "schema"      // the message is of another version
+	ReasonForged      Reason = "forged"      // the message speaks of another node or class than its subject
+	ReasonForbidden   Reason = "forbidden"   // the annotator lacks a permission
+	ReasonRejected    Reason = "rejected"    // the API server refuses this change
+	ReasonUnavailable Reason = "unavailable" // the API server did not answer in time
+)
+
+// Reasons lists the reasons of each result, in the order of the documentation.
+func Reasons() map[Result][]Reason {
+	return map[Result][]Reason{
+		ResultAnnotated: {ReasonMarked},
+		ResultObserved:  {ReasonObserveOnly},
+		ResultSkipped: {
+			ReasonHost, ReasonUnproven, ReasonTooOld, ReasonScope, ReasonNoLimit, ReasonInferred, ReasonLevel, ReasonNotFound,
+			ReasonOtherNode, ReasonAmbiguous, ReasonGone, ReasonReborn, ReasonFinished, ReasonAlready,
+			ReasonStatic, ReasonDaemonSet, ReasonCritical, ReasonNamespace, ReasonSelector, ReasonOptOut,
+		},
+		ResultFailed: {
+			ReasonMalformed, ReasonOversized, ReasonSchema, ReasonForged, ReasonForbidden, ReasonRejected, ReasonUnavailable,
+		},
+	}
+}
+
+// StageAnnotate is the stage of the annotator's last word on a kill. There is one for each kill.
+const StageAnnotate = "annotate"
+
+// Outcome says what the annotator made of a kill. A message that is no kill has an outcome too.
+type Outcome struct {
+	Schema string `json:"schema"`
+	// ID is OutcomeID(Kill, Stage); it is also the JetStream message ID. Whoever reads more than the
+	// stream's dedup window must take the first of several that have the same ID.
+	ID string `json:"id"`
+	// Kill is Event.ID; of a message that could not be read, its own ID, or what OutcomeID could be made of.
+	Kill  string `json:"kill"`
+	Stage string `json:"stage"`
+	// Time is when it was decided.
+	Time   time.Time `json:"time"`
+	Result Result    `json:"result"`
+	Reason Reason    `json:"reason"`
+	// Detail says more, for people: an error's text.
+	Detail string `json:"detail,omitempty"`
+	// Node is the node in the subject of the kill.
+	Node string `json:"node"`
+	// Pod is absent where none was found.
+	Pod *PodRef `json:"pod,omitempty"`
+	// Container is the name of the container in the pod, where its status names it.
+	Container string `json:"container,omitempty"`
+	// Annotation is what the pod carries now, or would, as key=value.
+	Annotation string `json:"annotation,omitempty"`
+}
+
+// PodRef names a pod.
+type PodRef struct {
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+	UID       string `json:"uid"`
+}
+
+// OutcomeID is the ID of a stage's outcome of a kill.
+func OutcomeID(kill, stage string) string { return kill + "/" + stage }
+
+// Subject is the NATS subject under which the outcome is published: oom.v1.outcome.<result>.<node>.
+func (o *Outcome) Subject() (string, error) { return Subject(KindOutcome, string(o.Result), o.Node) }
+
+// ParseOutcome reads one outcome, as Parse reads an event.
+func ParseOutcome(data []byte) (Outcome, error) {
+	var o Outcome
+	if err := parse("outcome", data, &o); err != nil {
+		return Outcome{}, err
+	}
+	if err := missing("outcome", []field{
+		{"id", o.ID == ""},
+		{"kill", o.Kill == ""},
+		{"time", o.Time.IsZero()},
+		{"node", o.Node == ""},
+		{"result", o.Result == ""},
+		{"reason", o.Reason == ""},
+	}); err != nil {
+		return Outcome{}, err
+	}
+	return o, nil
+}

@@ -1,0 +1,139 @@
+package event_test
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+// fullOutcome has a value in every field.
+func fullOutcome() event.Outcome {
+	kill := full().ID
+	return event.Outcome{
+		Schema: event.Schema, ID: event.OutcomeID(kill, event.StageAnnotate), Kill: kill, Stage: event.StageAnnotate,
+		Time:   time.Date(2026, 11, 23, 2, 3, 5, 7, time.UTC),
+		Result: event.ResultAnnotated, Reason: event.ReasonMarked, Detail: "told by a test", Node: "worker-1.example.com",
+		Pod:       &event.PodRef{Namespace: "shop", Name: "cart-0", UID: "5b1a7a5e-1c1d-4b6f-8a55-2b7f0c9d1e2f"},
+		Container: "cart", Annotation: "oom-tracer.alpha.kubernetes.io/evict-me=true",
+	}
+}
+
+// bareOutcome is that of a message that could not be read.
+func bareOutcome() event.Outcome {
+	return event.Outcome{
+		Schema: event.Schema, ID: event.OutcomeID("OOM-17", event.StageAnnotate), Kill: "OOM-17", Stage: event.StageAnnotate,
+		Time:   time.Date(2026, 11, 23, 2, 3, 5, 0, time.UTC),
+		Result: event.ResultFailed, Reason: event.ReasonMalformed, Node: "worker-1",
+	}
+}
+
+func TestOutcomeGolden(t *testing.T) {
+	for name, message := range map[string]event.Outcome{"outcome-full": fullOutcome(), "outcome-bare": bareOutcome()} {
+		t.Run(name, func(t *testing.T) {
+			got, err := json.MarshalIndent(message, "", "  ")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, '\n')
+			golden := filepath.Join("testdata", name+".json")
+			if *update {
+				if err := os.WriteFile(golden, got, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(string(want), string(got)); diff != "" {
+				t.Errorf("json (-golden +got; -update writes it):\n%s", diff)
+			}
+			back, err := event.ParseOutcome(want)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(message, back); diff != "" {
+				t.Errorf("read back (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestParseOutcomeRefuses(t *testing.T) {
+	data, err := json.Marshal(fullOutcome())
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(data)
+	for _, tt := range []struct{ text, want string }{
+		{"", "parse outcome"},
+		{"{}", "parse outcome: schema is missing"},
+		{strings.Replace(text, `"id"`, `"id2"`, 1), "parse outcome: id is missing"},
+		{strings.Replace(text, `"kill"`, `"kill2"`, 1), "parse outcome: kill is missing"},
+		{strings.Replace(text, `"time"`, `"time2"`, 1), "parse outcome: time is missing"},
+		{strings.Replace(text, `"node"`, `"node2"`, 1), "parse outcome: node is missing"},
+		{strings.Replace(text, `"result"`, `"result2"`, 1), "parse outcome: result is missing"},
+		{strings.Replace(text, `"reason"`, `"reason2"`, 1), "parse outcome: reason is missing"},
+	} {
+		if _, err := event.ParseOutcome([]byte(tt.text)); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, want %q", tt.text, err, tt.want)
+		}
+	}
+	if _, err := event.ParseOutcome([]byte(strings.Replace(text, "v1", "v2", 1))); !errors.Is(err, event.ErrSchema) {
+		t.Errorf("another schema: %v", err)
+	}
+}
+
+// Every result makes a subject that the stream takes, and each reason belongs to one result.
+func TestOutcomeResults(t *testing.T) {
+	seen := map[event.Reason]event.Result{}
+	reasons := event.Reasons()
+	for _, result := range event.Results() {
+		o := fullOutcome()
+		o.Result = result
+		want := "oom.v1.outcome." + string(result) + ".worker-1_example_com"
+		if got, err := o.Subject(); err != nil || got != want {
+			t.Errorf("%s: %s, %v", result, got, err)
+		}
+		if len(reasons[result]) == 0 {
+			t.Errorf("%s has no reason", result)
+		}
+		for _, reason := range reasons[result] {
+			if other, ok := seen[reason]; ok {
+				t.Errorf("%s is a reason of %s and of %s", reason, other, result)
+			}
+			seen[reason] = result
+		}
+	}
+	if len(reasons) != len(event.Results()) || !slices.Contains(event.StreamSubjects(), "oom.v1.outcome.>") {
+		t.Error("a result or a subject is missing")
+	}
+}
+
+func FuzzParseOutcome(f *testing.F) {
+	for _, o := range []event.Outcome{fullOutcome(), bareOutcome()} {
+		data, err := json.Marshal(o)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		o, err := event.ParseOutcome(data)
+		if err != nil {
+			return
+		}
+		if o.Schema != event.Schema || o.ID == "" || o.Kill == "" || o.Node == "" {
+			t.Errorf("read %+v", o)
+		}
+	})
+}
