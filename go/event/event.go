@@ -172,6 +172,11 @@ const (
 	LevelOther     LimitLevel = "other"
 )
 
+// LimitLevels lists every level, from the root downwards.
+func LimitLevels() []LimitLevel {
+	return []LimitLevel{LevelNode, LevelKubepods, LevelQoS, LevelPod, LevelContainer, LevelOther}
+}
+
 // Limit is the bound that was exceeded and its fill, in bytes. Sizes that have no bound are absent.
 type Limit struct {
 	// Cgroup owns the limit; absent at level node.

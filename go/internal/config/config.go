@@ -14,11 +14,13 @@ import (
 
 // Config is the whole file.
 type Config struct {
-	Node    Node    `yaml:"node"`
-	Kernel  Kernel  `yaml:"kernel"`
-	NATS    NATS    `yaml:"nats"`
-	Metrics Metrics `yaml:"metrics"`
-	Log     Log     `yaml:"log"`
+	Node      Node      `yaml:"node"`
+	Kernel    Kernel    `yaml:"kernel"`
+	NATS      NATS      `yaml:"nats"`
+	Policy    Policy    `yaml:"policy"`
+	Annotator Annotator `yaml:"annotator"`
+	Metrics   Metrics   `yaml:"metrics"`
+	Log       Log       `yaml:"log"`
 }
 
 // Node says which node this is.
@@ -89,6 +91,52 @@ type Stream struct {
 	DedupWindow time.Duration `yaml:"dedup_window"` // 1 s .. max_age
 }
 
+// Policy says of which kills the annotator marks the pod. All of its conditions must hold.
+type Policy struct {
+	// Annotation is what marks a pod: key=value, or a key, whose value is then "true". Empty: nothing is
+	// marked. See Mark.
+	Annotation string `yaml:"annotation"`
+	// MaxEventAge is 1 s .. 24 h. Older events are recorded only.
+	MaxEventAge time.Duration `yaml:"max_event_age"`
+	// Scopes and Levels are event.Scope and event.LimitLevel. A limit whose owner is inferred never counts.
+	Scopes     []string   `yaml:"scopes"`
+	Levels     []string   `yaml:"levels"`
+	Namespaces Namespaces `yaml:"namespaces"`
+	// Selector is labels that the pod must have, all of them.
+	Selector map[string]string `yaml:"selector"`
+	// OptOutAnnotation is the key of an annotation that protects the pod that carries it, whatever its
+	// value, unless that is "false". Empty: none does.
+	OptOutAnnotation string      `yaml:"opt_out_annotation"`
+	Protections      Protections `yaml:"protections"`
+}
+
+// Namespaces are names of namespaces.
+type Namespaces struct {
+	Include []string `yaml:"include"` // none means all
+	Exclude []string `yaml:"exclude"`
+}
+
+// Protections say which pods are never marked.
+type Protections struct {
+	Static         bool `yaml:"static"`          // static pods, and the mirror pods that show them
+	DaemonSet      bool `yaml:"daemonset"`       // pods of a DaemonSet
+	SystemCritical bool `yaml:"system_critical"` // of the priority of system components, 2000000000 and above
+}
+
+// Annotator is about oom-annotator.
+type Annotator struct {
+	// Kubeconfig is an absolute path; empty: the service account of the pod that it runs in.
+	Kubeconfig string `yaml:"kubeconfig"`
+	// SummaryAnnotation is the key of the annotation that says which kill a pod was marked for.
+	SummaryAnnotation string `yaml:"summary_annotation"`
+	// WaitForPod is how long an event waits for a pod that is not known yet, 0 .. 5 m.
+	WaitForPod time.Duration `yaml:"wait_for_pod"`
+	// Workers is how many events are worked on at once, 1..256.
+	Workers int `yaml:"workers"`
+	// Listen is Metrics.Listen for oom-annotator, which may run beside oom-tracer.
+	Listen string `yaml:"listen"`
+}
+
 // Metrics is where /metrics, /healthz and /readyz are served; an empty address serves nothing.
 type Metrics struct {
 	Listen string `yaml:"listen"`
@@ -119,6 +167,19 @@ func Default() Config {
 				Replicas:    1,
 				DedupWindow: 10 * time.Minute,
 			},
+		},
+		Policy: Policy{
+			MaxEventAge:      10 * time.Minute,
+			Scopes:           []string{"global", "cgroup"},
+			Levels:           []string{"node", "kubepods"},
+			OptOutAnnotation: "oom-tracer.alpha.kubernetes.io/opt-out",
+			Protections:      Protections{Static: true, DaemonSet: true, SystemCritical: true},
+		},
+		Annotator: Annotator{
+			SummaryAnnotation: "oom-tracer.alpha.kubernetes.io/last-kill",
+			WaitForPod:        30 * time.Second,
+			Workers:           16,
+			Listen:            "127.0.0.1:9106",
 		},
 		Metrics: Metrics{Listen: "127.0.0.1:9105"},
 		Log:     Log{Level: "info", Format: "text"},

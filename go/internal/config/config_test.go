@@ -93,14 +93,14 @@ func TestShippedFileLessAKey(t *testing.T) {
 		}
 		leaves++
 		got, err := Parse("config.yaml", []byte(strings.Join(slices.Delete(slices.Clone(lines), i, i+1), "\n")))
-		if err != nil || got != Default() {
+		if err != nil || !reflect.DeepEqual(got, Default()) {
 			t.Errorf("without line %d (%s): not the default: %v", i+1, line, err)
 		}
 	}
 	if want, _ := structKeys("", reflect.TypeFor[Config]()); leaves != len(want) {
 		t.Errorf("%d lines are keys with a value, want %d", leaves, len(want))
 	}
-	if got, err := Parse("config.yaml", []byte(strings.Join(none, "\n"))); err != nil || got != Default() {
+	if got, err := Parse("config.yaml", []byte(strings.Join(none, "\n"))); err != nil || !reflect.DeepEqual(got, Default()) {
 		t.Errorf("without any key: not the default: %v", err)
 	}
 }
@@ -120,6 +120,14 @@ func TestEveryKeyIsRead(t *testing.T) {
 			Buffer:   500,
 			Embedded: Embedded{Listen: "[::1]:0", Dir: "/srv/nats"},
 			Stream:   Stream{MaxAge: 90 * time.Minute, MaxBytes: 512 << 20, Replicas: 3, DedupWindow: 90 * time.Second},
+		},
+		Policy: Policy{
+			Annotation: "example.com/evict=now", MaxEventAge: time.Hour, Scopes: []string{"cpuset"}, Levels: []string{"pod", "container"},
+			Namespaces: Namespaces{Include: []string{"shop", "web-1"}, Exclude: []string{"kube-system"}},
+			Selector:   map[string]string{"app.kubernetes.io/name": "cart", "tier": ""}, OptOutAnnotation: "example.com/stay",
+		},
+		Annotator: Annotator{
+			Kubeconfig: "/etc/kubeconfig", SummaryAnnotation: "example.com/kill", WaitForPod: time.Minute, Workers: 4, Listen: ":9998",
 		},
 		Metrics: Metrics{Listen: ":9999"},
 		Log:     Log{Level: "debug", Format: "json"},
@@ -147,7 +155,7 @@ func leavesEqual(path string, a, b reflect.Value) (equal []string) {
 		at := join(path, a.Type().Field(i).Tag.Get("yaml"))
 		if a.Field(i).Kind() == reflect.Struct {
 			equal = append(equal, leavesEqual(at, a.Field(i), b.Field(i))...)
-		} else if a.Field(i).Equal(b.Field(i)) {
+		} else if reflect.DeepEqual(a.Field(i).Interface(), b.Field(i).Interface()) {
 			equal = append(equal, at)
 		}
 	}
@@ -166,7 +174,7 @@ func TestErrorsGolden(t *testing.T) {
 			if err == nil {
 				t.Fatal("loaded")
 			}
-			if cfg != (Config{}) {
+			if !reflect.DeepEqual(cfg, Config{}) {
 				t.Error("a Config came with the error")
 			}
 			got := err.Error() + "\n"
@@ -235,7 +243,7 @@ func TestParseOdd(t *testing.T) {
 			switch {
 			case tt.want == "" && err != nil:
 				t.Errorf("error: %.500v", err)
-			case tt.want == "" && got != Default():
+			case tt.want == "" && !reflect.DeepEqual(got, Default()):
 				t.Errorf("not the default: %+v", got)
 			case tt.want != "" && err == nil:
 				t.Errorf("loaded, want error %q", tt.want)

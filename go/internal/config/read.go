@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"reflect"
 	"regexp"
@@ -68,6 +69,10 @@ func (r *reader) section(path string, n *yaml.Node, out any) {
 			r.lines[at] = key.Line
 			if reflect.TypeOf(field).Elem().Kind() == reflect.Struct {
 				r.section(at, val, field)
+			} else if words, ok := field.(*[]string); ok {
+				r.list(at, val, words)
+			} else if pairs, ok := field.(*map[string]string); ok {
+				r.pairs(at, val, pairs)
 			} else if err := scalar(val, field); err != nil {
 				r.report(at, key.Line, "%v", err)
 			}
@@ -75,11 +80,65 @@ func (r *reader) section(path string, n *yaml.Node, out any) {
 	}
 }
 
+// list reads a list of strings. An empty one is nil, so that two configurations of equal meaning are equal.
+func (r *reader) list(path string, n *yaml.Node, out *[]string) {
+	if n.Kind != yaml.SequenceNode || n.ShortTag() != "!!seq" {
+		r.report(path, n.Line, "must be a list, such as [a, b] or [], not %s", kind(n))
+		return
+	}
+	var words []string
+	for _, val := range n.Content {
+		var word string
+		if val.Anchor != "" || val.Kind == yaml.AliasNode {
+			r.report(path, val.Line, "anchors and aliases are not taken: write the value out")
+		} else if err := scalar(val, &word); err != nil {
+			r.report(path, val.Line, "an entry %v", err)
+		}
+		words = append(words, word)
+	}
+	*out = words
+}
+
+// pairs reads a mapping of strings to strings, whose keys are the user's own.
+func (r *reader) pairs(path string, n *yaml.Node, out *map[string]string) {
+	if n.Kind != yaml.MappingNode || n.ShortTag() != "!!map" {
+		r.report(path, n.Line, "must be keys with values, such as {a: b} or {}, not %s", kind(n))
+		return
+	}
+	var pairs map[string]string
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, val := n.Content[i], n.Content[i+1]
+		var k, v string
+		if key.ShortTag() == "!!merge" || key.Anchor != "" || val.Anchor != "" || key.Kind == yaml.AliasNode || val.Kind == yaml.AliasNode {
+			r.report(path, key.Line, "anchors, aliases and merge keys are not taken: write the value out")
+			continue
+		}
+		if err := scalar(key, &k); err != nil {
+			r.report(path, key.Line, "a key %v", err)
+			continue
+		}
+		at := join(path, k)
+		if first := r.lines[at]; first > 0 {
+			r.report(at, key.Line, "stands on line %d already", first)
+			continue
+		}
+		r.lines[at] = key.Line
+		if err := scalar(val, &v); err != nil {
+			r.report(at, key.Line, "%v", err)
+		}
+		if pairs == nil {
+			pairs = map[string]string{}
+		}
+		pairs[k] = v
+	}
+	*out = pairs
+}
+
 // scalar reads one value into the field that out points to.
 func scalar(n *yaml.Node, out any) error {
 	tag := n.ShortTag()
 	if n.Kind == yaml.ScalarNode && tag == "!!null" {
-		return fmt.Errorf("has no value: write one, or delete the key for its default")
+		return errors.New(noValue)
 	}
 	if n.Kind != yaml.ScalarNode {
 		tag = "" // a list that is tagged !!str is still none
@@ -124,6 +183,9 @@ func scalar(n *yaml.Node, out any) error {
 	return nil
 }
 
+// noValue is what a key without a value is told.
+const noValue = "has no value: write one, or delete the key for its default"
+
 // kind describes a node for an error, without its value, which may be a secret in the wrong place.
 func kind(n *yaml.Node) string {
 	switch n.Kind {
@@ -135,6 +197,8 @@ func kind(n *yaml.Node) string {
 		return "an alias"
 	}
 	switch tag := n.ShortTag(); tag {
+	case "!!null":
+		return "empty"
 	case "!!str":
 		return "a string"
 	case "!!int", "!!float":

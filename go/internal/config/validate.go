@@ -146,6 +146,27 @@ func (c *Config) faults() []fault {
 		clash("nats.stream.dedup_window", "nats.stream.max_age", "is %s and must not exceed nats.stream.max_age, which is %s", s.DedupWindow, s.MaxAge)
 	}
 
+	c.policyFaults(bad, clash)
+	a := c.Annotator
+	if a.Kubeconfig != "" && !isPath(a.Kubeconfig) {
+		bad("annotator.kubeconfig", "must be the absolute path of a file, or empty")
+	}
+	if err := checkKey(a.SummaryAnnotation); err != nil {
+		bad("annotator.summary_annotation", "%v", err)
+	}
+	if a.WaitForPod < 0 || a.WaitForPod > 5*time.Minute {
+		bad("annotator.wait_for_pod", "must be from 0s to 5m, not %s", a.WaitForPod)
+	}
+	if a.Workers < 1 || a.Workers > 256 {
+		bad("annotator.workers", "must be from 1 to 256, not %d", a.Workers)
+	}
+	if a.Listen != "" {
+		if err := checkListen(a.Listen); err != nil {
+			bad("annotator.listen", "%v", err)
+		} else if c.Metrics.Listen == a.Listen && !strings.HasSuffix(a.Listen, ":0") {
+			clash("annotator.listen", "metrics.listen", "is that of metrics.listen too: oom-tracer and oom-annotator may run on one machine")
+		}
+	}
 	if c.Metrics.Listen != "" {
 		if err := checkListen(c.Metrics.Listen); err != nil {
 			bad("metrics.listen", "%v", err)
