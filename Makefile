@@ -96,7 +96,7 @@ build/hog: tools/hog.c build/.deps
 
 # One package at a time: a tracer sees every kill of the machine, and the tests count.
 .PHONY: test
-test: build build/hog build/nats-server verify-goldens ## every test, with real OOM kills in cgroups of its own (needs root)
+test: build build/hog build/nats-server build/kube verify-goldens ## every test, with real OOM kills in cgroups of its own (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
 		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 1 -timeout 20m ./...
 	$(Q)tools/no-skips.sh build/test.json
@@ -161,6 +161,11 @@ build/nats-server: go.mod
 	@mkdir -p build
 	@echo '==> building nats-server from its Go module (once per version)'
 	$(Q)ln -sfn "$$(tools/natsd/build.sh)" $@
+
+# A directory with kube-apiserver and etcd, of the module tools/kube.
+build/kube: tools/kube/go.mod tools/kube/build.sh
+	@mkdir -p build
+	$(Q)dir=$$(tools/kube/build.sh) && ln -sfnT "$$dir" $@ && touch $@
 
 .PHONY: lint
 lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck

@@ -1,0 +1,449 @@
+package kubetest
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+
+	authorizationv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/util/retry"
+)
+
+const (
+	evictMe  = "oom-tracer.alpha.kubernetes.io/evict-me"
+	lastKill = "oom-tracer.alpha.kubernetes.io/last-kill"
+)
+
+// TestAnnotatorRights: what deploy/annotator lets the annotator do, asked of a real API server with the
+// token of its service account.
+func TestAnnotatorRights(t *testing.T) {
+	c := Start(t)
+	c.Node("node-1")
+	c.Namespace("shop")
+	web := c.Pod("shop", "web", "node-1", func(pod *corev1.Pod) {
+		pod.GenerateName = "web-"
+		pod.Labels = map[string]string{"app": "web"}
+		pod.Annotations = map[string]string{"team": "shop", "note": "stays"}
+		pod.Finalizers = []string{"example.com/a", "example.com/b"}
+		pod.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "web", UID: "0f1e2d3c"}}
+		pod.Spec.Tolerations = []corev1.Toleration{{Key: "a", Operator: corev1.TolerationOpExists}}
+	})
+
+	// Without the policy, the roles alone let it change an image: what is denied below, the policy denies.
+	c.Apply("deploy/annotator/rbac.yaml")
+	bare := newClient(t, c.ServiceAccount("oom-tracer", "oom-annotator"))
+	c.Eventually("rbac.yaml alone lets an image be changed", func() error {
+		return patch(bare, "shop", "web", types.StrategicMergePatchType, `{"spec":{"containers":[{"name":"main","image":"example.com/evil:1"}]}}`)
+	})
+
+	client := newClient(t, c.Annotator())
+	t.Run("Allowed", func(t *testing.T) { testAllowed(t, c.In(t), client) })
+	t.Run("Policy", func(t *testing.T) { testPolicy(t, c.In(t), client) })
+	t.Run("Subresources", func(t *testing.T) { testSubresources(t, c.In(t), client) })
+	t.Run("Large", func(t *testing.T) { testLarge(t, c.In(t), client) })
+	t.Run("OtherUser", func(t *testing.T) { testOtherUser(t, c.In(t)) })
+	t.Run("Forbidden", func(t *testing.T) { testForbidden(t, client) })
+	t.Run("Reborn", func(t *testing.T) { testReborn(t, c.In(t), client, web.UID) })
+	t.Run("Verbs", func(t *testing.T) { testVerbs(t, c.In(t), client) })
+}
+
+func newClient(t *testing.T, cfg *rest.Config) kubernetes.Interface {
+	t.Helper()
+	cfg = rest.CopyConfig(cfg)
+	cfg.QPS = -1 // no waiting for the client's own rate limit
+	client, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
+}
+
+func patch(client kubernetes.Interface, namespace, name string, kind types.PatchType, body string, subresources ...string) error {
+	opts := metav1.PatchOptions{}
+	if kind == types.ApplyPatchType {
+		force := true
+		opts = metav1.PatchOptions{FieldManager: "oom-annotator", Force: &force}
+	}
+	_, err := client.CoreV1().Pods(namespace).Patch(context.Background(), name, kind, []byte(body), opts, subresources...)
+	return err
+}
+
+// annotate sets annotations, with "null" to remove one, by a merge patch that carries uid if it is not "".
+func annotate(client kubernetes.Interface, namespace, name string, uid types.UID, annotations map[string]*string) error {
+	metadata := map[string]any{"annotations": annotations}
+	if uid != "" {
+		metadata["uid"] = uid
+	}
+	body, err := json.Marshal(map[string]any{"metadata": metadata})
+	if err != nil {
+		return err
+	}
+	return patch(client, namespace, name, types.MergePatchType, string(body))
+}
+
+func value(s string) *string { return &s }
+
+func testAllowed(t *testing.T, c *Cluster, client kubernetes.Interface) {
+	pods := client.CoreV1().Pods("shop")
+	web, err := pods.Get(t.Context(), "web", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := client.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=node-1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(list.Items) != 1 || list.Items[0].Name != "web" {
+		t.Errorf("listed on the node: %v", list.Items)
+	}
+	watch, err := client.CoreV1().Pods("").Watch(t.Context(), metav1.ListOptions{ResourceVersion: list.ResourceVersion})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer watch.Stop()
+
+	if err := annotate(client, "shop", "web", web.UID, map[string]*string{
+		evictMe: value("true"), lastKill: value(`{"container":"main"}`),
+	}); err != nil {
+		t.Fatal(err)
+	}
+	got, ok := (<-watch.ResultChan()).Object.(*corev1.Pod)
+	if !ok || got.Annotations[evictMe] != "true" || got.Annotations[lastKill] != `{"container":"main"}` || got.Annotations["team"] != "shop" {
+		t.Errorf("watched: %v", got)
+	}
+	// Each alone, changed and removed, by the other kinds of patch too, and on a pod that has no annotation yet.
+	c.Pod("shop", "plain", "node-1")
+	for _, test := range []struct {
+		pod  string
+		kind types.PatchType
+		body string
+	}{
+		{"web", types.MergePatchType, `{"metadata":{"annotations":{"` + evictMe + `":"false"}}}`},
+		{"web", types.StrategicMergePatchType, `{"metadata":{"annotations":{"` + lastKill + `":"{}"}}}`},
+		{"web", types.MergePatchType, `{"metadata":{"annotations":{"` + evictMe + `":null,"` + lastKill + `":null}}}`},
+		{"web", types.MergePatchType, `{"metadata":{"annotations":{"team":"shop"}}}`}, // as it is
+		{"web", types.ApplyPatchType, `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"web","annotations":{"` + evictMe + `":"true"}}}`},
+		{"plain", types.JSONPatchType, `[{"op":"add","path":"/metadata/annotations","value":{"` + evictMe + `":"true"}}]`},
+		{"plain", types.JSONPatchType, `[{"op":"remove","path":"/metadata/annotations"}]`},
+	} {
+		if err := patch(client, "shop", test.pod, test.kind, test.body); err != nil {
+			t.Errorf("%s: %v", test.body, err)
+		}
+	}
+	if got := c.GetPod("shop", "web"); got.Annotations[evictMe] != "true" || got.Annotations["team"] != "shop" || len(got.Annotations) != 3 {
+		t.Errorf("annotations at the end: %v", got.Annotations)
+	}
+}
+
+func testPolicy(t *testing.T, c *Cluster, client kubernetes.Interface) {
+	before := c.GetPod("shop", "web")
+	for _, test := range []struct {
+		name string
+		kind types.PatchType
+		body string
+		want string
+	}{
+		{"image", types.StrategicMergePatchType, `{"spec":{"containers":[{"name":"main","image":"example.com/main:2"}]}}`, "may not change a pod's spec"},
+		{"image with an annotation of its own", types.StrategicMergePatchType,
+			`{"metadata":{"annotations":{"` + evictMe + `":"no"}},"spec":{"containers":[{"name":"main","image":"example.com/main:2"}]}}`, "may not change a pod's spec"},
+		{"deadline", types.MergePatchType, `{"spec":{"activeDeadlineSeconds":1}}`, "may not change a pod's spec"},
+		{"toleration", types.JSONPatchType, `[{"op":"add","path":"/spec/tolerations/-","value":{"operator":"Exists"}}]`, "may not change a pod's spec"},
+		{"label added", types.MergePatchType, `{"metadata":{"labels":{"x":"y"}}}`, "may not change a pod's labels"},
+		{"label changed", types.MergePatchType, `{"metadata":{"labels":{"app":"other"}}}`, "may not change a pod's labels"},
+		{"labels removed", types.MergePatchType, `{"metadata":{"labels":null}}`, "may not change a pod's labels"},
+		{"annotation added", types.MergePatchType, `{"metadata":{"annotations":{"x":"y"}}}`, "may not change the annotation x"},
+		{"annotation added beside its own", types.MergePatchType, `{"metadata":{"annotations":{"` + evictMe + `":"no","x":"y"}}}`, "may not change the annotation x"},
+		{"annotation with its own as a prefix", types.MergePatchType, `{"metadata":{"annotations":{"` + evictMe + `2":"y"}}}`, "may not change the annotation " + evictMe + "2"},
+		{"annotation changed", types.MergePatchType, `{"metadata":{"annotations":{"team":"other"}}}`, "may not change the annotation team"},
+		{"annotation emptied", types.MergePatchType, `{"metadata":{"annotations":{"team":""}}}`, "may not change the annotation team"},
+		{"annotation removed", types.MergePatchType, `{"metadata":{"annotations":{"team":null}}}`, "may not change the annotation team"},
+		{"annotation swapped", types.MergePatchType, `{"metadata":{"annotations":{"team":null,"` + evictMe + `":"shop"}}}`, "may not change the annotation team"},
+		{"annotations removed", types.MergePatchType, `{"metadata":{"annotations":null}}`, "may not change the annotation "},
+		{"finalizer added", types.JSONPatchType, `[{"op":"add","path":"/metadata/finalizers/-","value":"example.com/c"}]`, "may not change a pod's finalizers"},
+		{"finalizer removed", types.JSONPatchType, `[{"op":"remove","path":"/metadata/finalizers/0"}]`, "may not change a pod's finalizers"},
+		{"finalizers removed", types.MergePatchType, `{"metadata":{"finalizers":null}}`, "may not change a pod's finalizers"},
+		{"owner removed", types.MergePatchType, `{"metadata":{"ownerReferences":null}}`, "may not change a pod's owner references"},
+		{"owner changed", types.JSONPatchType, `[{"op":"add","path":"/metadata/ownerReferences/0/controller","value":true}]`, "may not change a pod's owner references"},
+		{"generateName", types.MergePatchType, `{"metadata":{"generateName":"x-"}}`, "may not change a pod's generateName"},
+		{"label by apply", types.ApplyPatchType, `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"web","labels":{"x":"y"}}}`, "may not change a pod's labels"},
+		{"pod without any of it", types.JSONPatchType, `[{"op":"add","path":"/metadata/labels","value":{"x":"y"}}]`, "may not change a pod's labels"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			pod := "web"
+			if test.name == "pod without any of it" {
+				pod = "plain"
+			}
+			err := patch(client, "shop", pod, test.kind, test.body)
+			if !denied(err, test.want) {
+				t.Errorf("got %v, want the policy's %q", err, test.want)
+			}
+		})
+	}
+	// The server itself ignores these, or refuses them before it asks the policy.
+	for _, body := range []string{
+		`{"metadata":{"generation":99}}`, `{"metadata":{"creationTimestamp":"2020-01-01T00:00:00Z"}}`,
+		`{"status":{"phase":"Failed"}}`, `{"metadata":{"deletionTimestamp":"2020-01-01T00:00:00Z"}}`,
+		`{"metadata":{"deletionGracePeriodSeconds":0}}`, `{"metadata":{"name":"other"}}`, `{"spec":{"nodeName":"node-2"}}`,
+	} {
+		_ = patch(client, "shop", "web", types.MergePatchType, body)
+	}
+	after := c.GetPod("shop", "web")
+	if after.ResourceVersion != before.ResourceVersion {
+		t.Errorf("the pod was changed:\n%v\n%v", before, after)
+	}
+}
+
+// denied tells the policy's refusal from that of anybody else.
+func denied(err error, message string) bool {
+	return apierrors.IsInvalid(err) && strings.Contains(err.Error(), "ValidatingAdmissionPolicy 'oom-annotator'") &&
+		strings.Contains(err.Error(), "oom-annotator "+message)
+}
+
+// testSubresources: the policy holds where somebody widens the role by mistake.
+func testSubresources(t *testing.T, c *Cluster, client kubernetes.Interface) {
+	pods := client.CoreV1().Pods("shop")
+	changeRole(t, c, func(role *rbacv1.ClusterRole) {
+		role.Rules = append(role.Rules, rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"*"}, Verbs: []string{"*"}})
+	})
+	defer c.Apply("deploy/annotator/rbac.yaml")
+	status := `{"status":{"conditions":[{"type":"OOM","status":"True"}]}}`
+	c.Eventually("the role is widened", func() error {
+		if err := patch(client, "shop", "web", types.StrategicMergePatchType, status, "status"); !denied(err, "may only annotate pods, not UPDATE pods/status") {
+			return fmt.Errorf("status: %w", err)
+		}
+		return nil
+	})
+	for name, test := range map[string]struct {
+		do   func() error
+		want string
+	}{
+		"delete": {func() error { return pods.Delete(t.Context(), "web", metav1.DeleteOptions{}) }, "DELETE pods"},
+		"delete all": {func() error {
+			return pods.DeleteCollection(t.Context(), metav1.DeleteOptions{}, metav1.ListOptions{})
+		}, "DELETE pods"},
+		"create": {func() error {
+			pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "new"}, Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "a", Image: "a"}}}}
+			_, err := pods.Create(t.Context(), pod, metav1.CreateOptions{})
+			return err
+		}, "CREATE pods"},
+		"create by apply": {func() error {
+			return patch(client, "shop", "new", types.ApplyPatchType,
+				`{"apiVersion":"v1","kind":"Pod","metadata":{"name":"new"},"spec":{"containers":[{"name":"a","image":"a"}]}}`)
+		}, "CREATE pods"},
+		"evict": {func() error {
+			return pods.EvictV1(t.Context(), &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
+		}, "CREATE pods/eviction"},
+		"bind": {func() error {
+			return pods.Bind(t.Context(), &corev1.Binding{ObjectMeta: metav1.ObjectMeta{Name: "web"}, Target: corev1.ObjectReference{Kind: "Node", Name: "node-2"}}, metav1.CreateOptions{})
+		}, "CREATE pods/binding"},
+		"debug": {func() error {
+			return patch(client, "shop", "web", types.StrategicMergePatchType,
+				`{"spec":{"ephemeralContainers":[{"name":"debug","image":"a"}]}}`, "ephemeralcontainers")
+		}, "UPDATE pods/ephemeralcontainers"},
+		"exec": {func() error {
+			return client.CoreV1().RESTClient().Post().Resource("pods").Namespace("shop").Name("web").SubResource("exec").
+				Param("command", "sh").Param("container", "main").Param("stdout", "true").Do(t.Context()).Error()
+		}, "CONNECT pods/exec"},
+	} {
+		if err := test.do(); !denied(err, "may only annotate pods, not "+test.want) {
+			t.Errorf("%s: got %v, want the policy's refusal of %s", name, err, test.want)
+		}
+	}
+	c.GetPod("shop", "web")
+}
+
+// testLarge: comparing a pod has its price, and a policy that goes beyond its budget denies everything.
+func testLarge(t *testing.T, c *Cluster, client kubernetes.Interface) {
+	c.Pod("shop", "large", "node-1", func(pod *corev1.Pod) {
+		pod.Annotations, pod.Labels = map[string]string{}, map[string]string{}
+		for i := range 1500 { // 256 KiB of annotations are allowed
+			pod.Annotations[fmt.Sprintf("example.com/annotation-%04d", i)] = strings.Repeat("v", 130)
+		}
+		for i := range 1000 {
+			pod.Labels[fmt.Sprintf("example.com/label-%04d", i)] = "value"
+		}
+		pod.Spec.Containers = nil
+		for i := range 40 {
+			container := corev1.Container{Name: fmt.Sprintf("c%d", i), Image: "example.com/c:1"}
+			for j := range 200 {
+				container.Env = append(container.Env, corev1.EnvVar{Name: fmt.Sprintf("VARIABLE_%d", j), Value: strings.Repeat("v", 60)})
+			}
+			pod.Spec.Containers = append(pod.Spec.Containers, container)
+		}
+	})
+	if err := annotate(client, "shop", "large", "", map[string]*string{evictMe: value("true")}); err != nil {
+		t.Error(err)
+	}
+	if err := annotate(client, "shop", "large", "", map[string]*string{"x": value("y")}); !denied(err, "may not change the annotation x") {
+		t.Errorf("another annotation: %v", err)
+	}
+}
+
+// testOtherUser: the policy is about the annotator, and nobody else.
+func testOtherUser(t *testing.T, c *Cluster) {
+	c.Pod("shop", "other", "node-1")
+	if err := patch(c.Client, "shop", "other", types.StrategicMergePatchType,
+		`{"metadata":{"labels":{"x":"y"}},"spec":{"containers":[{"name":"main","image":"example.com/main:2"}]}}`); err != nil {
+		t.Error(err)
+	}
+	c.DeletePod("shop", "other")
+}
+
+func testForbidden(t *testing.T, client kubernetes.Interface) {
+	core := client.CoreV1()
+	for name, do := range map[string]func() error{
+		"delete a pod":      func() error { return core.Pods("shop").Delete(t.Context(), "web", metav1.DeleteOptions{}) },
+		"patch pods/status": func() error { return patch(client, "shop", "web", types.MergePatchType, `{"status":{}}`, "status") },
+		"read secrets":      func() error { _, err := core.Secrets("").List(t.Context(), metav1.ListOptions{}); return err },
+		"read a secret":     func() error { _, err := core.Secrets("shop").Get(t.Context(), "x", metav1.GetOptions{}); return err },
+		"list nodes":        func() error { _, err := core.Nodes().List(t.Context(), metav1.ListOptions{}); return err },
+		"list namespaces":   func() error { _, err := core.Namespaces().List(t.Context(), metav1.ListOptions{}); return err },
+		"create an event": func() error {
+			_, err := core.Events("shop").Create(t.Context(), &corev1.Event{}, metav1.CreateOptions{})
+			return err
+		},
+		"evict a pod": func() error {
+			return core.Pods("shop").EvictV1(t.Context(), &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
+		},
+		"create by apply": func() error {
+			return patch(client, "shop", "new", types.ApplyPatchType, `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"new"},"spec":{"containers":[{"name":"a","image":"a"}]}}`)
+		},
+		"change its own role": func() error {
+			_, err := client.RbacV1().ClusterRoles().Get(t.Context(), "oom-annotator", metav1.GetOptions{})
+			return err
+		},
+	} {
+		if err := do(); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), " cannot ") {
+			t.Errorf("%s: got %v, want RBAC's refusal", name, err)
+		}
+	}
+
+	// The server's own list of what it may do: besides questions about itself, pods and nothing else.
+	review, err := client.AuthorizationV1().SelfSubjectRulesReviews().Create(t.Context(), &authorizationv1.SelfSubjectRulesReview{
+		Spec: authorizationv1.SelfSubjectRulesReviewSpec{Namespace: "oom-tracer"},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rules []string
+	for _, rule := range review.Status.ResourceRules {
+		if !slices.ContainsFunc(rule.Resources, func(r string) bool { return !strings.HasPrefix(r, "selfsubject") }) {
+			continue
+		}
+		rules = append(rules, fmt.Sprint(rule.APIGroups, rule.Resources, rule.Verbs))
+	}
+	if want := []string{"[] [pods] [get list watch patch]"}; !slices.Equal(rules, want) {
+		t.Errorf("may %q, want %q", rules, want)
+	}
+}
+
+// testReborn: a patch with the UID of another pod is refused, with the code that the annotator must know.
+func testReborn(t *testing.T, c *Cluster, client kubernetes.Interface, uid types.UID) {
+	first := c.Pod("shop", "reborn", "node-1")
+	c.DeletePod("shop", "reborn")
+	mark := map[string]*string{evictMe: value("true")}
+	if err := annotate(client, "shop", "reborn", first.UID, mark); !apierrors.IsNotFound(err) {
+		t.Errorf("a pod that is gone: %v", err)
+	}
+	second := c.Pod("shop", "reborn", "node-1")
+	for name, uid := range map[string]types.UID{"of the pod before": first.UID, "of another pod": uid} {
+		err := annotate(client, "shop", "reborn", uid, mark)
+		status, ok := err.(apierrors.APIStatus)
+		if !ok || status.Status().Code != http.StatusUnprocessableEntity || status.Status().Reason != metav1.StatusReasonInvalid ||
+			!slices.ContainsFunc(status.Status().Details.Causes, func(c metav1.StatusCause) bool { return c.Field == "metadata.uid" }) {
+			t.Errorf("UID %s: got %v, %#v, want 422 about metadata.uid", name, err, status)
+		}
+	}
+	if got := c.GetPod("shop", "reborn"); got.ResourceVersion != second.ResourceVersion {
+		t.Errorf("the reborn pod was changed: %v", got.Annotations)
+	}
+	if err := annotate(client, "shop", "reborn", second.UID, mark); err != nil {
+		t.Errorf("its own UID: %v", err)
+	}
+}
+
+// testVerbs takes each verb out of the role in turn: the call that needs it fails, and no other.
+func testVerbs(t *testing.T, c *Cluster, client kubernetes.Interface) {
+	pods := client.CoreV1().Pods("shop")
+	calls := map[string]func() error{
+		"get":  func() error { _, err := pods.Get(t.Context(), "web", metav1.GetOptions{}); return err },
+		"list": func() error { _, err := pods.List(t.Context(), metav1.ListOptions{}); return err },
+		"watch": func() error {
+			watch, err := pods.Watch(t.Context(), metav1.ListOptions{})
+			if err == nil {
+				watch.Stop()
+			}
+			return err
+		},
+		"patch": func() error { return annotate(client, "shop", "web", "", map[string]*string{evictMe: value("true")}) },
+	}
+	objects, err := Manifests("deploy/annotator/rbac.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var verbs []string
+	for _, object := range objects {
+		if object.GetKind() != "ClusterRole" {
+			continue
+		}
+		rules := object.Object["rules"].([]any)
+		if len(rules) != 1 {
+			t.Fatalf("rules %v, and this test knows one", rules)
+		}
+		for _, verb := range rules[0].(map[string]any)["verbs"].([]any) {
+			verbs = append(verbs, verb.(string))
+		}
+	}
+	if len(verbs) != len(calls) {
+		t.Fatalf("verbs %v, and this test has calls for %d", verbs, len(calls))
+	}
+	for _, verb := range verbs {
+		if calls[verb] == nil {
+			t.Fatalf("no call that needs the verb %s", verb)
+		}
+		changeRole(t, c, func(role *rbacv1.ClusterRole) {
+			role.Rules[0].Verbs = slices.DeleteFunc(slices.Clone(verbs), func(v string) bool { return v == verb })
+		})
+		c.Eventually("without "+verb, func() error {
+			if err := calls[verb](); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "cannot "+verb+" resource \"pods\"") {
+				return fmt.Errorf("%s: %w", verb, err)
+			}
+			return nil
+		})
+		for other, call := range calls {
+			if err := call(); other != verb && err != nil {
+				t.Errorf("without %s, %s: %v", verb, other, err)
+			}
+		}
+		c.Apply("deploy/annotator/rbac.yaml")
+		c.Eventually("with "+verb+" again", calls[verb])
+	}
+}
+
+func changeRole(t *testing.T, c *Cluster, change func(*rbacv1.ClusterRole)) {
+	t.Helper()
+	roles := c.Client.RbacV1().ClusterRoles()
+	if err := retry.RetryOnConflict(retry.DefaultRetry, func() error {
+		role, err := roles.Get(t.Context(), "oom-annotator", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		change(role)
+		_, err = roles.Update(t.Context(), role, metav1.UpdateOptions{})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,289 @@
+package kubetest
+
+import (
+	"bufio"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/client-go/discovery"
+	"k8s.io/client-go/discovery/cached/memory"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/restmapper"
+)
+
+// Node makes a node. A name is all it needs: pods are bound by it.
+func (c *Cluster) Node(name string) *corev1.Node {
+	c.t.Helper()
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	node, err := c.Client.CoreV1().Nodes().Create(c.t.Context(), node, metav1.CreateOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return node
+}
+
+// Namespace makes a namespace, if it is not there, and the service account that its pods need.
+func (c *Cluster) Namespace(name string) {
+	c.t.Helper()
+	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	if _, err := c.Client.CoreV1().Namespaces().Create(c.t.Context(), namespace, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+		c.t.Fatal(err)
+	}
+	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}
+	if _, err := c.Client.CoreV1().ServiceAccounts(name).Create(c.t.Context(), account, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+		c.t.Fatal(err)
+	}
+}
+
+// Pod makes a pod with one container, main, that runs on the node. Each change is applied to it before it
+// is created: what a change puts into the status is kept, and where it puts nothing, each container of the
+// spec runs with a random container ID. The server gives the UID. The node need not be there.
+func (c *Cluster) Pod(namespace, name, node string, changes ...func(*corev1.Pod)) *corev1.Pod {
+	c.t.Helper()
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
+		Spec: corev1.PodSpec{
+			NodeName:   node,
+			Containers: []corev1.Container{{Name: "main", Image: "example.com/main:1"}},
+		},
+	}
+	for _, change := range changes {
+		change(pod)
+	}
+	status := pod.Status
+	if status.Phase == "" {
+		status.Phase = corev1.PodRunning
+	}
+	if status.ContainerStatuses == nil {
+		status.ContainerStatuses = running(pod.Spec.Containers)
+	}
+	if status.InitContainerStatuses == nil {
+		status.InitContainerStatuses = running(pod.Spec.InitContainers)
+	}
+	pod, err := c.Client.CoreV1().Pods(namespace).Create(c.t.Context(), pod, metav1.CreateOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	status.QOSClass = pod.Status.QOSClass // may not change
+	pod.Status = status
+	return c.SetStatus(pod)
+}
+
+// SetStatus writes pod.Status, as the kubelet does.
+func (c *Cluster) SetStatus(pod *corev1.Pod) *corev1.Pod {
+	c.t.Helper()
+	pod, err := c.Client.CoreV1().Pods(pod.Namespace).UpdateStatus(c.t.Context(), pod, metav1.UpdateOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return pod
+}
+
+// GetPod reads a pod anew.
+func (c *Cluster) GetPod(namespace, name string) *corev1.Pod {
+	c.t.Helper()
+	pod, err := c.Client.CoreV1().Pods(namespace).Get(c.t.Context(), name, metav1.GetOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return pod
+}
+
+// DeletePod deletes a pod at once. Any longer grace would have it wait for a kubelet.
+func (c *Cluster) DeletePod(namespace, name string) {
+	c.t.Helper()
+	var now int64
+	if err := c.Client.CoreV1().Pods(namespace).Delete(c.t.Context(), name, metav1.DeleteOptions{GracePeriodSeconds: &now}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func running(containers []corev1.Container) []corev1.ContainerStatus {
+	var statuses []corev1.ContainerStatus
+	for _, container := range containers {
+		statuses = append(statuses, corev1.ContainerStatus{
+			Name:        container.Name,
+			Image:       container.Image,
+			ContainerID: "containerd://" + NewContainerID(),
+			State:       corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: metav1.Now()}},
+		})
+	}
+	return statuses
+}
+
+// NewContainerID is an ID as container runtimes make them.
+func NewContainerID() string {
+	var id [32]byte
+	_, _ = rand.Read(id[:]) // never fails
+	return hex.EncodeToString(id[:])
+}
+
+// ContainerID is the ID of a pod's container, as it stands in the name of the container's cgroup.
+func (c *Cluster) ContainerID(pod *corev1.Pod, container string) string {
+	c.t.Helper()
+	for _, statuses := range [][]corev1.ContainerStatus{
+		pod.Status.ContainerStatuses, pod.Status.InitContainerStatuses, pod.Status.EphemeralContainerStatuses,
+	} {
+		for _, status := range statuses {
+			if status.Name == container {
+				_, id, _ := strings.Cut(status.ContainerID, "://")
+				return id
+			}
+		}
+	}
+	c.t.Fatalf("pod %s/%s has no status of a container %s", pod.Namespace, pod.Name, container)
+	return ""
+}
+
+// Apply applies manifests, server side, and refuses unknown fields. A file's name that is not absolute is
+// taken from the root of the repository. The server obeys new roles and policies a moment later: see
+// Eventually.
+func (c *Cluster) Apply(files ...string) {
+	c.t.Helper()
+	client, err := dynamic.NewForConfig(c.Admin)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	kinds, err := discovery.NewDiscoveryClientForConfig(c.Admin)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(kinds))
+	for _, file := range files {
+		objects, err := Manifests(file)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		for _, object := range objects {
+			if err := c.apply(client, mapper, object); err != nil {
+				c.t.Fatalf("apply %s: %s %s: %v", file, object.GetKind(), object.GetName(), err)
+			}
+		}
+	}
+}
+
+func (c *Cluster) apply(client dynamic.Interface, mapper meta.RESTMapper, object *unstructured.Unstructured) error {
+	kind := object.GroupVersionKind()
+	mapping, err := mapper.RESTMapping(kind.GroupKind(), kind.Version)
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(object)
+	if err != nil {
+		return err
+	}
+	force := true
+	// Its Apply has no field validation.
+	_, err = client.Resource(mapping.Resource).Namespace(object.GetNamespace()).Patch(c.t.Context(), object.GetName(),
+		types.ApplyPatchType, data, metav1.PatchOptions{
+			FieldManager: "kubetest", Force: &force, FieldValidation: metav1.FieldValidationStrict,
+		})
+	return err
+}
+
+// Manifests reads the objects of a file of YAML documents, from the root of the repository.
+func Manifests(file string) ([]*unstructured.Unstructured, error) {
+	if !filepath.IsAbs(file) {
+		root, err := os.Getwd()
+		if err != nil {
+			return nil, err
+		}
+		for {
+			if _, err := os.Stat(filepath.Join(root, "go.mod")); err == nil {
+				break
+			}
+			if root == filepath.Dir(root) {
+				return nil, fmt.Errorf("find %s: the test does not run in the repository", file)
+			}
+			root = filepath.Dir(root)
+		}
+		file = filepath.Join(root, file)
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	documents := yaml.NewYAMLReader(bufio.NewReader(f))
+	var objects []*unstructured.Unstructured
+	for {
+		document, err := documents.Read()
+		if errors.Is(err, io.EOF) {
+			return objects, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", file, err)
+		}
+		object := &unstructured.Unstructured{}
+		if err := yaml.UnmarshalStrict(document, &object.Object); err != nil {
+			return nil, fmt.Errorf("read %s: %w", file, err)
+		}
+		if object.Object != nil { // nil: nothing but comments
+			objects = append(objects, object)
+		}
+	}
+}
+
+// Annotator applies deploy/annotator and returns the client configuration of its service account, once the
+// server obeys what was applied.
+func (c *Cluster) Annotator() *rest.Config {
+	c.t.Helper()
+	c.Apply("deploy/annotator/rbac.yaml", "deploy/annotator/admission.yaml")
+	cfg := c.ServiceAccount("oom-tracer", "oom-annotator")
+	client, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	// A pod that nobody need see, whose patches are tried and not done.
+	c.Namespace("kubetest")
+	c.Pod("kubetest", "probe", "")
+	defer c.DeletePod("kubetest", "probe")
+	try := func(patch string) error {
+		_, err := client.CoreV1().Pods("kubetest").Patch(c.t.Context(), "probe", types.MergePatchType, []byte(patch),
+			metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+		return err
+	}
+	c.Eventually("the annotator may annotate", func() error {
+		return try(`{"metadata":{"annotations":{"oom-tracer.alpha.kubernetes.io/evict-me":"true"}}}`)
+	})
+	c.Eventually("the annotator is denied the rest", func() error {
+		if err := try(`{"metadata":{"labels":{"kubetest":"probe"}}}`); !apierrors.IsInvalid(err) && !apierrors.IsForbidden(err) {
+			return fmt.Errorf("a label is set: %w", err)
+		}
+		return nil
+	})
+	return cfg
+}
+
+// Eventually waits until try returns nil: the server reads its own roles and policies through a watch.
+func (c *Cluster) Eventually(what string, try func() error) {
+	c.t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			c.t.Fatalf("%s: not after 30 s: %v", what, err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
