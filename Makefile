@@ -48,8 +48,8 @@ SH_FILES := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 ##@ Use
 
 .PHONY: run
-run: build ## build what is needed and trace this machine's OOM kills (needs root)
-	$(Q)exec build/oom-tracer --config $(CONFIG)
+run: build ## trace this machine's OOM kills (needs root); with KUBECONFIG set, annotate its pods too
+	$(Q)exec tools/run.sh $(CONFIG)
 
 .PHONY: demo
 demo: build ## cause one contained OOM kill and see it come back out of NATS (needs root)
@@ -62,7 +62,7 @@ doctor: build ## what this kernel and this user can do
 ##@ Build
 
 .PHONY: build
-build: build/oom-tracer build/oom-tap ## build the BPF object and the binaries into build/
+build: build/oom-tracer build/oom-annotator build/oom-tap ## build the BPF object and the binaries into build/
 
 .PHONY: deps
 deps: build/.deps ## install what a build needs (Debian packages; libbpf into the cache)
@@ -83,10 +83,11 @@ build/oom-tracer: $(GO_FILES) $(OBJECT)
 	$(say) GO $@
 	$(Q)$(go_build) -o $@ ./go/cmd/oom-tracer
 
-build/oom-tap: $(GO_FILES)
+# Without cgo, and so static.
+build/oom-tap build/oom-annotator: build/%: $(GO_FILES)
 	@mkdir -p build
 	$(say) GO $@
-	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/oom-tap
+	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/$*
 
 build/hog: tools/hog.c build/.deps
 	$(say) CC $@
@@ -186,11 +187,13 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(Q)shellcheck $(SH_FILES)
 
 .PHONY: check-deps
-check-deps: $(OBJECT) ## the arrows between the packages point down, and libbpf stays in the tracer
+check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is the tracer's, client-go the annotator's
 	$(Q)deps=$$($(GO) list -deps ./go/cmd/oom-tap); \
 		! grep -E 'libbpfgo|nats-server|client-go' <<<"$$deps" || { echo 'oom-tap must not need these' >&2; exit 1; }
 	$(Q)deps=$$(CGO_LDFLAGS='$(link_flags)' $(GO) list -deps ./go/cmd/oom-tracer); \
 		! grep client-go <<<"$$deps" || { echo 'oom-tracer must not need client-go' >&2; exit 1; }
+	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-annotator); \
+		! grep -E 'libbpfgo|nats-server|internal/loader' <<<"$$deps" || { echo 'oom-annotator must not need these' >&2; exit 1; }
 	$(Q)deps=$$($(GO) list -deps ./go/event); \
 		test "$$(grep -c '\.' <<<"$$deps")" = 1 || { echo 'go/event must need the standard library only' >&2; exit 1; }
 

@@ -1,0 +1,222 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/annotate"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+)
+
+// name is that of the durable consumer, which all replicas share, and of the connection.
+const name = "oom-annotator"
+
+// The way down: handlers have 2 s (bus), and then:
+const (
+	drainTime = 1500 * time.Millisecond // to publish what was decided, and settle it
+	closeTime = time.Second             // for the rest
+)
+
+// run works until ctx ends, or NATS' connection is closed for good.
+func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+	api, err := pods.Config(cfg.Annotator.Kubeconfig)
+	if err != nil {
+		return err
+	}
+	client, err := pods.NewClient(api, name+"/"+obs.Version().Version)
+	if err != nil {
+		return err
+	}
+	terms := annotate.Terms(&cfg)
+	store := pods.NewStore(cfg.Policy.MaxEventAge + cfg.Annotator.WaitForPod)
+	watcher := pods.NewWatcher(client, store, terms, log)
+	metrics := annotate.NewMetrics()
+
+	w := &works{log: log, watcher: watcher}
+	registry := obs.NewRegistry(name)
+	registry.MustRegister(metrics, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "oom_tracer_known_pods", Help: "Pods of the cluster that the annotator follows.",
+	}, func() float64 { return float64(store.Len()) }))
+	server, err := obs.Listen(cfg.Annotator.Listen, registry, obs.Checks{
+		Ready: map[string]obs.Check{
+			"pods": func(context.Context) error { return watcher.Failing() },
+			"nats": func(context.Context) error { return w.natsFailing() },
+		},
+	}, log)
+	if err != nil {
+		return fmt.Errorf("serve metrics: %w", err)
+	}
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	downstream, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	var rest sync.WaitGroup
+	rest.Go(func() { watcher.Run(downstream) })
+	rest.Go(func() {
+		if err := server.Serve(downstream); err != nil {
+			cancel(err)
+		}
+	})
+	err = w.work(ctx, cfg, &annotate.Annotator{
+		Policy: cfg.Policy, Terms: terms, Wait: cfg.Annotator.WaitForPod,
+		API: client, Finder: store, Stale: watcher.Failing, Metrics: metrics, Log: log, Now: time.Now,
+	})
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+		err = errors.Join(err, cause)
+	}
+	stop()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		rest.Wait()
+	}()
+	select {
+	case <-ended:
+	case <-time.After(closeTime):
+	}
+	log.Info("stopped")
+	return err
+}
+
+// works is the part that lives on NATS.
+type works struct {
+	log     *slog.Logger
+	watcher *pods.Watcher
+
+	mu        sync.Mutex
+	conn      *bus.Conn // nil until there is one
+	publisher *bus.Publisher
+	consumer  *bus.Consumer
+}
+
+// natsFailing is why kills cannot be read or outcomes not be stored now.
+func (w *works) natsFailing() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.conn == nil || !w.conn.Connected():
+		return bus.ErrDisconnected
+	case w.consumer == nil:
+		return errors.New("nothing is consumed before the pods are known")
+	}
+	return errors.Join(w.consumer.Failing(), w.publisher.Failing())
+}
+
+// work consumes kills until ctx ends.
+func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotator) error {
+	conn, err := w.connect(ctx, cfg.NATS)
+	if err != nil || conn == nil {
+		return err
+	}
+	defer conn.Close()
+	if cfg.NATS.URL != "" {
+		// The embedded server's are its tracer's.
+		go w.ensureStreams(ctx, conn, cfg.NATS.Stream)
+	}
+	publisher, err := bus.NewPublisher(conn, cfg.NATS.Buffer, a.Hooks(), w.log)
+	if err != nil {
+		return fmt.Errorf("make the publisher: %w", err)
+	}
+	a.Outlet = publisher
+	consumer, err := bus.NewConsumer(conn, bus.ConsumeOptions{
+		Name: name, Subjects: []string{"oom.v1." + string(event.KindKill) + ".>"}, Workers: cfg.Annotator.Workers,
+	})
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	w.conn, w.publisher = conn, publisher
+	w.mu.Unlock()
+
+	key, value := cfg.Policy.Mark()
+	w.log.Info("annotating", "version", obs.Version().Version, "annotation", key, "value", value, "observe_only", key == "",
+		"scopes", cfg.Policy.Scopes, "levels", cfg.Policy.Levels)
+	// Who knows no pods would take each for one that does not exist.
+	select {
+	case <-w.watcher.Synced():
+	case <-ctx.Done():
+		return nil
+	}
+	w.mu.Lock()
+	w.consumer = consumer
+	w.mu.Unlock()
+
+	downstream, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	published := make(chan error, 1)
+	go func() { published <- publisher.Run(downstream) }()
+	err = consumer.Run(ctx, func(ctx context.Context, d *bus.Delivery) {
+		a.Handle(ctx, annotate.Message{Stored: d.Stored, Attempt: d.Attempt, Settler: d})
+	})
+	draining, drained := context.WithTimeout(downstream, drainTime)
+	defer drained()
+	if left, err := publisher.Drain(draining); left > 0 {
+		w.log.Warn("not every outcome is published, another replica decides again", "left", left, "error", err)
+	}
+	if n := consumer.Release(); n > 0 {
+		w.log.Info("kills are given back", "count", n)
+	}
+	stop()
+	return errors.Join(err, <-published)
+}
+
+// connect waits for a NATS that is not there yet. It returns nil and nil when ctx ends.
+func (w *works) connect(ctx context.Context, cfg config.NATS) (*bus.Conn, error) {
+	for said := false; ; {
+		conn, err := bus.Connect(ctx, cfg, bus.Options{Name: name, Background: true}, w.log)
+		switch {
+		case ctx.Err() != nil:
+			if conn != nil {
+				conn.Close()
+			}
+			return nil, nil
+		case err == nil:
+			return conn, nil
+		case cfg.URL != "" || !errors.Is(err, fs.ErrNotExist):
+			return nil, err
+		}
+		// The embedded server makes its files when it starts for the first time, which may be now.
+		if !said {
+			w.log.Info("waiting for the embedded nats of oom-tracer", "error", err)
+			said = true
+		}
+		select {
+		case <-time.After(500 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, nil
+		}
+	}
+}
+
+// ensureStreams makes the streams, unless that is somebody else's to do.
+func (w *works) ensureStreams(ctx context.Context, conn *bus.Conn, cfg config.Stream) {
+	for {
+		err := bus.EnsureStreams(ctx, conn, cfg)
+		switch {
+		case err == nil || ctx.Err() != nil:
+			return
+		case errors.Is(err, nats.ErrPermissionViolation):
+			w.log.Info("streams are left to their owner", "error", err)
+			return
+		}
+		w.log.Warn("streams cannot be made, will try again", "error", err)
+		select {
+		case <-time.After(10 * time.Second):
+		case <-ctx.Done():
+			return
+		}
+	}
+}

@@ -1,0 +1,113 @@
+// Command oom-annotator marks the pods that the kernel's OOM killer hit, as the policy of the config has it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"k8s.io/klog/v2"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+)
+
+const usage = `oom-annotator marks the pods that OOM kills hit, and says on NATS what became of each kill.
+
+Usage:
+  oom-annotator [flags]   work until it is told to end; any number of them share the work
+
+Exit status: 0 done; 1 failed; 2 the command line is wrong.
+
+Flags:
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-ctx.Done()
+		stop() // a second signal ends the process at once
+	}()
+	os.Exit(realMain(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// usageError means that the command line is wrong.
+type usageError struct{ error }
+
+func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	err := dispatch(ctx, args, stdout, stderr)
+	var wrong usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &wrong):
+		fmt.Fprintf(stderr, "oom-annotator: %v; see oom-annotator --help\n", err)
+		return 2
+	default:
+		// A config that is wrong has a line for each fault.
+		fmt.Fprintf(stderr, "oom-annotator: %s\n", strings.ReplaceAll(err.Error(), "\n", "\noom-annotator: "))
+		return 1
+	}
+}
+
+func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("oom-annotator", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // what is wrong is said once, by realMain
+	configPath := flags.String("config", "/etc/oom-tracer/config.yaml", "the config `file`")
+	kubeconfig := flags.String("kubeconfig", "", "the kubeconfig `file` (default: annotator.kubeconfig in the config, the service account of the pod)")
+	logLevel := flags.String("log-level", "", "the log's `level`: debug, info, warn or error (default: log.level in the config)")
+	version := flags.Bool("version", false, "print the version and end")
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprint(stdout, usage)
+		flags.SetOutput(stdout)
+		flags.PrintDefaults()
+		return nil
+	case err != nil:
+		return usageError{err}
+	case flags.NArg() > 0:
+		return usageError{fmt.Errorf("unexpected argument %q", flags.Arg(0))}
+	}
+	// Held against the rules for the config's own keys.
+	held := config.Default()
+	if *logLevel != "" {
+		held.Log.Level = *logLevel
+		if err := held.Validate(); err != nil {
+			return usageError{fmt.Errorf("--log-level: %w", err)}
+		}
+	}
+	if *version {
+		fmt.Fprintf(stdout, "oom-annotator %s\n", obs.Version())
+		return nil
+	}
+
+	cfg, err := config.Load(*configPath)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w (--config names another file)", err)
+	}
+	if err != nil {
+		return err
+	}
+	if *logLevel != "" {
+		cfg.Log.Level = *logLevel
+	}
+	if *kubeconfig != "" {
+		if cfg.Annotator.Kubeconfig, err = filepath.Abs(*kubeconfig); err != nil {
+			return fmt.Errorf("--kubeconfig: %w", err)
+		}
+	}
+	log, err := obs.NewLogger(stderr, cfg.Log)
+	if err != nil {
+		return err
+	}
+	klog.SetSlogLogger(log) // client-go's
+	return run(ctx, cfg, log)
+}

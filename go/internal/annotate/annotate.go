@@ -1,0 +1,357 @@
+package annotate
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+// The bounds of trying again.
+const (
+	conflicts    = 5 // how often a pod that changes under our hands is read anew at once
+	firstRetry   = 250 * time.Millisecond
+	lastRetry    = 15 * time.Second // the delay doubles up to here
+	lastLook     = 4 * time.Second  // likewise, for a pod that is not known yet
+	permitted    = 30 * time.Second // how long a missing permission is waited for: a server that starts has none
+	maxDetail    = 500              // bytes of an outcome's detail
+	maxComm      = 64               // bytes of a process's name; the kernel's have 15
+	maxContainer = 64               // bytes of a container's ID
+)
+
+// API is what is asked of the API server.
+type API interface {
+	Get(ctx context.Context, namespace, name string) (*corev1.Pod, error)
+	Patch(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error)
+}
+
+// Finder knows the pods; see pods.Store.
+type Finder interface {
+	Find(node, uid, containerID string) (pods.Found, error)
+}
+
+// Outlet takes what is to be published; see bus.Publisher.
+type Outlet interface {
+	Enqueue(m bus.Msg) error
+}
+
+// Settler settles a message; see bus.Delivery.
+type Settler interface {
+	Ack()
+	Retry(after time.Duration)
+	Term(reason string)
+}
+
+// Message is one message of the stream.
+type Message struct {
+	bus.Stored
+	Attempt uint64 // from 1
+	Settler Settler
+}
+
+// Annotator works on kills. Its methods may be called from any goroutine.
+type Annotator struct {
+	Policy config.Policy
+	Terms  pods.Terms
+	Wait   time.Duration // for a pod that is not known yet
+	API    API
+	Finder Finder
+	// Stale is why Finder may not know what there is now, and nil when it does.
+	Stale   func() error
+	Outlet  Outlet
+	Metrics *Metrics
+	Log     *slog.Logger
+	Now     func() time.Time
+}
+
+// Terms are the names by which a configuration has pods read.
+func Terms(cfg *config.Config) pods.Terms {
+	mark, _ := cfg.Policy.Mark()
+	return pods.Terms{
+		Mark: mark, Summary: cfg.Annotator.SummaryAnnotation, OptOut: cfg.Policy.OptOutAnnotation, Selector: cfg.Policy.Selector,
+	}
+}
+
+// Hooks are for the publisher that is the Outlet: a message of the stream is settled when its outcome is
+// stored, and not before.
+func (a *Annotator) Hooks() bus.Hooks {
+	return bus.Hooks{
+		OnAck:   func(m bus.Msg, _ bool) { m.Tag.(func())() },
+		OnRetry: func(bus.Msg, error) { a.Metrics.failure("publish") },
+		OnDrop: func(m bus.Msg, err error) {
+			a.Metrics.failure("dropped")
+			a.Log.Error("outcome given up", "id", m.ID, "error", err)
+			m.Tag.(func())()
+		},
+	}
+}
+
+// Handle works on one message until its outcome is on its way, or it is to come again.
+func (a *Annotator) Handle(ctx context.Context, m Message) {
+	a.Metrics.observed()
+	e, refused := read(&m.Stored)
+	if refused != nil {
+		a.refuse(m, refused)
+		return
+	}
+	c := Case{Event: e, Age: age(e, &m.Stored, a.Now())}
+	if e.Container != nil {
+		c.Found, c.Err = a.Finder.Find(e.Node.Name, e.Container.PodUID, e.Container.ContainerID)
+	}
+	if a.early(&c, &m) {
+		a.Metrics.waiting("pod")
+		m.Settler.Retry(delay(m.Attempt, lastLook))
+		return
+	}
+	a.Metrics.identified(&c)
+	d := Decide(&a.Policy, &c)
+	detail := ""
+	if d.Act {
+		var err error
+		if d, err = a.act(ctx, &c); err != nil {
+			var again bool
+			if d, again = a.failed(ctx, m, &c, err); again {
+				return
+			}
+			detail = err.Error()
+		}
+	}
+	repeated := d == marked // and not by act
+	o := a.outcome(e.ID, e.Node.Name, d, detail)
+	if p := c.Found.Pod; p != nil {
+		o.Pod = &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}
+		o.Container = p.Container(e.Container.ContainerID)
+		if d.Result == event.ResultAnnotated {
+			key, value := a.Policy.Mark()
+			o.Annotation = key + "=" + value
+		}
+	}
+	if a.publish(m, o, m.Settler.Ack) {
+		a.Metrics.decided(o, repeated, a.Now().Sub(e.Time))
+	}
+}
+
+// early tells whether the pod may still become known.
+func (a *Annotator) early(c *Case, m *Message) bool {
+	e := c.Event
+	if !errors.Is(c.Err, pods.ErrUnknown) || e.Container.PodUID == "" || c.Age > a.Policy.MaxEventAge {
+		return false
+	}
+	return a.Now().Sub(m.Time) < a.Wait || a.Stale() != nil
+}
+
+// delay is how long the nth attempt (from 1) is put off: doubling, and half of it random.
+func delay(attempt uint64, most time.Duration) time.Duration {
+	d := most
+	if attempt < 16 {
+		d = min(firstRetry<<max(attempt, 1)>>1, most)
+	}
+	return d/2 + rand.N(d/2)
+}
+
+// refuse ends a message that can never be processed.
+func (a *Annotator) refuse(m Message, r *refusal) {
+	a.Metrics.failure(string(r.reason))
+	a.Log.Warn("message refused", "seq", m.Seq, "subject", m.Subject, "id", m.ID, "reason", string(r.reason), "error", r.err)
+	term := func() { m.Settler.Term(string(r.reason)) }
+	_, _, node, err := event.ParseSubject(m.Subject)
+	if err != nil {
+		term() // there is no node to speak of
+		return
+	}
+	// Not the message's own ID, which may be another kill's.
+	o := a.outcome(fmt.Sprintf("%s-%d", event.StreamName, m.Seq), node,
+		Decision{Result: event.ResultFailed, Reason: r.reason}, fmt.Sprintf("message id %q: %v", m.ID, r.err))
+	if a.publish(m, o, term) {
+		a.Metrics.decided(o, false, 0)
+	}
+}
+
+func (a *Annotator) outcome(kill, node string, d Decision, detail string) *event.Outcome {
+	detail = text.Printable(detail)
+	return &event.Outcome{
+		Schema: event.Schema, ID: event.OutcomeID(kill, event.StageAnnotate), Kill: kill, Stage: event.StageAnnotate,
+		Time: a.Now().UTC(), Result: d.Result, Reason: d.Reason, Detail: detail[:min(len(detail), maxDetail)], Node: node,
+	}
+}
+
+// publish sends an outcome, and settles the message once it is stored. It reports whether it was taken.
+func (a *Annotator) publish(m Message, o *event.Outcome, settle func()) bool {
+	subject, err := o.Subject()
+	var data []byte
+	if err == nil {
+		data, err = json.Marshal(o)
+	}
+	if err == nil {
+		err = a.Outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Tag: settle})
+	}
+	if err != nil {
+		if !errors.Is(err, bus.ErrClosed) { // the next replica's
+			a.Log.Warn("outcome cannot be published now, its message comes again", "id", o.ID, "error", err)
+			a.Metrics.failure("publish")
+		}
+		m.Settler.Retry(time.Second)
+		return false
+	}
+	a.Log.Log(context.Background(), level(o), "kill", "id", o.Kill, "node", o.Node, "result", string(o.Result), "reason", string(o.Reason),
+		"pod", podName(o.Pod), "container", o.Container, "detail", o.Detail)
+	return true
+}
+
+func level(o *event.Outcome) slog.Level {
+	switch o.Result {
+	case event.ResultAnnotated:
+		return slog.LevelInfo
+	case event.ResultFailed:
+		return slog.LevelError
+	}
+	return slog.LevelDebug
+}
+
+func podName(p *event.PodRef) string {
+	if p == nil {
+		return ""
+	}
+	return p.Namespace + "/" + p.Name
+}
+
+// act marks the pod. What the store knows may be old: the pod is read, the decision is made once more on
+// what it is now, and the patch holds for just that state of it.
+//
+// The decision that it returns has Act set where this call made the mark.
+func (a *Annotator) act(ctx context.Context, c *Case) (Decision, error) {
+	known := c.Found.Pod
+	var last error
+	for try := range conflicts {
+		if try > 0 {
+			select {
+			case <-time.After(time.Duration(10*try) * time.Millisecond):
+			case <-ctx.Done():
+				return Decision{}, ctx.Err()
+			}
+		}
+		read, err := a.API.Get(ctx, known.Namespace, known.Name)
+		if apierrors.IsNotFound(err) {
+			return skip(event.ReasonGone), nil
+		}
+		if err != nil {
+			return Decision{}, err
+		}
+		now := *c
+		now.Found.Pod = a.Terms.Read(read)
+		switch {
+		case now.Found.Pod.UID != known.UID:
+			return skip(event.ReasonReborn), nil
+		case now.Found.Pod.Node != known.Node:
+			return skip(event.ReasonOtherNode), nil
+		}
+		d := Decide(&a.Policy, &now)
+		if !d.Act {
+			return d, nil
+		}
+		c.Found.Pod = now.Found.Pod // its containers may be named by now
+		patch, err := a.patch(c.Event, now.Found.Pod, read.ResourceVersion)
+		if err != nil {
+			return Decision{}, err
+		}
+		_, err = a.API.Patch(ctx, known.Namespace, known.Name, patch)
+		switch {
+		case err == nil:
+			return d, nil
+		case apierrors.IsNotFound(err):
+			return skip(event.ReasonGone), nil
+		case apierrors.IsConflict(err), apierrors.IsInvalid(err):
+			// It has changed, or is another one by now: that is seen when it is read again. An answer of
+			// the second kind that stays is meant for the patch itself.
+			last = err
+		default:
+			return Decision{}, err
+		}
+		if apierrors.IsInvalid(err) && try > 0 {
+			break
+		}
+	}
+	return Decision{}, last
+}
+
+// patch is a JSON merge patch for one state of one pod: the server refuses it for any other.
+func (a *Annotator) patch(e *event.Event, p *pods.Pod, resourceVersion string) ([]byte, error) {
+	key, value := a.Policy.Mark()
+	s := pods.Summary{
+		Event: e.ID, Time: e.Time, Scope: string(e.Scope), Level: string(e.Limit.Level),
+		Container: p.Container(e.Container.ContainerID),
+		Victim:    cut(e.Victim.Comm, maxComm), PID: e.Victim.PID, Usage: e.Limit.Usage, Limit: e.Limit.Max, Node: e.Node.Name,
+	}
+	if s.Container == "" {
+		s.Container = cut(e.Container.ContainerID, maxContainer)
+	}
+	summary, err := json.Marshal(s)
+	if err != nil {
+		return nil, fmt.Errorf("write the summary: %w", err)
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
+		"uid":             p.UID,
+		"resourceVersion": resourceVersion,
+		"annotations":     map[string]string{key: value, a.Terms.Summary: string(summary)},
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("write the patch: %w", err)
+	}
+	return patch, nil
+}
+
+func cut(s string, most int) string { return strings.ToValidUTF8(s[:min(len(s), most)], "") }
+
+// failed decides what an error of the API server means: another attempt, which it then asks for, or a
+// failure that is told.
+func (a *Annotator) failed(ctx context.Context, m Message, c *Case, err error) (d Decision, again bool) {
+	d.Result = event.ResultFailed
+	after, left := delay(m.Attempt, lastRetry), a.Policy.MaxEventAge-c.Age
+	switch {
+	case apierrors.IsForbidden(unwrap(err)):
+		d.Reason = event.ReasonForbidden
+		left = min(left, permitted-a.Now().Sub(m.Time))
+	case apierrors.IsConflict(unwrap(err)), pods.Transient(err):
+		d.Reason = event.ReasonUnavailable
+	default:
+		d.Reason = event.ReasonRejected
+		left = 0
+	}
+	if seconds, ok := apierrors.SuggestsClientDelay(unwrap(err)); ok {
+		after = max(after, time.Duration(seconds)*time.Second)
+	}
+	a.Metrics.failure(string(d.Reason))
+	if ctx.Err() != nil {
+		m.Settler.Retry(0) // this process ends, another goes on
+		return d, true
+	}
+	if after < left {
+		a.Log.Warn("pod cannot be marked yet, will try again", "id", c.Event.ID, "pod", c.Found.Pod.Namespace+"/"+c.Found.Pod.Name,
+			"attempt", m.Attempt, "after", after, "error", err)
+		m.Settler.Retry(after)
+		return d, true
+	}
+	return d, false
+}
+
+// unwrap is the API server's own error within err, else err.
+func unwrap(err error) error {
+	var status *apierrors.StatusError
+	if errors.As(err, &status) {
+		return status
+	}
+	return err
+}

@@ -1,0 +1,464 @@
+package annotate
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+)
+
+// These tests are about what no API server does on demand. What one does is in go/cmd/oom-annotator.
+
+var resource = schema.GroupResource{Resource: "pods"}
+
+// world is everything around an Annotator.
+type world struct {
+	*Annotator
+	now time.Time
+
+	mu      sync.Mutex
+	pod     *corev1.Pod // on the API server; nil: none
+	getErr  []error     // what the next ones answer; nil: as it should
+	patches []string
+	patched []error // likewise
+	find    error
+	stale   error
+	full    error // of the outlet
+	out     []bus.Msg
+	settled []string
+}
+
+func newWorld() *world {
+	w := &world{now: time.Unix(1001, 0)}
+	w.pod = &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "7"}, Spec: corev1.PodSpec{NodeName: "node-1"}}
+	cfg := config.Default()
+	cfg.Policy = acting()
+	w.Annotator = &Annotator{
+		Policy: cfg.Policy, Terms: Terms(&cfg), Wait: 30 * time.Second, API: w, Finder: w, Outlet: w, Metrics: NewMetrics(),
+		Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return w.now },
+		Stale: func() error { return w.stale },
+	}
+	return w
+}
+
+func (w *world) Find(node, uid, containerID string) (pods.Found, error) {
+	if w.find != nil {
+		return pods.Found{}, w.find
+	}
+	return pods.Found{Pod: &pods.Pod{Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Selected: true}}, nil
+}
+
+func next(errs *[]error) error {
+	if len(*errs) == 0 {
+		return nil
+	}
+	err := (*errs)[0]
+	*errs = (*errs)[1:]
+	return err
+}
+
+func (w *world) Get(context.Context, string, string) (*corev1.Pod, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := next(&w.getErr); err != nil {
+		return nil, err
+	}
+	if w.pod == nil {
+		return nil, fmt.Errorf("get pods: %w", apierrors.NewNotFound(resource, "cart"))
+	}
+	return w.pod.DeepCopy(), nil
+}
+
+func (w *world) Patch(_ context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.patches = append(w.patches, string(patch))
+	if err := next(&w.patched); err != nil {
+		return nil, err
+	}
+	return w.pod, nil
+}
+
+func (w *world) Enqueue(m bus.Msg) error {
+	if w.full != nil {
+		return w.full
+	}
+	w.out = append(w.out, m)
+	m.Tag.(func())()
+	return nil
+}
+
+func (w *world) Ack()                      { w.settled = append(w.settled, "ack") }
+func (w *world) Term(reason string)        { w.settled = append(w.settled, "term "+reason) }
+func (w *world) Retry(after time.Duration) { w.settled = append(w.settled, "retry") }
+
+// handle works on an event, and returns its outcome, if there is one.
+func (w *world) handle(t *testing.T, e *event.Event) *event.Outcome {
+	t.Helper()
+	data, err := json.Marshal(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject, err := e.Subject()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w.raw(t, subject, data)
+}
+
+func (w *world) raw(t *testing.T, subject string, data []byte) *event.Outcome {
+	t.Helper()
+	before := len(w.out)
+	w.Handle(t.Context(), Message{Stored: bus.Stored{ID: "x", Subject: subject, Data: data, Seq: 9, Time: time.Unix(1000, 0)}, Attempt: 1, Settler: w})
+	if len(w.settled) == 0 {
+		t.Fatal("the message is not settled")
+	}
+	if len(w.out) == before {
+		return nil
+	}
+	m := w.out[len(w.out)-1]
+	o, err := event.ParseOutcome(m.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	subjectWant, err := o.Subject()
+	if err != nil || m.Subject != subjectWant || m.ID != o.ID {
+		t.Errorf("outcome %s on %s, %v", m.ID, m.Subject, err)
+	}
+	return &o
+}
+
+// want checks an outcome's result and reason, and how the message was settled last.
+func (w *world) want(t *testing.T, o *event.Outcome, want, settled string) {
+	t.Helper()
+	got := "none"
+	if o != nil {
+		got = string(o.Result) + "/" + string(o.Reason)
+	}
+	if last := w.settled[len(w.settled)-1]; got != want || last != settled {
+		t.Errorf("outcome %s (%s), want %s (%s)", got, last, want, settled)
+	}
+}
+
+func TestHandleMarks(t *testing.T) {
+	w := newWorld()
+	e := kill()
+	e.Container.ContainerID = strings.Repeat("1", 64)
+	e.Limit.Max, e.Limit.Usage = new(uint64(100)), new(uint64(99))
+	w.pod.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "main", ContainerID: "containerd://" + e.Container.ContainerID}}
+	o := w.handle(t, e)
+	w.want(t, o, "annotated/marked", "ack")
+	want := event.Outcome{
+		Schema: event.Schema, ID: "boot-1-2/annotate", Kill: "boot-1-2", Stage: "annotate", Time: w.now.UTC(), Result: "annotated", Reason: "marked",
+		Node: "node-1", Pod: &event.PodRef{Namespace: "shop", Name: "cart", UID: "uid-1"}, Container: "main", Annotation: mark + "=true",
+	}
+	if diff := cmp.Diff(want, *o); diff != "" {
+		t.Errorf("outcome (-want +got):\n%s", diff)
+	}
+	wantPatch := `{"metadata":{"annotations":{"oom-tracer.alpha.kubernetes.io/evict-me":"true","oom-tracer.alpha.kubernetes.io/last-kill":` +
+		`"{\"event\":\"boot-1-2\",\"time\":\"1970-01-01T00:16:40Z\",\"scope\":\"global\",\"level\":\"node\",\"container\":\"main\",\"victim\":\"java\",\"pid\":1,\"usage\":99,\"limit\":100,\"node\":\"node-1\"}"` +
+		`},"resourceVersion":"7","uid":"uid-1"}}`
+	if diff := cmp.Diff([]string{wantPatch}, w.patches); diff != "" {
+		t.Errorf("patches (-want +got):\n%s", diff)
+	}
+}
+
+// What is true now counts, and not what the store knew.
+func TestHandleChanged(t *testing.T) {
+	conflict := apierrors.NewConflict(resource, "cart", errors.New("changed"))
+	invalid := apierrors.NewInvalid(schema.GroupKind{Kind: "Pod"}, "cart", nil)
+	notFound := apierrors.NewNotFound(resource, "cart")
+	for _, tt := range []struct {
+		name          string
+		change        func(w *world)
+		want, settled string
+		patches       int
+	}{
+		{"reborn", func(w *world) { w.pod.UID = "uid-2" }, "skipped/reborn", "ack", 0},
+		{"gone", func(w *world) { w.pod = nil }, "skipped/gone", "ack", 0},
+		{"gone at the last moment", func(w *world) { w.patched = []error{notFound} }, "skipped/gone", "ack", 1},
+		{"moved", func(w *world) { w.pod.Spec.NodeName = "node-2" }, "skipped/other_node", "ack", 0},
+		{"opted out", func(w *world) {
+			w.pod.Annotations = map[string]string{"oom-tracer.alpha.kubernetes.io/opt-out": ""}
+		}, "skipped/opt_out", "ack", 0},
+		{"marked by another replica", func(w *world) {
+			w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+		}, "annotated/marked", "ack", 0},
+		{"marked for another kill", func(w *world) { w.pod.Annotations = map[string]string{mark: "true"} }, "skipped/already", "ack", 0},
+		{"changes twice", func(w *world) { w.patched = []error{conflict, conflict} }, "annotated/marked", "ack", 3},
+		{"changes without an end", func(w *world) { w.patched = []error{conflict, conflict, conflict, conflict, conflict} }, "none", "retry", 5},
+		{"refused once", func(w *world) { w.patched = []error{invalid} }, "annotated/marked", "ack", 2},
+		{"refused for good", func(w *world) { w.patched = []error{invalid, invalid, invalid} }, "failed/rejected", "ack", 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld()
+			tt.change(w)
+			w.want(t, w.handle(t, kill()), tt.want, tt.settled)
+			if len(w.patches) != tt.patches {
+				t.Errorf("%d patches, want %d", len(w.patches), tt.patches)
+			}
+		})
+	}
+}
+
+// Between the read and the patch the pod is reborn: the server's refusal, of either kind, ends the work.
+func TestHandleRebornBetween(t *testing.T) {
+	for _, refusal := range []error{
+		apierrors.NewConflict(resource, "cart", errors.New("uid mismatch")), apierrors.NewInvalid(schema.GroupKind{Kind: "Pod"}, "cart", nil),
+	} {
+		w := newWorld()
+		w.patched = []error{refusal}
+		reborn := w.pod.DeepCopy()
+		reborn.UID = "uid-2"
+		w.API = &swap{world: w, then: reborn}
+		w.want(t, w.handle(t, kill()), "skipped/reborn", "ack")
+		if len(w.patches) != 1 {
+			t.Errorf("%d patches", len(w.patches))
+		}
+	}
+}
+
+// swap replaces the pod after the first read.
+type swap struct {
+	*world
+	then *corev1.Pod
+}
+
+func (s *swap) Get(ctx context.Context, namespace, name string) (*corev1.Pod, error) {
+	pod, err := s.world.Get(ctx, namespace, name)
+	s.pod = s.then
+	return pod, err
+}
+
+// Errors that may pass are tried again, until the event is too old; each ends in an outcome.
+func TestHandleErrors(t *testing.T) {
+	forbidden := fmt.Errorf("patch pods: %w", apierrors.NewForbidden(resource, "cart", errors.New("no")))
+	for _, tt := range []struct {
+		name string
+		err  error
+		now  time.Time
+		want string
+	}{
+		{"429", apierrors.NewTooManyRequests("slowly", 1), time.Unix(1001, 0), "none"},
+		{"500", apierrors.NewInternalError(errors.New("x")), time.Unix(1001, 0), "none"},
+		{"503", apierrors.NewServiceUnavailable("x"), time.Unix(1001, 0), "none"},
+		{"401", apierrors.NewUnauthorized("x"), time.Unix(1001, 0), "none"},
+		{"timeout", context.DeadlineExceeded, time.Unix(1001, 0), "none"},
+		{"proxy", apierrors.NewGenericServerResponse(http.StatusBadGateway, "GET", resource, "cart", "x", 0, true), time.Unix(1001, 0), "none"},
+		{"the last attempt", context.DeadlineExceeded, time.Unix(1600, 0), "failed/unavailable"},
+		{"the last attempt before the server's own delay", apierrors.NewTooManyRequests("slowly", 60), time.Unix(1550, 0), "failed/unavailable"},
+		{"403", forbidden, time.Unix(1001, 0), "none"},
+		{"403 for long", forbidden, time.Unix(1031, 0), "failed/forbidden"},
+		{"400", apierrors.NewBadRequest("x"), time.Unix(1001, 0), "failed/rejected"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, get := range []bool{true, false} {
+				w := newWorld()
+				w.now = tt.now
+				if get {
+					w.getErr = []error{tt.err}
+				} else {
+					w.patched = []error{tt.err}
+				}
+				settled := "ack"
+				if tt.want == "none" {
+					settled = "retry"
+				}
+				o := w.handle(t, kill())
+				w.want(t, o, tt.want, settled)
+				if o != nil && o.Detail == "" {
+					t.Error("the outcome tells no detail")
+				}
+			}
+		})
+	}
+}
+
+func TestHandleWaits(t *testing.T) {
+	w := newWorld()
+	w.find = pods.ErrUnknown
+	w.want(t, w.handle(t, kill()), "none", "retry")
+	w.now = time.Unix(1030, 0)
+	w.want(t, w.handle(t, kill()), "skipped/not_found", "ack")
+	// Who does not know what there is cannot say that there is none.
+	w.stale = errors.New("the API server is away")
+	w.want(t, w.handle(t, kill()), "none", "retry")
+	w.now = time.Unix(1601, 0)
+	w.want(t, w.handle(t, kill()), "skipped/too_old", "ack")
+	// Nobody waits for the pod of a host's process.
+	w = newWorld()
+	w.find = pods.ErrUnknown
+	e := kill()
+	e.Container = nil
+	w.want(t, w.handle(t, e), "skipped/host", "ack")
+	e.Container = &event.Container{ContainerID: "c"}
+	w.want(t, w.handle(t, e), "skipped/host", "ack")
+}
+
+func TestHandleOutletFull(t *testing.T) {
+	w := newWorld()
+	for _, err := range []error{bus.ErrFull, bus.ErrClosed} {
+		w.full = err
+		w.want(t, w.handle(t, kill()), "none", "retry")
+	}
+}
+
+func TestHandleRefuses(t *testing.T) {
+	good, err := json.Marshal(kill())
+	if err != nil {
+		t.Fatal(err)
+	}
+	const subject = "oom.v1.kill.global.node-1"
+	with := func(change func(*event.Event)) []byte {
+		e := kill()
+		change(e)
+		data, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	for _, tt := range []struct {
+		name, subject string
+		data          []byte
+		want          event.Reason
+	}{
+		{"empty", subject, nil, event.ReasonMalformed},
+		{"no json", subject, []byte("\x1b[31m\n"), event.ReasonMalformed},
+		{"incomplete", subject, []byte(`{"schema":"oom-tracer/v1"}`), event.ReasonMalformed},
+		{"future", subject, []byte(strings.Replace(string(good), "v1", "v2", 1)), event.ReasonSchema},
+		{"oversized", subject, append(good, make([]byte, maxMessage)...), event.ReasonOversized},
+		{"another node", "oom.v1.kill.global.node-2", good, event.ReasonForged},
+		{"another scope", "oom.v1.kill.cgroup.node-1", good, event.ReasonForged},
+		{"no kill", subject, with(func(e *event.Event) { e.Outcome = event.OutcomeExiting }), event.ReasonForged},
+		{"line in the id", subject, with(func(e *event.Event) { e.ID = "a\nNats-Msg-Id: b" }), event.ReasonMalformed},
+		{"long id", subject, with(func(e *event.Event) { e.ID = strings.Repeat("a", 201) }), event.ReasonMalformed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld()
+			o := w.raw(t, tt.subject, tt.data)
+			w.want(t, o, "failed/"+string(tt.want), "term "+string(tt.want))
+			if o.Kill != "OOM-9" || o.Detail == "" || len(o.Detail) > maxDetail || strings.ContainsAny(o.Detail, "\x1b\n") || o.Pod != nil {
+				t.Errorf("outcome %+v", o)
+			}
+			if len(w.patches) > 0 {
+				t.Error("something was patched")
+			}
+		})
+	}
+	w := newWorld()
+	w.want(t, w.raw(t, "oom.v1.kill.a.b.c", good), "none", "term malformed")
+}
+
+// A forger's names do not make a patch that the server must refuse for its size.
+func TestPatchIsSmall(t *testing.T) {
+	w := newWorld()
+	e := kill()
+	e.Victim.Comm, e.Container.ContainerID = strings.Repeat("ü", 50_000), strings.Repeat("x", 100_000)
+	w.want(t, w.handle(t, e), "annotated/marked", "ack")
+	if n := len(w.patches[0]); n > 2000 {
+		t.Errorf("the patch has %d bytes", n)
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	w := newWorld()
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(w.Metrics)
+	before, err := testutil.GatherAndCount(registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.handle(t, kill())
+	w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+	w.handle(t, kill())
+	w.raw(t, "oom.v1.kill.global.node-1", nil)
+	w.find = pods.ErrUnknown
+	w.handle(t, kill())
+	w.now = time.Unix(1030, 0)
+	w.handle(t, kill())
+	w.find = nil
+	w.getErr = []error{context.DeadlineExceeded}
+	w.pod.Annotations = nil
+	w.handle(t, kill())
+	after, err := testutil.GatherAndCount(registry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if before != after {
+		t.Errorf("%d series at the start, %d now: a label's value was not known", before, after)
+	}
+	for labels, want := range map[[3]string]float64{
+		{"victims", "marked", "marked"}:     1,
+		{"victims", "marked", "repeated"}:   1,
+		{"victims", "failed", "malformed"}:  1,
+		{"victims", "skipped", "not_found"}: 1,
+		{"events", "observed", "kill"}:      6,
+		{"events", "identified", "pod"}:     3,
+		{"events", "skipped", "wait_pod"}:   1,
+		{"events", "error", "unavailable"}:  1,
+		{"events", "error", "malformed"}:    1,
+	} {
+		vec := w.Metrics.victims
+		if labels[0] == "events" {
+			vec = w.Metrics.events
+		}
+		if got := testutil.ToFloat64(vec.WithLabelValues(labels[1], labels[2])); got != want {
+			t.Errorf("%v is %g, want %g", labels, got, want)
+		}
+	}
+	problems, err := testutil.GatherAndLint(registry)
+	if err != nil || len(problems) > 0 {
+		t.Errorf("lint: %v, %v", problems, err)
+	}
+}
+
+func TestDelay(t *testing.T) {
+	for attempt, want := range map[uint64]time.Duration{0: firstRetry, 1: firstRetry, 2: 2 * firstRetry, 5: 4 * time.Second, 100: lastRetry, 1 << 40: lastRetry} {
+		if got := delay(attempt, lastRetry); got < want/2 || got > want {
+			t.Errorf("attempt %d waits %s, want at most %s", attempt, got, want)
+		}
+	}
+}
+
+// Whatever comes is settled, and changes no pod that it does not name.
+func FuzzHandle(f *testing.F) {
+	good, err := json.Marshal(kill())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add("oom.v1.kill.global.node-1", good)
+	f.Add("oom.v1.kill.cgroup.node-1", good)
+	f.Add("oom.v1.kill.>", []byte("{}"))
+	f.Fuzz(func(t *testing.T, subject string, data []byte) {
+		w := newWorld()
+		w.Handle(t.Context(), Message{Stored: bus.Stored{Subject: subject, Data: data, Seq: 1, Time: w.now}, Settler: w})
+		if len(w.settled) != 1 {
+			t.Errorf("settled: %q", w.settled)
+		}
+		for _, m := range w.out {
+			if _, err := event.ParseOutcome(m.Data); err != nil || len(m.Data) > 4<<10 {
+				t.Errorf("%v: outcome %s", err, m.Data)
+			}
+		}
+	})
+}

@@ -1,0 +1,144 @@
+package pods
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+// What is asked of the API server at most, by this process.
+const (
+	queriesPerSecond = 100
+	queriesAtOnce    = 200
+	requestTimeout   = 5 * time.Second // of one request that is not a watch
+	listTimeout      = 30 * time.Second
+)
+
+// Client speaks with the API server about pods, and about nothing else. Its errors name the verb of RBAC
+// that was missing, if that was it. It makes no second attempts of its own.
+type Client struct {
+	rest   rest.Interface
+	params runtime.ParameterCodec
+}
+
+// Config finds the API server: that of the kubeconfig file, or, where the path is empty, the one of the pod
+// that this runs in.
+func Config(kubeconfig string) (*rest.Config, error) {
+	if kubeconfig == "" {
+		cfg, err := rest.InClusterConfig()
+		if err != nil {
+			return nil, fmt.Errorf("find the API server: %w (outside of a cluster, name a kubeconfig file)", err)
+		}
+		return cfg, nil
+	}
+	cfg, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("read kubeconfig %s: %w", kubeconfig, err)
+	}
+	return cfg, nil
+}
+
+// NewClient makes a client. Nothing is asked of the server.
+func NewClient(cfg *rest.Config, userAgent string) (*Client, error) {
+	// A scheme of our own: client-go's knows every kind there is, which would be most of the program.
+	scheme := runtime.NewScheme()
+	if err := corev1.AddToScheme(scheme); err != nil {
+		return nil, fmt.Errorf("make API client: %w", err)
+	}
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
+	cfg = rest.CopyConfig(cfg)
+	cfg.APIPath = "/api"
+	cfg.GroupVersion = &corev1.SchemeGroupVersion
+	cfg.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
+	cfg.ContentType = runtime.ContentTypeProtobuf
+	cfg.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	cfg.UserAgent = userAgent
+	cfg.QPS, cfg.Burst = queriesPerSecond, queriesAtOnce
+	cfg.WarningHandler = rest.NoWarnings{}
+	client, err := rest.RESTClientFor(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("make API client: %w", err)
+	}
+	return &Client{rest: client, params: runtime.NewParameterCodec(scheme)}, nil
+}
+
+// Get reads one pod.
+func (c *Client) Get(ctx context.Context, namespace, name string) (*corev1.Pod, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	pod := &corev1.Pod{}
+	err := c.rest.Get().Resource("pods").Namespace(namespace).Name(name).MaxRetries(0).Do(ctx).Into(pod)
+	if err != nil {
+		return nil, explain("get", err)
+	}
+	return pod, nil
+}
+
+// Patch applies a JSON merge patch (RFC 7386) to one pod.
+func (c *Client) Patch(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	pod := &corev1.Pod{}
+	err := c.rest.Patch(types.MergePatchType).Resource("pods").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
+	if err != nil {
+		return nil, explain("patch", err)
+	}
+	return pod, nil
+}
+
+// list reads one page of all pods, from the place where the one before ended.
+func (c *Client) list(ctx context.Context, next string, limit int64) (*corev1.PodList, error) {
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
+	list := &corev1.PodList{}
+	o := &metav1.ListOptions{Limit: limit, Continue: next}
+	err := c.rest.Get().Resource("pods").VersionedParams(o, c.params).MaxRetries(0).Do(ctx).Into(list)
+	if err != nil {
+		return nil, explain("list", err)
+	}
+	return list, nil
+}
+
+// watch follows all pods from a version on, for about that time.
+func (c *Client) watch(ctx context.Context, version string, lasts time.Duration) (watch.Interface, error) {
+	seconds := int64(lasts.Seconds())
+	o := &metav1.ListOptions{Watch: true, ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds}
+	w, err := c.rest.Get().Resource("pods").VersionedParams(o, c.params).MaxRetries(0).Watch(ctx)
+	if err != nil {
+		return nil, explain("watch", err)
+	}
+	return w, nil
+}
+
+// explain adds what an operator must do to an error of the API server.
+func explain(verb string, err error) error {
+	switch {
+	case apierrors.IsForbidden(err):
+		return fmt.Errorf("%s pods: the API server forbids it, the verb %q on pods is missing in the role of this account: %w", verb, verb, err)
+	case apierrors.IsUnauthorized(err):
+		return fmt.Errorf("%s pods: the API server does not take the token or certificate of this account: %w", verb, err)
+	}
+	return fmt.Errorf("%s pods: %w", verb, err)
+}
+
+// Transient tells errors of the API server that may pass by themselves from those that will not. A missing
+// permission is not one of either kind: an operator can give it.
+func Transient(err error) bool {
+	var status apierrors.APIStatus
+	if !asStatus(err, &status) {
+		return true // of the network, or of time
+	}
+	code := status.Status().Code
+	return code == http.StatusTooManyRequests || code == http.StatusRequestTimeout || code >= 500 || code == http.StatusUnauthorized || code == 0
+}

@@ -1,0 +1,193 @@
+package pods
+
+import (
+	"errors"
+	"slices"
+	"sync"
+	"time"
+)
+
+// maxGone is how many deleted pods are remembered, at most: some 20 MB of them.
+const maxGone = 50_000
+
+// Errors of Find.
+var (
+	// ErrUnknown means that no such pod is known. It may be one that is not visible yet.
+	ErrUnknown = errors.New("no such pod is known")
+	// ErrOtherNode means that the pod runs on another node than the one asked about.
+	ErrOtherNode = errors.New("the pod runs on another node")
+	// ErrAmbiguous means that several pods fit.
+	ErrAmbiguous = errors.New("several pods fit")
+)
+
+// Store holds the pods of a cluster. Its methods may be called from any goroutine.
+type Store struct {
+	keep time.Duration // how long deleted pods are remembered
+	now  func() time.Time
+
+	mu     sync.RWMutex
+	byUID  map[string]*Pod
+	byNode map[string][]*Pod
+	gone   map[string]*Pod // by UID
+	order  []goneAt        // of gone, the oldest first
+}
+
+type goneAt struct {
+	uid string
+	at  time.Time
+}
+
+// NewStore makes an empty store that remembers deleted pods for keep.
+func NewStore(keep time.Duration) *Store {
+	return &Store{
+		keep: keep, now: time.Now,
+		byUID: map[string]*Pod{}, byNode: map[string][]*Pod{}, gone: map[string]*Pod{},
+	}
+}
+
+// Len is how many pods there are.
+func (s *Store) Len() int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return len(s.byUID)
+}
+
+// Set adds a pod, or replaces what was known of it.
+func (s *Store) Set(p *Pod) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if before := s.byUID[p.UID]; before != nil {
+		if before.Node == p.Node {
+			on := s.byNode[p.Node]
+			on[slices.Index(on, before)] = p
+			s.byUID[p.UID] = p
+			return
+		}
+		s.unlink(before)
+	}
+	s.byUID[p.UID] = p
+	s.byNode[p.Node] = append(s.byNode[p.Node], p)
+}
+
+// Delete moves a pod to those that are gone. p is its last state.
+func (s *Store) Delete(p *Pod) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.remove(p)
+}
+
+// Retain deletes all pods but those of these UIDs.
+func (s *Store) Retain(uids map[string]struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for uid, p := range s.byUID {
+		if _, ok := uids[uid]; !ok {
+			s.remove(p)
+		}
+	}
+}
+
+func (s *Store) remove(p *Pod) {
+	if before := s.byUID[p.UID]; before != nil {
+		s.unlink(before)
+		delete(s.byUID, p.UID)
+	}
+	now := s.now()
+	if _, again := s.gone[p.UID]; !again {
+		s.order = append(s.order, goneAt{p.UID, now})
+	}
+	s.gone[p.UID] = p
+	forget := 0
+	for forget < len(s.order) && (len(s.order)-forget > maxGone || now.Sub(s.order[forget].at) > s.keep) {
+		delete(s.gone, s.order[forget].uid)
+		forget++
+	}
+	s.order = slices.Delete(s.order, 0, forget)
+}
+
+// unlink takes a pod out of its node's list.
+func (s *Store) unlink(p *Pod) {
+	on := s.byNode[p.Node]
+	on = slices.Delete(on, slices.Index(on, p), slices.Index(on, p)+1)
+	if len(on) == 0 {
+		delete(s.byNode, p.Node)
+		return
+	}
+	s.byNode[p.Node] = on
+}
+
+// Found is the pod of a kill.
+type Found struct {
+	Pod *Pod
+	// Gone means that it was deleted.
+	Gone bool
+}
+
+// Find looks for the pod of a kill on a node: by the UID in its cgroup's path, which for a static pod is
+// not that of the API but its mirror pod's hash, and by the container's ID where the path names no pod.
+// Both may be empty.
+//
+// It fails with ErrUnknown, ErrOtherNode or ErrAmbiguous.
+func (s *Store) Find(node, uid, containerID string) (Found, error) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if p := s.byUID[uid]; p != nil && uid != "" {
+		switch p.Node {
+		case node:
+			return Found{Pod: p}, nil
+		case "": // the binding is still on its way here
+			return Found{}, ErrUnknown
+		}
+		return Found{}, ErrOtherNode
+	}
+	fits := func(p *Pod) bool {
+		if uid != "" {
+			return p.Hash == uid
+		}
+		return p.Container(containerID) != ""
+	}
+	p, err := s.only(s.byNode[node], fits, containerID)
+	if p != nil || err != nil {
+		return Found{Pod: p}, err
+	}
+
+	if p := s.gone[uid]; p != nil && uid != "" {
+		if p.Node != node {
+			return Found{}, ErrOtherNode
+		}
+		return Found{Pod: p, Gone: true}, nil
+	}
+	var gone []*Pod
+	for _, p := range s.gone {
+		if p.Node == node {
+			gone = append(gone, p)
+		}
+	}
+	p, err = s.only(gone, fits, containerID)
+	if p == nil && err == nil {
+		err = ErrUnknown
+	}
+	return Found{Pod: p, Gone: p != nil}, err
+}
+
+// only returns the one pod that fits, nil if none does. Of several the one counts that has the container.
+func (s *Store) only(all []*Pod, fits func(*Pod) bool, containerID string) (*Pod, error) {
+	var found, exact []*Pod
+	for _, p := range all {
+		if fits(p) {
+			found = append(found, p)
+			if p.Container(containerID) != "" {
+				exact = append(exact, p)
+			}
+		}
+	}
+	switch {
+	case len(found) == 0:
+		return nil, nil
+	case len(found) == 1:
+		return found[0], nil
+	case len(exact) == 1:
+		return exact[0], nil
+	}
+	return nil, ErrAmbiguous
+}

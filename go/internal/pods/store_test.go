@@ -1,0 +1,206 @@
+package pods
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// id is a container's ID of one digit.
+func id(digit string) string { return strings.Repeat(digit, 64) }
+
+func key(t *testing.T, id string) [32]byte {
+	t.Helper()
+	key, ok := containerKey(id)
+	if !ok {
+		t.Fatalf("%s is no ID", id)
+	}
+	return key
+}
+
+const hash = "0123456789abcdef0123456789abcdef"
+
+var terms = Terms{Mark: "a/mark", Summary: "a/kill", OptOut: "a/stay", Selector: map[string]string{"tier": "web"}}
+
+func TestRead(t *testing.T) {
+	yes, priority, now := true, int32(systemCriticalPriority), metav1.Now()
+	in := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", DeletionTimestamp: &now,
+			Labels: map[string]string{"tier": "web", "x": "y"},
+			Annotations: map[string]string{
+				"a/mark": "", "a/stay": "", "a/kill": `{"event":"boot-1-2"}`, mirrorAnnotation: hash, hashAnnotation: hash,
+			},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "DaemonSet", Controller: &yes}},
+		},
+		Spec: corev1.PodSpec{NodeName: "node-1", Priority: &priority},
+		Status: corev1.PodStatus{
+			InitContainerStatuses: []corev1.ContainerStatus{{Name: "init", State: corev1.ContainerState{
+				Terminated: &corev1.ContainerStateTerminated{ContainerID: "cri-o://" + id("1")},
+			}}},
+			ContainerStatuses: []corev1.ContainerStatus{
+				{Name: "cart", ContainerID: "containerd://" + id("2"), LastTerminationState: corev1.ContainerState{
+					Terminated: &corev1.ContainerStateTerminated{ContainerID: "containerd://" + id("3")},
+				}},
+				{Name: "waits"}, {Name: "odd", ContainerID: id("4")}, {Name: "short", ContainerID: "docker://12"}, {Name: "letters", ContainerID: "docker://" + id("x")},
+			},
+			EphemeralContainerStatuses: []corev1.ContainerStatus{{Name: "debug", ContainerID: "docker://" + id("5")}},
+		},
+	}
+	got := terms.Read(in)
+	want := &Pod{
+		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Kill: "boot-1-2",
+		Containers: []Container{{key(t, id("1")), "init"}, {key(t, id("2")), "cart"}, {key(t, id("3")), "cart"}, {key(t, id("5")), "debug"}},
+		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	for digit, name := range map[string]string{"1": "init", "2": "cart", "3": "cart", "4": "", "5": "debug"} {
+		if got := got.Container(id(digit)); got != name {
+			t.Errorf("container %s is %q, want %q", digit, got, name)
+		}
+	}
+}
+
+func TestReadNot(t *testing.T) {
+	no, low := false, int32(systemCriticalPriority-1)
+	pod := func(change func(*corev1.Pod)) *Pod {
+		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"tier": "web"}, Annotations: map[string]string{}}}
+		change(p)
+		return terms.Read(p)
+	}
+	for name, p := range map[string]*Pod{
+		"a controller of another kind": pod(func(p *corev1.Pod) {
+			p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "DaemonSet", Controller: &no}}
+		}),
+		"another group": pod(func(p *corev1.Pod) {
+			p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "x/v1", Kind: "DaemonSet"}}
+		}),
+		"a lower priority": pod(func(p *corev1.Pod) { p.Spec.Priority = &low }),
+		"opt-out false":    pod(func(p *corev1.Pod) { p.Annotations["a/stay"] = "false" }),
+		"a hash alone":     pod(func(p *corev1.Pod) { p.Annotations[hashAnnotation] = hash }),
+		"a broken summary": pod(func(p *corev1.Pod) { p.Annotations["a/kill"] = "{" }),
+		"running":          pod(func(p *corev1.Pod) { p.Status.Phase = corev1.PodRunning }),
+	} {
+		if diff := cmp.Diff(&Pod{Selected: true}, p); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+	if p := pod(func(p *corev1.Pod) { p.Annotations[mirrorAnnotation] = hash }); !p.Mirror || p.Hash != "" {
+		t.Errorf("a mirror pod without the hash: %+v", p)
+	}
+	if p := pod(func(p *corev1.Pod) { p.Labels["tier"] = "db" }); p.Selected {
+		t.Error("another label's value is selected")
+	}
+	if p := pod(func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded }); !p.Finished {
+		t.Error("a pod that has ended is not finished")
+	}
+	if p := (&Terms{}).Read(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{"": "x"}}}); p.Marked || p.OptOut || !p.Selected {
+		t.Errorf("without terms: %+v", p)
+	}
+}
+
+func TestFind(t *testing.T) {
+	s := NewStore(time.Minute)
+	now := time.Unix(1000, 0)
+	s.now = func() time.Time { return now }
+	with := func(p Pod, digits ...string) *Pod {
+		for _, d := range digits {
+			p.Containers = append(p.Containers, Container{key(t, id(d)), "c" + d})
+		}
+		return &p
+	}
+	web := with(Pod{UID: "web", Node: "node-1"}, "1")
+	for _, p := range []*Pod{
+		web,
+		with(Pod{UID: "unbound"}),
+		with(Pod{UID: "mirror-1", Node: "node-1", Hash: hash}, "2"),
+		with(Pod{UID: "mirror-2", Node: "node-2", Hash: hash}, "3"), // the same file on another node
+		with(Pod{UID: "twin-1", Node: "node-3", Hash: "twins"}, "4"),
+		with(Pod{UID: "twin-2", Node: "node-3", Hash: "twins"}, "5"),
+	} {
+		s.Set(p)
+	}
+	find := func(node, uid, container string) string {
+		f, err := s.Find(node, uid, container)
+		switch {
+		case err != nil && f != (Found{}):
+			t.Errorf("a pod came with %v", err)
+		case errors.Is(err, ErrUnknown):
+			return "unknown"
+		case errors.Is(err, ErrOtherNode):
+			return "other node"
+		case errors.Is(err, ErrAmbiguous):
+			return "ambiguous"
+		case f.Gone:
+			return "gone " + f.Pod.UID
+		}
+		return f.Pod.UID
+	}
+	want := func(node, uid, container, want string) {
+		t.Helper()
+		if got := find(node, uid, container); got != want {
+			t.Errorf("pod %q, container %.4q on %s: %s, want %s", uid, container, node, got, want)
+		}
+	}
+	want("node-1", "web", id("1"), "web")
+	want("node-1", "web", id("9"), "web") // the pause container, or one that is new
+	want("node-2", "web", id("1"), "other node")
+	want("node-1", "unbound", "", "unknown")
+	want("node-1", "none", id("1"), "unknown") // the UID counts where there is one
+	want("node-1", "", id("1"), "web")
+	want("node-2", "", id("1"), "unknown")
+	want("node-1", "", "", "unknown")
+	want("node-1", hash, id("2"), "mirror-1")
+	want("node-2", hash, id("3"), "mirror-2")
+	want("node-2", hash, id("2"), "mirror-2") // restarted since
+	want("node-3", hash, "", "unknown")
+	want("node-3", "twins", id("5"), "twin-2")
+	want("node-3", "twins", id("1"), "ambiguous")
+
+	// Its binding, another state of it, then its end.
+	s.Set(with(Pod{UID: "unbound", Node: "node-1"}))
+	want("node-1", "unbound", "", "unbound")
+	s.Set(with(Pod{UID: "web", Node: "node-1", Marked: true}, "1"))
+	if f, _ := s.Find("node-1", "web", ""); !f.Pod.Marked || web.Marked {
+		t.Error("the new state is not known, or was written over the old one")
+	}
+	s.Delete(with(Pod{UID: "web", Node: "node-1"}, "1"))
+	s.Delete(with(Pod{UID: "never seen", Node: "node-1"}))
+	want("node-1", "web", id("1"), "gone web")
+	want("node-2", "web", id("1"), "other node")
+	want("node-1", "", id("1"), "gone web")
+	want("node-1", "never seen", "", "gone never seen")
+	if n := s.Len(); n != 5 {
+		t.Errorf("%d pods", n)
+	}
+	s.Retain(map[string]struct{}{"twin-1": {}})
+	want("node-1", hash, "", "gone mirror-1")
+	want("node-3", "twins", "", "twin-1")
+	if n := s.Len(); n != 1 || len(s.byNode) != 1 {
+		t.Errorf("%d pods on %d nodes", n, len(s.byNode))
+	}
+
+	// Not for ever.
+	now = now.Add(time.Minute + 1)
+	s.Delete(with(Pod{UID: "twin-1", Node: "node-3"}))
+	want("node-1", "web", "", "unknown")
+	want("node-3", "twin-1", "", "gone twin-1")
+	if len(s.gone) != 1 || len(s.order) != 1 {
+		t.Errorf("%d, %d are remembered", len(s.gone), len(s.order))
+	}
+	// Not any number.
+	for i := range maxGone + 10 {
+		s.Delete(&Pod{UID: fmt.Sprint(i), Node: "node-9"})
+	}
+	if len(s.gone) != maxGone || len(s.order) != maxGone {
+		t.Errorf("%d, %d are remembered", len(s.gone), len(s.order))
+	}
+}
