@@ -60,7 +60,7 @@ func Decide(policy *config.Policy, c *Case) Decision {
 		return skip(event.ReasonScope)
 	case limit == nil:
 		return skip(event.ReasonNoLimit)
-	case limit.Inferred:
+	case limit.Inferred && !policy.InferredLimits:
 		return skip(event.ReasonInferred)
 	case !slices.Contains(policy.Levels, string(limit.Level)):
 		return skip(event.ReasonLevel)

@@ -98,10 +98,12 @@ type Policy struct {
 	Annotation string `yaml:"annotation"`
 	// MaxEventAge is 1 s .. 24 h. Older events are recorded only.
 	MaxEventAge time.Duration `yaml:"max_event_age"`
-	// Scopes and Levels are event.Scope and event.LimitLevel. A limit whose owner is inferred never counts.
-	Scopes     []string   `yaml:"scopes"`
-	Levels     []string   `yaml:"levels"`
-	Namespaces Namespaces `yaml:"namespaces"`
+	// Scopes and Levels are event.Scope and event.LimitLevel.
+	Scopes []string `yaml:"scopes"`
+	Levels []string `yaml:"levels"`
+	// InferredLimits lets a limit count whose owner is only inferred (event.Limit).
+	InferredLimits bool       `yaml:"inferred_limits"`
+	Namespaces     Namespaces `yaml:"namespaces"`
 	// Selector is labels that the pod must have, all of them.
 	Selector map[string]string `yaml:"selector"`
 	// OptOutAnnotation is the key of an annotation that protects the pod that carries it, whatever its

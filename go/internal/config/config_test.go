@@ -123,8 +123,9 @@ func TestEveryKeyIsRead(t *testing.T) {
 		},
 		Policy: Policy{
 			Annotation: "example.com/evict=now", MaxEventAge: time.Hour, Scopes: []string{"cpuset"}, Levels: []string{"pod", "container"},
-			Namespaces: Namespaces{Include: []string{"shop", "web-1"}, Exclude: []string{"kube-system"}},
-			Selector:   map[string]string{"app.kubernetes.io/name": "cart", "tier": ""}, OptOutAnnotation: "example.com/stay",
+			InferredLimits: true,
+			Namespaces:     Namespaces{Include: []string{"shop", "web-1"}, Exclude: []string{"kube-system"}},
+			Selector:       map[string]string{"app.kubernetes.io/name": "cart", "tier": ""}, OptOutAnnotation: "example.com/stay",
 		},
 		Annotator: Annotator{
 			Kubeconfig: "/etc/kubeconfig", SummaryAnnotation: "example.com/kill", WaitForPod: time.Minute, Workers: 4, Listen: ":9998",
