@@ -221,7 +221,7 @@ func testSubresources(t *testing.T, c *Cluster, client kubernetes.Interface) {
 	status := `{"status":{"conditions":[{"type":"OOM","status":"True"}]}}`
 	c.Eventually("the role is widened", func() error {
 		if err := patch(client, "shop", "web", types.StrategicMergePatchType, status, "status"); !denied(err, "may only annotate pods, not UPDATE pods/status") {
-			return fmt.Errorf("status: %w", err)
+			return fmt.Errorf("status: %v", err)
 		}
 		return nil
 	})
@@ -418,7 +418,7 @@ func testVerbs(t *testing.T, c *Cluster, client kubernetes.Interface) {
 		})
 		c.Eventually("without "+verb, func() error {
 			if err := calls[verb](); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "cannot "+verb+" resource \"pods\"") {
-				return fmt.Errorf("%s: %w", verb, err)
+				return fmt.Errorf("%s: %v", verb, err)
 			}
 			return nil
 		})

@@ -37,8 +37,8 @@ import (
 const (
 	// Ready takes 3 to 7 s, and several times that beside a VM on two cores.
 	startTimeout = 2 * time.Minute
-	// With watches open the server would wait a minute for them.
-	stopTimeout = 5 * time.Second
+	// With nothing to wait for, it takes 1 s. With watches open the server would wait a minute for them.
+	stopTimeout = 2 * time.Second
 )
 
 // Cluster is an API server that goes with the test. Its methods fail the test by themselves, so they are

@@ -265,7 +265,7 @@ func (c *Cluster) Annotator() *rest.Config {
 	})
 	c.Eventually("the annotator is denied the rest", func() error {
 		if err := try(`{"metadata":{"labels":{"kubetest":"probe"}}}`); !apierrors.IsInvalid(err) && !apierrors.IsForbidden(err) {
-			return fmt.Errorf("a label is set: %w", err)
+			return fmt.Errorf("a label: %v", err)
 		}
 		return nil
 	})
