@@ -1,0 +1,956 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"gopkg.in/yaml.v3"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+// These tests run build/oom-annotator as it ships against a real API server, with the shipped role, the
+// shipped admission policy and the token of the shipped service account.
+
+const (
+	evictMe  = "oom-tracer.alpha.kubernetes.io/evict-me"
+	lastKill = "oom-tracer.alpha.kubernetes.io/last-kill"
+	node     = "worker-1.example.com"
+)
+
+// patience bounds what takes a moment on an idle machine.
+const patience = 45 * time.Second
+
+func TestEndToEnd(t *testing.T) {
+	c := kubetest.Start(t)
+	c.Node(node)
+	c.Node("worker-2")
+	c.Namespace("shop")
+	account := c.Annotator()
+	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
+		"RealKill": testRealKill, "Reborn": testReborn, "Static": testStatic, "Replay": testReplay, "Refused": testRefused,
+		"Faults": testFaults, "Watch": testWatch, "Group": testGroup, "Verbs": testVerbs, "Denied": testDenied,
+	} {
+		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
+	}
+	// The last one, for it takes the server away.
+	t.Run("Outage", func(t *testing.T) { testOutage(t, c.In(t), account) })
+}
+
+// output keeps what a process says, and shows it when the test fails.
+type output struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
+}
+
+// process is a program as it ships.
+type process struct {
+	cmd  *exec.Cmd
+	out  *output
+	done chan struct{} // closed when it has ended
+	err  error         // then
+}
+
+// start runs build/<program> until the test ends.
+func start(t *testing.T, program string, args ...string) *process {
+	t.Helper()
+	p := &process{out: &output{}, done: make(chan struct{})}
+	p.cmd = exec.Command(scratchtest.Program(t, program), args...)
+	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		p.err = p.cmd.Wait()
+		close(p.done)
+	}()
+	t.Cleanup(func() {
+		p.stop(t)
+		if t.Failed() {
+			t.Logf("%s said:\n%s", program, p.out)
+		}
+	})
+	return p
+}
+
+// stop sends SIGTERM, which ends it within five seconds, and well.
+func (p *process) stop(t *testing.T) {
+	t.Helper()
+	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+	select {
+	case <-p.done:
+		if p.err != nil {
+			t.Errorf("%s: %v", p.cmd.Path, p.err)
+		}
+	case <-time.After(10 * time.Second): // five, on a machine that does other things too
+		_ = p.cmd.Process.Kill()
+		<-p.done
+		t.Errorf("%s does not end after a SIGTERM", p.cmd.Path)
+	}
+}
+
+// rig is a NATS with an annotator.
+type rig struct {
+	t          *testing.T
+	cfg        config.Config
+	configPath string
+	kubeconfig string
+	metrics    string
+	annotator  *process
+
+	conn      *bus.Conn
+	publisher *bus.Publisher
+	outcomes  chan event.Outcome
+	seq       uint64
+}
+
+func freePort(t *testing.T) string {
+	t.Helper()
+	for {
+		addr := fmt.Sprintf("127.0.0.1:%d", 15000+rand.IntN(15000))
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
+	}
+}
+
+// newConfig writes a config file: the defaults, but acting, and with places of its own.
+func newConfig(t *testing.T, change func(*config.Config)) (config.Config, string) {
+	t.Helper()
+	dir := t.TempDir()
+	cfg := config.Default()
+	cfg.Node.StateFile, cfg.Kernel.PinDir = "", ""
+	cfg.NATS.Embedded = config.Embedded{Listen: freePort(t), Dir: filepath.Join(dir, "nats")}
+	cfg.Policy.Annotation = evictMe + "=true"
+	cfg.Annotator.Listen, cfg.Metrics.Listen = freePort(t), ""
+	cfg.Log.Level = "debug"
+	change(&cfg)
+	data, err := yaml.Marshal(yamlOf(cfg))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "config.yaml")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if back, err := config.Load(path); err != nil {
+		t.Fatalf("%v\n%s", err, data)
+	} else {
+		cfg = back
+	}
+	return cfg, path
+}
+
+// yamlOf is what of a config these tests change.
+func yamlOf(c config.Config) map[string]any {
+	return map[string]any{
+		"node":   map[string]any{"cgroup_root": c.Node.CgroupRoot, "state_file": c.Node.StateFile, "name": c.Node.Name},
+		"kernel": map[string]any{"pin_dir": c.Kernel.PinDir},
+		"nats":   map[string]any{"embedded": map[string]any{"listen": c.NATS.Embedded.Listen, "dir": c.NATS.Embedded.Dir, "sync_always": false}},
+		"policy": map[string]any{
+			"annotation": c.Policy.Annotation, "max_event_age": c.Policy.MaxEventAge.String(), "inferred_limits": c.Policy.InferredLimits,
+			"protections": map[string]any{"static": c.Policy.Protections.Static},
+		},
+		"annotator": map[string]any{"listen": c.Annotator.Listen, "wait_for_pod": c.Annotator.WaitForPod.String()},
+		"metrics":   map[string]any{"listen": c.Metrics.Listen},
+		"log":       map[string]any{"level": c.Log.Level},
+	}
+}
+
+func keep(*config.Config) {}
+
+// newRig starts a NATS and an annotator that uses an account.
+func newRig(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func(*config.Config)) *rig {
+	t.Helper()
+	r := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
+	r.cfg, r.configPath = newConfig(t, change)
+	server, err := embedded.Start(r.cfg.NATS.Embedded, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := server.Shutdown(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	r.connect()
+	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
+		t.Fatal(err)
+	}
+	r.tail()
+	r.start()
+	return r
+}
+
+// connect makes the test's own connection.
+func (r *rig) connect() {
+	t := r.t
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	var err error
+	for deadline := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		if r.conn, err = bus.Connect(t.Context(), r.cfg.NATS, bus.Options{Name: "test"}, log); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(r.conn.Close)
+	if r.publisher, err = bus.NewPublisher(r.conn, 10000, bus.Hooks{}, log); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = r.publisher.Run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+}
+
+// tail reads the outcomes.
+func (r *rig) tail() {
+	r.outcomes = make(chan event.Outcome, 10000)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(r.t.Context()))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err := bus.Tail(ctx, r.conn, bus.TailOptions{Subjects: []string{"oom.v1.outcome.>"}, Since: time.Unix(0, 0), Follow: true}, func(m bus.Stored) error {
+			o, err := event.ParseOutcome(m.Data)
+			if err == nil {
+				r.outcomes <- o
+			}
+			return err
+		})
+		if err != nil {
+			r.t.Errorf("tail: %v", err)
+		}
+	}()
+	r.t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+}
+
+func (r *rig) start() {
+	r.annotator = start(r.t, "oom-annotator", "--config", r.configPath, "--kubeconfig", r.kubeconfig)
+}
+
+// get reads from the annotator's own server.
+func (r *rig) get(path string) (int, string) {
+	resp, err := http.Get("http://" + r.cfg.Annotator.Listen + path)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(body)
+}
+
+// ready waits until the annotator works.
+func (r *rig) ready() {
+	r.t.Helper()
+	eventually(r.t, "the annotator is ready", func() error {
+		select {
+		case <-r.annotator.done:
+			r.t.Fatal("the annotator has ended")
+		default:
+		}
+		if code, body := r.get("/readyz"); code != http.StatusOK {
+			return fmt.Errorf("%d %s", code, body)
+		}
+		return nil
+	})
+}
+
+func eventually(t *testing.T, what string, try func() error) {
+	t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not after %s: %v", what, patience, err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// killOf is a kill of a pod's container by the node's limit, for which the pod is marked.
+func (r *rig) killOf(pod *corev1.Pod, containerID string) event.Event {
+	r.seq++
+	return event.Event{
+		Schema: event.Schema, ID: event.VictimID(r.t.Name()[strings.LastIndexByte(r.t.Name(), '/')+1:], uint32(r.seq), 1), Seq: r.seq,
+		Time: time.Now().UTC(), BoottimeNS: 1, Node: event.Node{Name: node, BootID: "boot", Kernel: "6.1", Tier: "fentry"},
+		Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled, Victim: event.Victim{PID: uint32(r.seq), TID: uint32(r.seq), Comm: "java"},
+		Limit:     &event.Limit{Level: event.LevelNode},
+		Container: &event.Container{PodUID: string(pod.UID), ContainerID: containerID, QoS: "burstable"},
+	}
+}
+
+// publish puts events on the stream, as a tracer does.
+func (r *rig) publish(events ...event.Event) {
+	r.t.Helper()
+	for i := range events {
+		data, err := json.Marshal(&events[i])
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		subject, err := events[i].Subject()
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		r.raw(events[i].ID, subject, data)
+	}
+}
+
+func (r *rig) raw(id, subject string, data []byte) {
+	r.t.Helper()
+	if err := r.publisher.Enqueue(bus.Msg{ID: id, Subject: subject, Data: data}); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// outcome waits for the next one.
+func (r *rig) outcome() event.Outcome {
+	r.t.Helper()
+	select {
+	case o := <-r.outcomes:
+		return o
+	case <-r.annotator.done:
+		r.t.Fatal("the annotator has ended")
+	case <-time.After(patience):
+		r.t.Fatal("no outcome")
+	}
+	return event.Outcome{}
+}
+
+// want waits for the outcome of a kill and checks it.
+func (r *rig) want(id, want string) event.Outcome {
+	r.t.Helper()
+	o := r.outcome()
+	if got := string(o.Result) + "/" + string(o.Reason); o.Kill != id || got != want {
+		r.t.Errorf("outcome of %s: %s (%s), want %s of %s", o.Kill, got, o.Detail, want, id)
+	}
+	return o
+}
+
+// settled waits until the stream's consumer has nothing left.
+func (r *rig) settled() {
+	r.t.Helper()
+	eventually(r.t, "every message is settled", func() error {
+		consumer, err := r.conn.JetStream().Consumer(r.t.Context(), event.StreamName, name)
+		if err != nil {
+			return err
+		}
+		if info := consumer.CachedInfo(); info.NumPending > 0 || info.NumAckPending > 0 {
+			return fmt.Errorf("%d pending, %d not acknowledged", info.NumPending, info.NumAckPending)
+		}
+		return nil
+	})
+}
+
+// versions are the resource versions of all pods: whatever changes one, changes them.
+func versions(t *testing.T, c *kubetest.Cluster) map[string]string {
+	t.Helper()
+	list, err := c.Client.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]string{}
+	for _, p := range list.Items {
+		all[p.Namespace+"/"+p.Name+"/"+string(p.UID)] = p.ResourceVersion
+	}
+	return all
+}
+
+func wantSame(t *testing.T, c *kubetest.Cluster, before map[string]string) {
+	t.Helper()
+	for pod, version := range versions(t, c) {
+		if was, ok := before[pod]; ok && was != version {
+			t.Errorf("%s was changed", pod)
+		}
+	}
+}
+
+func unprotected(cfg *config.Config) { cfg.Policy.Protections.Static = false }
+
+// testRealKill: a real OOM kill of a process in a cgroup that is laid out as a kubelet's, at the limit of all
+// pods together. Tracer and annotator run as they ship; the annotation appears on the pod, and on no other.
+func testRealKill(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	root := scratchtest.New(t, 512<<20)
+	pod := c.Pod("shop", "web-0", node)
+	c.Pod("shop", "web-1", node)
+	before := versions(t, c)
+
+	r := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
+	r.cfg, r.configPath = newConfig(t, func(cfg *config.Config) {
+		cfg.Node.CgroupRoot = root.Path() // other tests' kills are none of this node's
+		cfg.Policy.InferredLimits = true  // not every machine that runs the tests permits hooks
+	})
+	start(t, "oom-tracer", "--config", r.configPath, "--node-name", node)
+	r.start()
+	r.connect()
+	r.tail()
+	r.ready()
+
+	id := c.ContainerID(pod, "main")
+	kubepods := scratchtest.Child(t, root, "kubepods", 16<<20)
+	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
+	container := scratchtest.Child(t, scratchtest.Child(t, burstable, "pod"+string(pod.UID), scratch.Unlimited), id, scratch.Unlimited)
+	killed := scratchtest.Storm(t, container, 1, 32, "plain")
+	if len(killed) != 1 {
+		t.Fatalf("%d were killed", len(killed))
+	}
+	var got *corev1.Pod
+	eventually(t, "the annotation is on the pod", func() error {
+		if got = c.GetPod("shop", "web-0"); got.Annotations[evictMe] != "true" {
+			return fmt.Errorf("annotations %v", got.Annotations)
+		}
+		return nil
+	})
+	var s pods.Summary
+	if err := json.Unmarshal([]byte(got.Annotations[lastKill]), &s); err != nil {
+		t.Fatal(err)
+	}
+	if s.PID != uint32(killed[0]) || s.Victim != "hog" || s.Container != "main" || s.Scope != "cgroup" || s.Level != "kubepods" || s.Node != node ||
+		s.Limit == nil || *s.Limit != 16<<20 || s.Usage == nil || *s.Usage == 0 {
+		t.Errorf("summary %s", got.Annotations[lastKill])
+	}
+	o := r.want(s.Event, "annotated/marked")
+	if o.Pod == nil || o.Pod.Name != "web-0" || o.Pod.UID != string(pod.UID) || o.Container != "main" || o.Annotation != evictMe+"=true" {
+		t.Errorf("outcome %+v, pod %+v", o, o.Pod)
+	}
+	delete(before, "shop/web-0/"+string(pod.UID))
+	wantSame(t, c, before)
+	if _, body := r.get("/metrics"); !strings.Contains(body, `oom_tracer_marked_victims_total{reason="marked",stage="marked"} 1`) ||
+		!strings.Contains(body, `oom_tracer_annotate_latency_seconds_count 1`) {
+		t.Errorf("metrics:\n%s", body)
+	}
+
+	// A process of the host is no pod's.
+	host := scratchtest.Child(t, root, "system", 8<<20)
+	if killed := scratchtest.Storm(t, host, 1, 16, "plain"); len(killed) != 1 {
+		t.Fatalf("%d were killed", len(killed))
+	}
+	if o := r.outcome(); o.Reason != event.ReasonHost || o.Pod != nil {
+		t.Errorf("outcome %+v", o)
+	}
+	// A pod that hits its own limit is told of, and not moved.
+	own := c.GetPod("shop", "web-1")
+	limited := scratchtest.Child(t, scratchtest.Child(t, burstable, "pod"+string(own.UID), 8<<20), c.ContainerID(own, "main"), scratch.Unlimited)
+	if killed := scratchtest.Storm(t, limited, 1, 16, "plain"); len(killed) != 1 {
+		t.Fatalf("%d were killed", len(killed))
+	}
+	if o := r.outcome(); o.Reason != event.ReasonLevel || o.Pod == nil || o.Pod.Name != "web-1" || o.Container != "main" {
+		t.Errorf("outcome %+v, pod %+v", o, o.Pod)
+	}
+	wantSame(t, c, before)
+}
+
+// testReborn: between the kill and the patch the pod is replaced by one of the same name.
+func testReborn(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	pod := c.Pod("shop", "db-0", node)
+	other := c.Pod("shop", "elsewhere", "worker-2")
+	proxy := c.Proxy()
+	r := newRig(t, c, proxy.Config(account), keep)
+	r.ready()
+	var born atomic.Pointer[corev1.Pod]
+	replace := sync.OnceFunc(func() {
+		// What the proxy serves meanwhile is the annotator's; the Cluster's methods are the test's own.
+		zero := int64(0)
+		ctx := context.Background()
+		if err := c.Client.CoreV1().Pods("shop").Delete(ctx, "db-0", metav1.DeleteOptions{GracePeriodSeconds: &zero}); err != nil {
+			t.Error(err)
+		}
+		again, err := c.Client.CoreV1().Pods("shop").Create(ctx, &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "db-0"},
+			Spec:       corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Name: "main", Image: "example.com/main:1"}}},
+		}, metav1.CreateOptions{})
+		if err != nil {
+			t.Error(err)
+		}
+		born.Store(again)
+	})
+	var patches atomic.Int32
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		if req.Method == http.MethodPatch {
+			patches.Add(1)
+			replace()
+		}
+		return kubetest.Fault{}
+	})
+	e := r.killOf(pod, "")
+	r.publish(e)
+	o := r.want(e.ID, "skipped/reborn")
+	if o.Pod == nil || o.Pod.UID != string(pod.UID) {
+		t.Errorf("pod %+v", o.Pod)
+	}
+	now := c.GetPod("shop", "db-0")
+	if now.UID == pod.UID || now.UID != born.Load().UID || now.ResourceVersion != born.Load().ResourceVersion || now.Annotations != nil {
+		t.Errorf("the new pod was touched: %+v", now.ObjectMeta)
+	}
+	if n := patches.Load(); n != 1 {
+		t.Errorf("%d patches", n)
+	}
+	// A second kill of the old one is of a pod that is known to be gone, by its name.
+	e = r.killOf(pod, "")
+	r.publish(e)
+	if o := r.want(e.ID, "skipped/gone"); o.Pod == nil || o.Pod.Name != "db-0" {
+		t.Errorf("pod %+v", o.Pod)
+	}
+	// One node's tracer does not speak for pods of another.
+	e = r.killOf(other, "")
+	r.publish(e)
+	if o := r.want(e.ID, "skipped/other_node"); o.Pod != nil {
+		t.Errorf("pod %+v", o.Pod)
+	}
+	if got := c.GetPod("shop", "elsewhere"); got.ResourceVersion != other.ResourceVersion {
+		t.Error("the pod on another node was touched")
+	}
+}
+
+// mirror makes a pod as the kubelet makes one for a static pod of that UID.
+func mirror(uid string) func(*corev1.Pod) {
+	return func(p *corev1.Pod) {
+		p.Annotations = map[string]string{
+			corev1.MirrorPodAnnotationKey: uid, "kubernetes.io/config.hash": uid, "kubernetes.io/config.source": "file",
+		}
+	}
+}
+
+// testStatic: the cgroup of a static pod names its hash, which repeats on every node. The mirror pod may also
+// come after the kill.
+func testStatic(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	const hash, late = "0123456789abcdef0123456789abcdef", "fedcba9876543210fedcba9876543210"
+	c.Pod("shop", "static-worker-1", node, mirror(hash))
+	c.Pod("shop", "static-worker-2", "worker-2", mirror(hash))
+	before := versions(t, c)
+	static := func(r *rig, uid string) event.Event {
+		e := r.killOf(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{}}, "")
+		e.Container.PodUID, e.Container.Static = uid, true
+		return e
+	}
+	// Protected unless asked.
+	r := newRig(t, c, account, keep)
+	e := static(r, hash)
+	r.publish(e)
+	if o := r.want(e.ID, "skipped/static"); o.Pod == nil || o.Pod.Name != "static-worker-1" {
+		t.Errorf("pod %+v", o.Pod)
+	}
+	wantSame(t, c, before)
+	r.annotator.stop(t)
+
+	r = newRig(t, c, account, unprotected)
+	r.ready()
+	first, second := static(r, late), static(r, hash)
+	r.publish(first)
+	time.Sleep(time.Second)
+	r.publish(second) // does not wait for the first
+	r.want(second.ID, "annotated/marked")
+	c.Pod("shop", "late", node, mirror(late))
+	r.want(first.ID, "annotated/marked")
+	for name, marked := range map[string]bool{"static-worker-1": true, "static-worker-2": false, "late": true} {
+		if _, ok := c.GetPod("shop", name).Annotations[evictMe]; ok != marked {
+			t.Errorf("%s is marked: %t", name, ok)
+		}
+	}
+}
+
+// testReplay: all that is on the stream is consumed once more, and a kill that is too old comes. No pod changes.
+func testReplay(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, keep)
+	marked, opted := c.Pod("shop", "again", node), c.Pod("shop", "stays", node, func(p *corev1.Pod) {
+		p.Annotations = map[string]string{"oom-tracer.alpha.kubernetes.io/opt-out": "true"}
+	})
+	stale := c.Pod("shop", "stale", node)
+	first, second, third, old := r.killOf(marked, ""), r.killOf(marked, ""), r.killOf(opted, ""), r.killOf(stale, "")
+	old.Time = time.Now().Add(-11 * time.Minute)
+	wants := []struct {
+		e    event.Event
+		want string
+	}{{first, "annotated/marked"}, {second, "skipped/already"}, {third, "skipped/opt_out"}, {old, "skipped/too_old"}}
+	outcomes := map[string]event.Outcome{}
+	for _, w := range wants {
+		r.publish(w.e)
+		outcomes[w.e.ID] = r.want(w.e.ID, w.want)
+	}
+	r.settled()
+	before := versions(t, c)
+	r.annotator.stop(t)
+
+	// Without the consumer's place on the server, everything comes again; and what is published of it is not
+	// stored a second time.
+	if err := r.conn.JetStream().DeleteConsumer(t.Context(), event.StreamName, name); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	r.ready()
+	r.settled()
+	if _, body := r.get("/metrics"); !strings.Contains(body, `oom_tracer_events_total{reason="kill",stage="observed"} 4`) ||
+		!strings.Contains(body, `oom_tracer_marked_victims_total{reason="repeated",stage="marked"} 1`) ||
+		!strings.Contains(body, `oom_tracer_marked_victims_total{reason="marked",stage="marked"} 0`) {
+		t.Errorf("metrics:\n%s", body)
+	}
+	select {
+	case o := <-r.outcomes:
+		t.Errorf("one more outcome: %+v", o)
+	default:
+	}
+	wantSame(t, c, before)
+}
+
+// testRefused: what can never be processed is ended with a reason, and holds up nothing.
+func testRefused(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, keep)
+	advisories, err := r.conn.NATS().SubscribeSync("$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED.>")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := c.Pod("shop", "poison", node)
+	before := versions(t, c)
+	subject := "oom.v1.kill.global." + strings.ReplaceAll(node, ".", "_")
+	future := r.killOf(pod, "")
+	future.Schema = "oom-tracer/v2"
+	forged := r.killOf(pod, "")
+	r.raw("poison-1", subject, []byte("{"))
+	data, err := json.Marshal(future)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.raw("poison-2", subject, data)
+	r.raw("poison-3", subject, bytes.Repeat([]byte("x"), 300<<10))
+	if data, err = json.Marshal(forged); err != nil {
+		t.Fatal(err)
+	}
+	r.raw("poison-4", "oom.v1.kill.global.worker-2", data)
+	r.raw("poison-5", "oom.v1.kill.a.b.c.d", data)
+	reasons := map[event.Reason]int{}
+	for range 4 {
+		o := r.outcome()
+		if o.Result != event.ResultFailed || o.Detail == "" {
+			t.Errorf("outcome %+v", o)
+		}
+		reasons[o.Reason]++
+	}
+	if reasons[event.ReasonMalformed] != 1 || reasons[event.ReasonSchema] != 1 || reasons[event.ReasonOversized] != 1 || reasons[event.ReasonForged] != 1 {
+		t.Errorf("reasons %v", reasons)
+	}
+	for range 5 {
+		m, err := advisories.NextMsg(patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(m.Data), `"reason":"`) {
+			t.Errorf("advisory %s", m.Data)
+		}
+	}
+	wantSame(t, c, before)
+	e := r.killOf(pod, "")
+	r.publish(e)
+	r.want(e.ID, "annotated/marked")
+	r.settled()
+}
+
+// testFaults: whatever the server, or what stands before it, answers at first: the pod is marked, and once.
+func testFaults(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	for name, fault := range map[string]kubetest.Fault{
+		"401": {Code: 401}, "403": {Code: 403}, "409": {Code: 409}, "429": {Code: 429, RetryAfter: time.Second}, "500": {Code: 500},
+		"503": {Code: 503, RetryAfter: time.Second}, "504": {Code: 504}, "hang": {Hang: true}, "lost": {Lost: true}, "slow": {Delay: time.Second},
+	} {
+		for _, method := range []string{http.MethodGet, http.MethodPatch} {
+			t.Run(name+method, func(t *testing.T) {
+				t.Parallel()
+				c := c.In(t)
+				pod := c.Pod("shop", "fault-"+name+"-"+strings.ToLower(method), node)
+				proxy := c.Proxy()
+				r := newRig(t, c, proxy.Config(account), keep)
+				r.ready()
+				var served, faults atomic.Int32
+				proxy.Fault(func(req *http.Request) kubetest.Fault {
+					if !strings.HasSuffix(req.URL.Path, "/"+pod.Name) {
+						return kubetest.Fault{}
+					}
+					if req.Method == method && faults.Add(1) <= 2 {
+						if method == http.MethodPatch && fault.Code == 0 && !fault.Hang {
+							served.Add(1) // late, or without an answer
+						}
+						return fault
+					}
+					if req.Method == http.MethodPatch {
+						served.Add(1)
+					}
+					return kubetest.Fault{}
+				})
+				e := r.killOf(pod, "")
+				r.publish(e)
+				r.want(e.ID, "annotated/marked")
+				r.settled()
+				if c.GetPod("shop", pod.Name).Annotations[evictMe] != "true" {
+					t.Error("the pod is not marked")
+				}
+				if n := served.Load(); n != 1 {
+					t.Errorf("%d patches were served", n)
+				}
+			})
+		}
+	}
+}
+
+// testWatch: the watch is cut, and then its version has expired. What changed meanwhile is known afterwards.
+func testWatch(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	proxy := c.Proxy()
+	r := newRig(t, c, proxy.Config(account), keep)
+	r.ready()
+	gone := c.Pod("shop", "cut-gone", node)
+	for i, code := range []int{503, 410} {
+		var refuse atomic.Bool
+		refuse.Store(true)
+		once := atomic.Bool{}
+		proxy.Fault(func(req *http.Request) kubetest.Fault {
+			if req.URL.Query().Get("watch") == "" {
+				return kubetest.Fault{}
+			}
+			if code == 410 && !once.Swap(true) || refuse.Load() && code != 410 {
+				return kubetest.Fault{Code: code}
+			}
+			return kubetest.Fault{}
+		})
+		proxy.Cut()
+		eventually(t, "the annotator notices", func() error {
+			if code == 410 && once.Load() {
+				return nil
+			}
+			if status, _ := r.get("/readyz"); status == http.StatusOK {
+				return fmt.Errorf("ready")
+			}
+			return nil
+		})
+		pod := c.Pod("shop", fmt.Sprint("cut-", i), node)
+		if i == 1 {
+			c.DeletePod("shop", gone.Name)
+		}
+		e := r.killOf(pod, c.ContainerID(pod, "main"))
+		r.publish(e)
+		if code != 410 {
+			time.Sleep(500 * time.Millisecond)
+			select {
+			case o := <-r.outcomes:
+				t.Errorf("decided without knowing: %+v", o)
+			default:
+			}
+		}
+		refuse.Store(false)
+		if o := r.want(e.ID, "annotated/marked"); o.Container != "main" {
+			t.Errorf("container %q", o.Container)
+		}
+	}
+	e := r.killOf(gone, "")
+	r.publish(e)
+	r.want(e.ID, "skipped/gone")
+}
+
+// testGroup: a group kill is many events, and one patch.
+func testGroup(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	proxy := c.Proxy()
+	var patched atomic.Int32
+	r := newRig(t, c, proxy.Config(account), keep)
+	pod := c.Pod("shop", "group", node)
+	r.ready()
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		if req.Method == http.MethodPatch {
+			patched.Add(1)
+		}
+		return kubetest.Fault{}
+	})
+	var all []event.Event
+	for range 50 {
+		all = append(all, r.killOf(pod, ""))
+	}
+	r.publish(all...)
+	reasons := map[event.Reason]int{}
+	for range all {
+		reasons[r.outcome().Reason]++
+	}
+	if reasons[event.ReasonMarked] != 1 || reasons[event.ReasonAlready] != 49 {
+		t.Errorf("outcomes %v", reasons)
+	}
+	got := c.GetPod("shop", "group")
+	if n := len(got.ManagedFields); n == 0 || got.Annotations[evictMe] != "true" {
+		t.Errorf("pod %+v", got.ObjectMeta)
+	}
+	// Those that were on their way at the same time were refused by the server: their version was not its.
+	if n := patched.Load(); n > 16 {
+		t.Errorf("%d patches were sent", n)
+	}
+}
+
+// testVerbs: each verb of the role is needed, and its lack is told by its name.
+func testVerbs(t *testing.T, c *kubetest.Cluster, _ *rest.Config) {
+	objects, err := kubetest.Manifests("deploy/annotator/rbac.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var verbs []string
+	for _, o := range objects {
+		if o.GetKind() == "ClusterRole" {
+			rules := o.Object["rules"].([]any)
+			for _, v := range rules[0].(map[string]any)["verbs"].([]any) {
+				verbs = append(verbs, v.(string))
+			}
+			if len(rules) != 1 {
+				t.Errorf("%d rules", len(rules))
+			}
+		}
+	}
+	if len(verbs) != 4 {
+		t.Fatalf("verbs %v", verbs)
+	}
+	for _, missing := range verbs {
+		t.Run(missing, func(t *testing.T) {
+			t.Parallel()
+			c := c.In(t)
+			who := "without-" + missing
+			var left []string
+			for _, v := range verbs {
+				if v != missing {
+					left = append(left, v)
+				}
+			}
+			account := c.ServiceAccount("shop", who)
+			role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: who}, Rules: []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: left}}}
+			if _, err := c.Client.RbacV1().ClusterRoles().Create(t.Context(), role, metav1.CreateOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			binding := &rbacv1.ClusterRoleBinding{
+				ObjectMeta: metav1.ObjectMeta{Name: who}, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: who},
+				Subjects: []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: "shop", Name: who}},
+			}
+			if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(t.Context(), binding, metav1.CreateOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			pod := c.Pod("shop", who, node)
+			r := newRig(t, c, account, keep)
+			e := r.killOf(pod, "")
+			word := fmt.Sprintf("the verb %q on pods is missing", missing)
+			if missing == "list" || missing == "watch" {
+				eventually(t, "the annotator is not ready and says why", func() error {
+					if code, body := r.get("/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, word) {
+						return fmt.Errorf("%d %s", code, body)
+					}
+					return nil
+				})
+				return
+			}
+			r.ready()
+			r.publish(e)
+			if o := r.want(e.ID, "failed/forbidden"); !strings.Contains(o.Detail, word) {
+				t.Errorf("detail %q", o.Detail)
+			}
+			if !strings.Contains(r.annotator.out.String(), strings.ReplaceAll(word, `"`, `\"`)) {
+				t.Error("the log does not name the verb")
+			}
+		})
+	}
+}
+
+// testDenied: the shipped admission policy lets the shipped account write no other annotation, and so a
+// config that names one fails and says why.
+func testDenied(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	pod := c.Pod("shop", "denied", node)
+	r := newRig(t, c, account, func(cfg *config.Config) { cfg.Policy.Annotation = "example.com/other=true" })
+	e := r.killOf(pod, "")
+	r.publish(e)
+	if o := r.want(e.ID, "failed/rejected"); !strings.Contains(o.Detail, "example.com/other") {
+		t.Errorf("detail %q", o.Detail)
+	}
+	if got := c.GetPod("shop", "denied"); got.ResourceVersion != pod.ResourceVersion {
+		t.Error("the pod was changed")
+	}
+}
+
+// testOutage: the API server is away when the kills come, and when the annotator starts.
+func testOutage(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	pod := c.Pod("shop", "outage-1", node)
+	second := c.Pod("shop", "outage-2", node)
+	r := newRig(t, c, account, keep)
+	r.ready()
+	c.Stop()
+	e := r.killOf(pod, "")
+	r.publish(e)
+	eventually(t, "the annotator says that the server is away", func() error {
+		if code, body := r.get("/readyz"); code != http.StatusServiceUnavailable {
+			return fmt.Errorf("%d %s", code, body)
+		}
+		return nil
+	})
+	// Another one starts meanwhile, with nothing that it knows.
+	r.annotator.stop(t)
+	r.start()
+	e2 := r.killOf(second, "")
+	r.publish(e2)
+	time.Sleep(time.Second)
+	c.Start()
+	want := map[string]bool{e.ID: true, e2.ID: true}
+	for range 2 {
+		o := r.outcome()
+		if o.Result != event.ResultAnnotated || !want[o.Kill] {
+			t.Errorf("outcome %+v", o)
+		}
+		delete(want, o.Kill)
+	}
+	for _, name := range []string{"outage-1", "outage-2"} {
+		if c.GetPod("shop", name).Annotations[evictMe] != "true" {
+			t.Errorf("%s is not marked", name)
+		}
+	}
+}
