@@ -28,7 +28,8 @@ import (
 const usage = `oom-tap shows the OOM kills that OOM Tracer publishes on NATS.
 
 Usage:
-  oom-tap [tail] [flags]   show kills, and gaps in what is known of them, as they happen
+  oom-tap [tail] [flags]   show kills, and gaps in what is known of them, as they happen;
+                           with --outcomes, which pod was hit and what became of it
   oom-tap nodes [flags]    show which nodes are watched, which have gone quiet, which have gaps
   oom-tap setup [flags]    make or update the streams on the NATS of the config
 
@@ -75,9 +76,14 @@ type options struct {
 	scopes   []string
 	node     string
 	kills    bool
-	output   string
-	color    string
-	count    int
+	outcomes bool
+	// Of outcomes alone.
+	namespace string
+	pod       string
+
+	output string
+	color  string
+	count  int
 }
 
 // tailFlags registers the flags of tail.
@@ -102,6 +108,9 @@ func (o *options) tailFlags(flags *flag.FlagSet) {
 	})
 	flags.StringVar(&o.node, "node", "", "only this `node`")
 	flags.BoolVar(&o.kills, "kills", false, "kills alone: leave out tasks that were already exiting, and gaps")
+	flags.BoolVar(&o.outcomes, "outcomes", false, "kills with what oom-annotator made of them, one line each, once that is known; tasks that were already exiting are left out")
+	flags.StringVar(&o.namespace, "namespace", "", "with --outcomes, which this implies: only pods of this `namespace`")
+	flags.StringVar(&o.pod, "pod", "", "likewise: only pods of this `name`")
 	o.outputFlag(flags)
 	flags.StringVar(&o.color, "color", "auto", "auto, always or never")
 	flags.IntVar(&o.count, "count", 0, "end after `N` events; 0 sets no bound")
@@ -164,6 +173,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	if err := o.check(); err != nil {
 		return usageError{err}
 	}
+	o.outcomes = o.outcomes || o.namespace != "" || o.pod != ""
 	if o.version {
 		fmt.Fprintf(stdout, "oom-tap %s\n", obs.Version())
 		return nil
@@ -207,7 +217,7 @@ func scopeList() string {
 // subjects are the patterns that the options select. They do not overlap.
 func subjects(o options) ([]string, error) {
 	kinds := []event.Kind{event.KindKill, event.KindExiting}
-	if o.kills {
+	if o.kills || o.outcomes {
 		kinds = kinds[:1]
 	}
 	scopes := o.scopes
@@ -232,6 +242,13 @@ func subjects(o options) ([]string, error) {
 		}
 		patterns = append(patterns, pattern)
 	}
+	if o.outcomes {
+		pattern, err := event.Filter(event.KindOutcome, "", o.node)
+		if err != nil {
+			return nil, err
+		}
+		patterns = append(patterns, pattern)
+	}
 	slices.Sort(patterns)
 	return slices.Compact(patterns), nil
 }
@@ -250,6 +267,13 @@ func tail(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writ
 	terminal := isTerminal(stdout)
 	plain := os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb"
 	table := text.Table{Color: o.color == "always" || o.color == "auto" && terminal && !plain}
+	if o.outcomes {
+		err := outcomes(ctx, conn, o, tailOptions, &table, stdout, stderr)
+		if errors.Is(err, errEnough) {
+			return nil
+		}
+		return missingStream(err, o)
+	}
 	seen := newRecent(10000)
 	shown := 0
 	err = bus.Tail(ctx, conn, tailOptions, func(m bus.Stored) error {

@@ -68,6 +68,45 @@ func (t *Table) Line(e *event.Event) string {
 	return strings.Join(columns, "  ")
 }
 
+// OutcomeLine is a kill and its outcome without a newline: the line of the kill, then what became of it.
+// Either may be nil, where it is not known.
+func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
+	var line string
+	if e != nil {
+		line = t.Line(e)
+	} else {
+		node := Printable(o.Node)
+		t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
+		line = t.paint(dim, o.Time.UTC().Format(timeLayout)) + "  " + pad(node, t.nodeWidth) + "  kill " + Printable(o.Kill)
+	}
+	if o == nil {
+		return line + "  " + t.paint(yellow, "no outcome")
+	}
+	color := yellow
+	switch o.Result {
+	case event.ResultAnnotated:
+		color = bold
+	case event.ResultSkipped:
+		color = dim
+	case event.ResultFailed:
+		color = boldRed
+	}
+	// With spaces in it a name could pretend to be what follows.
+	word := func(s string) string { return strings.ReplaceAll(Printable(s), " ", `\x20`) }
+	said := word(string(o.Result)) + " (" + word(string(o.Reason)) + ")"
+	if p := o.Pod; p != nil {
+		said += " " + word(p.Namespace) + "/" + word(p.Name)
+		if o.Container != "" {
+			said += " container " + word(o.Container)
+		}
+	}
+	line += "  " + t.paint(color, said)
+	if o.Detail != "" && o.Result == event.ResultFailed {
+		line += "  " + Printable(o.Detail)
+	}
+	return line
+}
+
 // GapLine is a gap without a newline, with the columns of an event as far as they have a meaning.
 func (t *Table) GapLine(g *event.Gap) string {
 	node := Printable(g.Node.Name)

@@ -299,3 +299,35 @@ func TestGapLine(t *testing.T) {
 		}
 	}
 }
+
+func TestOutcomeLine(t *testing.T) {
+	e := kill()
+	o := event.Outcome{
+		Time: e.Time, Kill: "boot-1-2", Node: "worker-1", Result: event.ResultAnnotated, Reason: event.ReasonMarked,
+		Pod: &event.PodRef{Namespace: "shop", Name: "cart-0"}, Container: "cart",
+	}
+	failed := o
+	failed.Result, failed.Reason, failed.Pod, failed.Detail = event.ResultFailed, event.ReasonMalformed, nil, "\x1b[31m"
+	hostile := o
+	hostile.Pod = &event.PodRef{Namespace: "a b", Name: "\n"}
+	for _, tt := range []struct {
+		e    *event.Event
+		o    *event.Outcome
+		want string
+	}{
+		{&e, &o, text.Line(&e, false) + "  annotated (marked) shop/cart-0 container cart"},
+		{&e, nil, text.Line(&e, false) + "  no outcome"},
+		{nil, &o, "2026-11-23T02:03:04.005Z  worker-1  kill boot-1-2  annotated (marked) shop/cart-0 container cart"},
+		{nil, &failed, `2026-11-23T02:03:04.005Z  worker-1  kill boot-1-2  failed (malformed)  \x1b[31m`},
+		{nil, &hostile, `2026-11-23T02:03:04.005Z  worker-1  kill boot-1-2  annotated (marked) a\x20b/\n container cart`},
+	} {
+		table := text.Table{}
+		if got := table.OutcomeLine(tt.e, tt.o); got != tt.want {
+			t.Errorf("got  %s\nwant %s", got, tt.want)
+		}
+	}
+	table := text.Table{Color: true}
+	if got := table.OutcomeLine(nil, &failed); !strings.Contains(got, "\x1b[1;31mfailed (malformed)\x1b[0m") {
+		t.Errorf("%q", got)
+	}
+}
