@@ -158,6 +158,11 @@ bench: build build/hog ## latency, loss and cost over at least 1,000 real kills 
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
 		$(GO) test -tags bench -count=1 -timeout 20m -run TestBench -v ./go/cmd/oom-tracer
 
+.PHONY: bench-annotate
+bench-annotate: build build/kube ## the annotator's latency, decisions and memory, at 150,000 pods on 10,000 nodes
+	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
+		$(GO) test -tags bench -count=1 -timeout 20m -run TestBench -v ./go/cmd/oom-annotator
+
 build/nats-server: go.mod
 	@mkdir -p build
 	@echo '==> building nats-server from its Go module (once per version)'

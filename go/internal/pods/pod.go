@@ -9,13 +9,15 @@
 // The other way would be to list the pods of a node (spec.nodeName) when a kill comes from there, with a
 // short cache. Both were weighed for 150,000 pods on 10,000 nodes:
 //
-//   - A list on demand costs nothing until a kill comes, then 15 pods, some 100 KB, and 2 to 5 ms before each
-//     decision that finds no fresh list. When a bad roll-out runs many nodes out of memory at once, which is
-//     when the API server has least to spare, it costs one list a node: 10,000 of them. It cannot name a pod
-//     that is gone by the time of the list, nor decide anything while the API server is away.
-//   - The watch costs memory and the decoding of every change of every pod, all the time, in each replica.
+//   - A list on demand costs nothing until a kill comes, then some 15 pods of 5 KB each and a round trip before
+//     every decision that finds no fresh list. When a bad roll-out runs many nodes out of memory at once,
+//     which is when the API server has least to spare, it costs one list a node: 10,000 of them. It cannot
+//     name a pod that is gone by then, nor decide anything while the API server is away.
+//   - A watch costs memory, and the decoding of every change of every pod, all the time and in each replica.
 //     Stored whole, as the original does on every node, a pod takes some 22 KB. Reduced to the fields of Pod
-//     while the list is read, page by page, it takes some 0.4 KB. See TestMemory, which measures it.
+//     while the list is read, page by page, 150,000 pods are some 65 MB of live heap: measured by
+//     make bench-annotate, the whole process has 138 MiB (RSS) at its peak and 121 MiB afterwards, is ready
+//     9 s after its start, and decides 14,900 kills a second.
 //
 // The watch is what keeps its cost constant when things go wrong, and it is paid by a few replicas, not on
 // the nodes.

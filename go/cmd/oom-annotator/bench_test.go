@@ -1,0 +1,267 @@
+//go:build bench
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/rest"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+)
+
+const (
+	benchPods  = 150_000
+	benchNodes = 10_000
+)
+
+// figures are what is measured, for build/bench-annotate.json and the log.
+func figure(t *testing.T, name string, value any) {
+	t.Logf("%-40s %v", name, value)
+	file := filepath.Join(os.Getenv("OOM_TEST_BUILD"), "bench-annotate.json")
+	all := map[string]any{}
+	if data, err := os.ReadFile(file); err == nil {
+		_ = json.Unmarshal(data, &all)
+	}
+	all[name] = fmt.Sprint(value)
+	data, err := json.MarshalIndent(all, "", "  ")
+	if err == nil {
+		err = os.WriteFile(file, append(data, '\n'), 0o644)
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// benchPod is a pod as a cluster has them: two containers, a dozen environment variables, managed fields.
+func benchPod(i int) corev1.Pod {
+	yes := true
+	p := corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: fmt.Sprintf("team-%d", i%200), Name: fmt.Sprintf("deployment-%d-7d9c5b8f6d-%05x", i%5000, i), ResourceVersion: strconv.Itoa(1000 + i),
+			UID:             types.UID(fmt.Sprintf("5b1a7a5e-1c1d-4b6f-8a55-%012x", i)),
+			Labels:          map[string]string{"app": fmt.Sprint("deployment-", i%5000), "pod-template-hash": "7d9c5b8f6d", "team": fmt.Sprint("team-", i%200)},
+			Annotations:     map[string]string{"prometheus.io/scrape": "true", "checksum/config": strings.Repeat("0123456789abcdef", 4)},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: fmt.Sprint("deployment-", i%5000, "-7d9c5b8f6d"), Controller: &yes}},
+		},
+		Spec:   corev1.PodSpec{NodeName: fmt.Sprintf("ip-10-%d-%d.eu-central-1.compute.internal", i%benchNodes/250, i%benchNodes%250), ServiceAccountName: "default"},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: "10.0.0.1", HostIP: "10.0.0.2"},
+	}
+	for range 3 {
+		p.ManagedFields = append(p.ManagedFields, metav1.ManagedFieldsEntry{
+			Manager: "kubelet", Operation: "Update", APIVersion: "v1", FieldsType: "FieldsV1",
+			FieldsV1: &metav1.FieldsV1{Raw: []byte(`{"f:status":{` + strings.Repeat(`"f:conditions":{".":{},"k:{\"type\":\"Ready\"}":{".":{}}},`, 12) + `"f:x":{}}}`)},
+		})
+	}
+	for c := range 2 {
+		container := corev1.Container{
+			Name: []string{"main", "sidecar"}[c], Image: "registry.example.com/team/image:v1.2.3",
+			Resources: corev1.ResourceRequirements{Limits: corev1.ResourceList{corev1.ResourceMemory: resource.MustParse("512Mi")}},
+		}
+		for e := range 12 {
+			container.Env = append(container.Env, corev1.EnvVar{Name: fmt.Sprint("SOME_VARIABLE_", e), Value: "some-value-that-is-not-short"})
+		}
+		p.Spec.Containers = append(p.Spec.Containers, container)
+		p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{
+			Name: container.Name, Image: container.Image, ImageID: container.Image + "@sha256:" + strings.Repeat("0123456789abcdef", 4),
+			ContainerID: fmt.Sprintf("containerd://%064x", 2*i+c), Ready: true,
+		})
+	}
+	for _, kind := range []corev1.PodConditionType{corev1.PodReady, corev1.PodInitialized, corev1.PodScheduled, corev1.ContainersReady} {
+		p.Status.Conditions = append(p.Status.Conditions, corev1.PodCondition{Type: kind, Status: corev1.ConditionTrue, LastTransitionTime: metav1.Now()})
+	}
+	return p
+}
+
+// largeCluster answers like an API server with benchPods pods that nobody changes: to fill a real one with as
+// many takes many minutes and gigabytes.
+func largeCluster(t *testing.T) *rest.Config {
+	scheme := runtime.NewScheme()
+	if err := corev1.AddToScheme(scheme); err != nil {
+		t.Fatal(err)
+	}
+	codec := protobuf.NewSerializer(scheme, scheme)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("watch") != "" {
+			w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf;stream=watch")
+			w.WriteHeader(http.StatusOK)
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+			return
+		}
+		from, _ := strconv.Atoi(r.URL.Query().Get("continue"))
+		limit, _ := strconv.Atoi(r.URL.Query().Get("limit"))
+		list := corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}, ListMeta: metav1.ListMeta{ResourceVersion: "1000000"}}
+		for i := from; i < min(from+limit, benchPods); i++ {
+			list.Items = append(list.Items, benchPod(i))
+		}
+		if from+limit < benchPods {
+			list.Continue = strconv.Itoa(from + limit)
+		}
+		w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf")
+		if err := codec.Encode(&list, w); err != nil {
+			t.Error(err)
+		}
+	}))
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	return &rest.Config{Host: server.URL}
+}
+
+// memory reads a line of /proc/<pid>/status, in MiB.
+func memory(t *testing.T, pid int, key string) float64 {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.SplitSeq(string(data), "\n") {
+		if value, ok := strings.CutPrefix(line, key+":"); ok {
+			var kib float64
+			fmt.Sscan(value, &kib)
+			return kib / 1024
+		}
+	}
+	t.Fatalf("no %s", key)
+	return 0
+}
+
+// TestBenchMemory: memory and start-up of the annotator in a cluster of 150,000 pods on 10,000 nodes, and how
+// many kills a second are decided there.
+func TestBenchMemory(t *testing.T) {
+	c := largeCluster(t)
+	began := time.Now()
+	r := newRig(t, (&kubetest.Cluster{}).In(t), c, func(cfg *config.Config) { cfg.Policy.Annotation = "" })
+	r.ready()
+	one := benchPod(1)
+	figure(t, "bytes_of_a_pod_in_the_api", one.Size())
+	figure(t, "pods_listed_s", time.Since(began).Seconds())
+	pid := r.annotator.cmd.Process.Pid
+	figure(t, "rss_listed_mib", memory(t, pid, "VmRSS"))
+	figure(t, "rss_peak_mib", memory(t, pid, "VmHWM"))
+	_, body := r.get("/metrics")
+	for _, key := range []string{"go_memstats_heap_inuse_bytes ", "go_memstats_alloc_bytes "} {
+		if _, rest, ok := strings.Cut(body, "\n"+key); ok {
+			value, _, _ := strings.Cut(rest, "\n")
+			f, _ := strconv.ParseFloat(value, 64)
+			figure(t, strings.TrimSpace(key)+"_mib", f/1024/1024)
+		}
+	}
+
+	const kills = 20_000
+	var events []event.Event
+	for i := range kills {
+		pod := benchPod(i * 7)
+		e := r.killOf(&pod, fmt.Sprintf("%064x", 14*i))
+		e.Node.Name = pod.Spec.NodeName
+		events = append(events, e)
+	}
+	for i := 0; i < kills; i += 5000 {
+		r.publish(events[i : i+5000]...)
+		for r.publisher.Pending() > 0 {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	began = time.Now()
+	for i := range kills {
+		if o := r.outcome(); o.Result != event.ResultObserved || o.Container == "" {
+			t.Fatalf("outcome %d: %+v", i, o)
+		}
+	}
+	// They were decided while they were published, too: this is a lower bound.
+	first, last := time.Time{}, time.Time{}
+	err := bus.Tail(t.Context(), r.conn, bus.TailOptions{Subjects: []string{"oom.v1.outcome.>"}, Since: time.Unix(0, 0)}, func(m bus.Stored) error {
+		if first.IsZero() {
+			first = m.Time
+		}
+		last = m.Time
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	figure(t, "decisions_per_s", float64(kills)/last.Sub(first).Seconds())
+	figure(t, "rss_after_mib", memory(t, pid, "VmRSS"))
+}
+
+// TestBenchLatency: from a kill to the annotation as a watcher of the real API server sees it. The kills are
+// published like a tracer's, with the time of that as the kernel's; what lies before is make bench's.
+func TestBenchLatency(t *testing.T) {
+	c := kubetest.Start(t)
+	c.Node(node)
+	c.Namespace("shop")
+	account := c.Annotator()
+	const kills = 1000
+	var all []*corev1.Pod
+	for i := range kills {
+		all = append(all, c.Pod("shop", fmt.Sprint("pod-", i), node))
+	}
+	r := newRig(t, c, account, func(cfg *config.Config) { cfg.Log.Level = "info" })
+	r.ready()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	w, err := c.Client.CoreV1().Pods("shop").Watch(ctx, metav1.ListOptions{ResourceVersion: c.GetPod("shop", "pod-999").ResourceVersion})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	sent := map[string]time.Time{}
+	go func() {
+		for _, pod := range all {
+			e := r.killOf(pod, "")
+			mu.Lock()
+			sent[pod.Name] = e.Time
+			mu.Unlock()
+			r.publish(e)
+			time.Sleep(25 * time.Millisecond)
+		}
+	}()
+	var took []time.Duration
+	for e := range w.ResultChan() {
+		pod, ok := e.Object.(*corev1.Pod)
+		if !ok || e.Type != watch.Modified || pod.Annotations[evictMe] == "" {
+			continue
+		}
+		now := time.Now()
+		mu.Lock()
+		if at, ok := sent[pod.Name]; ok {
+			took = append(took, now.Sub(at))
+			delete(sent, pod.Name)
+		}
+		mu.Unlock()
+		if len(took) == kills {
+			break
+		}
+	}
+	w.Stop()
+	if len(took) != kills {
+		t.Fatalf("%d annotations were seen", len(took))
+	}
+	slices.Sort(took)
+	for _, p := range []int{50, 90, 99} {
+		figure(t, fmt.Sprintf("kill_to_annotation_p%d_ms", p), float64(took[kills*p/100-1].Microseconds())/1000)
+	}
+}
