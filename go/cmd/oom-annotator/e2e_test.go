@@ -57,6 +57,7 @@ func TestEndToEnd(t *testing.T) {
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
 		"RealKill": testRealKill, "Reborn": testReborn, "Static": testStatic, "Replay": testReplay, "Refused": testRefused,
 		"Faults": testFaults, "Watch": testWatch, "Group": testGroup, "Verbs": testVerbs, "Denied": testDenied,
+		"NATS": testNATS, "Run": testRun,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}
@@ -95,6 +96,11 @@ func start(t *testing.T, program string, args ...string) *process {
 	t.Helper()
 	p := &process{out: &output{}, done: make(chan struct{})}
 	p.cmd = exec.Command(scratchtest.Program(t, program), args...)
+	return p.start(t)
+}
+
+func (p *process) start(t *testing.T) *process {
+	t.Helper()
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
@@ -107,7 +113,7 @@ func start(t *testing.T, program string, args ...string) *process {
 	t.Cleanup(func() {
 		p.stop(t)
 		if t.Failed() {
-			t.Logf("%s said:\n%s", program, p.out)
+			t.Logf("%s said:\n%s", p.cmd.Path, p.out)
 		}
 	})
 	return p
@@ -138,6 +144,7 @@ type rig struct {
 	metrics    string
 	annotator  *process
 
+	server    *embedded.Server
 	conn      *bus.Conn
 	publisher *bus.Publisher
 	outcomes  chan event.Outcome
@@ -205,17 +212,8 @@ func newRig(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func
 	t.Helper()
 	r := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
 	r.cfg, r.configPath = newConfig(t, change)
-	server, err := embedded.Start(r.cfg.NATS.Embedded, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		defer cancel()
-		if err := server.Shutdown(ctx); err != nil {
-			t.Error(err)
-		}
-	})
+	r.startNATS()
+	t.Cleanup(r.stopNATS)
 	r.connect()
 	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
 		t.Fatal(err)
@@ -223,6 +221,24 @@ func newRig(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func
 	r.tail()
 	r.start()
 	return r
+}
+
+func (r *rig) startNATS() {
+	r.t.Helper()
+	server, err := embedded.Start(r.cfg.NATS.Embedded, slog.New(slog.DiscardHandler))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.server = server
+}
+
+func (r *rig) stopNATS() {
+	r.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := r.server.Shutdown(ctx); err != nil {
+		r.t.Error(err)
+	}
 }
 
 // connect makes the test's own connection.
@@ -915,6 +931,68 @@ func testDenied(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	}
 	if got := c.GetPod("shop", "denied"); got.ResourceVersion != pod.ResourceVersion {
 		t.Error("the pod was changed")
+	}
+}
+
+// testNATS: NATS goes away in the middle of a patch, and comes back. The outcome is told, the mark made once.
+func testNATS(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	proxy := c.Proxy()
+	r := newRig(t, c, proxy.Config(account), keep)
+	r.ready()
+	pod, after := c.Pod("shop", "nats-1", node), c.Pod("shop", "nats-2", node)
+	var patches atomic.Int32
+	began, release := make(chan struct{}), make(chan struct{})
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		if req.Method == http.MethodPatch && patches.Add(1) == 1 {
+			close(began)
+			<-release
+		}
+		return kubetest.Fault{}
+	})
+	e := r.killOf(pod, "")
+	r.publish(e)
+	<-began
+	r.stopNATS()
+	close(release)
+	eventually(t, "the annotator says that nats is away", func() error {
+		if code, body := r.get("/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, "nats") {
+			return fmt.Errorf("%d %s", code, body)
+		}
+		return nil
+	})
+	r.startNATS()
+	r.want(e.ID, "annotated/marked")
+	e = r.killOf(after, "")
+	r.publish(e)
+	r.want(e.ID, "annotated/marked")
+	if n := patches.Load(); n != 2 {
+		t.Errorf("%d patches", n)
+	}
+	r.settled()
+}
+
+// testRun: KUBECONFIG=... make run starts both, in whatever order they become ready, and ends both.
+func testRun(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
+	r.cfg, r.configPath = newConfig(t, func(cfg *config.Config) { cfg.Metrics.Listen = freePort(t) })
+	root, err := filepath.Abs("../../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{out: &output{}, done: make(chan struct{}), cmd: exec.Command(filepath.Join(root, "tools/run.sh"), r.configPath)}
+	p.cmd.Dir = root
+	p.cmd.Env = append(os.Environ(), "KUBECONFIG="+r.kubeconfig, "NODE_NAME="+node)
+	r.annotator = p.start(t)
+	r.ready()
+	began := time.Now()
+	p.stop(t)
+	for _, addr := range []string{r.cfg.Annotator.Listen, r.cfg.Metrics.Listen, r.cfg.NATS.Embedded.Listen} {
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			t.Errorf("%s after the end: %v", time.Since(began), err)
+			continue
+		}
+		l.Close()
 	}
 }
 

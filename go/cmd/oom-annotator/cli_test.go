@@ -1,0 +1,45 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestCommandLine: what is wrong is named in one line, and nothing is begun.
+func TestCommandLine(t *testing.T) {
+	dir := t.TempDir()
+	bad, good := filepath.Join(dir, "bad.yaml"), filepath.Join(dir, "good.yaml")
+	for file, data := range map[string]string{bad: "policy:\n  annotation: -a\n  scope: []\n", good: "annotator:\n  listen: \"\"\n"} {
+		if err := os.WriteFile(file, []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
+	for _, tt := range []struct {
+		args           string
+		status         int
+		stdout, stderr string
+	}{
+		{"--help", 0, "Usage:\n  oom-annotator [flags]", ""},
+		{"--version", 0, "oom-annotator ", ""},
+		{"--frobnicate", 2, "", "flag provided but not defined: -frobnicate; see oom-annotator --help\n"},
+		{"run", 2, "", `unexpected argument "run"`},
+		{"--node-name x", 2, "", "flag provided but not defined: -node-name"},
+		{"--log-level loud", 2, "", "--log-level: log.level: must be one of debug, info, warn, error"},
+		{"--config /nowhere/config.yaml", 1, "", "no such file or directory (--config names another file)\n"},
+		{"--config " + bad, 1, "", "policy.annotation: must be key=value, a key or empty"},
+		{"--config " + bad, 1, "", "\noom-annotator: " + bad + ":3: policy.scope: unknown key: did you mean scopes?\n"},
+		{"--config " + good, 1, "", "(outside of a cluster, name a kubeconfig file)\n"},
+		{"--config " + good + " --kubeconfig /nowhere", 1, "", "read kubeconfig /nowhere: "},
+	} {
+		var stdout, stderr bytes.Buffer
+		status := realMain(t.Context(), strings.Fields(tt.args), &stdout, &stderr)
+		if status != tt.status || !strings.Contains(stdout.String(), tt.stdout) || !strings.Contains(stderr.String(), tt.stderr) ||
+			(tt.stderr == "") != (stderr.Len() == 0) || (tt.stdout == "") != (stdout.Len() == 0) {
+			t.Errorf("%s: status %d\nstdout: %s\nstderr: %s", tt.args, status, &stdout, &stderr)
+		}
+	}
+}
