@@ -99,34 +99,40 @@ func sparse() event.Event {
 // added to full.json and zero.json; every other change breaks somebody's consumer.
 func TestGolden(t *testing.T) {
 	for name, e := range map[string]event.Event{"full": full(), "bare": bare(), "zero": zero(), "sparse": sparse()} {
-		t.Run(name, func(t *testing.T) {
-			got, err := json.MarshalIndent(e, "", "  ")
-			if err != nil {
-				t.Fatal(err)
-			}
-			got = append(got, '\n')
-			golden := filepath.Join("testdata", name+".json")
-			if *update {
-				if err := os.WriteFile(golden, got, 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), string(got)); diff != "" {
-				t.Errorf("json (-golden +got; -update writes it):\n%s", diff)
-			}
-			back, err := event.Parse(want)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(e, back); diff != "" {
-				t.Errorf("read back (-want +got):\n%s", diff)
-			}
-		})
+		golden(t, name, e, event.Parse)
 	}
+}
+
+// golden holds a message against its file, and what is read back against the message.
+func golden[M any](t *testing.T, name string, message M, parse func([]byte) (M, error)) {
+	t.Helper()
+	t.Run(name, func(t *testing.T) {
+		got, err := json.MarshalIndent(message, "", "  ")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, '\n')
+		file := filepath.Join("testdata", name+".json")
+		if *update {
+			if err := os.WriteFile(file, got, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(string(want), string(got)); diff != "" {
+			t.Errorf("json (-golden +got; -update writes it):\n%s", diff)
+		}
+		back, err := parse(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(message, back); diff != "" {
+			t.Errorf("read back (-want +got):\n%s", diff)
+		}
+	})
 }
 
 // TestFullIsFull makes a new field fail until full, and with it the golden, has it.

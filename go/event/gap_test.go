@@ -3,13 +3,9 @@ package event_test
 import (
 	"encoding/json"
 	"errors"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 )
@@ -47,43 +43,10 @@ func bareStatus() event.NodeStatus {
 
 // TestGapGolden pins the schema of gaps and statuses, as TestGolden does that of events, and reads them back.
 func TestGapGolden(t *testing.T) {
-	for name, message := range map[string]any{
-		"gap-full": fullGap(), "gap-bare": bareGap(), "status-full": fullStatus(), "status-bare": bareStatus(),
-	} {
-		t.Run(name, func(t *testing.T) {
-			got, err := json.MarshalIndent(message, "", "  ")
-			if err != nil {
-				t.Fatal(err)
-			}
-			got = append(got, '\n')
-			golden := filepath.Join("testdata", name+".json")
-			if *update {
-				if err := os.WriteFile(golden, got, 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), string(got)); diff != "" {
-				t.Errorf("json (-golden +got; -update writes it):\n%s", diff)
-			}
-			var back any
-			switch message.(type) {
-			case event.Gap:
-				back, err = event.ParseGap(want)
-			case event.NodeStatus:
-				back, err = event.ParseNodeStatus(want)
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(message, back); diff != "" {
-				t.Errorf("read back (-want +got):\n%s", diff)
-			}
-		})
-	}
+	golden(t, "gap-full", fullGap(), event.ParseGap)
+	golden(t, "gap-bare", bareGap(), event.ParseGap)
+	golden(t, "status-full", fullStatus(), event.ParseNodeStatus)
+	golden(t, "status-bare", bareStatus(), event.ParseNodeStatus)
 }
 
 func TestParseGapRefuses(t *testing.T) {

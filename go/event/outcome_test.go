@@ -3,14 +3,10 @@ package event_test
 import (
 	"encoding/json"
 	"errors"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 )
@@ -36,36 +32,10 @@ func bareOutcome() event.Outcome {
 	}
 }
 
+// TestOutcomeGolden pins the schema of outcomes, and reads them back.
 func TestOutcomeGolden(t *testing.T) {
-	for name, message := range map[string]event.Outcome{"outcome-full": fullOutcome(), "outcome-bare": bareOutcome()} {
-		t.Run(name, func(t *testing.T) {
-			got, err := json.MarshalIndent(message, "", "  ")
-			if err != nil {
-				t.Fatal(err)
-			}
-			got = append(got, '\n')
-			golden := filepath.Join("testdata", name+".json")
-			if *update {
-				if err := os.WriteFile(golden, got, 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			want, err := os.ReadFile(golden)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(string(want), string(got)); diff != "" {
-				t.Errorf("json (-golden +got; -update writes it):\n%s", diff)
-			}
-			back, err := event.ParseOutcome(want)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(message, back); diff != "" {
-				t.Errorf("read back (-want +got):\n%s", diff)
-			}
-		})
-	}
+	golden(t, "outcome-full", fullOutcome(), event.ParseOutcome)
+	golden(t, "outcome-bare", bareOutcome(), event.ParseOutcome)
 }
 
 func TestParseOutcomeRefuses(t *testing.T) {

@@ -20,7 +20,7 @@
 #   BOOTS="v2 v1"        only these boots
 #   RUN=REGEXP           only these tests (with BOOTS: a boot in which none of them runs fails)
 #   FRESH=1              look for newer packages now (else once a week)
-#   JOBS=2 TIMEOUT=480 SMP=1 MEMORY=512 ACCEL=tcg,thread=multi      machines at once; seconds per boot;
+#   JOBS=2 TIMEOUT=720 SMP=1 MEMORY=512 ACCEL=tcg,thread=multi      machines at once; seconds per boot;
 #                        CPUs and MiB of a machine; what runs it
 #   CACHE, OUT           where packages are kept; where results go (build/vm)
 #
@@ -57,7 +57,7 @@ tools=$(dirname "$here")
 CACHE=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/oom-tracer}
 OUT=${OUT:-$tools/../build/vm}
 JOBS=${JOBS:-2}
-TIMEOUT=${TIMEOUT:-480}
+TIMEOUT=${TIMEOUT:-720}
 SMP=${SMP:-1}
 MEMORY=${MEMORY:-512}
 ACCEL=${ACCEL:-tcg,thread=multi}
@@ -283,6 +283,9 @@ boot() {
 	wanted=$(has "$kernel" "$boot")
 	if [[ $wanted == no ]]; then
 		verdict=n/a why='not in this kernel (its configuration)'
+	elif [[ $boot == faults && $kernel != "${names[0]}" && $kernel != "${names[-1]}" ]]; then
+		# It tests the comparison, of which there are two sorts: before and since the tracepoint has the task.
+		verdict=n/a why='done on the oldest and the newest'
 	else
 		for try in 1 2; do
 			run_machine "$kernel" "$boot" "$dir"

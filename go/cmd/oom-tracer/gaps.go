@@ -232,11 +232,7 @@ func (t *tracer) gap(g event.Gap) bool {
 func (t *tracer) lost(first, last uint64) bool {
 	count := last - first + 1
 	since := t.told.UTC()
-	if !t.gap(event.Gap{Cause: event.GapWrapped, Since: &since, FirstSeq: first, LastSeq: last, Count: &count}) {
-		return false
-	}
-	t.metrics.seq.Set(float64(last))
-	return true
+	return t.gap(event.Gap{Cause: event.GapWrapped, Since: &since, FirstSeq: first, LastSeq: last, Count: &count})
 }
 
 // unseen tells of kills that the kernel counted and the program did not see, once.

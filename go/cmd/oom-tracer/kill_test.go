@@ -26,7 +26,6 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
-	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
@@ -138,38 +137,6 @@ func stored(t *testing.T, cfg config.Config, group *scratch.Cgroup, want int) []
 		t.Fatalf("%d events of %s are stored, want %d", len(events), group.Path(), want)
 	}
 	return events
-}
-
-// replay reads all events that the stream holds, those of other kills on this machine among them.
-func replay(t *testing.T, conn *bus.Conn) []event.Event {
-	t.Helper()
-	var events []event.Event
-	if err := bus.Tail(t.Context(), conn, bus.TailOptions{Subjects: killSubjects, Since: time.Now().Add(-time.Hour)}, func(m bus.Stored) error {
-		e, err := parse(t, m)
-		events = append(events, e)
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	return events
-}
-
-// left is what a tracer that has ended left in the stream of its embedded server.
-func left(t *testing.T, cfg config.Config) []event.Event {
-	t.Helper()
-	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
-	server, err := embedded.Start(cfg.NATS.Embedded, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := server.Shutdown(context.WithoutCancel(t.Context())); err != nil {
-			t.Error(err)
-		}
-	}()
-	conn := connect(t, cfg)
-	defer conn.Close()
-	return replay(t, conn)
 }
 
 // lookAgain is longer than a record may wait in the journal for its turn.
@@ -294,7 +261,7 @@ func TestStorm(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	all := left(t, cfg)
+	all, _ := whole(t, cfg)
 	events := of(group, all)
 
 	exact := percpuRSS(t)
@@ -400,7 +367,7 @@ func TestAlreadyExiting(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	all := left(t, cfg)
+	all, _ := whole(t, cfg)
 	marked := 0
 	for _, e := range of(group, all) {
 		if len(killed) == 1 && int(e.Victim.PID) == killed[0] {
@@ -545,7 +512,7 @@ func TestPlainSubscriber(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	all := left(t, cfg)
+	all, _ := whole(t, cfg)
 	if line := lines.String(); strings.Count(line, "\n") != len(all) || strings.Count(line, fmt.Sprintf("hog[%d]", killed[0])) != 1 {
 		t.Errorf("printed %q of %d events", line, len(all))
 	}
@@ -595,7 +562,7 @@ func TestOtherNode(t *testing.T) {
 		t.Error(err)
 	}
 	// Of the machine's other kills, those whose path is cut are everybody's, and the rest are skipped too.
-	all := left(t, cfg)
+	all, _ := whole(t, cfg)
 	skipped := testutil.ToFloat64(tr.metrics.events.WithLabelValues("skipped", "other_node"))
 	if read := tr.loader.Counts().Head; skipped < 2 || int(skipped)+len(all) != int(read) {
 		t.Errorf("%v of %d records were left to the other node, 2 kills were its; %d are published", skipped, read, len(all))
@@ -911,7 +878,7 @@ func TestShutdownUnderLoad(t *testing.T) {
 		t.Error(err)
 	}
 	// What it read before the end is all there, without a hole.
-	all := left(t, cfg)
+	all, _ := whole(t, cfg)
 	seqs := map[uint64]bool{}
 	var last uint64
 	for _, e := range all {

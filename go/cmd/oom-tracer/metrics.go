@@ -23,7 +23,6 @@ type metrics struct {
 	kills     *prometheus.CounterVec
 	gaps      *prometheus.CounterVec
 	published prometheus.Histogram
-	seq       prometheus.Gauge
 
 	kernel    kernelSide
 	publisher interface{ Stats() bus.Stats }
@@ -45,6 +44,7 @@ type kernelSide interface {
 var (
 	tierDesc      = desc("tier_info", "Where the context of kills comes from, and what mark_victim hands over; always 1.", "tier", "prototype")
 	samplesDesc   = desc("samples_total", "Records of the kernel program since it was loaded: seen = sent + refused by the perf buffer; received = sent once they are read; caught_up were read from the journal.", "state")
+	seqDesc       = desc("seq", "The sequence number of the kernel's last record, since recording began.")
 	journalDesc   = desc("journal_records", "Records in the kernel's journal that are not acknowledged by JetStream yet.")
 	lostDesc      = desc("lost_records_total", "Records that were lost since recording began; a gap event tells which.")
 	unseenDesc    = desc("unseen_kills", "Kills that the kernel has counted and the program did not see, within two bounds; 0 when nothing is missing.", "bound")
@@ -75,10 +75,6 @@ func newMetrics() *metrics {
 			Subsystem: subsystem, Name: "publish_latency_seconds",
 			Help:    "From the kill in the kernel to its acknowledgement by JetStream.",
 			Buckets: prometheus.ExponentialBuckets(0.00025, 4, 10),
-		}),
-		seq: prometheus.NewGauge(prometheus.GaugeOpts{
-			Subsystem: subsystem, Name: "seq",
-			Help: "The sequence number of the record that was read last.",
 		}),
 	}
 	// Every series is there from the start, so that a rate over it sees the first event.
@@ -124,17 +120,17 @@ func (m *metrics) observe(e *event.Event) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.published, m.seq} {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.published} {
 		c.Describe(ch)
 	}
-	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, journalDesc, lostDesc, unseenDesc, connectedDesc, pendingDesc, ackedDesc} {
+	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, seqDesc, journalDesc, lostDesc, unseenDesc, connectedDesc, pendingDesc, ackedDesc} {
 		ch <- d
 	}
 }
 
 // Collect implements prometheus.Collector.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.published, m.seq} {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.published} {
 		c.Collect(ch)
 	}
 	ch <- prometheus.MustNewConstMetric(tierDesc, prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Prototype()))
@@ -151,6 +147,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	counts := m.kernel.Counts()
+	ch <- prometheus.MustNewConstMetric(seqDesc, prometheus.GaugeValue, float64(counts.Head))
 	ch <- prometheus.MustNewConstMetric(journalDesc, prometheus.GaugeValue, float64(counts.Head-min(counts.Head, counts.Acked)))
 	ch <- prometheus.MustNewConstMetric(lostDesc, prometheus.CounterValue, float64(counts.Lost))
 	if atLeast, atMost, err := m.unseen(counts); err != nil {

@@ -44,6 +44,10 @@ func selftest(ctx context.Context, cfg config.Config, node string, stdout io.Wri
 	running := tracerRunning(ctx, cfg.Metrics.Listen)
 	if running {
 		fmt.Fprintf(stdout, "selftest: through the tracer that runs at %s, cgroup v%d\n", cfg.Metrics.Listen, h.Version)
+		if cfg.Node.CgroupRoot != "/" {
+			return fmt.Errorf("the running tracer publishes only what happens below node.cgroup_root %s, and the selftest's cgroup is not there: "+
+				"run it with a config in which that is / and metrics.listen is empty", cfg.Node.CgroupRoot)
+		}
 	} else {
 		fmt.Fprintf(stdout, "selftest: no tracer runs; through one of its own with an embedded nats, cgroup v%d\n", h.Version)
 		stop, err := privateTracer(ctx, &cfg, node, log)
@@ -63,7 +67,7 @@ func selftest(ctx context.Context, cfg config.Config, node string, stdout io.Wri
 		return err
 	}
 	fmt.Fprintf(stdout, "selftest: the kernel killed %s[%d] in %s\n", want.comm, want.pid, want.cgroup)
-	e, err := awaitEvent(ctx, conn, node, want)
+	e, err := awaitEvent(ctx, conn, want)
 	if err != nil {
 		return err
 	}
@@ -123,6 +127,7 @@ func privateTracer(ctx context.Context, cfg *config.Config, node string, log *sl
 	cfg.NATS.Embedded.Dir = filepath.Join(dir, "nats")
 	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
 	cfg.Metrics.Listen = ""
+	cfg.Node.CgroupRoot = "/"
 	// It records for itself alone, and leaves nothing.
 	cfg.Kernel.PinDir, cfg.Node.StateFile = "", filepath.Join(dir, "state.json")
 	if err := nothingMissed(cfg.Node.StateFile, node); err != nil {
@@ -258,20 +263,27 @@ func processStat(pid int) (comm string, start uint64, err error) {
 }
 
 // awaitEvent waits for the victim's event on the stream.
-func awaitEvent(ctx context.Context, conn *bus.Conn, node string, want *expectation) (event.Event, error) {
+func awaitEvent(ctx context.Context, conn *bus.Conn, want *expectation) (event.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, selftestWait)
 	defer cancel()
-	subject, err := event.Filter("*", "", node)
+	// Whatever name the running tracer gives this node: its boot is the same.
+	self, err := thisNode("")
 	if err != nil {
 		return event.Event{}, err
+	}
+	subjects := make([]string, 2)
+	for i, kind := range []event.Kind{event.KindKill, event.KindExiting} {
+		if subjects[i], err = event.Filter(kind, "", ""); err != nil {
+			return event.Event{}, err
+		}
 	}
 	var found *event.Event
 	errFound := errors.New("found")
 	err = bus.Tail(ctx, conn, bus.TailOptions{
-		Subjects: []string{subject}, Since: time.Now().Add(-time.Minute), Follow: true,
+		Subjects: subjects, Since: time.Now().Add(-time.Minute), Follow: true,
 	}, func(m bus.Stored) error {
 		e, err := event.Parse(m.Data)
-		if err != nil {
+		if err != nil || e.Node.BootID != self.BootID {
 			return nil // somebody else's message
 		}
 		// By the cgroup as well, so that an event with a wrong victim is compared and not waited for.

@@ -287,7 +287,6 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 	if !t.converter.OnNode(record) {
 		t.metrics.events.WithLabelValues("skipped", "other_node").Inc()
 		t.loader.Settle(seq, seq)
-		t.metrics.seq.Set(float64(seq))
 		return true
 	}
 	e := t.converter.Event(record)
@@ -303,7 +302,6 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 		t.log.Error("event cannot be published", "id", e.ID, "seq", seq, "error", err)
 		t.loader.Settle(seq, seq)
 	}
-	t.metrics.seq.Set(float64(seq))
 	t.metrics.observe(&e)
 	t.lines.print(text.Line(&e, false))
 	t.told = e.Time

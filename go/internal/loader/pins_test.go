@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -187,6 +188,27 @@ func ended(t *testing.T) context.Context {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	return ctx
+}
+
+// TestGeneration: while the state says that another program speaks, this one records nothing, and tells what it
+// records as its own when its turn comes.
+func TestGeneration(t *testing.T) {
+	l := open(t, TierAuto, 8)
+	stop := collect(t, l)
+	group := scratchtest.New(t, 8*mib)
+	before := l.Counts().Head
+	atomic.StoreUint64(&l.state.Generation, l.generation+1)
+	scratchtest.Storm(t, group, 2, 16, "plain")
+	if now := l.Counts().Head; now > before+1 { // one may have been under way
+		t.Errorf("it recorded %d marks that are another's", now-before)
+	}
+	atomic.StoreUint64(&l.state.Generation, l.generation)
+	killed := scratchtest.Storm(t, group, 2, 16, "plain")
+	var pids []int
+	for _, r := range stop() {
+		pids = append(pids, int(r.Victim.TGID))
+	}
+	mustHave(t, pids, killed)
 }
 
 // TestWrapped: what the journal had no room for is lost, exactly, and said to be.

@@ -1,0 +1,513 @@
+package loader
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/aquasecurity/libbpfgo"
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
+	"golang.org/x/sys/unix"
+)
+
+// What brings the program into the kernel: its variants by tier, its maps, its pins, and the change from the
+// generation before.
+
+// tiers are the tiers from the best down. Their values in the program are those of enum oom_tier.
+var tiers = []struct {
+	tier      Tier
+	value     uint32
+	hooks     string   // prefix of the programs that it attaches beside the main one
+	functions []string // of hookFunctions
+}{
+	{TierFentry, 3, "fentry_", hookFunctions},
+	{TierFentry, 3, "fentry_", fallbackFunctions},
+	{TierKprobe, 2, "kprobe_", hookFunctions},
+	{TierKprobe, 2, "kprobe_", fallbackFunctions},
+	{TierStack, 1, "", nil},
+	{TierNone, 0, "", nil},
+}
+
+// hookFunctions are the functions that fentry and kprobe hook. The last one only where the tracepoint
+// hands over no task.
+var hookFunctions = []string{"out_of_memory", "oom_kill_process", "__oom_kill_process", "mark_oom_victim"}
+
+// fallbackFunctions do where a compiler has left the others, which are static, without an entry of their
+// own. Only the stack then tells whether it was a kill.
+var fallbackFunctions = []string{"out_of_memory", "mark_oom_victim"}
+
+// ground is what a load of the program finds of those before it.
+type ground struct {
+	pins       *pins
+	state      *ebpf.Map // nil: none is there yet
+	journal    *ebpf.Map // the journal in use, if it is as wanted
+	generation uint64    // of this load
+}
+
+func (g *ground) close() {
+	for _, m := range []*ebpf.Map{g.state, g.journal} {
+		if m != nil {
+			m.Close()
+		}
+	}
+}
+
+// Open loads and attaches the program, with the best tier that works here unless opts names one. From
+// its return on, the kernel records every kill; Run reads them. Where another load of the program is
+// pinned, recording goes over from that one to this without a gap, and what it left unread is read.
+//
+// It fails where the kernel has no BTF or no mark_victim tracepoint, where the verifier refuses the
+// program, without CAP_BPF and CAP_PERFMON (or CAP_SYS_ADMIN), and where another tracer runs or something
+// is pinned that this version cannot read.
+func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
+	if err := CheckLayout(); err != nil {
+		return nil, err
+	}
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		return nil, fmt.Errorf("read the kernel's BTF: %w", err)
+	}
+	prototype, err := MarkVictimPrototype(kernel)
+	if err != nil {
+		return nil, err
+	}
+	g, err := prepare(ctx, opts)
+	if err != nil {
+		return nil, err
+	}
+	defer g.close()
+	defer func() {
+		if err != nil && g.pins != nil {
+			g.pins.close()
+		}
+	}()
+	symbols, stackErr := StackSymbols("/proc")
+	for i, t := range tiers {
+		if opts.Tier != TierAuto && opts.Tier != t.tier {
+			continue
+		}
+		l, err := openTier(opts, g, i, prototype, symbols, stackErr)
+		if err == nil {
+			if opts.Tier == TierAuto && t.tier == TierNone {
+				opts.Log.Warn("no context for kills: scope, outcome and limit will be unknown", "reason", stackErr)
+			}
+			if err := l.takeOver(g); err != nil {
+				l.Close()
+				return nil, err
+			}
+			return l, nil
+		}
+		last := i+1 == len(tiers) || opts.Tier != TierAuto && tiers[i+1].tier != t.tier
+		if last {
+			return nil, fmt.Errorf("use tier %s: %w", t.tier, err)
+		}
+		opts.Log.Info("tier is not to be had here", "tier", string(t.tier), "hooks", t.functions, "reason", err)
+	}
+	return nil, fmt.Errorf("tier %q is not known", opts.Tier)
+}
+
+// prepare finds what is pinned.
+func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
+	g := &ground{generation: 1}
+	if opts.PinDir == "" {
+		return g, nil
+	}
+	g.pins, err = lockPins(ctx, opts.PinDir)
+	if errors.Is(err, ErrNoBPFFS) {
+		opts.Log.Warn("nothing can be pinned: kills while no tracer runs are not recorded", "error", err)
+		return g, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			g.close()
+			g.pins.close()
+		}
+	}()
+	if g.state, err = g.pins.openState(); err != nil {
+		return nil, err
+	}
+	generations, err := g.pins.generations()
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range generations {
+		g.generation = max(g.generation, n+1)
+	}
+	if g.state == nil {
+		return g, nil
+	}
+	memory, s, err := mapState(g.state.FD())
+	if err != nil {
+		return nil, err
+	}
+	speaking := atomic.LoadUint64(&s.Generation)
+	_ = unix.Munmap(memory)
+	g.generation = max(g.generation, speaking+1)
+	journal, ours, err := g.pins.pinnedJournal(speaking)
+	if err != nil {
+		return nil, err
+	}
+	if journal != nil && (!ours || journal.MaxEntries() != uint32(opts.JournalSlots) || journal.ValueSize() != maxRecord) {
+		opts.Log.Info("the journal is made anew, the one before is read to its end",
+			"slots", opts.JournalSlots, "before", journal.MaxEntries(), "same_version", ours)
+		journal.Close()
+		journal = nil
+	}
+	g.journal = journal
+	return g, nil
+}
+
+// openTier loads and attaches what one tier needs, and nothing else. The program is silent as yet.
+func openTier(opts Options, g *ground, tier int, prototype Prototype, symbols []symbol, stackErr error) (_ *Loader, err error) {
+	t := tiers[tier]
+	if t.tier == TierStack && stackErr != nil {
+		return nil, stackErr
+	}
+	bridgeLog(opts.Log, opts.Tier == TierAuto && t.tier != TierNone)
+	l := &Loader{
+		log:       opts.Log,
+		tier:      t.tier,
+		prototype: prototype,
+		// Room for a burst while the reader's goroutine is not scheduled: libbpfgo's callback blocks
+		// on these, and what it does not take stays in the kernel's buffer.
+		events:     make(chan []byte, 1024),
+		lost:       make(chan uint64, 64),
+		pins:       g.pins,
+		fresh:      g.state == nil,
+		generation: g.generation,
+	}
+	// The limit is raised by libbpf where the kernel still accounts BPF memory to it (before v5.11).
+	l.module, err = libbpfgo.NewModuleFromBufferArgs(libbpfgo.NewModuleArgs{
+		BPFObjBuff: object, BPFObjName: "oom_tracer", SkipMemlockBump: true,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open the BPF object: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			l.discard()
+		}
+	}()
+	if err := l.setVariables(opts, t.value, symbols); err != nil {
+		return nil, err
+	}
+	if err := l.setMaps(opts, g); err != nil {
+		return nil, err
+	}
+	hooks, err := l.chooseHooks(t.hooks, t.functions)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.module.BPFLoadObject(); err != nil {
+		return nil, fmt.Errorf("load the BPF object: %w", err)
+	}
+	if err := l.mapMemory(opts); err != nil {
+		return nil, err
+	}
+	if l.perf, err = l.module.InitPerfBuf(eventsMap, l.events, l.lost, opts.PerfPages); err != nil {
+		return nil, fmt.Errorf("open the perf buffer of %d pages per CPU: %w", opts.PerfPages, err)
+	}
+	if err := l.pinMaps(); err != nil {
+		return nil, err
+	}
+	// The hooks first: a kill between the two would have no context.
+	for _, hook := range append(hooks, programName) {
+		program, err := l.module.GetProgram(hook)
+		if err != nil {
+			return nil, fmt.Errorf("find program %s: %w", hook, err)
+		}
+		attached, err := program.AttachGeneric()
+		if err != nil {
+			return nil, fmt.Errorf("attach %s: %w", hook, err)
+		}
+		l.links = append(l.links, link{BPFLink: attached})
+		if l.pins == nil {
+			continue
+		}
+		switch err := attached.Pin(l.pins.path(strconv.FormatUint(l.generation, 10), hook)); {
+		case err == nil:
+			// bpf_link_perf_detach() of libbpf disables the event, pinned or not.
+			l.links[len(l.links)-1].kept = strings.HasPrefix(hook, "kprobe_")
+		case strings.HasPrefix(hook, "kprobe_"):
+			// Before v5.15 (commit b89fbfbb854c) a kprobe was no link that can be pinned.
+			l.log.Warn("hook cannot be pinned: kills while no tracer runs are told without what it knows", "hook", hook, "error", err)
+		default:
+			return nil, fmt.Errorf("pin %s: %w", hook, err)
+		}
+	}
+	return l, nil
+}
+
+// setMaps lets the program use the maps that are there, and sets the size of a new journal.
+func (l *Loader) setMaps(opts Options, g *ground) error {
+	for name, m := range map[string]*ebpf.Map{stateMap: g.state, journalMap: g.journal} {
+		theirs, err := l.module.GetMap(name)
+		if err != nil {
+			return fmt.Errorf("find map %s: %w", name, err)
+		}
+		switch {
+		case m != nil:
+			err = theirs.ReuseFD(m.FD())
+		case name == journalMap:
+			err = theirs.SetMaxEntries(uint32(opts.JournalSlots))
+		}
+		if err != nil {
+			return fmt.Errorf("set map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// mapMemory maps the state and the journal, and begins an epoch where the state is new.
+func (l *Loader) mapMemory(opts Options) error {
+	m, err := l.module.GetMap(journalMap)
+	if err != nil {
+		return fmt.Errorf("find map %s: %w", journalMap, err)
+	}
+	if l.journal, err = mapJournal(m.FileDescriptor(), uint32(opts.JournalSlots), maxRecord); err != nil {
+		return err
+	}
+	if m, err = l.module.GetMap(stateMap); err != nil {
+		return fmt.Errorf("find map %s: %w", stateMap, err)
+	}
+	if l.stateMemory, l.state, err = mapState(m.FileDescriptor()); err != nil {
+		return err
+	}
+	if l.fresh {
+		var boot unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {
+			return fmt.Errorf("read the boot time: %w", err)
+		}
+		*l.state = state{Magic: stateMagic, Version: stateVersion, EpochBoottimeNS: uint64(boot.Nano()), KernelBase: noBase}
+	}
+	return nil
+}
+
+// pinMaps pins the state, if it is new, and the journal.
+func (l *Loader) pinMaps() error {
+	if l.pins == nil {
+		return nil
+	}
+	own := l.pins.generation(l.generation)
+	// Of an attempt with a better tier, which failed.
+	if err := remove(own); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := os.Mkdir(own, 0o700); err != nil {
+		return fmt.Errorf("make the pin directory: %w", err)
+	}
+	targets := map[string]string{journalMap: filepath.Join(own, journalPin+strconv.Itoa(wire.ABIVersion))}
+	if l.fresh {
+		targets[stateMap] = l.pins.path(statePin)
+	}
+	for name, path := range targets {
+		m, err := l.module.GetMap(name)
+		if err != nil {
+			return fmt.Errorf("find map %s: %w", name, err)
+		}
+		if err := m.Pin(path); err != nil {
+			return fmt.Errorf("pin map %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// discard takes back a load that did not come to speak.
+func (l *Loader) discard() {
+	for _, link := range slices.Backward(l.links) {
+		_ = link.Destroy()
+	}
+	if l.pins != nil {
+		_ = remove(l.pins.generation(l.generation))
+		if l.fresh {
+			_ = os.Remove(l.pins.path(statePin))
+		}
+	}
+	l.unmap()
+	l.module.Close()
+}
+
+// takeOver switches recording from the generation before to this one. Both are attached: which of them
+// speaks is one word of memory that both read.
+func (l *Loader) takeOver(g *ground) error {
+	// The mark that is under way meanwhile is told by one of them alone: the older program runs first,
+	// and the newer one knows what the older has told last.
+	atomic.StoreUint64(&l.state.Generation, l.generation)
+	if l.pins == nil {
+		return nil
+	}
+	time.Sleep(takeOverTime)
+	head := atomic.LoadUint64(&l.state.Head)
+	acked := atomic.LoadUint64(&l.state.Acked)
+	own, err := l.module.GetMap(journalMap)
+	if err != nil {
+		return fmt.Errorf("find map %s: %w", journalMap, err)
+	}
+	ownInfo, err := libbpfgo.GetMapInfoByFD(own.FileDescriptor())
+	if err != nil {
+		return fmt.Errorf("look at map %s: %w", journalMap, err)
+	}
+	generations, err := l.pins.generations()
+	if err != nil {
+		return err
+	}
+	for _, n := range generations {
+		if n == l.generation {
+			continue
+		}
+		dir := l.pins.generation(n)
+		kept, err := l.keepOlder(n, ownInfo.ID, acked, head)
+		if err != nil {
+			// What cannot be read must not keep this node from being watched.
+			l.log.Error("an earlier journal cannot be read", "dir", dir, "error", err)
+		}
+		if kept == nil {
+			err = remove(dir)
+		} else {
+			err = removeLinks(dir)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	l.log.Info("took over", "generation", l.generation, "seq", head, "unread", head-min(head, acked))
+	return nil
+}
+
+// takeOverTime is far longer than the program runs for one mark.
+const takeOverTime = 50 * time.Millisecond
+
+// keepOlder opens the journal of an earlier generation, if it may hold what this one's does not.
+func (l *Loader) keepOlder(generation uint64, own uint32, acked, head uint64) (*journal, error) {
+	if acked >= head {
+		return nil, nil
+	}
+	m, _, err := l.pins.pinnedJournal(generation)
+	if err != nil || m == nil {
+		return nil, err
+	}
+	defer m.Close()
+	info, err := m.Info()
+	if err != nil {
+		return nil, fmt.Errorf("look at the pinned journal: %w", err)
+	}
+	if id, ok := info.ID(); ok && uint32(id) == own {
+		return nil, nil
+	}
+	older, err := mapJournal(m.FD(), m.MaxEntries(), m.ValueSize())
+	if err != nil {
+		return nil, err
+	}
+	older.dir, older.end = l.pins.generation(generation), head
+	l.older = append(l.older, older)
+	return older, nil
+}
+
+// chooseHooks switches off every program that the tier does not need, and returns the names of its
+// hooks.
+func (l *Loader) chooseHooks(prefix string, functions []string) ([]string, error) {
+	var wanted []string
+	for _, kind := range []string{"fentry_", "kprobe_"} {
+		for _, function := range hookFunctions {
+			name := kind + function
+			use := kind == prefix && slices.Contains(functions, function) &&
+				(function != "mark_oom_victim" || l.prototype == PrototypePID)
+			if use && lacks(function) {
+				return nil, fmt.Errorf("hook %s: a fault of the tests", function)
+			}
+			if use {
+				wanted = append(wanted, name)
+				continue
+			}
+			program, err := l.module.GetProgram(name)
+			if err != nil {
+				return nil, fmt.Errorf("find program %s: %w", name, err)
+			}
+			if err := program.SetAutoload(false); err != nil {
+				return nil, fmt.Errorf("leave out program %s: %w", name, err)
+			}
+		}
+	}
+	return wanted, nil
+}
+
+// StackSymbols finds what the stack tier needs in procfs, or says why there is none.
+func StackSymbols(procfs string) ([]symbol, error) {
+	kallsyms, err := os.Open(procfs + "/kallsyms")
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoStack, err)
+	}
+	defer kallsyms.Close()
+	return stackSymbols(kallsyms)
+}
+
+// variable is a constant of the program that is written before it is loaded.
+type variable struct {
+	name  string
+	value any
+}
+
+func (l *Loader) setVariables(opts Options, tier uint32, symbols []symbol) error {
+	if n := opts.JournalSlots; n < 2 || n&(n-1) != 0 {
+		return fmt.Errorf("a journal of %d records: must be a power of two from 2 on", n)
+	}
+	cpus, err := libbpfgo.NumPossibleCPUs()
+	if err != nil {
+		return fmt.Errorf("count the possible CPUs: %w", err)
+	}
+	one, err := oneMemoryNode("/sys")
+	if err != nil {
+		return err
+	}
+	var table [maxSymbols]symbol
+	copy(table[:], symbols)
+	for _, v := range append([]variable{
+		{"oom_tier", tier},
+		{"oom_nr_cpus", uint32(cpus)},
+		{"oom_one_memory_node", map[bool]uint32{true: 1}[one]},
+		{"oom_generation", l.generation},
+		{"oom_journal_slots", uint32(opts.JournalSlots)},
+		{"oom_symbol_count", uint32(len(symbols))},
+		{"oom_symbols", table},
+	}, faults()...) {
+		if err := l.module.InitGlobalVariable(v.name, v.value); err != nil {
+			return fmt.Errorf("set %s: %w", v.name, err)
+		}
+	}
+	return nil
+}
+
+// bridgeLog sends libbpf's messages to slog. libbpf has one printer for the whole process. Where the next
+// tier is tried after a failure, its complaints of this one are no warnings.
+func bridgeLog(log *slog.Logger, quiet bool) {
+	libbpfgo.SetLoggerCbs(libbpfgo.Callbacks{Log: func(level int, msg string) {
+		at := slog.LevelDebug
+		if level == libbpfgo.LibbpfWarnLevel && !quiet {
+			at = slog.LevelWarn
+		}
+		log.Log(context.Background(), at, "libbpf", "message", strings.TrimSpace(msg))
+	}})
+}
+
+// objectSpec is the BTF of the embedded object.
+func objectSpec() (*btf.Spec, error) {
+	spec, err := btf.LoadSpecFromReader(bytes.NewReader(object))
+	if err != nil {
+		return nil, fmt.Errorf("read the BPF object's BTF: %w", err)
+	}
+	return spec, nil
+}
