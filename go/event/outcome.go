@@ -83,7 +83,7 @@ type Outcome struct {
 	// ID is OutcomeID(Kill, Stage); it is also the JetStream message ID. Whoever reads more than the
 	// stream's dedup window must take the first of several that have the same ID.
 	ID string `json:"id"`
-	// Kill is Event.ID; of a message that could not be read, its own ID, or what OutcomeID could be made of.
+	// Kill is Event.ID; of a message that could not be read, "OOM-" and its sequence in the stream.
 	Kill  string `json:"kill"`
 	Stage string `json:"stage"`
 	// Time is when it was decided.
