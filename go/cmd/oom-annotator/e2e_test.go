@@ -141,9 +141,9 @@ type rig struct {
 	cfg        config.Config
 	configPath string
 	kubeconfig string
-	metrics    string
 	annotator  *process
 
+	patience  time.Duration // more than the usual
 	server    *embedded.Server
 	conn      *bus.Conn
 	publisher *bus.Publisher
@@ -384,7 +384,7 @@ func (r *rig) outcome() event.Outcome {
 		return o
 	case <-r.annotator.done:
 		r.t.Fatal("the annotator has ended")
-	case <-time.After(patience):
+	case <-time.After(max(patience, r.patience)):
 		r.t.Fatal("no outcome")
 	}
 	return event.Outcome{}
@@ -719,6 +719,10 @@ func testRefused(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 
 // testFaults: whatever the server, or what stands before it, answers at first: the pod is marked, and once.
 func testFaults(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	t.Run("token", func(t *testing.T) {
+		t.Parallel()
+		testToken(t, c.In(t), account)
+	})
 	for name, fault := range map[string]kubetest.Fault{
 		"401": {Code: 401}, "403": {Code: 403}, "409": {Code: 409}, "429": {Code: 429, RetryAfter: time.Second}, "500": {Code: 500},
 		"503": {Code: 503, RetryAfter: time.Second}, "504": {Code: 504}, "hang": {Hang: true}, "lost": {Lost: true}, "slow": {Delay: time.Second},
@@ -994,6 +998,33 @@ func testRun(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		}
 		l.Close()
 	}
+}
+
+// testToken: the token is one that the server does not take, until the file holds another. client-go reads it
+// anew once a minute.
+func testToken(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	file := filepath.Join(t.TempDir(), "token")
+	write := func(token string) {
+		if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("expired")
+	rotated := rest.CopyConfig(account)
+	rotated.BearerToken, rotated.BearerTokenFile = "", file
+	r := newRig(t, c, rotated, keep)
+	eventually(t, "the annotator says that its token is not taken", func() error {
+		if code, body := r.get("/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, "does not take the token") {
+			return fmt.Errorf("%d %s", code, body)
+		}
+		return nil
+	})
+	pod := c.Pod("shop", "token", node)
+	e := r.killOf(pod, "")
+	r.publish(e)
+	write(account.BearerToken)
+	r.patience = 2 * patience
+	r.want(e.ID, "annotated/marked")
 }
 
 // testOutage: the API server is away when the kills come, and when the annotator starts.
