@@ -1,7 +1,7 @@
-#!/bin/bash
-# SPDX-License-Identifier: GPL-2.0-only
+#!/usr/bin/env bash
 # Runs oom-tracer and, where KUBECONFIG names a cluster, oom-annotator beside it, until one of them ends.
-# usage: tools/run.sh CONFIG
+#
+#   tools/run.sh CONFIG
 set -euo pipefail
 
 config=$1
