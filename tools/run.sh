@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs oom-tracer and, where KUBECONFIG names a cluster, oom-annotator beside it, until one of them ends.
-# usage: tools/run.sh CONFIG
+#
+#   tools/run.sh CONFIG
 set -euo pipefail
 
 config=$1

@@ -23,10 +23,10 @@ import (
 // name is that of the durable consumer, which all replicas share, and of the connection.
 const name = "oom-annotator"
 
-// The way down: handlers have 2 s (bus), and then:
+// The way down ends within five seconds of a SIGTERM, whatever hangs. The consumer takes 2 s of them, and then:
 const (
 	drainTime = 1500 * time.Millisecond // to publish what was decided, and settle it
-	closeTime = time.Second             // for the rest
+	closeTime = 500 * time.Millisecond  // of the connection, and of the rest
 )
 
 // run works until ctx ends, or NATS' connection is closed for good.
@@ -78,17 +78,22 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		err = errors.Join(err, cause)
 	}
 	stop()
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		rest.Wait()
-	}()
-	select {
-	case <-ended:
-	case <-time.After(closeTime):
-	}
+	bounded(rest.Wait)
 	log.Info("stopped")
 	return err
+}
+
+// bounded lets something take closeTime, and goes on without it then.
+func bounded(act func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		act()
+	}()
+	select {
+	case <-done:
+	case <-time.After(closeTime):
+	}
 }
 
 // works is the part that lives on NATS.
@@ -121,7 +126,7 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	if err != nil || conn == nil {
 		return err
 	}
-	defer conn.Close()
+	defer bounded(conn.Close) // it may wait for a server that does not answer
 	if cfg.NATS.URL != "" {
 		// The embedded server's are its tracer's.
 		go w.ensureStreams(ctx, conn, cfg.NATS.Stream)

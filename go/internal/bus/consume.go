@@ -26,8 +26,10 @@ const (
 	// Retry's bounds. Below the lower one a message that always fails would spin.
 	retryMin = 100 * time.Millisecond
 	retryMax = time.Minute
-	// handlerGrace is how long handlers may go on when it is time to end.
-	handlerGrace = 2 * time.Second
+	// handlerGrace is how long handlers may go on when it is time to end, giveBackTime how long it takes to
+	// return what was pulled and not handled.
+	handlerGrace = 1500 * time.Millisecond
+	giveBackTime = 500 * time.Millisecond
 )
 
 // ConsumeOptions say what to consume.
@@ -218,7 +220,7 @@ func (c *Consumer) pull(ctx context.Context, work chan<- *Delivery) error {
 // giveBack returns what was pulled and not looked at, so that nobody need wait for ackWait.
 func (c *Consumer) giveBack(messages jetstream.MessagesContext) {
 	messages.Drain()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), giveBackTime)
 	defer cancel()
 	for {
 		m, err := messages.Next(jetstream.NextContext(ctx))
