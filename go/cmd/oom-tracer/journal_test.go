@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -61,6 +62,7 @@ func (p *process) kill() {
 // stop is SIGTERM, and must do.
 func (p *process) stop(t *testing.T) {
 	t.Helper()
+	p.listens(t)
 	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -69,6 +71,19 @@ func (p *process) stop(t *testing.T) {
 	if err := p.Wait(); err != nil {
 		t.Errorf("after SIGTERM: %v\n%s", err, &p.log)
 	}
+}
+
+// listens waits until the process knows its signals, before which any of them ends it: main ignores SIGPIPE
+// right after it asks for the others.
+func (p *process) listens(t *testing.T) {
+	t.Helper()
+	until(t, "the process knows its signals", func() bool {
+		data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+		_, ignored, _ := strings.Cut(string(data), "\nSigIgn:\t")
+		ignored, _, _ = strings.Cut(ignored, "\n")
+		mask, err := strconv.ParseUint(ignored, 16, 64)
+		return err != nil || mask&(1<<(syscall.SIGPIPE-1)) != 0 // no such line: it has ended
+	})
 }
 
 // whole is everything that the stream of an embedded server holds; no tracer may run.
@@ -534,5 +549,19 @@ func TestUnloadCommand(t *testing.T) {
 	}
 	if _, err := os.Stat(cfg.Kernel.PinDir); !os.IsNotExist(err) {
 		t.Errorf("left behind: %v", err)
+	}
+}
+
+// TestStoppedAtStart: told to end at any moment of its start, it ends cleanly.
+func TestStoppedAtStart(t *testing.T) {
+	cfg := pinnedConfig(t)
+	for range 12 {
+		tracer := startProcess(t, cfg)
+		tracer.listens(t)
+		time.Sleep(time.Duration(rand.IntN(600)) * time.Millisecond)
+		tracer.stop(t)
+	}
+	if _, err := loader.Unload(t.Context(), cfg.Kernel.PinDir, true); err != nil {
+		t.Error(err)
 	}
 }

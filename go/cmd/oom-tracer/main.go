@@ -212,6 +212,11 @@ func loadConfig(o options) (config.Config, error) {
 func run(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
 	protect(log)
 	t, err := start(ctx, cfg, node, stdout, log)
+	if err != nil && ctx.Err() != nil {
+		// Told to end while it waited for something: that is no failure.
+		log.Info("stopped before it had begun", "while", err)
+		return nil
+	}
 	if err != nil {
 		return err
 	}
