@@ -15,6 +15,10 @@
  * that the kernel tells of it is then another one. With "alternate" it goes between two cgroups of
  * version 2 that have limits, and runs them out of memory: see there. With COUNT 0 it allocates itself,
  * and with "hold" then says so and stays. It ends by itself after 300 s.
+ *
+ * Where the environment's HOG_CGROUP names a cgroup's directory, each child enters it by itself, and
+ * the parent stays outside: in a cgroup that is full of a child's pages on their way back it would be
+ * the only one to kill.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -250,6 +254,8 @@ static void child(const char *mode)
 	pthread_t thread;
 
 	prctl(PR_SET_PDEATHSIG, 9);
+	if (getenv("HOG_CGROUP"))
+		put(getenv("HOG_CGROUP"), "cgroup.procs", "0");
 	if (strcmp(mode, "shared") == 0) {
 		int pid = clone(twin, stack + sizeof(stack), CLONE_VM | SIGCHLD, NULL);
 

@@ -183,7 +183,14 @@ func TestKilledInStorm(t *testing.T) {
 	}()
 	for round := range rounds {
 		// Evenly over the storm, by how far it has come, and then at any moment.
-		until(t, "the storm goes on", func() bool { return scratchtest.Kills(t, group) > round*kills/rounds })
+		until(t, "the storm goes on", func() bool {
+			select {
+			case err := <-storm:
+				t.Fatalf("the storm is over in round %d: %v", round, err)
+			default:
+			}
+			return scratchtest.Kills(t, group) > round*kills/rounds
+		})
 		time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
 		tracer.kill()
 		said = append(said, tracer.log.String())

@@ -86,6 +86,7 @@ func RunStorm(ctx context.Context, group *scratch.Cgroup, program string, count,
 	ctx, cancel := context.WithCancel(ctx) // ends the hog on the ways out below
 	defer cancel()
 	hog := exec.CommandContext(ctx, program, fmt.Sprint(count), fmt.Sprint(mib), mode)
+	hog.Env = append(os.Environ(), "HOG_CGROUP="+group.Dir)
 	hog.Stderr = os.Stderr
 	hog.WaitDelay = time.Second
 	stdin, err := hog.StdinPipe()
@@ -105,10 +106,6 @@ func RunStorm(ctx context.Context, group *scratch.Cgroup, program string, count,
 			_ = hog.Wait() // or its cgroup could not be removed
 		}
 	}()
-	// Its parent only forks and waits; the kernel takes the child, which is the bigger one.
-	if err := group.Add(hog.Process.Pid); err != nil {
-		return nil, err
-	}
 	if _, err := stdin.Write([]byte{1}); err != nil {
 		return nil, fmt.Errorf("start hog: %w", err)
 	}
