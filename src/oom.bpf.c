@@ -109,8 +109,8 @@ struct cause {
 	__s32 order;
 	__u32 stage;	     /* enum cause_stage */
 	__u32 killing_tgid;  /* __oom_kill_process() was entered for it */
-	__u32 killing_again; /* and it was marked before */
-	__u32 pad;
+	__u32 killing_again; /* and it was marked before, and this was counted */
+	__u32 saw_kill;	     /* what the mark under way was explained by */
 	__u64 killing_start_boottime_ns;
 	struct task_struct *marking; /* mark_oom_victim() was entered for it */
 };
@@ -471,12 +471,13 @@ static __always_inline int enter___oom_kill_process(struct task_struct *victim)
 		return 0;
 	c->killing_tgid = BPF_CORE_READ(victim, tgid);
 	c->killing_start_boottime_ns = BPF_CORE_READ(victim, group_leader, start_boottime);
-	/* tsk_is_oom_victim(): it was marked. find_lock_task_mm() gives up on one that has no mm left.
+	/*
+	 * tsk_is_oom_victim(): it was marked before, and no mark follows, as a rule: then this is the
+	 * only trace. find_lock_task_mm() gives up on one that has no mm left.
 	 */
-	c->killing_again =
-		BPF_CORE_READ(victim, signal, oom_mm) && BPF_CORE_READ(victim, signal, live.counter);
-	/* No mark follows, as a rule, and then this is the only trace. */
-	if (c->killing_again && st->generation == oom_generation)
+	c->killing_again = st->generation == oom_generation && BPF_CORE_READ(victim, signal, oom_mm) &&
+			   BPF_CORE_READ(victim, signal, live.counter);
+	if (c->killing_again)
 		st->killed_again++;
 	return 0;
 }
@@ -555,6 +556,7 @@ static __always_inline bool read_hooks(void *ctx, struct oom_event *e, struct ca
 	struct oom_control *oc = c->oc;
 	struct task_struct *chosen;
 
+	c->saw_kill = killing;
 	/* What does not explain this mark explains no other. */
 	c->stage = CAUSE_NONE;
 	c->killing_tgid = 0;
@@ -643,12 +645,12 @@ static __always_inline bool told_before(struct oom_event *e, struct oom_told *to
 	       told->start_boottime_ns == e->victim.start_boottime_ns;
 }
 
-static __always_inline void count(struct oom_event *e, struct oom_state *st)
+static __always_inline void count(struct oom_event *e, struct oom_state *st, bool saw_kill)
 {
 	switch (e->outcome) {
 	case OOM_OUTCOME_KILLED:
 		st->killed++;
-		st->unhooked += e->tier < OOM_TIER_KPROBE;
+		st->unhooked += !saw_kill;
 		break;
 	case OOM_OUTCOME_EXITING:
 		st->exiting++;
@@ -747,6 +749,7 @@ int oom_mark_victim(__u64 *ctx)
 		c->killing_again = 0;
 	}
 
+	c->saw_kill = false;
 	if (oom_tier != OOM_TIER_NONE)
 		frames = stack_frames(ctx, s);
 	member = has(frames, OOM_FRAME_GROUP);
@@ -802,7 +805,7 @@ int oom_mark_victim(__u64 *ctx)
 		size = sizeof(*e);
 	e->size = size;
 	put_journal(e, st, size);
-	count(e, st);
+	count(e, st, c->saw_kill);
 	if (bpf_perf_event_output(ctx, &oom_events, BPF_F_CURRENT_CPU, e, size))
 		stats->refused++;
 	else

@@ -182,7 +182,7 @@ _Static_assert(sizeof(struct oom_stats) == 24, "oom_stats");
  * What lives on when programs and their readers change, as long as it is pinned: one per node. The
  * journal beside it is an array of struct oom_event: the record of seq stands in slot seq % slots.
  *
- * Everything but acked and generation is written by the program, under oom_lock. A record is whole
+ * What is not said to be the reader's is written by the program, under oom_lock. A record is whole
  * before head names it.
  *
  * The first part never changes, so that any version can tell what another one left unread; what
@@ -202,7 +202,7 @@ struct oom_told {
 };
 
 struct oom_state {
-	__u32 magic;
+	__u32 magic; /* these two: written by the reader that made it */
 	__u32 version;
 	__u64 generation; /* the program that speaks; written by the reader. 0: none */
 	__u64 head;	  /* seq of the last record */
@@ -214,7 +214,8 @@ struct oom_state {
 	__u64 unknown;	    /* a kill, or a mark without one */
 	__u64 groups;	    /* incidents of memory.oom.group */
 	__u64 killed_again; /* kills of a task that was marked before: counted by the kernel, no mark */
-	__u64 unhooked; /* kills that were not seen by the hooks, so that killed_again may lack one */
+	__u64 unhooked; /* kills that __oom_kill_process()'s hook did not see: killed_again may lack one
+			 */
 
 	/* Written by the reader. */
 	__u64 kernel_base;	 /* what the kernel had counted when all these were 0 */

@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -33,13 +35,50 @@ type remembered struct {
 	Epoch  uint64  `json:"epoch"`
 	Head   uint64  `json:"seq"`
 	Acked  uint64  `json:"acked"`
+	// Untold are gaps that NATS has not acknowledged yet: no journal has them.
+	Untold []event.Gap `json:"untold,omitempty"`
 }
 
 // memory is the file.
 type memory struct {
 	path   string
 	before *remembered // what it said at the start; nil if there was none
+
+	writing sync.Mutex // what is newer is written later
+
+	mu     sync.Mutex // guards what follows
 	last   loader.Counts
+	untold []event.Gap
+	stale  bool // untold has changed since the file was written
+}
+
+// tell keeps a gap until it is told.
+func (m *memory) tell(g event.Gap) {
+	if m == nil {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.untold, m.stale = append(m.untold, g), true
+}
+
+// told forgets a gap.
+func (m *memory) told(id string) {
+	if m == nil {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := len(m.untold)
+	m.untold = slices.DeleteFunc(m.untold, func(g event.Gap) bool { return g.ID == id })
+	m.stale = m.stale || len(m.untold) != n
+}
+
+// outdated reports whether the file does not say what is so now.
+func (m *memory) outdated(now loader.Counts) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.stale || m.last != now
 }
 
 // openMemory reads the file. One that says nothing sensible is an error: to go on as if there had been
@@ -135,8 +174,8 @@ func (t *tracer) begin() error {
 	sameBoot := before != nil && before.BootID == t.converter.Node.BootID
 
 	var gaps []event.Gap
-	if t.loader.Fresh() {
-		t.loader.SetKernelBase(kernel - min(kernel, counts.Killed+counts.KilledAgain))
+	fresh := t.loader.Fresh()
+	if fresh {
 		missed := kernel - min(kernel, counts.Killed+counts.KilledAgain)
 		g := event.Gap{Cause: event.GapBoot, Since: &booted}
 		exact := true
@@ -172,18 +211,35 @@ func (t *tracer) begin() error {
 		}
 		gaps = append(gaps, g)
 	}
-	for _, g := range gaps {
-		if !t.gap(g) {
-			return errors.New("the publish buffer has no room for what was missed before the start")
+	room := true
+	if before != nil {
+		for _, g := range before.Untold { // by a tracer that ended before they were on NATS
+			room = room && t.publish(g, settles{})
 		}
 	}
-	t.told = now
-	t.unseen(context.Background())
-	if t.memory == nil {
-		return nil
+	for _, g := range gaps {
+		room = room && t.gap(g)
 	}
-	// Here an error ends it: that the file cannot be written shows at the start, and not after a reboot.
-	return t.memory.write(t.remembered(false))
+	if !room {
+		return errors.New("the publish buffer has no room for what was missed before the start")
+	}
+	// What was written over before this start happened after the last that is known to have been told.
+	t.told = now.Add(-time.Duration(boottime - t.converter.Node.Epoch))
+	if sameBoot && before.Time.After(t.told) {
+		t.told = before.Time
+	}
+	// Here an error ends it: that the file cannot be written shows at the start, and not after a reboot. It
+	// comes before the base, after which the next start does not look for what was missed before this one.
+	if t.memory != nil {
+		if err := t.memory.write(t.remembered(false)); err != nil {
+			return err
+		}
+	}
+	if fresh {
+		t.loader.SetKernelBase(kernel - min(kernel, counts.Killed+counts.KilledAgain))
+	}
+	t.unseen(context.Background())
+	return nil
 }
 
 // gap fills in, publishes, counts and logs one gap. It returns false when the publisher's buffer is full.
@@ -203,11 +259,7 @@ func (t *tracer) gap(g event.Gap) bool {
 	default:
 		g.ID = event.GapID(g.Node.BootID, g.Cause, g.Node.Epoch, 0)
 	}
-	subject, err := g.Subject()
-	if err == nil {
-		err = t.enqueue(g.ID, subject, &g, tag)
-	}
-	if err != nil {
+	if !t.publish(g, tag) {
 		return false
 	}
 	t.metrics.gaps.WithLabelValues(string(g.Cause)).Inc()
@@ -226,6 +278,22 @@ func (t *tracer) gap(g event.Gap) bool {
 	}
 	t.log.Warn("kills are missing", args...)
 	return true
+}
+
+// publish hands a gap to the publisher. Unless it has a place in the journal, it is remembered until it is told.
+func (t *tracer) publish(g event.Gap, tag settles) bool {
+	subject, err := g.Subject()
+	if tag.last == 0 {
+		tag.gap = g.ID
+		t.memory.tell(g)
+	}
+	if err == nil {
+		err = t.enqueue(g.ID, subject, &g, tag)
+	}
+	if err != nil && tag.gap != "" {
+		t.memory.told(g.ID) // the caller tries again
+	}
+	return err == nil
 }
 
 // lost tells of records that were written over before they were read.
@@ -247,6 +315,7 @@ func (t *tracer) unseen(ctx context.Context) {
 		g.Count, g.CountMax = &atLeast, nil
 	}
 	if t.gap(g) {
+		t.remember(ctx, false) // before the base, or a tracer that ends now has told nobody
 		t.loader.SetKernelBase(counts.KernelBase + atLeast)
 	}
 }
@@ -263,7 +332,10 @@ func (t *tracer) remembered(clean bool) remembered {
 		explained := kernel - min(kernel, atLeast)
 		r.Kernel = &explained
 	}
-	t.memory.last = counts
+	t.memory.mu.Lock()
+	defer t.memory.mu.Unlock()
+	t.memory.last, t.memory.stale = counts, false
+	r.Untold = slices.Clone(t.memory.untold)
 	return r
 }
 
@@ -272,7 +344,12 @@ func (t *tracer) remember(ctx context.Context, clean bool) {
 	if t.memory == nil || ctx.Err() != nil {
 		return
 	}
+	t.memory.writing.Lock()
+	defer t.memory.writing.Unlock()
 	if err := t.memory.write(t.remembered(clean)); err != nil {
+		t.memory.mu.Lock()
+		t.memory.stale = true
+		t.memory.mu.Unlock()
 		t.log.Error("cannot remember up to where kills were told", "error", err)
 	}
 }
@@ -290,7 +367,7 @@ func (t *tracer) keep(ctx context.Context) {
 	for {
 		select {
 		case <-tick.C:
-			if t.loader.Counts() != t.memory.last {
+			if t.memory.outdated(t.loader.Counts()) {
 				t.remember(ctx, false)
 			}
 		case <-ctx.Done():

@@ -424,6 +424,58 @@ func change(t *testing.T, cfg config.Config, edit func(*remembered)) {
 	}
 }
 
+// TestGapOutlivesTracer: a gap that is found while NATS is away is told by the next tracer, however this one ends.
+func TestGapOutlivesTracer(t *testing.T) {
+	cfg := testConfig(t)
+	change(t, cfg, func(r *remembered) { r.BootID, r.Clean, r.Time = "another boot", false, time.Unix(1, 0) })
+	away := cfg
+	away.NATS.URL = "nats://" + freeAddr(t)
+	away.Metrics.Listen = freeAddr(t)
+	for range 2 { // and the second one passes it on
+		tracer := startProcess(t, away)
+		until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), away.Metrics.Listen) })
+		tracer.kill()
+	}
+	tr, stop := runTracer(t, cfg, io.Discard)
+	until(t, "the gaps are published", func() bool { return tr.publisher.Pending() == 0 })
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	m, err := openMemory(cfg.Node.StateFile)
+	if err != nil || len(m.before.Untold) != 0 || !m.before.Clean {
+		t.Errorf("the file says %+v, %v", m.before, err)
+	}
+	_, gaps := whole(t, cfg)
+	count := map[event.GapCause]int{}
+	for _, g := range gaps {
+		count[g.Cause]++
+		if g.Cause == event.GapReboot && !g.Since.Equal(time.Unix(1, 0)) {
+			t.Errorf("%+v", g)
+		}
+	}
+	if count[event.GapReboot] != 1 || count[event.GapBoot] != 1 {
+		t.Errorf("gaps %+v", gaps)
+	}
+}
+
+// TestWrappedAway: what was written over while no tracer ran is said to have happened then, and not at the start
+// that finds it.
+func TestWrappedAway(t *testing.T) {
+	cfg := pinnedConfig(t)
+	cfg.Kernel.JournalSlots = 64
+	settled(t, cfg)
+	begun := time.Now()
+	scratchtest.Storm(t, scratchtest.New(t, 8*mib), 100, 16, "plain")
+	ended := time.Now()
+	settled(t, cfg)
+	_, gaps := whole(t, cfg)
+	gaps = sinceStart(gaps)
+	if len(gaps) != 1 || gaps[0].Cause != event.GapWrapped || gaps[0].Since == nil || !gaps[0].Since.Before(begun) ||
+		begun.Sub(*gaps[0].Since) > time.Minute || gaps[0].Until == nil || gaps[0].Until.Before(ended.Add(-time.Second)) {
+		t.Errorf("%+v, the storm was from %s to %s", gaps, begun, ended)
+	}
+}
+
 // TestReconciled: over a storm, and a group of processes where there are such, the kernel's count and ours are
 // the same, or bound it; and what the program really did not see is told.
 func TestReconciled(t *testing.T) {

@@ -51,7 +51,8 @@ type tracer struct {
 // settles is the tag of a message: what it settles once it is acknowledged.
 type settles struct {
 	kill        time.Time // of an event
-	first, last uint64
+	gap         string    // the ID of a gap that is in no journal
+	first, last uint64    // records
 }
 
 // start brings everything up. Recording begins first: whatever the rest waits for, the journal keeps the kills
@@ -324,19 +325,24 @@ func (t *tracer) hooks() bus.Hooks {
 			if !tag.kill.IsZero() {
 				t.metrics.published.Observe(time.Since(tag.kill).Seconds())
 			}
-			if tag.last > 0 {
-				t.loader.Settle(tag.first, tag.last)
-			}
+			t.settle(tag)
 		},
 		OnRetry: func(bus.Msg, error) { t.metrics.events.WithLabelValues("error", "publish").Inc() },
 		OnDrop: func(m bus.Msg, err error) {
-			tag := m.Tag.(settles)
 			t.metrics.events.WithLabelValues("error", "dropped").Inc()
 			t.log.Error("event given up", "id", m.ID, "subject", m.Subject, "error", err)
-			if tag.last > 0 {
-				t.loader.Settle(tag.first, tag.last)
-			}
+			t.settle(m.Tag.(settles))
 		},
+	}
+}
+
+// settle lets go of what a message was kept for.
+func (t *tracer) settle(tag settles) {
+	if tag.last > 0 {
+		t.loader.Settle(tag.first, tag.last)
+	}
+	if tag.gap != "" {
+		t.memory.told(tag.gap)
 	}
 }
 

@@ -234,7 +234,7 @@ type Counts struct {
 	Unknown     uint64 // the others
 	Groups      uint64 // incidents of memory.oom.group
 	KilledAgain uint64 // kills of processes that were marked before, and so had no mark; where the tier has hooks
-	Unhooked    uint64 // of Killed, those that the hooks did not see
+	Unhooked    uint64 // of Killed, those that the hook of __oom_kill_process did not see
 
 	KernelBase uint64 // what the kernel had counted when the epoch began; all ones until SetKernelBase
 	LastKillNS uint64 // CLOCK_BOOTTIME of the last kill, 0 if there was none

@@ -17,8 +17,9 @@ import (
 	"github.com/aquasecurity/libbpfgo"
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
-	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
 // What brings the program into the kernel: its variants by tier, its maps, its pins, and the change from the
