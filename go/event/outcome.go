@@ -26,6 +26,7 @@ const (
 	ReasonMarked Reason = "marked"
 
 	ReasonObserveOnly Reason = "observe_only" // policy.annotation is empty
+	ReasonPaused      Reason = "paused"       // somebody has paused all marking
 
 	// What the event itself says.
 	ReasonHost     Reason = "host"      // the victim was in no pod
@@ -49,24 +50,25 @@ const (
 	ReasonNamespace   Reason = "namespace"   // policy.namespaces
 	ReasonSelector    Reason = "selector"    // policy.selector
 	ReasonOptOut      Reason = "opt_out"     // policy.opt_out_annotation
+	ReasonBudget      Reason = "budget"      // policy.budgets
 	ReasonMalformed   Reason = "malformed"   // the message is no event
 	ReasonOversized   Reason = "oversized"   // the message is larger than any event
 	ReasonSchema      Reason = "schema"      // the message is of another version
 	ReasonForged      Reason = "forged"      // the message speaks of another node or class than its subject
 	ReasonForbidden   Reason = "forbidden"   // the annotator lacks a permission
 	ReasonRejected    Reason = "rejected"    // the API server refuses this change
-	ReasonUnavailable Reason = "unavailable" // the API server did not answer in time
+	ReasonUnavailable Reason = "unavailable" // the API server, or NATS for the budgets, did not answer in time
 )
 
 // Reasons lists the reasons of each result, in the order of the documentation.
 func Reasons() map[Result][]Reason {
 	return map[Result][]Reason{
 		ResultAnnotated: {ReasonMarked},
-		ResultObserved:  {ReasonObserveOnly},
+		ResultObserved:  {ReasonObserveOnly, ReasonPaused},
 		ResultSkipped: {
 			ReasonHost, ReasonUnproven, ReasonTooOld, ReasonScope, ReasonNoLimit, ReasonInferred, ReasonLevel, ReasonNotFound,
 			ReasonOtherNode, ReasonAmbiguous, ReasonGone, ReasonReborn, ReasonFinished, ReasonAlready,
-			ReasonStatic, ReasonDaemonSet, ReasonCritical, ReasonNamespace, ReasonSelector, ReasonOptOut,
+			ReasonStatic, ReasonDaemonSet, ReasonCritical, ReasonNamespace, ReasonSelector, ReasonOptOut, ReasonBudget,
 		},
 		ResultFailed: {
 			ReasonMalformed, ReasonOversized, ReasonSchema, ReasonForged, ReasonForbidden, ReasonRejected, ReasonUnavailable,

@@ -17,7 +17,7 @@ import (
 const nodesMaxBytes = 64 << 20
 
 // EnsureStreams makes the streams [event.StreamName] and [event.NodesStreamName], or brings existing ones to
-// cfg: subjects, age, bytes, replicas and dedup window. What cfg does not speak of (placement,
+// cfg: subjects, age, bytes, replicas and dedup window; and the bucket [BucketName]. What cfg does not speak of (placement,
 // compression, further subjects) stays as an operator has set it. Calling it again, or from several
 // places at once, does no harm.
 //
@@ -35,7 +35,7 @@ func EnsureStreams(ctx context.Context, c *Conn, cfg config.Stream) error {
 			return fmt.Errorf("ensure stream %s: %w", s.name, err)
 		}
 	}
-	return nil
+	return ensureBucket(ctx, c, cfg)
 }
 
 // streamWanted is how a stream ought to be.

@@ -21,6 +21,8 @@ type TailOptions struct {
 	Subjects []string
 	// Since is when the first message to read was stored, or later; zero means only new ones.
 	Since time.Time
+	// After is the sequence after which to begin, in place of Since.
+	After uint64
 	// Follow goes on with what comes. Otherwise Tail ends with what was stored when it began.
 	Follow bool
 }
@@ -122,7 +124,12 @@ func (t *tail) read(ctx context.Context) error {
 	switch {
 	case !t.began:
 		t.created, t.end = info.Created, info.State.LastSeq
-		if t.o.Since.IsZero() {
+		if t.o.After > t.end {
+			t.o.After, t.o.Since = 0, time.Unix(0, 0) // it was made anew
+		}
+		if t.o.After > 0 {
+			t.last, t.o.Since = t.o.After, time.Time{}
+		} else if t.o.Since.IsZero() {
 			// Not DeliverNew: that would mean another moment after a reconnect.
 			t.last = info.State.LastSeq
 		}

@@ -110,6 +110,20 @@ type Policy struct {
 	// value, unless that is "false". Empty: none does.
 	OptOutAnnotation string      `yaml:"opt_out_annotation"`
 	Protections      Protections `yaml:"protections"`
+	Budgets          Budgets     `yaml:"budgets"`
+}
+
+// Budgets bound how many pods are marked. All of them must hold.
+type Budgets struct {
+	// Window is 1 m .. 24 h: the bounds hold for any time of that length.
+	Window time.Duration `yaml:"window"`
+	// Node and Owner are how many pods of one node, and of one owner, 0..1000; 0: no bound of its own.
+	Node  int `yaml:"node"`
+	Owner int `yaml:"owner"`
+	// Cluster is how many in all, 1..1000: what is remembered of them must fit into one message.
+	Cluster int `yaml:"cluster"`
+	// Cooldown is the least time between two pods of one node, and of one owner, 0 .. 24 h.
+	Cooldown time.Duration `yaml:"cooldown"`
 }
 
 // Namespaces are names of namespaces.
@@ -135,6 +149,8 @@ type Annotator struct {
 	WaitForPod time.Duration `yaml:"wait_for_pod"`
 	// Workers is how many events are worked on at once, 1..256.
 	Workers int `yaml:"workers"`
+	// Events has a Kubernetes Event written for each kill.
+	Events bool `yaml:"events"`
 	// Listen is Metrics.Listen for oom-annotator, which may run beside oom-tracer.
 	Listen string `yaml:"listen"`
 }
@@ -171,16 +187,19 @@ func Default() Config {
 			},
 		},
 		Policy: Policy{
+			Annotation:       "oom-tracer.alpha.kubernetes.io/evict-me=true",
 			MaxEventAge:      10 * time.Minute,
 			Scopes:           []string{"global", "cgroup"},
 			Levels:           []string{"node", "kubepods"},
 			OptOutAnnotation: "oom-tracer.alpha.kubernetes.io/opt-out",
 			Protections:      Protections{Static: true, DaemonSet: true, SystemCritical: true},
+			Budgets:          Budgets{Window: time.Hour, Node: 2, Owner: 1, Cluster: 10, Cooldown: 10 * time.Minute},
 		},
 		Annotator: Annotator{
 			SummaryAnnotation: "oom-tracer.alpha.kubernetes.io/last-kill",
 			WaitForPod:        30 * time.Second,
 			Workers:           16,
+			Events:            true,
 			Listen:            "127.0.0.1:9106",
 		},
 		Metrics: Metrics{Listen: "127.0.0.1:9105"},

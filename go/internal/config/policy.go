@@ -100,6 +100,22 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 			clash("policy.opt_out_annotation", "annotator.summary_annotation", "is annotator.summary_annotation too")
 		}
 	}
+
+	b := p.Budgets
+	if b.Window < time.Minute || b.Window > 24*time.Hour {
+		bad("policy.budgets.window", "must be from 1m to 24h, not %s", b.Window)
+	}
+	for _, k := range []struct {
+		key         string
+		value, from int
+	}{{"policy.budgets.node", b.Node, 0}, {"policy.budgets.owner", b.Owner, 0}, {"policy.budgets.cluster", b.Cluster, 1}} {
+		if k.value < k.from || k.value > 1000 {
+			bad(k.key, "must be from %d to 1000, not %d", k.from, k.value)
+		}
+	}
+	if b.Cooldown < 0 || b.Cooldown > 24*time.Hour {
+		bad("policy.budgets.cooldown", "must be from 0s to 24h, not %s", b.Cooldown)
+	}
 }
 
 // The rules of k8s.io/apimachinery/pkg/util/validation, which this package does without: it is in the

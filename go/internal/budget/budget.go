@@ -1,0 +1,124 @@
+// Package budget bounds how many pods are marked, and holds the switch that stops marking. Both are one
+// value, shared by all replicas and kept by NATS: to claim a mark and to pause exclude each other, so that
+// after a pause nothing new is claimed by anybody.
+//
+// Rule of the package: what was refused once stays refused. A claim is held against the marks since its
+// kill's time less the window, and not since now less the window: of those there are never fewer later on,
+// whenever, and however often, the kill comes again.
+package budget
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+)
+
+// State is what is shared.
+type State struct {
+	Schema string `json:"schema"` // event.Schema
+	Pause  *Pause `json:"pause,omitempty"`
+	// Marks are in the order in which they were claimed.
+	Marks []Mark `json:"marks,omitempty"`
+}
+
+// Pause stops all marking.
+type Pause struct {
+	Reason string    `json:"reason"`
+	By     string    `json:"by"` // user@host
+	Since  time.Time `json:"since"`
+	// Until is when it ends by itself; nil: never.
+	Until *time.Time `json:"until,omitempty"`
+}
+
+// Mark is the right to mark one pod, for one kill. Whether that was done stands in the outcome of the kill. A
+// right that was not used, because the pod was gone, is not given back.
+type Mark struct {
+	Kill string `json:"kill"` // event.Event's ID
+	Node string `json:"node"`
+	// Owner is what would make a new pod in this one's place, or the pod itself: <namespace>/<kind>/<name>.
+	Owner string    `json:"owner"`
+	Time  time.Time `json:"time"` // of the claim
+}
+
+// Paused returns the pause that holds at a moment, nil if none does.
+func (s *State) Paused(now time.Time) *Pause {
+	if p := s.Pause; p != nil && (p.Until == nil || now.Before(*p.Until)) {
+		return p
+	}
+	return nil
+}
+
+// Used counts the marks of the last window.
+func (s *State) Used(limits config.Budgets, now time.Time) int {
+	return len(s.since(now.Add(-limits.Window)))
+}
+
+// since are the marks after a moment.
+func (s *State) since(t time.Time) []Mark {
+	var marks []Mark
+	for _, m := range s.Marks {
+		if m.Time.After(t) {
+			marks = append(marks, m)
+		}
+	}
+	return marks
+}
+
+// Refusal is why a claim is not granted.
+type Refusal string
+
+// claim adds m, whose kill happened at a time, and reports whether that changes anything: a claim that was
+// granted before is still. keep is for how long a kill may come again.
+func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time.Duration) (changed bool, refusal Refusal) {
+	if slices.ContainsFunc(s.Marks, func(had Mark) bool { return had.Kill == m.Kill }) {
+		return false, ""
+	}
+	node := func(had Mark) bool { return had.Node == m.Node }
+	owner := func(had Mark) bool { return had.Owner == m.Owner }
+	for _, b := range []struct {
+		of     string
+		limit  int
+		window time.Duration
+		same   func(Mark) bool
+	}{
+		{"cluster", limits.Cluster, limits.Window, func(Mark) bool { return true }},
+		{"node " + m.Node, limits.Node, limits.Window, node},
+		{"owner " + m.Owner, limits.Owner, limits.Window, owner},
+		{"node " + m.Node, 1, limits.Cooldown, node},
+		{"owner " + m.Owner, 1, limits.Cooldown, owner},
+	} {
+		if b.limit == 0 {
+			continue // no bound of its own
+		}
+		used := 0
+		for _, had := range s.since(killed.Add(-b.window)) {
+			if b.same(had) {
+				used++
+			}
+		}
+		if used >= b.limit {
+			return false, Refusal(fmt.Sprintf("%s: %d of %d within %s", b.of, used, b.limit, b.window))
+		}
+	}
+	s.Marks = append(s.since(m.Time.Add(-max(limits.Window, limits.Cooldown)-keep)), m)
+	return true, ""
+}
+
+// Parse reads what is shared; nothing is the state of the beginning.
+func Parse(data []byte) (State, error) {
+	s := State{Schema: event.Schema}
+	if len(data) == 0 {
+		return s, nil
+	}
+	if err := json.Unmarshal(data, &s); err != nil {
+		return State{}, fmt.Errorf("read the state of the budgets: %w", err)
+	}
+	if s.Schema != event.Schema {
+		return State{}, fmt.Errorf("read the state of the budgets: its schema is %.50q, not %q", s.Schema, event.Schema)
+	}
+	return s, nil
+}

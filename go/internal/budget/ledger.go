@@ -1,0 +1,88 @@
+package budget
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+)
+
+// Key names the state in the bucket bus.BucketName.
+const Key = "state"
+
+// Cell holds the state; see bus.Cell.
+type Cell interface {
+	// Load returns nil where there is nothing yet.
+	Load(ctx context.Context) ([]byte, error)
+	// Update has change called on the newest value until it is stored. Where change returns nil, or an error,
+	// nothing is stored.
+	Update(ctx context.Context, change func([]byte) ([]byte, error)) error
+}
+
+// Ledger is the state in its cell. Its methods may be called from any goroutine.
+type Ledger struct {
+	Cell   Cell
+	Limits config.Budgets
+	Keep   time.Duration // for how long a kill may come again: policy.max_event_age
+	Now    func() time.Time
+
+	mu sync.Mutex // one at a time: those of one process need not contend
+}
+
+// Verdict is the answer to a claim. The zero one grants it.
+type Verdict struct {
+	Paused  *Pause
+	Refusal Refusal
+}
+
+// Claim claims the right to mark a pod for a kill that happened at a time. To claim it again, here or in
+// another process, is the same right. Where it fails there is no right.
+func (l *Ledger) Claim(ctx context.Context, kill, node, owner string, killed time.Time) (v Verdict, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	err = l.Cell.Update(ctx, func(data []byte) ([]byte, error) {
+		v = Verdict{}
+		s, err := Parse(data)
+		if err != nil {
+			return nil, err
+		}
+		now := l.Now().UTC()
+		if v.Paused = s.Paused(now); v.Paused != nil {
+			return nil, nil
+		}
+		var changed bool
+		if changed, v.Refusal = s.claim(l.Limits, Mark{kill, node, owner, now}, killed, l.Keep); !changed {
+			return nil, nil
+		}
+		return json.Marshal(&s)
+	})
+	if err != nil {
+		return Verdict{}, fmt.Errorf("claim a mark: %w", err)
+	}
+	return v, nil
+}
+
+// State reads what is shared.
+func (l *Ledger) State(ctx context.Context) (State, error) {
+	data, err := l.Cell.Load(ctx)
+	if err != nil {
+		return State{}, err
+	}
+	return Parse(data)
+}
+
+// SetPause sets the pause; nil ends it. It returns the one that was set before.
+func (l *Ledger) SetPause(ctx context.Context, p *Pause) (before *Pause, err error) {
+	err = l.Cell.Update(ctx, func(data []byte) ([]byte, error) {
+		s, err := Parse(data)
+		if err != nil {
+			return nil, err
+		}
+		before, s.Pause = s.Pause, p
+		return json.Marshal(&s)
+	})
+	return before, err
+}

@@ -1,0 +1,64 @@
+package bus
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+// readTime bounds one reading of the outcomes.
+const readTime = 30 * time.Second
+
+// Told knows which outcomes the stream holds. The stream itself forgets that it has a message after its dedup
+// window. Nothing is read before it is asked, and then only what has come since it was asked last.
+type Told struct {
+	conn *Conn
+
+	mu   sync.Mutex
+	ids  map[[16]byte]struct{} // of the outcomes from a time on up to last
+	from time.Time
+	last uint64
+	read time.Time // when that was
+}
+
+// NewTold makes one. Nothing is asked of the server.
+func NewTold(c *Conn) *Told { return &Told{conn: c, ids: map[[16]byte]struct{}{}} }
+
+// Has tells whether the stream holds, or held lately, an outcome of that ID that was stored after the message
+// that it is about, which was at since. What was stored within the last fresh may be missed: give no more
+// than what the server itself remembers.
+func (t *Told) Has(ctx context.Context, id string, since time.Time, fresh time.Duration) (bool, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	earlier := t.read.IsZero() || since.Before(t.from)
+	if now := time.Now(); earlier || now.Sub(t.read) >= fresh {
+		if earlier {
+			t.from, t.last = since, 0
+		}
+		ctx, cancel := context.WithTimeout(ctx, readTime)
+		defer cancel()
+		o := TailOptions{Subjects: []string{"oom.v1." + string(event.KindOutcome) + ".>"}, Since: t.from, After: t.last}
+		err := Tail(ctx, t.conn, o, func(m Stored) error {
+			t.ids[short(m.ID)] = struct{}{}
+			t.last = m.Seq
+			return nil
+		})
+		if err != nil {
+			return false, fmt.Errorf("read the outcomes: %w", err)
+		}
+		t.read = now
+	}
+	_, ok := t.ids[short(id)]
+	return ok, nil
+}
+
+// short is an ID in little space.
+func short(id string) (key [16]byte) {
+	sum := sha256.Sum256([]byte(id))
+	copy(key[:], sum[:])
+	return key
+}
