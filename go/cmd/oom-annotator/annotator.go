@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/annotate"
+	"github.com/oom-tracer/oom-tracer/go/internal/budget"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
@@ -45,8 +47,9 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	metrics := annotate.NewMetrics()
 
 	w := &works{log: log, watcher: watcher}
+	events := annotate.NewEvents(client, hostname(), log)
 	registry := obs.NewRegistry(name)
-	registry.MustRegister(metrics, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+	registry.MustRegister(metrics, events, &w.brake, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "oom_tracer_known_pods", Help: "Pods of the cluster that the annotator follows.",
 	}, func() float64 { return float64(store.Len()) }))
 	server, err := obs.Listen(cfg.Annotator.Listen, registry, obs.Checks{
@@ -70,10 +73,15 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 			cancel(err)
 		}
 	})
-	err = w.work(ctx, cfg, &annotate.Annotator{
-		Policy: cfg.Policy, Terms: terms, Wait: cfg.Annotator.WaitForPod,
+	a := &annotate.Annotator{
+		Policy: cfg.Policy, Terms: terms, Wait: cfg.Annotator.WaitForPod, Dedup: cfg.NATS.Stream.DedupWindow,
 		API: client, Finder: store, Stale: watcher.Failing, Metrics: metrics, Log: log, Now: time.Now,
-	})
+	}
+	if cfg.Annotator.Events {
+		a.Teller = events
+		rest.Go(func() { events.Run(downstream) })
+	}
+	err = w.work(ctx, cfg, a)
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
 		err = errors.Join(err, cause)
 	}
@@ -81,6 +89,15 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	bounded(rest.Wait)
 	log.Info("stopped")
 	return err
+}
+
+// hostname names this process where several run.
+func hostname() string {
+	host, err := os.Hostname()
+	if err != nil {
+		return name
+	}
+	return host
 }
 
 // bounded lets something take closeTime, and goes on without it then.
@@ -101,6 +118,7 @@ type works struct {
 	log     *slog.Logger
 	watcher *pods.Watcher
 
+	brake     brake
 	mu        sync.Mutex
 	conn      *bus.Conn // nil until there is one
 	publisher *bus.Publisher
@@ -135,7 +153,8 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	if err != nil {
 		return fmt.Errorf("make the publisher: %w", err)
 	}
-	a.Outlet = publisher
+	ledger := &budget.Ledger{Cell: conn.Cell(budget.Key), Limits: cfg.Policy.Budgets, Keep: cfg.Policy.MaxEventAge, Now: time.Now}
+	a.Outlet, a.Ledger, a.Told = publisher, ledger, bus.NewTold(conn)
 	consumer, err := bus.NewConsumer(conn, bus.ConsumeOptions{
 		Name: name, Subjects: []string{"oom.v1." + string(event.KindKill) + ".>"}, Workers: cfg.Annotator.Workers,
 	})
@@ -149,6 +168,7 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	key, value := cfg.Policy.Mark()
 	w.log.Info("annotating", "version", obs.Version().Version, "annotation", key, "value", value, "observe_only", key == "",
 		"scopes", cfg.Policy.Scopes, "levels", cfg.Policy.Levels)
+	go w.brake.follow(ctx, ledger, w.log)
 	// Who knows no pods would take each for one that does not exist.
 	select {
 	case <-w.watcher.Synced():

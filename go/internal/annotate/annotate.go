@@ -14,6 +14,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/budget"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
@@ -48,6 +49,21 @@ type Outlet interface {
 	Enqueue(m bus.Msg) error
 }
 
+// Ledger gives the right to mark; see budget.Ledger.
+type Ledger interface {
+	Claim(ctx context.Context, kill, node, owner string, killed time.Time) (budget.Verdict, error)
+}
+
+// Told knows which outcomes the stream holds; see bus.Told.
+type Told interface {
+	Has(ctx context.Context, id string, since time.Time, fresh time.Duration) (bool, error)
+}
+
+// Teller says in Kubernetes what happened; see Events.
+type Teller interface {
+	Tell(e *event.Event, o *event.Outcome)
+}
+
 // Settler settles a message; see bus.Delivery.
 type Settler interface {
 	Ack()
@@ -70,8 +86,13 @@ type Annotator struct {
 	API    API
 	Finder Finder
 	// Stale is why Finder may not know what there is now, and nil when it does.
-	Stale   func() error
+	Stale  func() error
+	Ledger Ledger
+	Told   Told
+	// Dedup is for how long the stream itself refuses an outcome that it has.
+	Dedup   time.Duration
 	Outlet  Outlet
+	Teller  Teller // nil: nobody
 	Metrics *Metrics
 	Log     *slog.Logger
 	Now     func() time.Time
@@ -103,11 +124,19 @@ func (a *Annotator) Hooks() bus.Hooks {
 func (a *Annotator) Handle(ctx context.Context, m Message) {
 	a.Metrics.observed()
 	e, refused := read(&m.Stored)
-	if refused != nil {
-		a.refuse(m, refused)
+	kill := fmt.Sprintf("%s-%d", event.StreamName, m.Seq) // not the message's own ID, which may be another kill's
+	if refused == nil {
+		kill = e.ID
+	}
+	// What the server would still refuse need not be looked for.
+	if a.Now().Sub(m.Time) > a.Dedup/2 && a.repeated(ctx, m, kill, a.Dedup/4) {
 		return
 	}
-	c := Case{Event: e, Age: age(e, &m.Stored, a.Now())}
+	if refused != nil {
+		a.refuse(m, kill, refused)
+		return
+	}
+	c := newCase(e, &m.Stored, a.Now())
 	if e.Container != nil {
 		c.Found, c.Err = a.Finder.Find(e.Node.Name, e.Container.PodUID, e.Container.ContainerID)
 	}
@@ -118,19 +147,21 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 	}
 	a.Metrics.identified(&c)
 	d := Decide(&a.Policy, &c)
-	detail := ""
 	if d.Act {
+		// A message that comes again may have been decided otherwise before: that stays.
+		if a.repeated(ctx, m, kill, 0) {
+			return
+		}
 		var err error
 		if d, err = a.act(ctx, &c); err != nil {
 			var again bool
 			if d, again = a.failed(ctx, m, &c, err); again {
 				return
 			}
-			detail = err.Error()
 		}
 	}
-	repeated := d == marked // and not by act
-	o := a.outcome(e.ID, e.Node.Name, d, detail)
+	repeated := d.Result == event.ResultAnnotated && !d.Act // not by this attempt
+	o := a.outcome(e.ID, e.Node.Name, d)
 	if p := c.Found.Pod; p != nil {
 		o.Pod = &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}
 		o.Container = p.Container(e.Container.ContainerID)
@@ -141,7 +172,27 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 	}
 	if a.publish(m, o, m.Settler.Ack) {
 		a.Metrics.decided(o, repeated, a.Now().Sub(e.Time))
+		if a.Teller != nil {
+			a.Teller.Tell(e, o)
+		}
 	}
+}
+
+// repeated settles a message whose outcome the stream holds, and one of which that cannot be told now.
+func (a *Annotator) repeated(ctx context.Context, m Message, kill string, fresh time.Duration) bool {
+	told, err := a.Told.Has(ctx, event.OutcomeID(kill, event.StageAnnotate), m.Time, fresh)
+	switch {
+	case err != nil:
+		if ctx.Err() == nil {
+			a.Log.Warn("kill waits, for its outcome may be there already", "id", kill, "error", err)
+			a.Metrics.failure(string(event.ReasonUnavailable))
+		}
+		m.Settler.Retry(delay(m.Attempt, lastRetry))
+	case told:
+		a.Metrics.repeated()
+		m.Settler.Ack()
+	}
+	return told || err != nil
 }
 
 // early tells whether the pod may still become known.
@@ -163,7 +214,7 @@ func delay(attempt uint64, most time.Duration) time.Duration {
 }
 
 // refuse ends a message that can never be processed.
-func (a *Annotator) refuse(m Message, r *refusal) {
+func (a *Annotator) refuse(m Message, kill string, r *refusal) {
 	a.Metrics.failure(string(r.reason))
 	a.Log.Warn("message refused", "seq", m.Seq, "subject", m.Subject, "id", m.ID, "reason", string(r.reason), "error", r.err)
 	term := func() { m.Settler.Term(string(r.reason)) }
@@ -172,16 +223,14 @@ func (a *Annotator) refuse(m Message, r *refusal) {
 		term() // there is no node to speak of
 		return
 	}
-	// Not the message's own ID, which may be another kill's.
-	o := a.outcome(fmt.Sprintf("%s-%d", event.StreamName, m.Seq), node,
-		Decision{Result: event.ResultFailed, Reason: r.reason}, fmt.Sprintf("message id %q: %v", m.ID, r.err))
+	o := a.outcome(kill, node, Decision{Result: event.ResultFailed, Reason: r.reason, Detail: fmt.Sprintf("message id %q: %v", m.ID, r.err)})
 	if a.publish(m, o, term) {
 		a.Metrics.decided(o, false, 0)
 	}
 }
 
-func (a *Annotator) outcome(kill, node string, d Decision, detail string) *event.Outcome {
-	detail = text.Printable(detail)
+func (a *Annotator) outcome(kill, node string, d Decision) *event.Outcome {
+	detail := text.Printable(d.Detail)
 	return &event.Outcome{
 		Schema: event.Schema, ID: event.OutcomeID(kill, event.StageAnnotate), Kill: kill, Stage: event.StageAnnotate,
 		Time: a.Now().UTC(), Result: d.Result, Reason: d.Reason, Detail: detail[:min(len(detail), maxDetail)], Node: node,
@@ -263,6 +312,11 @@ func (a *Annotator) act(ctx context.Context, c *Case) (Decision, error) {
 			return d, nil
 		}
 		c.Found.Pod = now.Found.Pod // its containers may be named by now
+		if try == 0 {
+			if refused, err := a.claim(ctx, c); err != nil || refused.Result != "" {
+				return refused, err
+			}
+		}
 		patch, err := a.patch(c.Event, now.Found.Pod, read.ResourceVersion)
 		if err != nil {
 			return Decision{}, err
@@ -285,6 +339,25 @@ func (a *Annotator) act(ctx context.Context, c *Case) (Decision, error) {
 		}
 	}
 	return Decision{}, last
+}
+
+// claim asks for the right to mark the pod. Where it is refused, the decision that it returns says why.
+func (a *Annotator) claim(ctx context.Context, c *Case) (Decision, error) {
+	p := c.Found.Pod
+	owner := p.Owner
+	if owner == "" {
+		owner = "Pod/" + p.Name
+	}
+	v, err := a.Ledger.Claim(ctx, c.Event.ID, c.Event.Node.Name, p.Namespace+"/"+owner, c.Killed)
+	switch {
+	case err != nil:
+		return Decision{}, err
+	case v.Paused != nil:
+		return Decision{Result: event.ResultObserved, Reason: event.ReasonPaused, Detail: "by " + v.Paused.By + ": " + v.Paused.Reason}, nil
+	case v.Refusal != "":
+		return Decision{Result: event.ResultSkipped, Reason: event.ReasonBudget, Detail: string(v.Refusal)}, nil
+	}
+	return Decision{}, nil
 }
 
 // patch is a JSON merge patch for one state of one pod: the server refuses it for any other.
@@ -318,7 +391,7 @@ func cut(s string, most int) string { return strings.ToValidUTF8(s[:min(len(s), 
 // failed decides what an error of the API server means: another attempt, which it then asks for, or a
 // failure that is told.
 func (a *Annotator) failed(ctx context.Context, m Message, c *Case, err error) (d Decision, again bool) {
-	d.Result = event.ResultFailed
+	d = Decision{Result: event.ResultFailed, Detail: err.Error()}
 	after, left := delay(m.Attempt, lastRetry), a.Policy.MaxEventAge-c.Age
 	switch {
 	case apierrors.IsForbidden(unwrap(err)):

@@ -16,8 +16,9 @@ import (
 
 // Case is all that a decision depends on.
 type Case struct {
-	Event *event.Event
-	Age   time.Duration
+	Event  *event.Event
+	Killed time.Time // the same at every attempt
+	Age    time.Duration
 	// Found is the pod of the kill. Err, of pods.Store.Find, is why there is none.
 	Found pods.Found
 	Err   error
@@ -27,6 +28,7 @@ type Case struct {
 type Decision struct {
 	Result event.Result
 	Reason event.Reason
+	Detail string // for people
 	// Act means that the pod is still to be marked, for the result to be true.
 	Act bool
 }

@@ -20,7 +20,7 @@ type Metrics struct {
 // The reasons of events_total{stage="error"} that are no reasons of an outcome.
 var errorReasons = []string{"publish", "dropped"}
 
-// repeatedReason is that of a mark that an attempt before had made.
+// repeatedReason is that of a mark that an attempt before had made, and of a kill whose outcome was told.
 const repeatedReason = "repeated"
 
 // NewMetrics makes the metrics, with every series from the start, so that a rate sees the first event.
@@ -44,7 +44,7 @@ func NewMetrics() *Metrics {
 	for stage, reasons := range map[string][]string{
 		"observed":   {"kill"},
 		"identified": {"pod", "gone", "host", "not_found", "refused"},
-		"skipped":    {"wait_pod"},
+		"skipped":    {"wait_pod", repeatedReason},
 		"error":      errorReasons,
 	} {
 		for _, reason := range reasons {
@@ -73,6 +73,7 @@ func stageOf(r event.Result) string {
 
 func (m *Metrics) observed()             { m.events.WithLabelValues("observed", "kill").Inc() }
 func (m *Metrics) failure(reason string) { m.events.WithLabelValues("error", reason).Inc() }
+func (m *Metrics) repeated()             { m.events.WithLabelValues("skipped", repeatedReason).Inc() }
 func (m *Metrics) waiting(what string)   { m.events.WithLabelValues("skipped", "wait_"+what).Inc() }
 
 // identified counts whose the kill was.

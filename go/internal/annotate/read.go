@@ -49,7 +49,11 @@ func read(m *bus.Stored) (*event.Event, *refusal) {
 	return &e, nil
 }
 
-// age is how old a kill is. Where the node's clock goes wrong it is as old as the message, at least.
-func age(e *event.Event, m *bus.Stored, now time.Time) time.Duration {
-	return max(now.Sub(e.Time), now.Sub(m.Time))
+// newCase begins the case of a kill. Where its node's clock goes wrong it is as old as the message, at least.
+func newCase(e *event.Event, m *bus.Stored, now time.Time) Case {
+	killed := e.Time
+	if m.Time.Before(killed) {
+		killed = m.Time
+	}
+	return Case{Event: e, Killed: killed, Age: now.Sub(killed)}
 }

@@ -25,7 +25,7 @@ const (
 	listTimeout      = 30 * time.Second
 )
 
-// Client speaks with the API server about pods, and about nothing else. Its errors name the verb of RBAC
+// Client speaks with the API server about pods and the Events on them. Its errors name the verb of RBAC
 // that was missing, if that was it. It makes no second attempts of its own.
 type Client struct {
 	rest   rest.Interface
@@ -80,7 +80,7 @@ func (c *Client) Get(ctx context.Context, namespace, name string) (*corev1.Pod, 
 	pod := &corev1.Pod{}
 	err := c.rest.Get().Resource("pods").Namespace(namespace).Name(name).MaxRetries(0).Do(ctx).Into(pod)
 	if err != nil {
-		return nil, explain("get", err)
+		return nil, explain("get", "pods", err)
 	}
 	return pod, nil
 }
@@ -92,9 +92,31 @@ func (c *Client) Patch(ctx context.Context, namespace, name string, patch []byte
 	pod := &corev1.Pod{}
 	err := c.rest.Patch(types.MergePatchType).Resource("pods").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
 	if err != nil {
-		return nil, explain("patch", err)
+		return nil, explain("patch", "pods", err)
 	}
 	return pod, nil
+}
+
+// CreateEvent makes an Event.
+func (c *Client) CreateEvent(ctx context.Context, e *corev1.Event) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	err := c.rest.Post().Resource("events").Namespace(e.Namespace).Body(e).MaxRetries(0).Do(ctx).Error()
+	if err != nil {
+		return explain("create", "events", err)
+	}
+	return nil
+}
+
+// PatchEvent applies a JSON merge patch (RFC 7386) to one Event.
+func (c *Client) PatchEvent(ctx context.Context, namespace, name string, patch []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	err := c.rest.Patch(types.MergePatchType).Resource("events").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Error()
+	if err != nil {
+		return explain("patch", "events", err)
+	}
+	return nil
 }
 
 // list reads one page of all pods, from the place where the one before ended.
@@ -105,7 +127,7 @@ func (c *Client) list(ctx context.Context, next string, limit int64) (*corev1.Po
 	o := &metav1.ListOptions{Limit: limit, Continue: next}
 	err := c.rest.Get().Resource("pods").VersionedParams(o, c.params).MaxRetries(0).Do(ctx).Into(list)
 	if err != nil {
-		return nil, explain("list", err)
+		return nil, explain("list", "pods", err)
 	}
 	return list, nil
 }
@@ -116,20 +138,20 @@ func (c *Client) watch(ctx context.Context, version string, lasts time.Duration)
 	o := &metav1.ListOptions{Watch: true, ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds}
 	w, err := c.rest.Get().Resource("pods").VersionedParams(o, c.params).MaxRetries(0).Watch(ctx)
 	if err != nil {
-		return nil, explain("watch", err)
+		return nil, explain("watch", "pods", err)
 	}
 	return w, nil
 }
 
 // explain adds what an operator must do to an error of the API server.
-func explain(verb string, err error) error {
+func explain(verb, resource string, err error) error {
 	switch {
 	case apierrors.IsForbidden(err):
-		return fmt.Errorf("%s pods: the API server forbids it, the verb %q on pods is missing in the role of this account: %w", verb, verb, err)
+		return fmt.Errorf("%s %s: the API server forbids it, the verb %q on %s is missing in the role of this account: %w", verb, resource, verb, resource, err)
 	case apierrors.IsUnauthorized(err):
-		return fmt.Errorf("%s pods: the API server does not take the token or certificate of this account: %w", verb, err)
+		return fmt.Errorf("%s %s: the API server does not take the token or certificate of this account: %w", verb, resource, err)
 	}
-	return fmt.Errorf("%s pods: %w", verb, err)
+	return fmt.Errorf("%s %s: %w", verb, resource, err)
 }
 
 // Transient tells errors of the API server that may pass by themselves from those that will not. A missing

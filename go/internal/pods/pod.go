@@ -52,6 +52,8 @@ type Pod struct {
 	// Hash is the UID that the kubelet gave a static pod, on the mirror pod that stands for it.
 	Hash       string
 	Containers []Container
+	// Owner is what would make a new pod in this one's place, as <kind>/<name>; empty: nothing would.
+	Owner string
 	// Kill is the ID of the event that the pod was marked for, if any.
 	Kill string
 
@@ -113,6 +115,7 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	}
 	if owner := metav1.GetControllerOfNoCopy(in); owner != nil {
 		p.DaemonSet = owner.Kind == "DaemonSet" && strings.HasPrefix(owner.APIVersion, "apps/")
+		p.Owner = unique.Make(topOwner(owner, in.Labels)).Value()
 	}
 	if t.Mark != "" {
 		_, p.Marked = in.Annotations[t.Mark]
@@ -147,6 +150,23 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 		}
 	}
 	return p
+}
+
+// topOwner is the owner above one that is made anew for each change or run. To ask for the owner's owner
+// would take the right to read all of them: their names tell.
+func topOwner(owner *metav1.OwnerReference, labels map[string]string) string {
+	kind, name := owner.Kind, owner.Name
+	switch kind {
+	case "ReplicaSet": // <deployment>-<hash> (getNewReplicaSet in pkg/controller/deployment/sync.go)
+		if hash := labels["pod-template-hash"]; hash != "" && strings.HasSuffix(name, "-"+hash) {
+			kind, name = "Deployment", strings.TrimSuffix(name, "-"+hash)
+		}
+	case "Job": // <cronjob>-<minutes since 1970> (getJobName in pkg/controller/cronjob/cronjob_controllerv2.go)
+		if i := strings.LastIndexByte(name, '-'); i > 0 && len(name)-i > 8 && strings.Trim(name[i+1:], "0123456789") == "" {
+			kind, name = "CronJob", name[:i]
+		}
+	}
+	return kind + "/" + name
 }
 
 // addContainer takes <runtime>://<id>.

@@ -101,7 +101,7 @@ func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
 		}
 	}
 	line += "  " + t.paint(color, said)
-	if o.Detail != "" && o.Result == event.ResultFailed {
+	if o.Detail != "" {
 		line += "  " + Printable(o.Detail)
 	}
 	return line

@@ -1,0 +1,90 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/budget"
+)
+
+// brakeInterval is how often the shared state is looked at to say what holds. Whoever is about to mark a pod
+// reads it anew in any case.
+const brakeInterval = time.Second
+
+var (
+	pausedDesc = prometheus.NewDesc("oom_tracer_paused", "1 while all marking is paused (oom-tap pause), else 0.", nil, nil)
+	usedDesc   = prometheus.NewDesc("oom_tracer_budget_used", "Pods marked within policy.budgets.window, by all replicas.", nil, nil)
+	limitDesc  = prometheus.NewDesc("oom_tracer_budget_limit", "The bound of that: policy.budgets.cluster.", nil, nil)
+)
+
+// brake shows the shared state, as it was a moment ago: nothing while it is not known.
+type brake struct {
+	now atomic.Pointer[reading]
+}
+
+type reading struct {
+	paused      bool
+	used, limit int
+}
+
+// follow looks at the state until ctx ends, and says when marking is paused and when it goes on.
+func (b *brake) follow(ctx context.Context, ledger *budget.Ledger, log *slog.Logger) {
+	tick := time.NewTicker(brakeInterval)
+	defer tick.Stop()
+	failing := ""
+	for paused := false; ; {
+		state, err := ledger.State(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			b.now.Store(nil)
+			if err.Error() != failing {
+				log.Warn("budgets and pause cannot be read, nothing is marked", "error", err)
+			}
+			failing = err.Error()
+		default:
+			failing = ""
+			now := time.Now()
+			p := state.Paused(now)
+			b.now.Store(&reading{p != nil, state.Used(ledger.Limits, now), ledger.Limits.Cluster})
+			if p != nil && !paused {
+				log.Warn("marking is paused", "by", p.By, "reason", p.Reason, "since", p.Since, "until", p.Until)
+			} else if p == nil && paused {
+				log.Info("marking goes on")
+			}
+			paused = p != nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Describe implements prometheus.Collector.
+func (b *brake) Describe(ch chan<- *prometheus.Desc) {
+	ch <- pausedDesc
+	ch <- usedDesc
+	ch <- limitDesc
+}
+
+// Collect implements prometheus.Collector.
+func (b *brake) Collect(ch chan<- prometheus.Metric) {
+	r := b.now.Load()
+	if r == nil {
+		return
+	}
+	paused := 0.0
+	if r.paused {
+		paused = 1
+	}
+	ch <- prometheus.MustNewConstMetric(pausedDesc, prometheus.GaugeValue, paused)
+	ch <- prometheus.MustNewConstMetric(usedDesc, prometheus.GaugeValue, float64(r.used))
+	ch <- prometheus.MustNewConstMetric(limitDesc, prometheus.GaugeValue, float64(r.limit))
+}
