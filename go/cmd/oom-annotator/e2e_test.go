@@ -162,14 +162,15 @@ func freePort(t *testing.T) string {
 	}
 }
 
-// newConfig writes a config file: the defaults, but acting, and with places of its own.
+// newConfig writes a config file: the defaults, but without budgets of any size, and with places of its own.
 func newConfig(t *testing.T, change func(*config.Config)) (config.Config, string) {
 	t.Helper()
 	dir := t.TempDir()
 	cfg := config.Default()
 	cfg.Node.StateFile, cfg.Kernel.PinDir = "", ""
 	cfg.NATS.Embedded = config.Embedded{Listen: freePort(t), Dir: filepath.Join(dir, "nats")}
-	cfg.Policy.Annotation = evictMe + "=true"
+	// The node and the owner of a test's pods are the same. What budgets do is a test of its own.
+	cfg.Policy.Budgets = config.Budgets{Window: time.Minute, Cluster: 1000}
 	cfg.Annotator.Listen, cfg.Metrics.Listen = freePort(t), ""
 	cfg.Log.Level = "debug"
 	change(&cfg)
@@ -198,6 +199,10 @@ func yamlOf(c config.Config) map[string]any {
 		"policy": map[string]any{
 			"annotation": c.Policy.Annotation, "max_event_age": c.Policy.MaxEventAge.String(), "inferred_limits": c.Policy.InferredLimits,
 			"protections": map[string]any{"static": c.Policy.Protections.Static},
+			"budgets": map[string]any{
+				"window": c.Policy.Budgets.Window.String(), "node": c.Policy.Budgets.Node, "owner": c.Policy.Budgets.Owner,
+				"cluster": c.Policy.Budgets.Cluster, "cooldown": c.Policy.Budgets.Cooldown.String(),
+			},
 		},
 		"annotator": map[string]any{"listen": c.Annotator.Listen, "wait_for_pod": c.Annotator.WaitForPod.String()},
 		"metrics":   map[string]any{"listen": c.Metrics.Listen},

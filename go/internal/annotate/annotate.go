@@ -124,19 +124,18 @@ func (a *Annotator) Hooks() bus.Hooks {
 func (a *Annotator) Handle(ctx context.Context, m Message) {
 	a.Metrics.observed()
 	e, refused := read(&m.Stored)
-	kill := fmt.Sprintf("%s-%d", event.StreamName, m.Seq) // not the message's own ID, which may be another kill's
+	kill, c := fmt.Sprintf("%s-%d", event.StreamName, m.Seq), Case{Killed: m.Time} // not its own ID, which may be another kill's
 	if refused == nil {
-		kill = e.ID
+		kill, c = e.ID, newCase(e, &m.Stored, a.Now())
 	}
 	// What the server would still refuse need not be looked for.
-	if a.Now().Sub(m.Time) > a.Dedup/2 && a.repeated(ctx, m, kill, a.Dedup/4) {
+	if a.Now().Sub(c.Killed) > a.Dedup/2 && a.repeated(ctx, m, kill, c.Killed, a.Dedup/4) {
 		return
 	}
 	if refused != nil {
 		a.refuse(m, kill, refused)
 		return
 	}
-	c := newCase(e, &m.Stored, a.Now())
 	if e.Container != nil {
 		c.Found, c.Err = a.Finder.Find(e.Node.Name, e.Container.PodUID, e.Container.ContainerID)
 	}
@@ -149,7 +148,7 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 	d := Decide(&a.Policy, &c)
 	if d.Act {
 		// A message that comes again may have been decided otherwise before: that stays.
-		if a.repeated(ctx, m, kill, 0) {
+		if a.repeated(ctx, m, kill, c.Killed, 0) {
 			return
 		}
 		var err error
@@ -179,8 +178,8 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 }
 
 // repeated settles a message whose outcome the stream holds, and one of which that cannot be told now.
-func (a *Annotator) repeated(ctx context.Context, m Message, kill string, fresh time.Duration) bool {
-	told, err := a.Told.Has(ctx, event.OutcomeID(kill, event.StageAnnotate), m.Time, fresh)
+func (a *Annotator) repeated(ctx context.Context, m Message, kill string, killed time.Time, fresh time.Duration) bool {
+	told, err := a.Told.Has(ctx, event.OutcomeID(kill, event.StageAnnotate), killed, fresh)
 	switch {
 	case err != nil:
 		if ctx.Err() == nil {

@@ -21,6 +21,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/budget"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
@@ -43,6 +44,13 @@ type world struct {
 	find    error
 	stale   error
 	full    error // of the outlet
+	verdict budget.Verdict
+	claim   error
+	claims  []string
+	told    bool
+	toldErr error
+	asked   []string // of what is told
+	events  []string // in Kubernetes
 	out     []bus.Msg
 	settled []string
 }
@@ -55,9 +63,26 @@ func newWorld() *world {
 	w.Annotator = &Annotator{
 		Policy: cfg.Policy, Terms: Terms(&cfg), Wait: 30 * time.Second, API: w, Finder: w, Outlet: w, Metrics: NewMetrics(),
 		Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return w.now },
-		Stale: func() error { return w.stale },
+		Stale: func() error { return w.stale }, Ledger: w, Told: asker{w}, Dedup: cfg.NATS.Stream.DedupWindow, Teller: w,
 	}
 	return w
+}
+
+func (w *world) Claim(_ context.Context, kill, node, owner string, killed time.Time) (budget.Verdict, error) {
+	w.claims = append(w.claims, fmt.Sprintf("%s %s %s %d", kill, node, owner, killed.Unix()))
+	return w.verdict, w.claim
+}
+
+// asker is a world that knows what is told.
+type asker struct{ *world }
+
+func (w asker) Has(_ context.Context, id string, since time.Time, fresh time.Duration) (bool, error) {
+	w.asked = append(w.asked, fmt.Sprintf("%s %d %s", id, since.Unix(), fresh))
+	return w.world.told, w.toldErr
+}
+
+func (w *world) Tell(e *event.Event, o *event.Outcome) {
+	w.events = append(w.events, e.ID+" "+string(o.Result))
 }
 
 func (w *world) Find(node, uid, containerID string) (pods.Found, error) {
@@ -179,6 +204,94 @@ func TestHandleMarks(t *testing.T) {
 		`},"resourceVersion":"7","uid":"uid-1"}}`
 	if diff := cmp.Diff([]string{wantPatch}, w.patches); diff != "" {
 		t.Errorf("patches (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"boot-1-2 node-1 shop/Pod/cart 1000"}, w.claims); diff != "" {
+		t.Errorf("claims (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"boot-1-2 annotated"}, w.events); diff != "" {
+		t.Errorf("events (-want +got):\n%s", diff)
+	}
+}
+
+// Nothing is marked without a right to it.
+func TestHandleClaims(t *testing.T) {
+	w := newWorld()
+	w.verdict.Refusal = "cluster: 10 of 10"
+	o := w.handle(t, kill())
+	w.want(t, o, "skipped/budget", "ack")
+	if o.Detail != "cluster: 10 of 10" {
+		t.Errorf("detail %q", o.Detail)
+	}
+	w.verdict = budget.Verdict{Paused: &budget.Pause{Reason: "roll-out", By: "ann@host"}}
+	o = w.handle(t, kill())
+	w.want(t, o, "observed/paused", "ack")
+	if o.Detail != "by ann@host: roll-out" {
+		t.Errorf("detail %q", o.Detail)
+	}
+	w.verdict, w.claim = budget.Verdict{}, errors.New("nats is away")
+	w.want(t, w.handle(t, kill()), "none", "retry")
+	w.now = time.Unix(1600, 0)
+	w.told = false
+	w.want(t, w.handle(t, kill()), "failed/unavailable", "ack")
+	if len(w.patches) > 0 {
+		t.Errorf("patches without a right: %q", w.patches)
+	}
+
+	// Once for each attempt, however often the pod changes, and of whom it is.
+	w = newWorld()
+	conflict := apierrors.NewConflict(resource, "cart", errors.New("changed"))
+	w.patched = []error{conflict, conflict}
+	w.pod.Labels = map[string]string{"pod-template-hash": "abc"}
+	w.pod.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "cart-abc", Controller: new(true)}}
+	e := kill()
+	e.Time = time.Unix(5000, 0) // a clock that is ahead
+	w.want(t, w.handle(t, e), "annotated/marked", "ack")
+	if diff := cmp.Diff([]string{"boot-1-2 node-1 shop/Deployment/cart 1000"}, w.claims); diff != "" {
+		t.Errorf("claims (-want +got):\n%s", diff)
+	}
+	// Who only observes claims nothing.
+	w = newWorld()
+	w.Policy.Annotation = ""
+	w.want(t, w.handle(t, kill()), "observed/observe_only", "ack")
+	if len(w.claims) > 0 {
+		t.Errorf("claims %q", w.claims)
+	}
+}
+
+// What has an outcome gets no other.
+func TestHandleTold(t *testing.T) {
+	const before = "boot-1-2/annotate 1000 "
+	for _, tt := range []struct {
+		name   string
+		change func(w *world, e *event.Event)
+		asked  []string
+	}{
+		{"about to act", func(w *world, e *event.Event) {}, []string{before + "0s"}},
+		{"old", func(w *world, e *event.Event) { w.now = time.Unix(1301, 0) }, []string{before + "2m30s"}},
+		{"old, nothing to do", func(w *world, e *event.Event) { w.now, e.Limit = time.Unix(5000, 0), nil }, []string{before + "2m30s"}},
+		{"malformed and old", func(w *world, e *event.Event) { w.now, e.ID = time.Unix(5000, 0), "no id" }, []string{"OOM-9/annotate 1000 2m30s"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w, e := newWorld(), kill()
+			tt.change(w, e)
+			w.told = true
+			w.want(t, w.handle(t, e), "none", "ack")
+			w.told, w.toldErr = false, errors.New("nats is away")
+			w.want(t, w.handle(t, e), "none", "retry")
+			if diff := cmp.Diff(append(tt.asked, tt.asked...), w.asked); diff != "" {
+				t.Errorf("asked (-want +got):\n%s", diff)
+			}
+			if len(w.patches)+len(w.claims)+len(w.events) > 0 {
+				t.Errorf("patches %q, claims %q, events %q", w.patches, w.claims, w.events)
+			}
+		})
+	}
+	// The server itself refuses a second outcome of a young one, and nothing is done.
+	w, e := newWorld(), kill()
+	e.Limit = nil
+	w.want(t, w.handle(t, e), "skipped/no_limit", "ack")
+	if len(w.asked) > 0 {
+		t.Errorf("asked %q", w.asked)
 	}
 }
 
@@ -400,6 +513,8 @@ func TestMetrics(t *testing.T) {
 	w.getErr = []error{context.DeadlineExceeded}
 	w.pod.Annotations = nil
 	w.handle(t, kill())
+	w.told = true
+	w.handle(t, kill())
 	after, err := testutil.GatherAndCount(registry)
 	if err != nil {
 		t.Fatal(err)
@@ -412,9 +527,10 @@ func TestMetrics(t *testing.T) {
 		{"victims", "marked", "repeated"}:   1,
 		{"victims", "failed", "malformed"}:  1,
 		{"victims", "skipped", "not_found"}: 1,
-		{"events", "observed", "kill"}:      6,
-		{"events", "identified", "pod"}:     3,
+		{"events", "observed", "kill"}:      7,
+		{"events", "identified", "pod"}:     4,
 		{"events", "skipped", "wait_pod"}:   1,
+		{"events", "skipped", "repeated"}:   1,
 		{"events", "error", "unavailable"}:  1,
 		{"events", "error", "malformed"}:    1,
 	} {

@@ -101,12 +101,12 @@ func TestDecide(t *testing.T) {
 	}
 }
 
-// Every reason that a decision can have is tried above, and belongs to its result.
+// Every reason that a decision can have is tried above, but that of the budgets, and belongs to its result.
 func TestDecideIsTotal(t *testing.T) {
 	reasons := event.Reasons()
 	in := Case{Event: kill(), Found: pods.Found{Pod: &pods.Pod{}}}
 	policy := acting()
-	if d := Decide(&policy, &in); d.Reason != event.ReasonSelector || len(reasons[event.ResultSkipped]) != 20 {
+	if d := Decide(&policy, &in); d.Reason != event.ReasonSelector || len(reasons[event.ResultSkipped]) != 21 {
 		t.Errorf("%+v; %d reasons to skip: does TestDecide know them all?", d, len(reasons[event.ResultSkipped]))
 	}
 }

@@ -37,7 +37,7 @@ func TestRead(t *testing.T) {
 			Annotations: map[string]string{
 				"a/mark": "", "a/stay": "", "a/kill": `{"event":"boot-1-2"}`, mirrorAnnotation: hash, hashAnnotation: hash,
 			},
-			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "DaemonSet", Controller: &yes}},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "DaemonSet", Name: "ds", Controller: &yes}},
 		},
 		Spec: corev1.PodSpec{NodeName: "node-1", Priority: &priority},
 		Status: corev1.PodStatus{
@@ -55,7 +55,7 @@ func TestRead(t *testing.T) {
 	}
 	got := terms.Read(in)
 	want := &Pod{
-		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Kill: "boot-1-2",
+		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Kill: "boot-1-2",
 		Containers: []Container{{key(t, id("1")), "init"}, {key(t, id("2")), "cart"}, {key(t, id("3")), "cart"}, {key(t, id("5")), "debug"}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
@@ -65,6 +65,27 @@ func TestRead(t *testing.T) {
 	for digit, name := range map[string]string{"1": "init", "2": "cart", "3": "cart", "4": "", "5": "debug"} {
 		if got := got.Container(id(digit)); got != name {
 			t.Errorf("container %s is %q, want %q", digit, got, name)
+		}
+	}
+}
+
+func TestOwner(t *testing.T) {
+	for _, tt := range []struct{ kind, name, hash, want string }{
+		{"ReplicaSet", "cart-5d4f", "5d4f", "Deployment/cart"},
+		{"ReplicaSet", "cart-5d4f", "", "ReplicaSet/cart-5d4f"},
+		{"ReplicaSet", "cart", "5d4f", "ReplicaSet/cart"},
+		{"StatefulSet", "db", "", "StatefulSet/db"},
+		{"Job", "backup-29384756", "", "CronJob/backup"},
+		{"Job", "backup-2024", "", "Job/backup-2024"},
+		{"Job", "backup-2938475x", "", "Job/backup-2938475x"},
+		{"Job", "-29384756", "", "Job/-29384756"},
+	} {
+		in := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{}, OwnerReferences: []metav1.OwnerReference{{Kind: "Other", Name: "x"}, {Kind: tt.kind, Name: tt.name, Controller: new(true)}}}}
+		if tt.hash != "" {
+			in.Labels["pod-template-hash"] = tt.hash
+		}
+		if got := terms.Read(in).Owner; got != tt.want {
+			t.Errorf("%s %s (%s): %q, want %q", tt.kind, tt.name, tt.hash, got, tt.want)
 		}
 	}
 }
