@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -195,7 +196,7 @@ func yamlOf(c config.Config) map[string]any {
 	return map[string]any{
 		"node":   map[string]any{"cgroup_root": c.Node.CgroupRoot, "state_file": c.Node.StateFile, "name": c.Node.Name},
 		"kernel": map[string]any{"pin_dir": c.Kernel.PinDir},
-		"nats":   map[string]any{"embedded": map[string]any{"listen": c.NATS.Embedded.Listen, "dir": c.NATS.Embedded.Dir, "sync_always": false}},
+		"nats":   map[string]any{"url": c.NATS.URL, "stream": map[string]any{"dedup_window": c.NATS.Stream.DedupWindow.String()}, "embedded": map[string]any{"listen": c.NATS.Embedded.Listen, "dir": c.NATS.Embedded.Dir, "sync_always": false}},
 		"policy": map[string]any{
 			"annotation": c.Policy.Annotation, "max_event_age": c.Policy.MaxEventAge.String(), "inferred_limits": c.Policy.InferredLimits,
 			"protections": map[string]any{"static": c.Policy.Protections.Static},
@@ -865,44 +866,57 @@ func testVerbs(t *testing.T, c *kubetest.Cluster, _ *rest.Config) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var verbs []string
+	verbs := map[string][]string{}
 	for _, o := range objects {
 		if o.GetKind() == "ClusterRole" {
-			rules := o.Object["rules"].([]any)
-			for _, v := range rules[0].(map[string]any)["verbs"].([]any) {
-				verbs = append(verbs, v.(string))
-			}
-			if len(rules) != 1 {
-				t.Errorf("%d rules", len(rules))
+			for _, rule := range o.Object["rules"].([]any) {
+				rule := rule.(map[string]any)
+				resource := rule["resources"].([]any)[0].(string)
+				for _, v := range rule["verbs"].([]any) {
+					verbs[resource] = append(verbs[resource], v.(string))
+				}
 			}
 		}
 	}
-	if len(verbs) != 4 {
+	if len(verbs) != 2 || len(verbs["pods"]) != 4 || len(verbs["events"]) != 2 {
 		t.Fatalf("verbs %v", verbs)
 	}
-	for _, missing := range verbs {
+	for _, missing := range verbs["events"] {
+		t.Run("events-"+missing, func(t *testing.T) {
+			t.Parallel()
+			c := c.In(t)
+			who := "without-events-" + missing
+			account := withoutVerb(t, c, who, verbs, "events", missing)
+			pod := c.Pod("shop", who, node)
+			r := newRig(t, c, account, keep)
+			r.ready()
+			word := fmt.Sprintf("the verb %q on events is missing", missing)
+			for range 2 { // the second is a patch of the first one's Event, on the way down
+				e := r.killOf(pod, "")
+				r.publish(e)
+				if o := r.outcome(); o.Pod == nil || o.Pod.Name != who {
+					t.Errorf("outcome %+v", o) // what it is for goes on
+				}
+				eventually(t, "the Event is written, or it is said why not", func() error {
+					_, body := r.get("/metrics")
+					if !strings.Contains(body, "oom_tracer_kubernetes_event_writes_total 2") {
+						return fmt.Errorf("metrics:\n%s", body)
+					}
+					return nil
+				})
+			}
+			r.annotator.stop(t)
+			if !strings.Contains(r.annotator.out.String(), strings.ReplaceAll(word, `"`, `\"`)) {
+				t.Error("the log does not name the verb")
+			}
+		})
+	}
+	for _, missing := range verbs["pods"] {
 		t.Run(missing, func(t *testing.T) {
 			t.Parallel()
 			c := c.In(t)
 			who := "without-" + missing
-			var left []string
-			for _, v := range verbs {
-				if v != missing {
-					left = append(left, v)
-				}
-			}
-			account := c.ServiceAccount("shop", who)
-			role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: who}, Rules: []rbacv1.PolicyRule{{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: left}}}
-			if _, err := c.Client.RbacV1().ClusterRoles().Create(t.Context(), role, metav1.CreateOptions{}); err != nil {
-				t.Fatal(err)
-			}
-			binding := &rbacv1.ClusterRoleBinding{
-				ObjectMeta: metav1.ObjectMeta{Name: who}, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: who},
-				Subjects: []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: "shop", Name: who}},
-			}
-			if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(t.Context(), binding, metav1.CreateOptions{}); err != nil {
-				t.Fatal(err)
-			}
+			account := withoutVerb(t, c, who, verbs, "pods", missing)
 			pod := c.Pod("shop", who, node)
 			r := newRig(t, c, account, keep)
 			e := r.killOf(pod, "")
@@ -926,6 +940,28 @@ func testVerbs(t *testing.T, c *kubetest.Cluster, _ *rest.Config) {
 			}
 		})
 	}
+}
+
+// withoutVerb makes an account that may do all of these verbs but one.
+func withoutVerb(t *testing.T, c *kubetest.Cluster, who string, verbs map[string][]string, resource, missing string) *rest.Config {
+	t.Helper()
+	account := c.ServiceAccount("shop", who)
+	role := &rbacv1.ClusterRole{ObjectMeta: metav1.ObjectMeta{Name: who}}
+	for r, all := range verbs {
+		left := slices.DeleteFunc(slices.Clone(all), func(v string) bool { return r == resource && v == missing })
+		role.Rules = append(role.Rules, rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{r}, Verbs: left})
+	}
+	if _, err := c.Client.RbacV1().ClusterRoles().Create(t.Context(), role, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	binding := &rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: who}, RoleRef: rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: who},
+		Subjects: []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: "shop", Name: who}},
+	}
+	if _, err := c.Client.RbacV1().ClusterRoleBindings().Create(t.Context(), binding, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	return account
 }
 
 // testDenied: the shipped admission policy lets the shipped account write no other annotation, and so a

@@ -91,7 +91,7 @@ func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time
 		{"node " + m.Node, 1, limits.Cooldown, node},
 		{"owner " + m.Owner, 1, limits.Cooldown, owner},
 	} {
-		if b.limit == 0 {
+		if b.limit == 0 || b.window == 0 {
 			continue // no bound of its own
 		}
 		used := 0

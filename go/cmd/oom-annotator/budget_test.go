@@ -1,0 +1,530 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/budget"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+// These tests are about what may not happen too often. They run as TestEndToEnd does.
+
+func TestBrakes(t *testing.T) {
+	c := kubetest.Start(t)
+	c.Node(node)
+	c.Node("worker-2")
+	c.Namespace("shop")
+	account := c.Annotator()
+	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
+		"Budgets": testBudgets, "CrashLoop": testCrashLoop, "Pause": testPause, "Events": testEvents, "Hang": testHang, "Chaos": testChaos,
+	} {
+		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
+	}
+}
+
+// deployed makes a pod one of a Deployment's.
+func deployed(owner string) func(*corev1.Pod) {
+	return func(p *corev1.Pod) {
+		p.Labels = map[string]string{"pod-template-hash": "5d4f"}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: owner + "-5d4f", UID: "0f1e2d3c", Controller: new(true)}}
+	}
+}
+
+func budgets(b config.Budgets) func(*config.Config) {
+	return func(cfg *config.Config) { cfg.Policy.Budgets = b }
+}
+
+// marked lists the pods that carry the annotation.
+func marked(t *testing.T, c *kubetest.Cluster) map[string]bool {
+	t.Helper()
+	list, err := c.Client.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := map[string]bool{}
+	for _, p := range list.Items {
+		if _, ok := p.Annotations[evictMe]; ok {
+			names[p.Name] = true
+		}
+	}
+	return names
+}
+
+// testBudgets: each bound holds, over a restart and a replay, and what it refused stays refused.
+func testBudgets(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, budgets(config.Budgets{Window: time.Hour, Node: 2, Owner: 1, Cluster: 3}))
+	on := func(node string, pod *corev1.Pod) event.Event {
+		e := r.killOf(pod, "")
+		e.Node.Name = node
+		return e
+	}
+	for _, step := range []struct {
+		name, node, owner, want, detail string
+	}{
+		{"a-1", node, "a", "annotated/marked", ""},
+		{"a-2", node, "a", "skipped/budget", "owner shop/Deployment/a: 1 of 1 within 1h0m0s"},
+		{"b-1", node, "b", "annotated/marked", ""},
+		{"c-1", node, "c", "skipped/budget", "node " + node + ": 2 of 2 within 1h0m0s"},
+		{"d-1", "worker-2", "d", "annotated/marked", ""},
+		{"e-1", "worker-2", "e", "skipped/budget", "cluster: 3 of 3 within 1h0m0s"},
+	} {
+		e := on(step.node, c.Pod("shop", step.name, step.node, deployed(step.owner)))
+		r.publish(e)
+		if o := r.want(e.ID, step.want); o.Detail != step.detail || o.Pod == nil || o.Pod.Name != step.name {
+			t.Errorf("%s: detail %q, want %q", step.name, o.Detail, step.detail)
+		}
+	}
+	r.settled()
+	before := versions(t, c)
+
+	// Another process, with nothing that it remembers; and all of the stream once more.
+	r.annotator.stop(t)
+	if err := r.conn.JetStream().DeleteConsumer(t.Context(), event.StreamName, name); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	r.ready()
+	e := on("worker-2", c.Pod("shop", "f-1", "worker-2", deployed("f")))
+	r.publish(e)
+	r.want(e.ID, "skipped/budget")
+	r.settled()
+	wantSame(t, c, before)
+	r.annotator.stop(t)
+
+	// There would be room now, and the stream holds their outcomes: they stay as they are.
+	r.cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Cluster: 100}
+	r.cfg, r.configPath = rewrite(t, r.cfg, r.configPath)
+	if err := r.conn.JetStream().DeleteConsumer(t.Context(), event.StreamName, name); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	r.ready()
+	e = on("worker-2", c.Pod("shop", "g-1", "worker-2", deployed("g")))
+	r.publish(e)
+	r.want(e.ID, "annotated/marked")
+	r.settled()
+	delete(before, "") // none
+	wantSame(t, c, before)
+	if _, body := r.get("/metrics"); !strings.Contains(body, `oom_tracer_events_total{reason="repeated",stage="skipped"} 4`) ||
+		!strings.Contains(body, "oom_tracer_budget_limit 100") || !strings.Contains(body, "oom_tracer_paused 0") {
+		t.Errorf("metrics:\n%s", body)
+	}
+}
+
+// rewrite writes a config anew where it stands.
+func rewrite(t *testing.T, cfg config.Config, path string) (config.Config, string) {
+	t.Helper()
+	want, from := newConfig(t, func(c *config.Config) { *c = cfg })
+	if err := os.Rename(from, path); err != nil {
+		t.Fatal(err)
+	}
+	return want, path
+}
+
+// testCrashLoop: a pod runs out of memory again and again. Whoever it is for evicts it when it is marked, and its
+// controller puts another in its place.
+func testCrashLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	const cooldown = 4 * time.Second
+	proxy := c.Proxy()
+	r := newRig(t, c, proxy.Config(account), budgets(config.Budgets{Window: time.Minute, Cluster: 1000, Cooldown: cooldown}))
+	r.ready()
+	var events, patches atomic.Int32
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		switch {
+		case strings.Contains(req.URL.Path, "/events"):
+			events.Add(1)
+		case req.Method == http.MethodPatch:
+			patches.Add(1)
+		}
+		return kubetest.Fault{}
+	})
+	pod := c.Pod("shop", "loop-0", node, deployed("loop"))
+	began := time.Now()
+	var times []time.Time
+	incarnations := 1
+	for range 100 {
+		e := r.killOf(pod, c.ContainerID(pod, "main"))
+		r.publish(e)
+		if o := r.outcome(); o.Result == event.ResultAnnotated {
+			times = append(times, o.Time)
+			c.DeletePod("shop", "loop-0")
+			pod = c.Pod("shop", "loop-0", node, deployed("loop"))
+			incarnations++
+		} else if o.Reason != event.ReasonBudget {
+			t.Errorf("outcome %s/%s %s", o.Result, o.Reason, o.Detail)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	lasted := time.Since(began)
+	for i := 1; i < len(times); i++ {
+		if d := times[i].Sub(times[i-1]); d < cooldown {
+			t.Errorf("marked again after %s", d)
+		}
+	}
+	if most := int(lasted/cooldown) + 1; len(times) < 2 || len(times) > most || int(patches.Load()) != len(times) {
+		t.Errorf("%d marks, %d patches of pods in %s, want at most %d", len(times), patches.Load(), lasted, most)
+	}
+	// Of each incarnation one Event, and one on the node, each written once and at most once a minute more.
+	if most := int32((incarnations + 1) * (2 + int(lasted/time.Minute))); events.Load() > most {
+		t.Errorf("%d writes of Events for %d pods in %s, want at most %d", events.Load(), incarnations, lasted, most)
+	}
+}
+
+// testPause: what oom-tap pause does holds for every replica at once, and over their restarts.
+func testPause(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, keep)
+	r.ready()
+	second := &rig{t: t, kubeconfig: r.kubeconfig}
+	second.cfg, second.configPath = newConfig(t, func(cfg *config.Config) { cfg.NATS = r.cfg.NATS })
+	second.start()
+	second.ready()
+	n := 0
+	kills := func(want string) {
+		t.Helper()
+		ids := map[string]bool{}
+		for range 10 { // some for each
+			n++
+			e := r.killOf(c.Pod("shop", fmt.Sprint("pause-", n), node), "")
+			ids[e.ID] = true
+			r.publish(e)
+		}
+		for range 10 {
+			o := r.outcome()
+			if got := string(o.Result) + "/" + string(o.Reason); !ids[o.Kill] || got != want {
+				t.Errorf("outcome %s of %s (%s), want %s", got, o.Kill, o.Detail, want)
+			}
+		}
+	}
+	kills("annotated/marked")
+	ledger := &budget.Ledger{Cell: r.conn.Cell(budget.Key), Limits: r.cfg.Policy.Budgets, Now: time.Now}
+	pause := &budget.Pause{Reason: "roll-out", By: "ann@host", Since: time.Now()}
+	if _, err := ledger.SetPause(t.Context(), pause); err != nil {
+		t.Fatal(err)
+	}
+	kills("observed/paused")
+	for _, r := range []*rig{r, second} {
+		eventually(t, "the replica says that it is paused", func() error {
+			if _, body := r.get("/metrics"); !strings.Contains(body, "oom_tracer_paused 1") || !strings.Contains(r.annotator.out.String(), "marking is paused") {
+				return fmt.Errorf("metrics:\n%s", body)
+			}
+			return nil
+		})
+	}
+	r.annotator.stop(t)
+	r.start()
+	r.ready()
+	second.annotator.stop(t)
+	second.start()
+	second.ready()
+	kills("observed/paused")
+	if _, err := ledger.SetPause(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	kills("annotated/marked")
+	// One that ends by itself.
+	until := time.Now().Add(2 * time.Second)
+	if _, err := ledger.SetPause(t.Context(), &budget.Pause{Reason: "a moment", By: "ann@host", Since: time.Now(), Until: &until}); err != nil {
+		t.Fatal(err)
+	}
+	kills("observed/paused")
+	time.Sleep(time.Until(until))
+	kills("annotated/marked")
+}
+
+// testEvents: each kill is told of in Kubernetes, whatever is done about it.
+func testEvents(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, func(cfg *config.Config) { cfg.Policy.Annotation = "" })
+	r.ready()
+	pod := c.Pod("shop", "told", node)
+	e := r.killOf(pod, c.ContainerID(pod, "main"))
+	e.Victim.Memory = &event.Memory{AnonRSS: 200 << 20}
+	own := r.killOf(pod, c.ContainerID(pod, "main"))
+	own.Scope, own.Limit = event.ScopeCgroup, &event.Limit{Level: event.LevelPod, Max: new(uint64(8 << 20)), Usage: new(uint64(8 << 20))}
+	host := r.killOf(pod, "")
+	host.Container = nil
+	r.publish(e)
+	r.want(e.ID, "observed/observe_only")
+	find := func(kind, message string, count int32) {
+		t.Helper()
+		eventually(t, "the Event on the "+kind, func() error {
+			list, err := c.Client.CoreV1().Events("").List(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=" + kind})
+			if err != nil {
+				return err
+			}
+			var got []string
+			for _, v := range list.Items {
+				if uid := v.InvolvedObject.UID; uid != pod.UID && uid != node {
+					continue
+				}
+				got = append(got, fmt.Sprintf("%d %s", v.Count, v.Message))
+				if v.Message == message && v.Count == count && v.Type == corev1.EventTypeWarning && v.Reason == "OOMKilled" && v.Source.Component == "oom-tracer" {
+					return nil
+				}
+			}
+			return fmt.Errorf("there are %q", got)
+		})
+	}
+	find("Pod", fmt.Sprintf("OOM killer killed java[%d] (rss 200.0 MiB) in container main: the node is out of memory; not marked for eviction: observe only", e.Victim.PID), 1)
+	find("Node", fmt.Sprintf("OOM killer killed java[%d] (rss 200.0 MiB) in container main of pod shop/told: the node is out of memory; not marked for eviction: observe only", e.Victim.PID), 1)
+	r.publish(own, host)
+	r.outcome()
+	r.outcome()
+	// What follows is written with the next one, a minute later, or on the way down.
+	r.annotator.stop(t)
+	find("Pod", fmt.Sprintf("OOM killer killed java[%d] (rss ?) in container main: the pod is at the memory limit of 8.0 MiB, usage 8.0 MiB; not marked for eviction: level", own.Victim.PID), 2)
+	find("Node", fmt.Sprintf("OOM killer killed java[%d] (rss ?): the node is out of memory; not marked for eviction: host", host.Victim.PID), 2)
+}
+
+// testHang: a replica hangs in the middle of a patch for longer than NATS waits for it. Another one does its
+// work, with the same right; and when it comes back it does nothing more.
+func testHang(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	proxy := c.Proxy()
+	began := make(chan struct{})
+	var patches atomic.Int32
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		if req.Method == http.MethodPatch && !strings.Contains(req.URL.Path, "/events") && patches.Add(1) == 1 {
+			close(began)
+			return kubetest.Fault{Delay: 3 * time.Second}
+		}
+		return kubetest.Fault{}
+	})
+	limits := config.Budgets{Window: time.Hour, Cluster: 1}
+	r := newRig(t, c, proxy.Config(account), budgets(limits))
+	r.ready()
+	e := r.killOf(c.Pod("shop", "hang", node), "")
+	r.publish(e)
+	<-began
+	stopped := r.annotator.cmd.Process
+	if err := stopped.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	resume := func() { _ = stopped.Signal(syscall.SIGCONT) }
+	t.Cleanup(resume)
+	second := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
+	second.cfg, second.configPath = newConfig(t, func(cfg *config.Config) { cfg.NATS, cfg.Policy.Budgets = r.cfg.NATS, limits })
+	second.start()
+	second.ready()
+	// NATS waits for half a minute.
+	r.patience = 2 * patience
+	o := r.want(e.ID, "annotated/marked")
+	version := c.GetPod("shop", "hang").ResourceVersion
+	resume()
+	other := r.killOf(c.Pod("shop", "hang-2", node), "")
+	r.publish(other)
+	r.want(other.ID, "skipped/budget")
+	r.settled()
+	if got := c.GetPod("shop", "hang"); got.Annotations[evictMe] != "true" || got.ResourceVersion != version {
+		t.Errorf("the pod was changed after the outcome at %s: %v", o.Time, got.Annotations)
+	}
+	select {
+	case o := <-r.outcomes:
+		t.Errorf("one more outcome: %+v", o)
+	case <-time.After(time.Second):
+	}
+}
+
+// testChaos: three replicas and NATS are killed at random, the API server refuses at random, and NATS is away for
+// longer than it remembers messages. Each of 2,000 kills has one outcome, and one pod is marked.
+func testChaos(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	const kills, replicas = 2000, 3
+	proxy := c.Proxy()
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		if strings.Contains(req.URL.Path, "/pods/") {
+			switch rand.IntN(6) {
+			case 0:
+				return kubetest.Fault{Code: http.StatusTooManyRequests, RetryAfter: time.Second}
+			case 1:
+				return kubetest.Fault{Code: http.StatusInternalServerError}
+			case 2:
+				return kubetest.Fault{Lost: true}
+			}
+		}
+		return kubetest.Fault{}
+	})
+	nats := newNATS(t)
+	r := &rig{t: t, kubeconfig: c.Kubeconfig(proxy.Config(account)), patience: 2 * patience}
+	configure := func(cfg *config.Config) {
+		cfg.NATS.URL, cfg.NATS.Stream.DedupWindow = "nats://"+nats.listen, time.Second
+		cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Cluster: 1}
+	}
+	r.cfg, r.configPath = newConfig(t, configure)
+	nats.start()
+	r.connect()
+	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
+		t.Fatal(err)
+	}
+	var all []*corev1.Pod
+	for n := range 100 {
+		all = append(all, c.Pod("shop", fmt.Sprint("chaos-", n), node, deployed(fmt.Sprint("chaos-", n))))
+	}
+	before := marked(t, c)
+
+	type replica struct {
+		config string
+		cmd    *exec.Cmd
+	}
+	var running [replicas]replica
+	out := &output{}
+	begin := func(i int) {
+		cmd := exec.Command(scratchtest.Program(t, "oom-annotator"), "--config", running[i].config, "--kubeconfig", r.kubeconfig)
+		cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = out, out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		running[i].cmd = cmd
+	}
+	end := func(i int) {
+		_ = running[i].cmd.Process.Kill()
+		_ = running[i].cmd.Wait()
+	}
+	for i := range running {
+		_, running[i].config = newConfig(t, configure)
+		begin(i)
+		t.Cleanup(func() { end(i) })
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the replicas said:\n%.20000s", out)
+		}
+	})
+
+	want := map[string]bool{}
+	chaos := time.NewTicker(700 * time.Millisecond)
+	defer chaos.Stop()
+	killedReplicas, killedNATS := 0, 0
+	for n := range kills {
+		e := r.killOf(all[n%len(all)], "")
+		want[e.ID] = true
+		r.publish(e)
+		time.Sleep(8 * time.Millisecond)
+		select {
+		case <-chaos.C:
+		default:
+			continue
+		}
+		if rand.IntN(4) == 0 {
+			nats.kill()
+			killedNATS++
+			time.Sleep(time.Duration(rand.IntN(2500)) * time.Millisecond) // the window is a second
+			nats.start()
+			continue
+		}
+		i := rand.IntN(replicas)
+		end(i)
+		killedReplicas++
+		begin(i)
+	}
+	proxy.Fault(func(*http.Request) kubetest.Fault { return kubetest.Fault{} })
+	t.Logf("%d times a replica was killed, %d times nats", killedReplicas, killedNATS)
+
+	// Every outcome that the stream holds.
+	var outcomes map[string][]event.Outcome
+	twice := 0
+	deadline := time.Now().Add(3 * patience)
+	for {
+		outcomes, twice = map[string][]event.Outcome{}, 0
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		err := bus.Tail(ctx, r.conn, bus.TailOptions{Subjects: []string{"oom.v1.outcome.>"}, Since: time.Unix(0, 0)}, func(m bus.Stored) error {
+			o, err := event.ParseOutcome(m.Data)
+			if err == nil {
+				if outcomes[o.Kill] != nil {
+					twice++
+				}
+				outcomes[o.Kill] = append(outcomes[o.Kill], o)
+			}
+			return err
+		})
+		cancel()
+		if err == nil && len(outcomes) >= kills {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d outcomes of %d kills: %v", len(outcomes), kills, err)
+		}
+		time.Sleep(time.Second)
+	}
+	results := map[string]int{}
+	for kill, all := range outcomes {
+		if !want[kill] {
+			t.Errorf("an outcome of %s, which is no kill", kill)
+		}
+		// NATS forgets within its window what it has: the same outcome may be there twice, as it says, but no other.
+		for _, o := range all[1:] {
+			if o.Result != all[0].Result || o.Reason != all[0].Reason || !o.Time.Equal(all[0].Time) {
+				t.Errorf("%s has two outcomes: %+v and %+v", kill, all[0], o)
+			}
+		}
+		results[string(all[0].Result)+"/"+string(all[0].Reason)]++
+	}
+	t.Logf("outcomes %v, %d of them stored twice", results, twice)
+	now := marked(t, c)
+	for name := range before {
+		delete(now, name)
+	}
+	if len(now) != 1 || results["annotated/marked"] > 1 || results["annotated/marked"]+results["skipped/budget"]+results["skipped/already"]+results["failed/unavailable"] != kills {
+		t.Errorf("%d pods are marked: %v; outcomes %v", len(now), now, results)
+	}
+}
+
+// natsd is a nats-server that can be killed.
+type natsd struct {
+	t            *testing.T
+	listen, conf string
+	cmd          *exec.Cmd
+}
+
+func newNATS(t *testing.T) *natsd {
+	t.Helper()
+	d := &natsd{t: t, listen: freePort(t), conf: filepath.Join(t.TempDir(), "nats.conf")}
+	conf, err := json.Marshal(map[string]any{"listen": d.listen, "jetstream": map[string]any{"store_dir": t.TempDir()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(d.conf, conf, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.kill() })
+	return d
+}
+
+func (d *natsd) start() {
+	d.t.Helper()
+	d.cmd = exec.Command(scratchtest.Program(d.t, "nats-server"), "-c", d.conf)
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := d.cmd.Start(); err != nil {
+		d.t.Fatal(err)
+	}
+	eventually(d.t, "nats takes connections", func() error {
+		c, err := bus.Connect(d.t.Context(), config.NATS{URL: "nats://" + d.listen}, bus.Options{Name: "probe"}, slog.New(slog.DiscardHandler))
+		if err == nil {
+			c.Close()
+		}
+		return err
+	})
+}
+
+func (d *natsd) kill() {
+	_ = d.cmd.Process.Kill()
+	_ = d.cmd.Wait()
+}
