@@ -38,6 +38,7 @@ func TestBrakes(t *testing.T) {
 	account := c.Annotator()
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
 		"Budgets": testBudgets, "CrashLoop": testCrashLoop, "Pause": testPause, "Events": testEvents, "Hang": testHang, "Chaos": testChaos,
+		"Explain": testExplain,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}
@@ -130,6 +131,76 @@ func testBudgets(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		!strings.Contains(body, "oom_tracer_budget_limit 100") || !strings.Contains(body, "oom_tracer_paused 0") {
 		t.Errorf("metrics:\n%s", body)
 	}
+}
+
+// testExplain: what another config would have done, against the same stream and pods, and nothing is done.
+func testExplain(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, func(cfg *config.Config) { cfg.Policy.Annotation = "" })
+	r.ready()
+	first, second, gone := c.Pod("shop", "try-1", node, deployed("try")), c.Pod("shop", "try-2", node, deployed("try")), c.Pod("shop", "try-3", node)
+	own := r.killOf(first, c.ContainerID(first, "main"))
+	own.Limit.Level = event.LevelPod
+	kills := []event.Event{own, r.killOf(first, c.ContainerID(first, "main")), r.killOf(second, ""), r.killOf(gone, "")}
+	for i, want := range []string{"skipped/level", "observed/observe_only", "observed/observe_only", "observed/observe_only"} {
+		r.publish(kills[i])
+		r.want(kills[i].ID, want)
+	}
+	r.settled()
+	c.DeletePod("shop", "try-3")
+	before := versions(t, c)
+	_, tried := newConfig(t, func(cfg *config.Config) {
+		cfg.NATS, cfg.Policy.Budgets = r.cfg.NATS, config.Budgets{Window: time.Hour, Owner: 1, Cluster: 10}
+	})
+	run := func(args ...string) (stdout, stderr string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-annotator"), append([]string{"explain", "--config", tried, "--kubeconfig", r.kubeconfig}, args...)...)
+		var errs strings.Builder
+		cmd.Stderr = &errs
+		out, err := cmd.Output()
+		if err != nil {
+			t.Errorf("explain: %v\n%s", err, &errs)
+		}
+		return string(out), errs.String()
+	}
+	stdout, stderr := run()
+	lines := strings.Split(strings.TrimSpace(stdout), "\n")
+	for i, want := range []string{
+		"  skipped (level) shop/try-1 container main",
+		"  annotated (marked) shop/try-1 container main  (was observed (observe_only))",
+		"  skipped (budget) shop/try-2  owner shop/Deployment/try: 1 of 1 within 1h0m0s  (was observed (observe_only))",
+		"  not_known (gone) shop/try-3  (was observed (observe_only))",
+	} {
+		if len(lines) != 4 || !strings.HasSuffix(lines[i], want) || !strings.Contains(lines[i], fmt.Sprintf("java[%d]", kills[i].Victim.PID)) {
+			t.Errorf("line %d is not %q:\n%s", i, want, stdout)
+			break
+		}
+	}
+	const summary = `4 kills within 24h0m0s; nothing was marked by this. It would be:
+      1  annotated (marked)
+      1  not known (the pod is gone)
+      1  skipped (budget)
+      1  skipped (level)
+`
+	if stderr != summary {
+		t.Errorf("summary:\n%s", stderr)
+	}
+	stdout, _ = run("--output", "json", "--since", "1h", "--node", node)
+	var got struct {
+		Kill       event.Event
+		Would, Was *event.Outcome
+	}
+	for line := range strings.Lines(stdout) {
+		if err := json.Unmarshal([]byte(line), &got); err != nil {
+			t.Fatalf("%v: %s", err, line)
+		}
+	}
+	if got.Kill.ID != kills[3].ID || got.Would == nil || got.Was == nil || got.Was.Reason != event.ReasonObserveOnly {
+		t.Errorf("json:\n%s", stdout)
+	}
+	if stdout, _ = run("--node", "worker-2"); stdout != "" {
+		t.Errorf("of another node:\n%s", stdout)
+	}
+	wantSame(t, c, before)
 }
 
 // rewrite writes a config anew where it stands.

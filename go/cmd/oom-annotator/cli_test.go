@@ -24,9 +24,17 @@ func TestCommandLine(t *testing.T) {
 		stdout, stderr string
 	}{
 		{"--help", 0, "Usage:\n  oom-annotator [flags]", ""},
+		{"--help", 0, "\nFlags:\n", ""},
 		{"--version", 0, "oom-annotator ", ""},
 		{"--frobnicate", 2, "", "flag provided but not defined: -frobnicate; see oom-annotator --help\n"},
-		{"run", 2, "", `unexpected argument "run"`},
+		{"run", 2, "", `unknown command "run"`},
+		{"explain --help", 0, "Flags of explain:", ""},
+		{"explain --since 1d", 2, "", "must be a duration such as 15m or 24h (a day is 24h); see oom-annotator --help\n"},
+		{"explain --since 0s", 2, "", "must be a duration"},
+		{"explain --output yaml", 2, "", `--output must be text or json, not "yaml"`},
+		{"explain --node Node", 2, "", "--node: node name"},
+		{"explain again", 2, "", `unexpected argument "again"`},
+		{"--since 1h", 2, "", "flag provided but not defined: -since"},
 		{"--node-name x", 2, "", "flag provided but not defined: -node-name"},
 		{"--log-level loud", 2, "", "--log-level: log.level: must be one of debug, info, warn, error"},
 		{"--config /nowhere/config.yaml", 1, "", "no such file or directory (--config names another file)\n"},

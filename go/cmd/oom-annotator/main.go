@@ -24,11 +24,13 @@ import (
 const usage = `oom-annotator marks the pods that OOM kills hit, and says on NATS what became of each kill.
 
 Usage:
-  oom-annotator [flags]   work until it is told to end; any number of them share the work
+  oom-annotator [flags]           work until it is told to end; any number of them share the work
+  oom-annotator explain [flags]   show what the config would have done about the kills that the stream holds,
+                                  and why, on the pods as they are now; nothing is marked
 
 Exit status: 0 done; 1 failed; 2 the command line is wrong.
 
-Flags:
+Flags%s:
 `
 
 func main() {
@@ -60,15 +62,28 @@ func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 }
 
 func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	command := ""
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		command, args = args[0], args[1:]
+	}
 	flags := flag.NewFlagSet("oom-annotator", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // what is wrong is said once, by realMain
 	configPath := flags.String("config", "/etc/oom-tracer/config.yaml", "the config `file`")
 	kubeconfig := flags.String("kubeconfig", "", "the kubeconfig `file` (default: annotator.kubeconfig in the config, the service account of the pod)")
 	logLevel := flags.String("log-level", "", "the log's `level`: debug, info, warn or error (default: log.level in the config)")
 	version := flags.Bool("version", false, "print the version and end")
+	of, t := "", trialOptions{}
+	switch command {
+	case "":
+	case "explain":
+		of = " of explain"
+		t.flags(flags)
+	default:
+		return usageError{fmt.Errorf("unknown command %q", command)}
+	}
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprint(stdout, usage)
+		fmt.Fprintf(stdout, usage, of)
 		flags.SetOutput(stdout)
 		flags.PrintDefaults()
 		return nil
@@ -76,6 +91,9 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return usageError{err}
 	case flags.NArg() > 0:
 		return usageError{fmt.Errorf("unexpected argument %q", flags.Arg(0))}
+	}
+	if err := t.check(); err != nil {
+		return usageError{err}
 	}
 	// Held against the rules for the config's own keys.
 	held := config.Default()
@@ -105,6 +123,9 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 			return fmt.Errorf("--kubeconfig: %w", err)
 		}
 	}
+	if command == "explain" && *logLevel == "" {
+		cfg.Log.Level = "warn" // not the daemon's
+	}
 	log, err := obs.NewLogger(stderr, cfg.Log)
 	if err != nil {
 		return err
@@ -113,6 +134,9 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	if os.Getenv("GOGC") == "" {
 		// Most of the memory is pods that stay. To let garbage grow to as much again would buy nothing.
 		debug.SetGCPercent(50)
+	}
+	if command == "explain" {
+		return explain(ctx, cfg, t, log, stdout, stderr)
 	}
 	return run(ctx, cfg, log)
 }

@@ -342,12 +342,7 @@ func (a *Annotator) act(ctx context.Context, c *Case) (Decision, error) {
 
 // claim asks for the right to mark the pod. Where it is refused, the decision that it returns says why.
 func (a *Annotator) claim(ctx context.Context, c *Case) (Decision, error) {
-	p := c.Found.Pod
-	owner := p.Owner
-	if owner == "" {
-		owner = "Pod/" + p.Name
-	}
-	v, err := a.Ledger.Claim(ctx, c.Event.ID, c.Event.Node.Name, p.Namespace+"/"+owner, c.Killed)
+	v, err := a.Ledger.Claim(ctx, c.Event.ID, c.Event.Node.Name, ownerOf(c.Found.Pod), c.Killed)
 	switch {
 	case err != nil:
 		return Decision{}, err
@@ -357,6 +352,14 @@ func (a *Annotator) claim(ctx context.Context, c *Case) (Decision, error) {
 		return Decision{Result: event.ResultSkipped, Reason: event.ReasonBudget, Detail: string(v.Refusal)}, nil
 	}
 	return Decision{}, nil
+}
+
+// ownerOf names what budget.Mark counts as one owner.
+func ownerOf(p *pods.Pod) string {
+	if p.Owner == "" {
+		return p.Namespace + "/Pod/" + p.Name
+	}
+	return p.Namespace + "/" + p.Owner
 }
 
 // patch is a JSON merge patch for one state of one pod: the server refuses it for any other.

@@ -71,8 +71,14 @@ func (s *State) since(t time.Time) []Mark {
 // Refusal is why a claim is not granted.
 type Refusal string
 
-// claim adds m, whose kill happened at a time, and reports whether that changes anything: a claim that was
-// granted before is still. keep is for how long a kill may come again.
+// Claim adds m, whose kill happened at a time, unless that is refused. A claim that was granted before is still.
+// keep is for how long a kill may come again.
+func (s *State) Claim(limits config.Budgets, m Mark, killed time.Time, keep time.Duration) Refusal {
+	_, refusal := s.claim(limits, m, killed, keep)
+	return refusal
+}
+
+// claim reports as well whether that changes anything.
 func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time.Duration) (changed bool, refusal Refusal) {
 	if slices.ContainsFunc(s.Marks, func(had Mark) bool { return had.Kill == m.Kill }) {
 		return false, ""

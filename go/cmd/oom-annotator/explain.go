@@ -1,0 +1,190 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/annotate"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+// listTime bounds the listing of all pods, for explain.
+const listTime = 2 * time.Minute
+
+// trialOptions are the flags of explain.
+type trialOptions struct {
+	since  time.Duration
+	node   string
+	output string
+}
+
+func (o *trialOptions) flags(flags *flag.FlagSet) {
+	o.since = 24 * time.Hour
+	flags.Func("since", "begin with what was stored this `duration` ago (default 24h)", func(s string) (err error) {
+		if o.since, err = time.ParseDuration(s); err != nil || o.since <= 0 {
+			return errors.New("must be a duration such as 15m or 24h (a day is 24h)")
+		}
+		return nil
+	})
+	flags.StringVar(&o.node, "node", "", "only kills of this `node`; the budgets then know of no other")
+	flags.StringVar(&o.output, "output", "text", "text, or json: an object for each kill with kill, would and was")
+}
+
+func (o *trialOptions) check() error {
+	if o.output != "" && o.output != "text" && o.output != "json" {
+		return fmt.Errorf("--output must be text or json, not %q", o.output)
+	}
+	if o.node != "" {
+		if _, err := event.NodeToken(o.node); err != nil {
+			return fmt.Errorf("--node: %w", err)
+		}
+	}
+	return nil
+}
+
+// explain prints what the config would do about the kills of the stream.
+func explain(ctx context.Context, cfg config.Config, o trialOptions, log *slog.Logger, stdout, stderr io.Writer) error {
+	conn, err := bus.Connect(ctx, cfg.NATS, bus.Options{Name: name + "-explain"}, log)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	store, err := podsNow(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	var patterns []string
+	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome} {
+		pattern, err := event.Filter(kind, "", o.node)
+		if err != nil {
+			return err
+		}
+		patterns = append(patterns, pattern)
+	}
+
+	// An outcome comes after its kill, and other kills in between.
+	type tried struct {
+		e     *event.Event
+		raw   []byte
+		would *event.Outcome
+	}
+	var all []tried
+	seen, was := map[string]struct{}{}, map[string]*event.Outcome{}
+	trial := annotate.Trial{Policy: cfg.Policy, Finder: store}
+	err = bus.Tail(ctx, conn, bus.TailOptions{Subjects: patterns, Since: time.Now().Add(-o.since)}, func(m bus.Stored) error {
+		if strings.HasPrefix(m.Subject, "oom.v1."+string(event.KindOutcome)+".") {
+			o, err := event.ParseOutcome(m.Data)
+			if err == nil && was[o.Kill] == nil && o.Stage == event.StageAnnotate {
+				was[o.Kill] = &o
+			}
+			return nil // what is none is no kill's
+		}
+		e, would := trial.Decide(&m)
+		if _, again := seen[would.Kill]; !again {
+			seen[would.Kill] = struct{}{}
+			all = append(all, tried{e, m.Data, would})
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+
+	var table text.Table
+	counts := map[string]int{}
+	for _, t := range all {
+		counts[verdict(t.would)]++
+		line := []byte(explained(&table, t.e, t.would, was[t.would.Kill]))
+		if o.output == "json" {
+			kill := json.RawMessage(t.raw)
+			if !json.Valid(kill) {
+				kill = nil
+			}
+			if line, err = json.Marshal(map[string]any{"kill": kill, "would": t.would, "was": was[t.would.Kill]}); err != nil {
+				return fmt.Errorf("write: %w", err)
+			}
+		}
+		switch _, err := fmt.Fprintf(stdout, "%s\n", line); {
+		case errors.Is(err, syscall.EPIPE):
+			return nil
+		case err != nil:
+			return fmt.Errorf("write: %w", err)
+		}
+	}
+	summary := fmt.Sprintf("%d kills within %s; nothing was marked by this. It would be:\n", len(all), o.since)
+	for _, v := range slices.Sorted(maps.Keys(counts)) {
+		summary += fmt.Sprintf("%7d  %s\n", counts[v], v)
+	}
+	fmt.Fprint(stderr, summary)
+	return nil
+}
+
+// podsNow reads all pods, but not what they were marked for.
+func podsNow(ctx context.Context, cfg config.Config, log *slog.Logger) (*pods.Store, error) {
+	api, err := pods.Config(cfg.Annotator.Kubeconfig)
+	if err != nil {
+		return nil, err
+	}
+	client, err := pods.NewClient(api, name+"-explain/"+obs.Version().Version)
+	if err != nil {
+		return nil, err
+	}
+	terms := annotate.Terms(&cfg)
+	terms.Mark, terms.Summary = "", ""
+	store := pods.NewStore(0)
+	watcher := pods.NewWatcher(client, store, terms, log)
+	ctx, cancel := context.WithTimeout(ctx, listTime)
+	var running sync.WaitGroup
+	running.Go(func() { watcher.Run(ctx) })
+	defer running.Wait()
+	defer cancel()
+	select {
+	case <-watcher.Synced():
+		return store, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("list pods: %w: %w", context.Cause(ctx), watcher.Failing())
+	}
+}
+
+// verdict is a result and its reason.
+func verdict(o *event.Outcome) string {
+	if o.Result == "" {
+		return "not known (the pod is gone)"
+	}
+	return string(o.Result) + " (" + string(o.Reason) + ")"
+}
+
+// explained is a kill with what would become of it, and what did where that is something else.
+func explained(table *text.Table, e *event.Event, would, was *event.Outcome) string {
+	shown := *would
+	if shown.Result == "" {
+		shown.Result, shown.Reason = "not_known", event.ReasonGone
+		if was != nil {
+			shown.Pod, shown.Container = was.Pod, was.Container
+		}
+	}
+	line := table.OutcomeLine(e, &shown)
+	switch {
+	case was == nil:
+		line += "  (no outcome so far)"
+	case was.Result != would.Result || was.Reason != would.Reason:
+		line += "  (was " + text.Printable(verdict(was)) + ")"
+	}
+	return line
+}
