@@ -169,7 +169,7 @@ bench: build build/hog ## latency, loss and cost over at least 1,000 real kills 
 		$(GO) test -tags bench -count=1 -timeout 20m -run TestBench -v ./go/cmd/oom-tracer
 
 .PHONY: bench-annotate
-bench-annotate: build build/kube ## the annotator's latency, decisions and memory, at 150,000 pods on 10,000 nodes
+bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, decisions a second, memory at 150,000 pods (needs root)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
 		$(GO) test -tags bench -count=1 -timeout 20m -run TestBench -v ./go/cmd/oom-annotator
 

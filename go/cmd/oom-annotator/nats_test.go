@@ -8,11 +8,12 @@ import (
 	"strings"
 	"testing"
 
+	"k8s.io/client-go/rest"
+
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
-	"k8s.io/client-go/rest"
 )
 
 // startNATSServer runs build/nats-server with JetStream, and more of its configuration, until the test ends.
