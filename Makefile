@@ -147,11 +147,21 @@ vm_deps = qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.l
 test-vm: $(VM_TEST_BINARY) $(vm_programs) ## the tests of the tag vm on stock Debian kernels in QEMU (KERNELS="6.12 7.2", KERNEL=vmlinuz)
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 	$(Q)CACHE=$(CACHE) tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
+	$(Q)$(if $(KERNEL),,$(MAKE) --no-print-directory test-vm-annotate)
 
 .PHONY: test-vm-ci
 test-vm-ci: $(VM_TEST_BINARY) $(vm_programs) ## the same on 5.10 and the newest only
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 	$(Q)CACHE=$(CACHE) KERNELS='5.10 newest' tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
+	$(Q)KERNELS='5.10 newest' $(MAKE) --no-print-directory test-vm-annotate
+
+# Runs on this machine, and boots others.
+.PHONY: test-vm-annotate
+test-vm-annotate: build build/static/oom-tracer build/hog build/nats-server build/kube ## a part of test-vm: kills in QEMU, global ones too, mark the pods of a real API server
+	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
+	$(Q)kernels=$$(CACHE=$(CACHE) tools/vm/kernels.sh) && OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_KERNELS="$$kernels" \
+		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm -count=1 -timeout 20m -run '^TestVM' ./go/cmd/oom-annotator
+	$(Q)tools/no-skips.sh build/test-vm-annotate.json
 
 .PHONY: bench
 bench: build build/hog ## latency, loss and cost over at least 1,000 real kills (needs root)
@@ -159,7 +169,7 @@ bench: build build/hog ## latency, loss and cost over at least 1,000 real kills 
 		$(GO) test -tags bench -count=1 -timeout 20m -run TestBench -v ./go/cmd/oom-tracer
 
 .PHONY: bench-annotate
-bench-annotate: build build/kube ## the annotator's latency, decisions and memory, at 150,000 pods on 10,000 nodes
+bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, decisions a second, memory at 150,000 pods (needs root)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
 		$(GO) test -tags bench -count=1 -timeout 20m -run TestBench -v ./go/cmd/oom-annotator
 

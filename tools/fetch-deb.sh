@@ -69,8 +69,8 @@ for ((i = 0; i < ${#names[@]}; i++)); do
 	deb=$(ls "$dir/.apt/archives/${name}"_*.deb)
 	if [[ $name == linux-image-* ]]; then
 		# A metapackage names the image; since Linux 7 an image is a shell that names the binary and
-		# the base (which has the configuration).
-		mapfile -t follow < <(dpkg-deb --field "$deb" Depends | grep -oE '\blinux-(image|binary|base)-[0-9][^ ,]*')
+		# the base (which has the configuration), and has its modules apart.
+		mapfile -t follow < <(dpkg-deb --field "$deb" Depends | grep -oE '\blinux-(image|binary|base|modules)-[0-9][^ ,]*')
 		if ((${#follow[@]})); then
 			names+=("${follow[@]}")
 			continue

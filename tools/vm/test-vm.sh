@@ -67,12 +67,6 @@ for boot in $BOOTS; do
 	[[ $boot != faults || -n $faults ]] || die 'BOOTS: there is no vm-faults.test for faults'
 done
 
-# Which suite has which kernel.
-stock="5.10 bullseye
-6.1 bookworm
-6.12 bookworm-backports
-7 sid"
-
 # --- what to boot
 
 # release VMLINUZ prints the release that a bzImage says it is (Documentation/arch/x86/boot.rst,
@@ -83,39 +77,6 @@ release() {
 	at=$(od -An -v -j 526 -N 2 -t u2 --endian=little "$1" | tr -d ' \n')
 	text=$(dd if="$1" bs=1 skip=$((at + 512)) count=200 status=none | tr '\0' ' ')
 	echo "${text%% *}"
-}
-
-# fetch SUITE brings the suite's newest kernel into the cache: vmlinuz, config and the packages' names.
-fetch() {
-	local suite=$1 dir=$CACHE/kernels/$1
-	if [[ -e $dir/vmlinuz && -z ${FRESH:-} && -z $(find "$dir/packages" -mtime +6) ]]; then
-		return
-	fi
-	echo "==> fetching the kernel of $suite"
-	rm -rf "$dir.new"
-	if ! "$tools/fetch-deb.sh" "$suite" "$dir.new" linux-image-cloud-amd64; then
-		rm -rf "$dir.new"
-		[[ -e $dir/vmlinuz ]] || die "no kernel of $suite"
-		echo "    that failed: the one of $(date -r "$dir/packages" +%F) is used"
-		return
-	fi
-	mkdir -p "$dir"
-	find "$dir.new" \( -name 'vmlinuz-*' -o -name vmlinuz \) -type f -exec mv {} "$dir/vmlinuz" \;
-	find "$dir.new" \( -path '*/boot/config-*' -o -path '*/modules/*/config' \) -type f -exec mv {} "$dir/config" \;
-	[[ -e $dir/vmlinuz && -e $dir/config ]] || die "no vmlinuz or no config in the packages of $suite"
-	touch "$dir.new/.packages"
-	mv "$dir.new/.packages" "$dir/packages"
-	rm -rf "$dir.new"
-}
-
-# picked VERSION: KERNELS wants the stock kernel VERSION.
-picked() {
-	local pick
-	for pick in ${KERNELS:-$1}; do
-		[[ $pick == newest || ($pick =~ ^[0-9]+ && ${BASH_REMATCH[0]} -ge 7) ]] && pick=7
-		[[ $pick. == "$1".* || $1. == "$pick".* ]] && return
-	done
-	return 1
 }
 
 # Of each kernel: a name for its files, the image, its configuration if known, and what it is.
@@ -130,29 +91,17 @@ if [[ -n ${KERNEL:-} ]]; then
 	[[ -n ${version[own]} ]] || die "$KERNEL is not a bzImage (an x86 vmlinuz)"
 	what[own]=$KERNEL
 else
-	for pick in ${KERNELS:-}; do
-		known=
-		while read -r key suite; do
-			if KERNELS=$pick picked "$key"; then known=1; fi
-		done <<<"$stock"
-		[[ -n $known ]] || die "KERNELS: $pick is none of" "${stock//$'\n'/, }"
-	done
-	mkdir -p "$CACHE/kernels"
-	exec 9>"$CACHE/kernels/.lock"
-	flock 9
-	while read -r key suite; do
-		picked "$key" || continue
-		fetch "$suite" </dev/null
-		said=$(release "$CACHE/kernels/$suite/vmlinuz")
-		[[ $said =~ ^[0-9]+\.[0-9]+ ]] || die "$CACHE/kernels/$suite/vmlinuz does not say what it is"
+	kernels=$(CACHE=$CACHE "$here/kernels.sh")
+	while read -r _ dir; do
+		said=$(release "$dir/vmlinuz")
+		[[ $said =~ ^[0-9]+\.[0-9]+ ]] || die "$dir/vmlinuz does not say what it is"
 		name=${BASH_REMATCH[0]}
 		names+=("$name")
-		image[$name]=$CACHE/kernels/$suite/vmlinuz
-		config[$name]=$CACHE/kernels/$suite/config
+		image[$name]=$dir/vmlinuz
+		config[$name]=$dir/config
 		version[$name]=$said
-		what[$name]="$suite: $(grep -vE '^linux-base-' "$CACHE/kernels/$suite/packages" | paste -sd' ')"
-	done <<<"$stock"
-	exec 9>&-
+		what[$name]="${dir##*/}: $(grep -vE '^linux-(base|modules)-' "$dir/packages" | paste -sd' ')"
+	done <<<"$kernels"
 fi
 
 # has KERNEL BOOT prints yes, no or, of a kernel whose configuration is not known, maybe.
