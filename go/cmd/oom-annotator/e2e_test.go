@@ -58,7 +58,7 @@ func TestEndToEnd(t *testing.T) {
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
 		"RealKill": testRealKill, "Reborn": testReborn, "Static": testStatic, "Replay": testReplay, "Refused": testRefused,
 		"Faults": testFaults, "Watch": testWatch, "Group": testGroup, "Verbs": testVerbs, "Denied": testDenied,
-		"NATS": testNATS, "Run": testRun,
+		"NATS": testNATS, "Run": testRun, "Replicas": testReplicas,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}
@@ -90,6 +90,8 @@ type process struct {
 	out  *output
 	done chan struct{} // closed when it has ended
 	err  error         // then
+
+	killed atomic.Bool // by the test
 }
 
 // start runs build/<program> until the test ends.
@@ -120,13 +122,29 @@ func (p *process) start(t *testing.T) *process {
 	return p
 }
 
+// kill ends it without a warning.
+func (p *process) kill() {
+	p.killed.Store(true)
+	_ = p.cmd.Process.Kill() // it may have ended
+	<-p.done
+}
+
+func (p *process) ended() bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // stop sends SIGTERM, which ends it within five seconds, and well.
 func (p *process) stop(t *testing.T) {
 	t.Helper()
 	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
 	select {
 	case <-p.done:
-		if p.err != nil {
+		if p.err != nil && !p.killed.Load() {
 			t.Errorf("%s: %v", p.cmd.Path, p.err)
 		}
 	case <-time.After(8 * time.Second): // five, on a machine that does other things too
@@ -216,7 +234,16 @@ func keep(*config.Config) {}
 // newRig starts a NATS and an annotator that uses an account.
 func newRig(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func(*config.Config)) *rig {
 	t.Helper()
-	r := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
+	r := newBus(t, change)
+	r.kubeconfig = c.Kubeconfig(account)
+	r.start()
+	return r
+}
+
+// newBus starts a NATS, and no annotator.
+func newBus(t *testing.T, change func(*config.Config)) *rig {
+	t.Helper()
+	r := &rig{t: t}
 	r.cfg, r.configPath = newConfig(t, change)
 	r.startNATS()
 	t.Cleanup(r.stopNATS)
@@ -225,7 +252,6 @@ func newRig(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func
 		t.Fatal(err)
 	}
 	r.tail()
-	r.start()
 	return r
 }
 
@@ -444,6 +470,15 @@ func wantSame(t *testing.T, c *kubetest.Cluster, before map[string]string) {
 	}
 }
 
+// summary is which kill a pod was marked for.
+func summary(t *testing.T, pod *corev1.Pod) (s pods.Summary) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(pod.Annotations[lastKill]), &s); err != nil {
+		t.Errorf("%s: %v", pod.Name, err)
+	}
+	return s
+}
+
 func unprotected(cfg *config.Config) { cfg.Policy.Protections.Static = false }
 
 // testRealKill: a real OOM kill of a process in a cgroup that is laid out as a kubelet's, at the limit of all
@@ -480,10 +515,7 @@ func testRealKill(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		}
 		return nil
 	})
-	var s pods.Summary
-	if err := json.Unmarshal([]byte(got.Annotations[lastKill]), &s); err != nil {
-		t.Fatal(err)
-	}
+	s := summary(t, got)
 	if s.PID != uint32(killed[0]) || s.Victim != "hog" || s.Container != "main" || s.Scope != "cgroup" || s.Level != "kubepods" || s.Node != node ||
 		s.Limit == nil || *s.Limit != 16<<20 || s.Usage == nil || *s.Usage == 0 {
 		t.Errorf("summary %s", got.Annotations[lastKill])

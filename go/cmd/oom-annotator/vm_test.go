@@ -29,7 +29,7 @@ const machineTime = 3 * time.Minute
 // TestVM is for what this host can or may not do: a kernel whose hooks prove whose limit it was, and that
 // runs out of memory as a whole. A stock Debian kernel boots in QEMU, with tracer, hog and the cgroups of a
 // kubelet; NATS, the API server and the annotator are the host's. All of it runs as it ships, with the shipped
-// policy but for the annotation that is to be set.
+// policy but for the cooldown: the node's two kills that count follow each other.
 func TestVM(t *testing.T) {
 	kernels := strings.Fields(os.Getenv("OOM_TEST_KERNELS"))
 	if len(kernels) == 0 || len(kernels)%2 != 0 {
@@ -57,7 +57,7 @@ func TestVM(t *testing.T) {
 func testVM(t *testing.T, c *kubetest.Cluster, account *rest.Config, node, kernel string) error {
 	natsAddr := startNATSServer(t, "")
 	url := config.NATS{URL: "nats://" + natsAddr}
-	r := externalRig(t, c, account, url, fmt.Sprintf("nats: {url: %q}\npolicy: {annotation: %s=true}\n", url.URL, evictMe))
+	r := externalRig(t, c, account, url, fmt.Sprintf("nats: {url: %q}\npolicy: {budgets: {cooldown: 0s}}\n", url.URL))
 	r.ready()
 
 	c.Node(node)

@@ -1,6 +1,7 @@
 package kubetest
 
 import (
+	"context"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
@@ -24,7 +25,7 @@ type Fault struct {
 	Code       int           // the answer instead of the server's
 	RetryAfter time.Duration // in that answer, in seconds
 	Hang       bool          // no answer until the client gives up, or the proxy is closed
-	Lost       bool          // the server does it, and the connection is cut before the answer
+	Lost       bool          // the server does it, whether the client is still there or not, and nobody is told
 	Delay      time.Duration // before anything of this
 }
 
@@ -117,7 +118,7 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case fault.Code != 0:
 		refuse(w, r, fault)
 	case fault.Lost:
-		p.api.ServeHTTP(httptest.NewRecorder(), r)
+		p.api.ServeHTTP(httptest.NewRecorder(), r.WithContext(context.WithoutCancel(r.Context())))
 		panic(http.ErrAbortHandler)
 	default:
 		p.api.ServeHTTP(w, r)
