@@ -58,7 +58,8 @@ func TestEndToEnd(t *testing.T) {
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
 		"RealKill": testRealKill, "Reborn": testReborn, "Static": testStatic, "Replay": testReplay, "Refused": testRefused,
 		"Faults": testFaults, "Watch": testWatch, "Group": testGroup, "Verbs": testVerbs, "Denied": testDenied,
-		"NATS": testNATS, "Run": testRun, "Replicas": testReplicas,
+		"NATS": testNATS, "Run": testRun, "Replicas": testReplicas, "Permissions": testPermissions,
+		"Containers": testContainers, "Hung": testHung,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}
@@ -658,6 +659,105 @@ func testStatic(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 			t.Errorf("%s is marked: %t", name, ok)
 		}
 	}
+}
+
+// testContainers: which container it was is told of every kind that a status knows; and a static pod is found
+// again when its mirror pod was made anew, but not where two of them fit.
+func testContainers(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, unprotected)
+	r.ready()
+	pod := c.Pod("shop", "kinds", node)
+	status := func(name string) corev1.ContainerStatus {
+		return corev1.ContainerStatus{Name: name, ContainerID: "containerd://" + kubetest.NewContainerID()}
+	}
+	restarted := status("main")
+	restarted.LastTerminationState.Terminated = &corev1.ContainerStateTerminated{ContainerID: "containerd://" + kubetest.NewContainerID(), Reason: "OOMKilled", ExitCode: 137}
+	pod.Status.InitContainerStatuses = []corev1.ContainerStatus{status("init")}
+	pod.Status.ContainerStatuses = []corev1.ContainerStatus{restarted}
+	pod.Status.EphemeralContainerStatuses = []corev1.ContainerStatus{status("debug")}
+	pod = c.SetStatus(pod)
+	seen := r.killOf(c.Pod("shop", "kinds-after", node), "") // whose outcome comes when this pod, and so the status, is known
+	seen.Limit.Level = event.LevelContainer
+	r.publish(seen)
+	r.want(seen.ID, "skipped/level")
+	id := func(s string) string { return strings.TrimPrefix(s, "containerd://") }
+	for container, want := range map[string]string{
+		id(pod.Status.InitContainerStatuses[0].ContainerID):                             "init",
+		id(pod.Status.ContainerStatuses[0].ContainerID):                                 "main",
+		id(pod.Status.ContainerStatuses[0].LastTerminationState.Terminated.ContainerID): "main",
+		id(pod.Status.EphemeralContainerStatuses[0].ContainerID):                        "debug",
+		kubetest.NewContainerID():                                                       "", // the pause container's
+	} {
+		e := r.killOf(pod, container)
+		e.Limit.Level = event.LevelContainer
+		r.publish(e)
+		if o := r.want(e.ID, "skipped/level"); o.Pod == nil || o.Pod.Name != "kinds" || o.Container != want {
+			t.Errorf("container %q, want %q; pod %+v", o.Container, want, o.Pod)
+		}
+	}
+
+	const hash = "00112233445566778899aabbccddeeff"
+	old := c.Pod("shop", "again-worker-1", node, mirror(hash))
+	c.DeletePod("shop", "again-worker-1")
+	again := c.Pod("shop", "again-worker-1", node, mirror(hash))
+	static := func(container string) event.Event {
+		e := r.killOf(&corev1.Pod{}, container)
+		e.Container.PodUID, e.Container.Static = hash, true
+		return e
+	}
+	e := static(c.ContainerID(old, "main")) // of the one before
+	r.publish(e)
+	if o := r.want(e.ID, "annotated/marked"); o.Pod == nil || o.Pod.UID != string(again.UID) {
+		t.Errorf("pod %+v, want %s", o.Pod, again.UID)
+	}
+	// For a moment both of them may be there: the container decides, where it can.
+	twin := c.Pod("shop", "twin-worker-1", node, mirror(hash))
+	before := versions(t, c)
+	e = static(kubetest.NewContainerID())
+	r.publish(e)
+	if o := r.want(e.ID, "skipped/ambiguous"); o.Pod != nil {
+		t.Errorf("pod %+v", o.Pod)
+	}
+	wantSame(t, c, before)
+	e = static(c.ContainerID(twin, "main"))
+	r.publish(e)
+	if o := r.want(e.ID, "annotated/marked"); o.Pod == nil || o.Pod.UID != string(twin.UID) || o.Container != "main" {
+		t.Errorf("pod %+v, want %s", o.Pod, twin.UID)
+	}
+}
+
+// testHung: neither the API server nor NATS answers any more, and the annotator is told to end. It does, in time
+// and well; the next one does what it left.
+func testHung(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	proxy := c.Proxy()
+	nats := newNATS(t)
+	nats.start()
+	r := externalRig(t, c, proxy.Config(account), config.NATS{URL: "nats://" + nats.listen}, fmt.Sprintf("nats: {url: %q}\n", "nats://"+nats.listen))
+	r.ready()
+	pod := c.Pod("shop", "hung", node)
+	began := make(chan struct{})
+	var once sync.Once
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		if req.Method == http.MethodPatch {
+			once.Do(func() { close(began) })
+			return kubetest.Fault{Hang: true}
+		}
+		return kubetest.Fault{}
+	})
+	e := r.killOf(pod, "")
+	r.publish(e)
+	<-began
+	if err := nats.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	r.annotator.stop(t) // fails if that takes long
+	if err := nats.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	proxy.Fault(func(*http.Request) kubetest.Fault { return kubetest.Fault{} })
+	r.start()
+	r.patience = 2 * patience // NATS waits for the first one
+	r.want(e.ID, "annotated/marked")
 }
 
 // testReplay: all that is on the stream is consumed once more, and a kill that is too old comes. No pod changes.

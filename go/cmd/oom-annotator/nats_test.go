@@ -1,15 +1,20 @@
 package main
 
 import (
+	"crypto/sha256"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"k8s.io/client-go/rest"
 
+	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
@@ -60,4 +65,86 @@ func externalRig(t *testing.T, c *kubetest.Cluster, account *rest.Config, owner 
 	r.tail()
 	r.start()
 	return r
+}
+
+// testPermissions: what deploy/nats/annotator.conf permits is enough, and each of it is needed. It does not
+// permit to speak for a tracer, nor to listen to others.
+func testPermissions(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	shipped, err := os.ReadFile("../../../deploy/nats/annotator.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.SplitAfter(string(shipped), "\n")
+	permissions := map[string]string{"all": string(shipped)}
+	for i, line := range lines {
+		if line := strings.TrimSpace(line); strings.HasPrefix(line, `"`) {
+			permissions[strings.Trim(line, `"`)] = strings.Join(slices.Delete(slices.Clone(lines), i, i+1), "")
+		}
+	}
+	permissions["subscribe"] = strings.ReplaceAll(string(shipped), "_INBOX_oom-annotator.>", "_INBOX_another.>")
+	if len(permissions) != 11 {
+		t.Fatalf("%d cases", len(permissions))
+	}
+	for missing, conf := range permissions {
+		t.Run(missing, func(t *testing.T) {
+			t.Parallel()
+			c := c.In(t)
+			file, password := filepath.Join(t.TempDir(), "annotator.conf"), filepath.Join(t.TempDir(), "password")
+			for path, data := range map[string]string{file: conf, password: "secret"} {
+				if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			// An include is relative to the file that it stands in, which is in a directory beside this one.
+			url := "nats://" + startNATSServer(t, fmt.Sprintf(`authorization {
+  users: [
+    { user: owner, password: secret }
+    {
+      user: oom-annotator
+      password: secret
+      include "%s"
+    }
+  ]
+}`, filepath.Join("..", filepath.Base(filepath.Dir(file)), "annotator.conf")))
+			owner := config.NATS{URL: url, User: "owner", PasswordFile: password}
+			r := externalRig(t, c, account, owner, fmt.Sprintf("nats: {url: %q, user: oom-annotator, password_file: %q}\npolicy: {budgets: {cooldown: 0s, node: 0, window: 1m, cluster: 1000}}\n", url, password))
+			name := fmt.Sprintf("permitted-%x", sha256.Sum256([]byte(missing)))[:20]
+			e := r.killOf(c.Pod("shop", name, node), "")
+			e.ID = event.VictimID(name, 1, 1) // the test's own name is none
+			r.publish(e)
+			if missing == "all" {
+				r.want(e.ID, "annotated/marked")
+				r.settled()
+				conn, err := bus.Connect(t.Context(), config.NATS{URL: url, User: "oom-annotator", PasswordFile: password}, bus.Options{Name: "oom-annotator"}, slog.New(slog.DiscardHandler))
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(conn.Close)
+				for _, subject := range []string{"oom.v1.kill.global.node-1", "oom.v1.gap.restart.node-1", "oom.v1.node.status.node-1", "$KV.OOM_ANNOTATOR.other", "$JS.API.STREAM.DELETE.OOM"} {
+					if _, err := conn.NATS().Request(subject, []byte("{}"), time.Second); err == nil {
+						t.Errorf("%s is permitted", subject)
+					}
+				}
+				sub, err := conn.NATS().SubscribeSync("oom.v1.>")
+				if err == nil {
+					r.publish(r.killOf(c.Pod("shop", name+"-2", node), ""))
+					if m, err := sub.NextMsg(2 * time.Second); err == nil {
+						t.Errorf("%s was heard", m.Subject)
+					}
+				}
+				return
+			}
+			eventually(t, "the log says what is not permitted", func() error {
+				if !strings.Contains(strings.ToLower(r.annotator.out.String()), "permissions violation") {
+					return fmt.Errorf("it does not")
+				}
+				return nil
+			})
+			time.Sleep(2 * time.Second) // for what works to have worked
+			consumer, err := r.conn.JetStream().Consumer(t.Context(), event.StreamName, "oom-annotator")
+			if len(r.outcomes) > 0 && err == nil && consumer.CachedInfo().NumAckPending == 0 && consumer.CachedInfo().NumPending == 0 {
+				t.Errorf("it works without %s: %+v", missing, <-r.outcomes)
+			}
+		})
+	}
 }
