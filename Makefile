@@ -62,7 +62,7 @@ doctor: build ## what this kernel and this user can do
 ##@ Build
 
 .PHONY: build
-build: build/oom-tracer build/oom-annotator build/oom-tap ## build the BPF object and the binaries into build/
+build: build/oom-tracer build/oom-annotator build/oom-tap build/kubectl-oom ## build the BPF object and the binaries into build/
 
 .PHONY: deps
 deps: build/.deps ## install what a build needs (Debian packages; libbpf into the cache)
@@ -88,6 +88,10 @@ build/oom-tap build/oom-annotator: build/%: $(GO_FILES)
 	@mkdir -p build
 	$(say) GO $@
 	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/$*
+
+# kubectl finds its plugins on PATH by their names.
+build/kubectl-oom: build/oom-tap
+	$(Q)ln -sf oom-tap $@
 
 build/hog: tools/hog.c build/.deps
 	$(say) CC $@

@@ -51,7 +51,7 @@ func (b *brake) follow(ctx context.Context, ledger *budget.Ledger, log *slog.Log
 			failing = ""
 			now := time.Now()
 			p := state.Paused(now)
-			b.now.Store(&reading{p != nil, state.Used(ledger.Limits, now), ledger.Limits.Cluster})
+			b.now.Store(&reading{p != nil, len(state.Since(now.Add(-ledger.Limits.Window))), ledger.Limits.Cluster})
 			if p != nil && !paused {
 				log.Warn("marking is paused", "by", p.By, "reason", p.Reason, "since", p.Since, "until", p.Until)
 			} else if p == nil && paused {

@@ -30,8 +30,15 @@ const usage = `oom-tap shows the OOM kills that OOM Tracer publishes on NATS.
 Usage:
   oom-tap [tail] [flags]   show kills, and gaps in what is known of them, as they happen;
                            with --outcomes, which pod was hit and what became of it
+  oom-tap pod NAME [flags]
+                           tell the whole story of one pod
   oom-tap nodes [flags]    show which nodes are watched, which have gone quiet, which have gaps
-  oom-tap setup [flags]    make or update the streams on the NATS of the config
+  oom-tap status [flags]   show whether pods are marked, and what is left of the budgets
+  oom-tap pause [flags]    stop all marking, by every replica, at once
+  oom-tap resume [flags]   go on
+  oom-tap setup [flags]    make or update streams and bucket on the NATS of the config
+
+Installed as kubectl-oom it is also: kubectl oom pod NAME
 
 Flags of %s:
 `
@@ -77,9 +84,12 @@ type options struct {
 	node     string
 	kills    bool
 	outcomes bool
-	// Of outcomes alone.
+	// Of outcomes and pod alone.
 	namespace string
 	pod       string
+	// Of pause alone.
+	reason   string
+	duration time.Duration
 
 	output string
 	color  string
@@ -114,6 +124,16 @@ func (o *options) tailFlags(flags *flag.FlagSet) {
 	o.outputFlag(flags)
 	flags.StringVar(&o.color, "color", "auto", "auto, always or never")
 	flags.IntVar(&o.count, "count", 0, "end after `N` events; 0 sets no bound")
+}
+
+// durationFlag registers a flag that is a positive duration.
+func durationFlag(flags *flag.FlagSet, to *time.Duration, name, usage string) {
+	flags.Func(name, usage, func(s string) (err error) {
+		if *to, err = time.ParseDuration(s); err != nil || *to <= 0 {
+			return errors.New("must be a duration such as 90s, 15m or 24h (a day is 24h)")
+		}
+		return nil
+	})
 }
 
 func (o *options) outputFlag(flags *flag.FlagSet) {
@@ -153,9 +173,23 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	switch command {
 	case "tail":
 		o.tailFlags(flags)
-	case "nodes":
+	case "nodes", "status":
 		o.outputFlag(flags)
-	case "setup":
+	case "pod":
+		o.since, o.namespace = 168*time.Hour, "default"
+		durationFlag(flags, &o.since, "since", "begin with what was stored this `duration` ago (default 168h)")
+		for _, name := range []string{"namespace", "n"} {
+			flags.StringVar(&o.namespace, name, o.namespace, "the pod's `namespace`")
+		}
+		o.outputFlag(flags)
+		// As kubectl has it the name may stand first.
+		if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+			o.pod, args = args[0], args[1:]
+		}
+	case "pause":
+		flags.StringVar(&o.reason, "reason", "", "why, in a `sentence`; every kill's outcome shows it")
+		durationFlag(flags, &o.duration, "for", "go on by itself after this `duration`")
+	case "resume", "setup":
 	default:
 		return usageError{fmt.Errorf("unknown command %q", command)}
 	}
@@ -167,11 +201,25 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return nil
 	case err != nil:
 		return usageError{err}
-	case flags.NArg() > 0:
-		return usageError{fmt.Errorf("unexpected argument %q", flags.Arg(0))}
+	}
+	rest := flags.Args()
+	if command == "pod" && o.pod == "" && len(rest) > 0 {
+		o.pod, rest = rest[0], rest[1:]
+	}
+	if len(rest) > 0 {
+		return usageError{fmt.Errorf("unexpected argument %q", rest[0])}
 	}
 	if err := o.check(); err != nil {
 		return usageError{err}
+	}
+	switch {
+	case o.version:
+	case command == "pod" && o.pod == "":
+		return usageError{errors.New("pod needs the pod's name")}
+	case command == "pause" && strings.TrimSpace(o.reason) == "":
+		return usageError{errors.New("pause needs --reason: who is paged meanwhile will ask")}
+	case len(o.reason) > maxReason:
+		return usageError{fmt.Errorf("--reason must have at most %d bytes", maxReason)}
 	}
 	o.outcomes = o.outcomes || o.namespace != "" || o.pod != ""
 	if o.version {
@@ -197,11 +245,16 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		if err := bus.EnsureStreams(ctx, conn, cfg.NATS.Stream); err != nil {
 			return err
 		}
-		fmt.Fprintf(stdout, "streams %s and %s are as the config says\n", event.StreamName, event.NodesStreamName)
+		fmt.Fprintf(stdout, "streams %s and %s and bucket %s are as the config says\n", event.StreamName, event.NodesStreamName, bus.BucketName)
 		return nil
 	}
-	if command == "nodes" {
+	switch command {
+	case "nodes":
 		return nodes(ctx, conn, o, stdout, stderr)
+	case "pod":
+		return pod(ctx, conn, o, stdout, stderr)
+	case "pause", "resume", "status":
+		return brake(ctx, conn, command, cfg, o, stdout)
 	}
 	return tail(ctx, conn, o, stdout, stderr)
 }

@@ -50,6 +50,7 @@ func TestMain(m *testing.M) {
 //	publish [key=value]...  store an event: id, seq, node, scope, outcome, comm; msgid (default: the id; none),
 //	                        subject (default: the event's own), and file for other bytes than the event's:
 //	                        those of the file, without the newline at its end
+//	bucket key file         put the bytes of the file into the annotators' bucket
 //	status N program...     run, and expect this exit status
 //	start name program...   run in the background, and go on when it reads the stream
 //	await name stdout N     wait until it has written so many lines (or stderr)
@@ -80,6 +81,12 @@ func TestScript(t *testing.T) {
 			}),
 			"publish": command(func(w *world, ts *testscript.TestScript, args []string) error {
 				return w.nats.publish(ts.ReadFile, args...)
+			}),
+			"bucket": command(func(w *world, ts *testscript.TestScript, args []string) error {
+				ctx, cancel := context.WithTimeout(context.Background(), patience)
+				defer cancel()
+				data := ts.ReadFile(args[1])
+				return w.nats.conn.Cell(args[0]).Update(ctx, func([]byte) ([]byte, error) { return []byte(strings.TrimSuffix(data, "\n")), nil })
 			}),
 			"status": command(func(w *world, ts *testscript.TestScript, args []string) error {
 				return wantStatus(args[0], ts.Exec(args[1], args[2:]...))

@@ -52,13 +52,8 @@ func (s *State) Paused(now time.Time) *Pause {
 	return nil
 }
 
-// Used counts the marks of the last window.
-func (s *State) Used(limits config.Budgets, now time.Time) int {
-	return len(s.since(now.Add(-limits.Window)))
-}
-
-// since are the marks after a moment.
-func (s *State) since(t time.Time) []Mark {
+// Since lists the marks after a moment.
+func (s *State) Since(t time.Time) []Mark {
 	var marks []Mark
 	for _, m := range s.Marks {
 		if m.Time.After(t) {
@@ -101,7 +96,7 @@ func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time
 			continue // no bound of its own
 		}
 		used := 0
-		for _, had := range s.since(killed.Add(-b.window)) {
+		for _, had := range s.Since(killed.Add(-b.window)) {
 			if b.same(had) {
 				used++
 			}
@@ -110,7 +105,7 @@ func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time
 			return false, Refusal(fmt.Sprintf("%s: %d of %d within %s", b.of, used, b.limit, b.window))
 		}
 	}
-	s.Marks = append(s.since(m.Time.Add(-max(limits.Window, limits.Cooldown)-keep)), m)
+	s.Marks = append(s.Since(m.Time.Add(-max(limits.Window, limits.Cooldown)-keep)), m)
 	return true, ""
 }
 
