@@ -1,0 +1,208 @@
+package budget_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/budget"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+)
+
+// connections makes as many connections to a NATS of their own.
+func connections(t *testing.T, count int) (all []*bus.Conn) {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	cfg := config.NATS{Embedded: config.Embedded{Listen: "127.0.0.1:0", Dir: filepath.Join(t.TempDir(), "nats")}}
+	s, err := embedded.Start(cfg.Embedded, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := s.Shutdown(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	for range count {
+		c, err := bus.Connect(t.Context(), cfg, bus.Options{Name: "test"}, log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(c.Close)
+		all = append(all, c)
+	}
+	if err := bus.EnsureStreams(t.Context(), all[0], config.Default().NATS.Stream); err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func ledgers(t *testing.T, count int, limits config.Budgets) (all []*budget.Ledger) {
+	for _, c := range connections(t, count) {
+		all = append(all, &budget.Ledger{Cell: c.Cell(budget.Key), Limits: limits, Keep: time.Minute, Now: time.Now})
+	}
+	return all
+}
+
+// However many claim at once, no more are granted than there may be, and what is granted stays so.
+func TestLedgerRace(t *testing.T) {
+	const limit, workers, tries = 7, 8, 10
+	all := ledgers(t, 3, config.Budgets{Window: time.Hour, Cluster: limit})
+	var granted sync.Map
+	var wg sync.WaitGroup
+	for w := range workers {
+		wg.Go(func() {
+			for i := range tries {
+				kill := fmt.Sprintf("kill-%d-%d", w, i)
+				v, err := all[(w+i)%len(all)].Claim(t.Context(), kill, "node", "owner", time.Now())
+				if err != nil {
+					t.Error(err)
+				}
+				if v == (budget.Verdict{}) {
+					granted.Store(kill, true)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	count := 0
+	granted.Range(func(kill, _ any) bool {
+		count++
+		v, err := all[0].Claim(t.Context(), kill.(string), "node", "owner", time.Now())
+		if err != nil || v != (budget.Verdict{}) {
+			t.Errorf("%s claimed again: %+v, %v", kill, v, err)
+		}
+		return true
+	})
+	state, err := all[1].State(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if count != limit || len(state.Marks) != limit {
+		t.Errorf("%d granted, %d kept, want %d", count, len(state.Marks), limit)
+	}
+}
+
+// Once SetPause has returned nothing is granted, by anybody.
+func TestLedgerPause(t *testing.T) {
+	all := ledgers(t, 3, config.Budgets{Window: time.Hour, Cluster: 1000})
+	var paused atomic.Bool
+	var after, before atomic.Int32
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	for w := range 8 {
+		wg.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				was := paused.Load() // before the claim begins
+				v, err := all[w%2].Claim(t.Context(), fmt.Sprintf("kill-%d-%d", w, i), "node", "owner", time.Now())
+				switch {
+				case err != nil:
+					t.Error(err)
+					return
+				case v == (budget.Verdict{}) && was:
+					after.Add(1)
+				case v == (budget.Verdict{}):
+					before.Add(1)
+				}
+			}
+		})
+	}
+	for before.Load() < 20 {
+		time.Sleep(time.Millisecond)
+	}
+	if was, err := all[2].SetPause(t.Context(), &budget.Pause{Reason: "x"}); err != nil || was != nil {
+		t.Fatalf("%v, %v", was, err)
+	}
+	paused.Store(true)
+	state, err := all[2].State(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(300 * time.Millisecond)
+	cancel()
+	wg.Wait()
+	later, err := all[2].State(t.Context())
+	if err != nil || len(later.Marks) != len(state.Marks) || after.Load() != 0 {
+		t.Errorf("%d granted after the pause; %d marks, then %d; %v", after.Load(), len(state.Marks), len(later.Marks), err)
+	}
+	if was, err := all[2].SetPause(t.Context(), nil); err != nil || was == nil || was.Reason != "x" {
+		t.Errorf("%v, %v", was, err)
+	}
+	if v, err := all[0].Claim(t.Context(), "last", "node", "owner", time.Now()); err != nil || v != (budget.Verdict{}) {
+		t.Errorf("%+v, %v", v, err)
+	}
+}
+
+// As many marks as a config permits fit into one message, with names as long as they may be in practice; with
+// longer ones the claim fails, and nothing is marked.
+func TestLedgerSize(t *testing.T) {
+	for _, tt := range []struct {
+		length int
+		fits   bool
+	}{{63, true}, {600, false}} {
+		l := ledgers(t, 1, config.Budgets{Window: time.Hour, Cluster: 1000})[0]
+		state := budget.State{Schema: "oom-tracer/v1"}
+		now := time.Now()
+		for i := range 999 {
+			name := fmt.Sprintf("%d%s", i, strings.Repeat("x", tt.length))
+			state.Claim(l.Limits, budget.Mark{Kill: name + name, Node: name, Owner: name + name, Time: now}, now, time.Minute)
+		}
+		data, err := json.Marshal(&state)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = l.Cell.Update(t.Context(), func([]byte) ([]byte, error) { return data, nil })
+		if err == nil {
+			var v budget.Verdict
+			if v, err = l.Claim(t.Context(), "last", "node", "owner", now); v != (budget.Verdict{}) {
+				t.Errorf("%+v", v)
+			}
+		}
+		if (err == nil) != tt.fits {
+			t.Errorf("names of %d: %v", tt.length, err)
+		}
+	}
+}
+
+// An operator deletes what is kept, or the bucket.
+func TestLedgerDeleted(t *testing.T) {
+	c := connections(t, 1)[0]
+	l := &budget.Ledger{Cell: c.Cell(budget.Key), Limits: config.Budgets{Window: time.Hour, Cluster: 1}, Keep: time.Minute, Now: time.Now}
+	claim := func(kill string, granted bool) {
+		t.Helper()
+		v, err := l.Claim(t.Context(), kill, "node", "owner", time.Now())
+		if err != nil || (v == budget.Verdict{}) != granted {
+			t.Errorf("%s: %+v, %v", kill, v, err)
+		}
+	}
+	claim("1", true)
+	claim("2", false)
+	kv, err := c.JetStream().KeyValue(t.Context(), bus.BucketName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := kv.Delete(t.Context(), budget.Key); err != nil {
+		t.Fatal(err)
+	}
+	claim("3", true)
+	if err := c.JetStream().DeleteKeyValue(t.Context(), bus.BucketName); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := l.Claim(t.Context(), "4", "node", "owner", time.Now()); !errors.Is(err, jetstream.ErrBucketNotFound) {
+		t.Errorf("without a bucket: %+v, %v", v, err)
+	}
+}
