@@ -212,6 +212,15 @@ type Incident struct {
 	Index uint32 `json:"index"`
 }
 
+// BeyondPod tells whether a kill's cause is not the limit of one pod, or of something in it: the node, or several
+// pods together, ran out of memory. What is not known is not.
+func (e *Event) BeyondPod() bool {
+	if e.Scope != ScopeCgroup {
+		return e.Scope != ScopeUnknown
+	}
+	return e.Limit != nil && (e.Limit.Level == LevelNode || e.Limit.Level == LevelKubepods || e.Limit.Level == LevelQoS)
+}
+
 // Container is what the victim's cgroup path says of Kubernetes and its runtime. A path that is not
 // fully understood yields none.
 type Container struct {

@@ -16,7 +16,7 @@ import (
 )
 
 // messages are what is published, by the name of their schema's file.
-var messages = map[string]any{"event": event.Event{}, "gap": event.Gap{}, "node-status": event.NodeStatus{}, "outcome": event.Outcome{}}
+var messages = map[string]any{"event": event.Event{}, "gap": event.Gap{}, "node-status": event.NodeStatus{}, "outcome": event.Outcome{}, "neighbours": event.Neighbours{}}
 
 // TestSchema holds the JSON Schemas beside this package against its types and their comments, and the golden
 // messages against the schemas.
@@ -54,6 +54,7 @@ func TestSchema(t *testing.T) {
 		"full": "event", "bare": "event", "zero": "event", "sparse": "event",
 		"gap-full": "gap", "gap-bare": "gap", "status-full": "node-status", "status-bare": "node-status",
 		"outcome-full": "outcome", "outcome-bare": "outcome",
+		"neighbours-full": "neighbours", "neighbours-bare": "neighbours",
 	} {
 		schema, err := compiler.Compile(filepath.Join("schema", name+".schema.json"))
 		if err != nil {

@@ -14,8 +14,10 @@ const (
 	KindKill    Kind = "kill"    // class: the scope
 	KindExiting Kind = "exiting" // class: the scope
 	KindGap     Kind = "gap"     // class: the cause
-	KindNode    Kind = "node"    // class: status
-	KindOutcome Kind = "outcome" // class: the result
+	// KindNeighbours has the class of its kill: the scope.
+	KindNeighbours Kind = "neighbours"
+	KindNode       Kind = "node"    // class: status
+	KindOutcome    Kind = "outcome" // class: the result
 )
 
 // subjectRoot opens every subject. The v1 is the schema's.
@@ -32,7 +34,7 @@ const (
 // StreamSubjects are the subjects of the stream StreamName. Kinds that are published by later
 // versions are bound from the start, so that an older stream already takes them.
 func StreamSubjects() []string {
-	return []string{subjectRoot + ".kill.>", subjectRoot + ".exiting.>", subjectRoot + ".outcome.>", subjectRoot + ".gap.>"}
+	return []string{subjectRoot + ".kill.>", subjectRoot + ".exiting.>", subjectRoot + ".outcome.>", subjectRoot + ".gap.>", subjectRoot + ".neighbours.>"}
 }
 
 // NodesStreamSubjects are the subjects of the stream NodesStreamName.

@@ -117,7 +117,7 @@ func (o *options) tailFlags(flags *flag.FlagSet) {
 		return nil
 	})
 	flags.StringVar(&o.node, "node", "", "only this `node`")
-	flags.BoolVar(&o.kills, "kills", false, "kills alone: leave out tasks that were already exiting, and gaps")
+	flags.BoolVar(&o.kills, "kills", false, "kills alone: leave out tasks that were already exiting, what the other pods held, and gaps")
 	flags.BoolVar(&o.outcomes, "outcomes", false, "kills with what oom-annotator made of them, one line each, once that is known; tasks that were already exiting are left out")
 	flags.StringVar(&o.namespace, "namespace", "", "with --outcomes, which this implies: only pods of this `namespace`")
 	flags.StringVar(&o.pod, "pod", "", "likewise: only pods of this `name`")
@@ -269,9 +269,12 @@ func scopeList() string {
 
 // subjects are the patterns that the options select. They do not overlap.
 func subjects(o options) ([]string, error) {
-	kinds := []event.Kind{event.KindKill, event.KindExiting}
-	if o.kills || o.outcomes {
-		kinds = kinds[:1]
+	kinds := []event.Kind{event.KindKill}
+	if !o.kills && !o.outcomes {
+		kinds = append(kinds, event.KindExiting)
+	}
+	if !o.kills {
+		kinds = append(kinds, event.KindNeighbours)
 	}
 	scopes := o.scopes
 	if len(scopes) == 0 {
@@ -387,6 +390,16 @@ func parse(m bus.Stored, table *text.Table) (line, id string, err error) {
 			return "", "", err
 		}
 		return table.GapLine(&g), g.ID, nil
+	}
+	if kind == event.KindNeighbours {
+		n, err := event.ParseNeighbours(m.Data)
+		if err == nil {
+			err = sameNode(n.Node.Name, node)
+		}
+		if err != nil {
+			return "", "", err
+		}
+		return table.NeighboursLine(&n), n.ID, nil
 	}
 	e, err := event.Parse(m.Data)
 	if err == nil {

@@ -19,10 +19,12 @@ const tierMetric = subsystem + "_tier_info"
 // metrics are the tracer's own. Those that something else counts (the kernel program, the publisher)
 // are read where they are counted, at the scrape.
 type metrics struct {
-	events    *prometheus.CounterVec
-	kills     *prometheus.CounterVec
-	gaps      *prometheus.CounterVec
-	published prometheus.Histogram
+	events *prometheus.CounterVec
+	kills  *prometheus.CounterVec
+	gaps   *prometheus.CounterVec
+	// neighbours counts incidents of the whole node.
+	neighbours *prometheus.CounterVec
+	published  prometheus.Histogram
 
 	kernel    kernelSide
 	publisher interface{ Stats() bus.Stats }
@@ -71,6 +73,10 @@ func newMetrics() *metrics {
 			Subsystem: subsystem, Name: "gaps_total",
 			Help: "Gaps in what is known of kills, by cause; each is an event of its own.",
 		}, []string{"cause"}),
+		neighbours: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Subsystem: subsystem, Name: "neighbours_total",
+			Help: "Kills for which the memory of the node's pods was read, skipped (one was read moments before, or the kill was long ago) or failed.",
+		}, []string{"result"}),
 		published: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Subsystem: subsystem, Name: "publish_latency_seconds",
 			Help:    "From the kill in the kernel to its acknowledgement by JetStream.",
@@ -90,6 +96,9 @@ func newMetrics() *metrics {
 	}
 	for _, scope := range event.Scopes() {
 		m.kills.WithLabelValues(string(scope))
+	}
+	for _, result := range []string{"read", "skipped", "failed"} {
+		m.neighbours.WithLabelValues(result)
 	}
 	for _, cause := range event.GapCauses() {
 		m.gaps.WithLabelValues(string(cause))
@@ -120,7 +129,7 @@ func (m *metrics) observe(e *event.Event) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.published} {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published} {
 		c.Describe(ch)
 	}
 	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, seqDesc, journalDesc, lostDesc, unseenDesc, connectedDesc, pendingDesc, ackedDesc} {
@@ -130,7 +139,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.published} {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published} {
 		c.Collect(ch)
 	}
 	ch <- prometheus.MustNewConstMetric(tierDesc, prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Prototype()))

@@ -41,6 +41,7 @@ type tracer struct {
 	metrics   *metrics
 	http      *obs.Server
 	lines     *printer
+	lookout   *lookout // nil: nobody looks at the neighbours
 	vmstat    procRoot
 	memory    *memory // nil: nothing is remembered over restarts
 	interval  time.Duration
@@ -113,6 +114,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
 	t.metrics.watch(t.loader, t.publisher, t.conn, t.vmstat)
+	t.lookout = newLookout(cfg.Node, t.metrics.neighbours, log)
 	if err := t.begin(); err != nil {
 		return nil, err
 	}
@@ -183,6 +185,11 @@ func (t *tracer) run(ctx context.Context) error {
 		served <- err
 	}()
 
+	looked := make(chan struct{})
+	go func() {
+		defer close(looked)
+		t.lookout.run(ctx, t.neighbours)
+	}()
 	kept := make(chan struct{})
 	go func() {
 		defer close(kept)
@@ -207,6 +214,7 @@ func (t *tracer) run(ctx context.Context) error {
 	deadline := (<-stopped).Add(stopTime)
 	bounded, done := context.WithDeadline(downstream, deadline)
 	defer done()
+	wait(bounded, looked)
 	wait(bounded, kept)
 	wait(bounded, reported)
 
@@ -304,6 +312,7 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 		t.loader.Settle(seq, seq)
 	}
 	t.metrics.observe(&e)
+	t.lookout.see(&e)
 	t.lines.print(text.Line(&e, false))
 	t.told = e.Time
 	return true

@@ -110,14 +110,25 @@ func Terms(cfg *config.Config) pods.Terms {
 // stored, and not before.
 func (a *Annotator) Hooks() bus.Hooks {
 	return bus.Hooks{
-		OnAck:   func(m bus.Msg, _ bool) { m.Tag.(func())() },
+		OnAck:   func(m bus.Msg, _ bool) { m.Tag.(tag).settle() },
 		OnRetry: func(bus.Msg, error) { a.Metrics.failure("publish") },
 		OnDrop: func(m bus.Msg, err error) {
 			a.Metrics.failure("dropped")
 			a.Log.Error("outcome given up", "id", m.ID, "error", err)
-			m.Tag.(func())()
+			m.Tag.(tag).settle()
 		},
+		// While it waited another replica may have decided, and otherwise.
+		Stored: func(ctx context.Context, m bus.Msg) (bool, error) {
+			return a.Told.Has(ctx, m.ID, m.Tag.(tag).killed, 0)
+		},
+		Remembered: a.Dedup / 2,
 	}
+}
+
+// tag is an outcome's on its way.
+type tag struct {
+	settle func() // the message that it is about
+	killed time.Time
 }
 
 // Handle works on one message until its outcome is on its way, or it is to come again.
@@ -169,7 +180,7 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 			o.Annotation = key + "=" + value
 		}
 	}
-	if a.publish(m, o, m.Settler.Ack) {
+	if a.publish(m, o, tag{m.Settler.Ack, c.Killed}) {
 		a.Metrics.decided(o, repeated, a.Now().Sub(e.Time))
 		if a.Teller != nil {
 			a.Teller.Tell(e, o)
@@ -223,7 +234,7 @@ func (a *Annotator) refuse(m Message, kill string, r *refusal) {
 		return
 	}
 	o := a.outcome(kill, node, Decision{Result: event.ResultFailed, Reason: r.reason, Detail: fmt.Sprintf("message id %q: %v", m.ID, r.err)})
-	if a.publish(m, o, term) {
+	if a.publish(m, o, tag{term, m.Time}) {
 		a.Metrics.decided(o, false, 0)
 	}
 }
@@ -237,14 +248,14 @@ func (a *Annotator) outcome(kill, node string, d Decision) *event.Outcome {
 }
 
 // publish sends an outcome, and settles the message once it is stored. It reports whether it was taken.
-func (a *Annotator) publish(m Message, o *event.Outcome, settle func()) bool {
+func (a *Annotator) publish(m Message, o *event.Outcome, t tag) bool {
 	subject, err := o.Subject()
 	var data []byte
 	if err == nil {
 		data, err = json.Marshal(o)
 	}
 	if err == nil {
-		err = a.Outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Tag: settle})
+		err = a.Outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Tag: t})
 	}
 	if err != nil {
 		if !errors.Is(err, bus.ErrClosed) { // the next replica's

@@ -128,7 +128,7 @@ func (w *world) Enqueue(m bus.Msg) error {
 		return w.full
 	}
 	w.out = append(w.out, m)
-	m.Tag.(func())()
+	m.Tag.(tag).settle()
 	return nil
 }
 

@@ -119,18 +119,10 @@ func (v *Events) Tell(e *event.Event, o *event.Outcome) {
 			APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID),
 		}, o.Container)
 	}
-	if ofNode(e) {
+	if e.BeyondPod() {
 		// As the kubelet does: its UID is the node's name.
 		v.add(e, text.Sentence(e, o, true), corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: o.Node, UID: types.UID(o.Node)}, "")
 	}
-}
-
-// ofNode tells whether more than one pod ran out of memory.
-func ofNode(e *event.Event) bool {
-	if e.Scope != event.ScopeCgroup {
-		return e.Scope != event.ScopeUnknown
-	}
-	return e.Limit != nil && (e.Limit.Level == event.LevelNode || e.Limit.Level == event.LevelKubepods)
 }
 
 func (v *Events) add(e *event.Event, message string, about corev1.ObjectReference, container string) {

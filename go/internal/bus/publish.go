@@ -30,6 +30,8 @@ type Msg struct {
 	Data    []byte
 	// Tag is the caller's own. It comes back in the hooks.
 	Tag any
+
+	queued time.Time
 }
 
 // Hooks are called by the goroutine that runs Run or Drain, one at a time. They hold up publishing for as
@@ -41,6 +43,10 @@ type Hooks struct {
 	OnRetry func(m Msg, err error)
 	// OnDrop is called when m can never be stored, and is given up.
 	OnDrop func(m Msg, err error)
+	// Stored tells whether the stream has m already. It is asked before each attempt at a message that waits for
+	// longer than Remembered: the server may have forgotten an earlier attempt, or another publisher's.
+	Stored     func(ctx context.Context, m Msg) (bool, error)
+	Remembered time.Duration
 }
 
 // Stats count since the publisher was made.
@@ -119,6 +125,7 @@ func (p *Publisher) Enqueue(m Msg) error {
 		p.refused.Add(1)
 		return fmt.Errorf("enqueue message %s: %w", m.ID, ErrFull)
 	}
+	m.queued = time.Now()
 	p.queue = append(p.queue, m)
 	p.pending++
 	p.signal()
@@ -341,6 +348,17 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 
 	futures := make([]jetstream.PubAckFuture, len(batch))
 	for i, m := range batch {
+		if p.hooks.Stored != nil && time.Since(m.queued) > p.hooks.Remembered {
+			stored, err := p.hooks.Stored(ctx, m)
+			if err != nil {
+				retry(i, err)
+				break
+			}
+			if stored {
+				ack(i, true)
+				continue
+			}
+		}
 		future, err := p.js.PublishMsgAsync(&nats.Msg{Subject: m.Subject, Data: m.Data},
 			jetstream.WithMsgID(m.ID),
 			jetstream.WithRetryAttempts(0)) // retries are ours: nats.go's would overtake each other

@@ -74,10 +74,10 @@ func TestEnsureStream(t *testing.T) {
 	_, err = c.JetStream().UpdateStream(ctx, operators)
 	check(t, err)
 	check(t, bus.EnsureStreams(ctx, c, other))
-	if got, want := config().Subjects, []string{"oom.v1.outcome.>", "oom.v1.exiting.>", "oom.v1.kill.>", "oom.v1.gap.>"}; !slices.Equal(got, want) {
+	if got, want := config().Subjects, []string{"oom.v1.outcome.>", "oom.v1.exiting.>", "oom.v1.kill.>", "oom.v1.gap.>", "oom.v1.neighbours.>"}; !slices.Equal(got, want) {
 		t.Errorf("subjects are %q, want %q", got, want)
 	}
-	operators.Subjects = []string{"oom.*.kill.>", "oom.*.exiting.>", "oom.*.outcome.>", "oom.*.gap.>"}
+	operators.Subjects = []string{"oom.*.kill.>", "oom.*.exiting.>", "oom.*.outcome.>", "oom.*.gap.>", "oom.*.neighbours.>"}
 	_, err = c.JetStream().UpdateStream(ctx, operators)
 	check(t, err)
 	check(t, bus.EnsureStreams(ctx, c, other))

@@ -36,6 +36,9 @@ type Node struct {
 	StateFile string `yaml:"state_file"`
 	// StatusInterval is how often the node says that it is watched, 1 s .. 1 h, give or take a tenth.
 	StatusInterval time.Duration `yaml:"status_interval"`
+	// Neighbours is how many pods are told of, those that hold most, when the node runs out of memory; 0..50,
+	// 0: none.
+	Neighbours int `yaml:"neighbours"`
 }
 
 // Kernel is about the BPF program.
@@ -169,7 +172,7 @@ type Log struct {
 // Default is the configuration of an empty file, and of the one that is shipped.
 func Default() Config {
 	return Config{
-		Node:   Node{CgroupRoot: "/", StateFile: "/var/lib/oom-tracer/state.json", StatusInterval: 5 * time.Minute},
+		Node:   Node{CgroupRoot: "/", StateFile: "/var/lib/oom-tracer/state.json", StatusInterval: 5 * time.Minute, Neighbours: 5},
 		Kernel: Kernel{Tier: "auto", PerfPages: 64, JournalSlots: 1024, PinDir: "/sys/fs/bpf/oom-tracer"},
 		NATS: NATS{
 			Buffer: 10000,

@@ -59,6 +59,10 @@ func (c *Config) faults() []fault {
 		bad("node.status_interval", "must be from 1s to 1h, not %s", i)
 	}
 
+	if n := c.Node.Neighbours; n < 0 || n > 50 {
+		bad("node.neighbours", "must be from 0 to 50, not %d", n)
+	}
+
 	oneOf("kernel.tier", c.Kernel.Tier, "auto", "fentry", "kprobe", "stack", "none")
 	if p := c.Kernel.PerfPages; p < 1 || p > 1024 || p&(p-1) != 0 {
 		bad("kernel.perf_pages", "must be a power of two from 1 to 1024, not %d", p)

@@ -310,10 +310,8 @@ func testForbidden(t *testing.T, client kubernetes.Interface) {
 		"read a secret":     func() error { _, err := core.Secrets("shop").Get(t.Context(), "x", metav1.GetOptions{}); return err },
 		"list nodes":        func() error { _, err := core.Nodes().List(t.Context(), metav1.ListOptions{}); return err },
 		"list namespaces":   func() error { _, err := core.Namespaces().List(t.Context(), metav1.ListOptions{}); return err },
-		"create an event": func() error {
-			_, err := core.Events("shop").Create(t.Context(), &corev1.Event{}, metav1.CreateOptions{})
-			return err
-		},
+		"read events":       func() error { _, err := core.Events("shop").List(t.Context(), metav1.ListOptions{}); return err },
+		"delete an event":   func() error { return core.Events("shop").Delete(t.Context(), "x", metav1.DeleteOptions{}) },
 		"evict a pod": func() error {
 			return core.Pods("shop").EvictV1(t.Context(), &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
 		},
@@ -330,7 +328,7 @@ func testForbidden(t *testing.T, client kubernetes.Interface) {
 		}
 	}
 
-	// The server's own list of what it may do: besides questions about itself, pods and nothing else.
+	// The server's own list of what it may do: besides questions about itself, pods and Events and nothing else.
 	review, err := client.AuthorizationV1().SelfSubjectRulesReviews().Create(t.Context(), &authorizationv1.SelfSubjectRulesReview{
 		Spec: authorizationv1.SelfSubjectRulesReviewSpec{Namespace: "oom-tracer"},
 	}, metav1.CreateOptions{})
@@ -344,7 +342,7 @@ func testForbidden(t *testing.T, client kubernetes.Interface) {
 		}
 		rules = append(rules, fmt.Sprint(rule.APIGroups, rule.Resources, rule.Verbs))
 	}
-	if want := []string{"[] [pods] [get list watch patch]"}; !slices.Equal(rules, want) {
+	if want := []string{"[] [pods] [get list watch patch]", "[] [events] [create patch]"}; !slices.Equal(rules, want) {
 		t.Errorf("may %q, want %q", rules, want)
 	}
 }
@@ -376,59 +374,76 @@ func testReborn(t *testing.T, c *Cluster, client kubernetes.Interface, uid types
 
 // testVerbs takes each verb out of the role in turn: the call that needs it fails, and no other.
 func testVerbs(t *testing.T, c *Cluster, client kubernetes.Interface) {
-	pods := client.CoreV1().Pods("shop")
+	pods, events := client.CoreV1().Pods("shop"), client.CoreV1().Events("shop")
+	made := 0
+	create := func() error {
+		made++
+		_, err := events.Create(t.Context(), &corev1.Event{
+			ObjectMeta:     metav1.ObjectMeta{Name: fmt.Sprint("web.", made)},
+			InvolvedObject: corev1.ObjectReference{Kind: "Pod", Namespace: "shop", Name: "web"},
+		}, metav1.CreateOptions{})
+		return err
+	}
+	if err := create(); err != nil {
+		t.Fatal(err)
+	}
 	calls := map[string]func() error{
-		"get":  func() error { _, err := pods.Get(t.Context(), "web", metav1.GetOptions{}); return err },
-		"list": func() error { _, err := pods.List(t.Context(), metav1.ListOptions{}); return err },
-		"watch": func() error {
+		"get pods":  func() error { _, err := pods.Get(t.Context(), "web", metav1.GetOptions{}); return err },
+		"list pods": func() error { _, err := pods.List(t.Context(), metav1.ListOptions{}); return err },
+		"watch pods": func() error {
 			watch, err := pods.Watch(t.Context(), metav1.ListOptions{})
 			if err == nil {
 				watch.Stop()
 			}
 			return err
 		},
-		"patch": func() error { return annotate(client, "shop", "web", "", map[string]*string{evictMe: value("true")}) },
+		"patch pods":    func() error { return annotate(client, "shop", "web", "", map[string]*string{evictMe: value("true")}) },
+		"create events": create,
+		"patch events": func() error {
+			_, err := events.Patch(t.Context(), "web.1", types.MergePatchType, []byte(`{"count":2}`), metav1.PatchOptions{})
+			return err
+		},
 	}
 	objects, err := Manifests("deploy/annotator/rbac.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
-	var verbs []string
+	known := 0
 	for _, object := range objects {
 		if object.GetKind() != "ClusterRole" {
 			continue
 		}
-		rules := object.Object["rules"].([]any)
-		if len(rules) != 1 {
-			t.Fatalf("rules %v, and this test knows one", rules)
-		}
-		for _, verb := range rules[0].(map[string]any)["verbs"].([]any) {
-			verbs = append(verbs, verb.(string))
+		for i, rule := range object.Object["rules"].([]any) {
+			rule := rule.(map[string]any)
+			resource := rule["resources"].([]any)[0].(string)
+			for _, v := range rule["verbs"].([]any) {
+				known++
+				verb := v.(string)
+				name := verb + " " + resource
+				if calls[name] == nil {
+					t.Fatalf("no call that needs to %s", name)
+				}
+				changeRole(t, c, func(role *rbacv1.ClusterRole) {
+					role.Rules[i].Verbs = slices.DeleteFunc(role.Rules[i].Verbs, func(v string) bool { return v == verb })
+				})
+				c.Eventually("without "+name, func() error {
+					if err := calls[name](); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "cannot "+verb+" resource \""+resource+"\"") {
+						return fmt.Errorf("%s: %v", name, err)
+					}
+					return nil
+				})
+				for other, call := range calls {
+					if err := call(); other != name && err != nil {
+						t.Errorf("without %s, %s: %v", name, other, err)
+					}
+				}
+				c.Apply("deploy/annotator/rbac.yaml")
+				c.Eventually("with "+name+" again", calls[name])
+			}
 		}
 	}
-	if len(verbs) != len(calls) {
-		t.Fatalf("verbs %v, and this test has calls for %d", verbs, len(calls))
-	}
-	for _, verb := range verbs {
-		if calls[verb] == nil {
-			t.Fatalf("no call that needs the verb %s", verb)
-		}
-		changeRole(t, c, func(role *rbacv1.ClusterRole) {
-			role.Rules[0].Verbs = slices.DeleteFunc(slices.Clone(verbs), func(v string) bool { return v == verb })
-		})
-		c.Eventually("without "+verb, func() error {
-			if err := calls[verb](); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "cannot "+verb+" resource \"pods\"") {
-				return fmt.Errorf("%s: %v", verb, err)
-			}
-			return nil
-		})
-		for other, call := range calls {
-			if err := call(); other != verb && err != nil {
-				t.Errorf("without %s, %s: %v", verb, other, err)
-			}
-		}
-		c.Apply("deploy/annotator/rbac.yaml")
-		c.Eventually("with "+verb+" again", calls[verb])
+	if known != len(calls) {
+		t.Fatalf("%d verbs, and this test has calls for %d", known, len(calls))
 	}
 }
 
