@@ -2,12 +2,12 @@ package event
 
 import "time"
 
-// Neighbours says how much memory the pods of a node held just after a kill for which no single pod's limit was
+// Neighbours says how much memory the pods of a node held a moment after a kill for which no single pod's limit was
 // the cause: the victim need not be the one that took the memory. There is at most one for an incident, and
 // none in the seconds after another one, nor where the tracer could not read the node's cgroups.
 //
-// The figures are of the moment when they were read, some milliseconds after the kill: the victim's memory may be
-// in them or not, and a pod that was killed as a whole may be missing.
+// The figures are of the moment when they were read, about a second after the kill: the victim's memory is given
+// back by then, as a rule, and a pod that was killed as a whole may be missing.
 type Neighbours struct {
 	Schema string `json:"schema"`
 	// ID is NeighboursID(Incident); it is also the JetStream message ID.

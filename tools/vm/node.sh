@@ -3,11 +3,12 @@
 #
 # A node with pods, for TestVM of go/cmd/oom-annotator: a tracer as it ships, whose NATS is one of the host
 # that runs the machine, and then three kills: by the limit of a container, by that of all pods together, and
-# of the whole node. init.sh runs this in the place of vm.test. It ends with the machine. On the kernel's
+# of the whole node, where another pod holds more than the one that is hit. init.sh runs this in the place of vm.test. It ends with the machine. On the kernel's
 # command line:
 #
 #   oom.node=NAME oom.nats=PORT
 #   oom.container=UID/ID oom.kubepods=UID/ID oom.global=UID/ID     the pod and container that each kill hits
+#   oom.holder=UID/ID                                              those that hold 64 MiB, and cannot be hit
 set -eu
 
 param() { tr ' ' '\n' </proc/cmdline | sed -n "s/^oom\\.$1=//p"; }
@@ -45,5 +46,9 @@ pods=$(container "$(param kubepods)")
 echo 48M >$memory/kubepods/$limit
 hog "$pods" 96
 echo $none >$memory/kubepods/$limit
+holder=$(container "$(param holder)")
+# shellcheck disable=SC2016 # for the inner shell
+echo | sh -c 'echo $$ >"$0/cgroup.procs"; exec hog 0 64 hold' "$holder" &
+sleep 11 # a tracer reads the pods' memory that often
 hog "$(container "$(param global)")" 4096
 wait

@@ -72,7 +72,8 @@ func testVM(t *testing.T, c *kubetest.Cluster, account *rest.Config, node, kerne
 		pods[pod.Name] = pod
 		params += fmt.Sprintf(" oom.%s=%s/%s", kind, pod.UID, c.ContainerID(pod, "main"))
 	}
-	c.Pod("shop", node+"-bystander", node)
+	holder := c.Pod("shop", node+"-holder", node)
+	params += fmt.Sprintf(" oom.holder=%s/%s", holder.UID, c.ContainerID(holder, "main"))
 	before := versions(t, c)
 
 	m := startMachine(t, kernel, params)
@@ -131,7 +132,25 @@ func testVM(t *testing.T, c *kubetest.Cluster, account *rest.Config, node, kerne
 			t.Errorf("%s: annotations %v", pod.Name, now.Annotations)
 		}
 	}
-	wantSame(t, c, before) // the bystander's too, and the container's own
+	wantSame(t, c, before) // the holder's too, and the container's own
+	// Who was not hit, and has it all.
+	global, others := outcomes[node+"-global"].Kill, map[string]event.Neighbours{}
+	eventually(t, "what the pods held is told", func() error {
+		err := bus.Tail(t.Context(), r.conn, bus.TailOptions{Subjects: []string{"oom.v1.neighbours.>"}, Since: time.Unix(0, 0)}, func(m bus.Stored) error {
+			n, err := event.ParseNeighbours(m.Data)
+			others[n.Kill] = n
+			return err
+		})
+		if err == nil && others[global].Kill == "" {
+			err = fmt.Errorf("not for %s: %+v", global, others)
+		}
+		return err
+	})
+	n := others[global]
+	if n.Scope != event.ScopeGlobal || n.Level != event.LevelNode || n.PodsSeen < 2 || n.Incomplete || n.Incident != kills[global].Incident.ID ||
+		n.Pods[0].PodUID != string(holder.UID) || n.Pods[0].Usage < 64<<20 || n.Pods[0].Max != nil {
+		t.Errorf("neighbours %+v", n)
+	}
 	return nil
 }
 

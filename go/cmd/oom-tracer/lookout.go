@@ -16,6 +16,9 @@ import (
 const (
 	// lookPause is the least time between two readings of all pods: a storm is read once.
 	lookPause = 10 * time.Second
+	// lookAfter is how long after the kill the pods are read: it takes a moment until the victim's memory is given
+	// back, and what remains is what the next kill is for.
+	lookAfter = time.Second
 	// lookTime bounds one reading.
 	lookTime = 2 * time.Second
 	// lookLate is how old a kill may be: what the pods hold now says nothing of one from before.
@@ -62,6 +65,11 @@ func (l *lookout) run(ctx context.Context, publish func(*event.Neighbours) error
 		var e event.Event
 		select {
 		case e = <-l.wanted:
+		case <-ctx.Done():
+			return
+		}
+		select {
+		case <-time.After(time.Until(e.Time.Add(lookAfter))):
 		case <-ctx.Done():
 			return
 		}
