@@ -27,6 +27,7 @@ const (
 
 	ReasonObserveOnly Reason = "observe_only" // policy.annotation is empty
 	ReasonPaused      Reason = "paused"       // somebody has paused all marking
+	ReasonNeighbours  Reason = "neighbours"   // of StageNeighbours
 
 	// What the event itself says.
 	ReasonHost     Reason = "host"      // the victim was in no pod
@@ -64,7 +65,7 @@ const (
 func Reasons() map[Result][]Reason {
 	return map[Result][]Reason{
 		ResultAnnotated: {ReasonMarked},
-		ResultObserved:  {ReasonObserveOnly, ReasonPaused},
+		ResultObserved:  {ReasonObserveOnly, ReasonPaused, ReasonNeighbours},
 		ResultSkipped: {
 			ReasonHost, ReasonUnproven, ReasonTooOld, ReasonScope, ReasonNoLimit, ReasonInferred, ReasonLevel, ReasonNotFound,
 			ReasonOtherNode, ReasonAmbiguous, ReasonGone, ReasonReborn, ReasonFinished, ReasonAlready,
@@ -76,8 +77,14 @@ func Reasons() map[Result][]Reason {
 	}
 }
 
-// StageAnnotate is the stage of the annotator's last word on a kill. There is one for each kill.
-const StageAnnotate = "annotate"
+// The stages.
+const (
+	// StageAnnotate is that of what became of a kill. There is one for each kill.
+	StageAnnotate = "annotate"
+	// StageNeighbours is that of what the node's pods held then, by their names, in Detail. There is one for each
+	// Neighbours that came in time.
+	StageNeighbours = "neighbours"
+)
 
 // Outcome says what the annotator made of a kill. A message that is no kill has an outcome too.
 type Outcome struct {

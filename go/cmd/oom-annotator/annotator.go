@@ -183,6 +183,17 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	defer stop()
 	published := make(chan error, 1)
 	go func() { published <- publisher.Run(downstream) }()
+	told := make(chan struct{})
+	if a.Teller == nil {
+		close(told)
+	} else {
+		onlooker := &annotate.Onlooker{Last: conn.Last, Finder: a.Finder, Outlet: publisher, Next: a.Teller, Log: w.log, Now: time.Now}
+		a.Teller = onlooker
+		go func() {
+			defer close(told)
+			onlooker.Run(downstream)
+		}()
+	}
 	err = consumer.Run(ctx, func(ctx context.Context, d *bus.Delivery) {
 		a.Handle(ctx, annotate.Message{Stored: d.Stored, Attempt: d.Attempt, Settler: d})
 	})
@@ -195,6 +206,7 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 		w.log.Info("kills are given back", "count", n)
 	}
 	stop()
+	bounded(func() { <-told })
 	return errors.Join(err, <-published)
 }
 

@@ -168,6 +168,7 @@ type rig struct {
 	conn      *bus.Conn
 	publisher *bus.Publisher
 	outcomes  chan event.Outcome
+	named     chan event.Outcome // of event.StageNeighbours
 	seq       uint64
 }
 
@@ -306,14 +307,18 @@ func (r *rig) connect() {
 
 // tail reads the outcomes.
 func (r *rig) tail() {
-	r.outcomes = make(chan event.Outcome, 10000)
+	r.outcomes, r.named = make(chan event.Outcome, 10000), make(chan event.Outcome, 10000)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.t.Context()))
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		err := bus.Tail(ctx, r.conn, bus.TailOptions{Subjects: []string{"oom.v1.outcome.>"}, Since: time.Unix(0, 0), Follow: true}, func(m bus.Stored) error {
 			o, err := event.ParseOutcome(m.Data)
-			if err == nil {
+			switch {
+			case err != nil:
+			case o.Stage == event.StageNeighbours:
+				r.named <- o
+			default:
 				r.outcomes <- o
 			}
 			return err
@@ -402,6 +407,24 @@ func (r *rig) publish(events ...event.Event) {
 	}
 }
 
+// neighbours publishes what the pods held after a kill, as its tracer does.
+func (r *rig) neighbours(e event.Event, pods ...event.PodMemory) {
+	r.t.Helper()
+	n := event.Neighbours{
+		Schema: event.Schema, ID: event.NeighboursID(e.Incident.ID), Incident: e.Incident.ID, Kill: e.ID, Time: time.Now().UTC(), ReadNS: 1,
+		Node: e.Node, Scope: e.Scope, Level: e.Limit.Level, Pods: pods, PodsSeen: uint32(len(pods)),
+	}
+	data, err := json.Marshal(&n)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	subject, err := n.Subject()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.raw(n.ID, subject, data)
+}
+
 func (r *rig) raw(id, subject string, data []byte) {
 	r.t.Helper()
 	if err := r.publisher.Enqueue(bus.Msg{ID: id, Subject: subject, Data: data}); err != nil {
@@ -419,6 +442,21 @@ func (r *rig) outcome() event.Outcome {
 		r.t.Fatal("the annotator has ended")
 	case <-time.After(max(patience, r.patience)):
 		r.t.Fatal("no outcome")
+	}
+	return event.Outcome{}
+}
+
+// others waits for what is said of the other pods.
+func (r *rig) others() event.Outcome {
+	r.t.Helper()
+	select {
+	case o := <-r.named:
+		if o.Result != event.ResultObserved || o.Reason != event.ReasonNeighbours || o.ID != o.Kill+"/neighbours" {
+			r.t.Errorf("outcome %+v", o)
+		}
+		return o
+	case <-time.After(patience):
+		r.t.Fatal("nothing is said of the other pods")
 	}
 	return event.Outcome{}
 }

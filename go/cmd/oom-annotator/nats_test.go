@@ -82,7 +82,7 @@ func testPermissions(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		}
 	}
 	permissions["subscribe"] = strings.ReplaceAll(string(shipped), "_INBOX_oom-annotator.>", "_INBOX_another.>")
-	if len(permissions) != 11 {
+	if len(permissions) != 12 {
 		t.Fatalf("%d cases", len(permissions))
 	}
 	for missing, conf := range permissions {
@@ -111,9 +111,22 @@ func testPermissions(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 			name := fmt.Sprintf("permitted-%x", sha256.Sum256([]byte(missing)))[:20]
 			e := r.killOf(c.Pod("shop", name, node), "")
 			e.ID = event.VictimID(name, 1, 1) // the test's own name is none
+			e.Incident = &event.Incident{ID: name}
 			r.publish(e)
+			r.neighbours(e, event.PodMemory{PodUID: e.Container.PodUID, Usage: 1 << 30})
+			if missing == "$JS.API.STREAM.MSG.GET.OOM" {
+				r.want(e.ID, "annotated/marked")
+				time.Sleep(6 * time.Second) // it would be told by then
+				if len(r.named) > 0 {
+					t.Errorf("it works without %s: %+v", missing, <-r.named)
+				}
+				return
+			}
 			if missing == "all" {
 				r.want(e.ID, "annotated/marked")
+				if o := r.others(); o.Kill != e.ID {
+					t.Errorf("outcome %+v", o)
+				}
 				r.settled()
 				conn, err := bus.Connect(t.Context(), config.NATS{URL: url, User: "oom-annotator", PasswordFile: password}, bus.Options{Name: "oom-annotator"}, slog.New(slog.DiscardHandler))
 				if err != nil {

@@ -59,9 +59,9 @@ type Told interface {
 	Has(ctx context.Context, id string, since time.Time, fresh time.Duration) (bool, error)
 }
 
-// Teller says in Kubernetes what happened; see Events.
+// Teller says in Kubernetes what happened, and what others had to do with it; see Events.
 type Teller interface {
-	Tell(e *event.Event, o *event.Outcome)
+	Tell(e *event.Event, o *event.Outcome, others string)
 }
 
 // Settler settles a message; see bus.Delivery.
@@ -183,7 +183,7 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 	if a.publish(m, o, tag{m.Settler.Ack, c.Killed}) {
 		a.Metrics.decided(o, repeated, a.Now().Sub(e.Time))
 		if a.Teller != nil {
-			a.Teller.Tell(e, o)
+			a.Teller.Tell(e, o, "")
 		}
 	}
 }

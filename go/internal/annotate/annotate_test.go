@@ -81,8 +81,8 @@ func (w asker) Has(_ context.Context, id string, since time.Time, fresh time.Dur
 	return w.world.told, w.toldErr
 }
 
-func (w *world) Tell(e *event.Event, o *event.Outcome) {
-	w.events = append(w.events, e.ID+" "+string(o.Result))
+func (w *world) Tell(e *event.Event, o *event.Outcome, others string) {
+	w.events = append(w.events, strings.TrimSpace(e.ID+" "+string(o.Result)+" "+others))
 }
 
 func (w *world) Find(node, uid, containerID string) (pods.Found, error) {

@@ -109,19 +109,22 @@ func (v *Events) Collect(ch chan<- prometheus.Metric) {
 	v.writes.Collect(ch)
 }
 
-// Tell takes a kill and its outcome. It never blocks.
-func (v *Events) Tell(e *event.Event, o *event.Outcome) {
+// Tell implements Teller. It never blocks.
+func (v *Events) Tell(e *event.Event, o *event.Outcome, others string) {
 	if o.Reason == event.ReasonTooOld {
 		return // news of long ago
 	}
+	if others != "" {
+		others = "; " + others
+	}
 	if p := o.Pod; p != nil {
-		v.add(e, text.Sentence(e, o, false), corev1.ObjectReference{
+		v.add(e, text.Sentence(e, o, false)+others, corev1.ObjectReference{
 			APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID),
 		}, o.Container)
 	}
 	if e.BeyondPod() {
 		// As the kubelet does: its UID is the node's name.
-		v.add(e, text.Sentence(e, o, true), corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: o.Node, UID: types.UID(o.Node)}, "")
+		v.add(e, text.Sentence(e, o, true)+others, corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: o.Node, UID: types.UID(o.Node)}, "")
 	}
 }
 

@@ -109,9 +109,15 @@ func podKill(pod string, n int) (*event.Event, *event.Outcome) {
 	}
 }
 
+// tell tells of the nth kill in a pod.
+func tell(v *Events, pod string, n int) {
+	e, o := podKill(pod, n)
+	v.Tell(e, o, "")
+}
+
 func TestEvents(t *testing.T) {
 	writing(t, func(t *testing.T, v *Events, s *shelf) {
-		v.Tell(podKill("cart", 1))
+		tell(v, "cart", 1)
 		synctest.Wait()
 		if len(s.events) != 1 {
 			t.Fatalf("%d events", len(s.events))
@@ -128,7 +134,7 @@ func TestEvents(t *testing.T) {
 		// A crash loop: few writes, and all of it in the end, though no kill comes to take it along.
 		for n := range 99 {
 			sleep(time.Second)
-			v.Tell(podKill("cart", n+2))
+			tell(v, "cart", n+2)
 		}
 		sleep(2 * eventInterval)
 		if diff := cmp.Diff(map[string]int32{"Pod cart": 100}, s.counts()); diff != "" || s.writes > 4 || len(s.events) != 1 {
@@ -137,11 +143,11 @@ func TestEvents(t *testing.T) {
 		// Another container, another pod, and after a while another Event.
 		e, o := podKill("cart", 101)
 		o.Container = "side"
-		v.Tell(e, o)
-		v.Tell(podKill("web", 1))
+		v.Tell(e, o, "")
+		tell(v, "web", 1)
 		synctest.Wait()
 		sleep(eventLife + time.Second)
-		v.Tell(podKill("web", 2))
+		tell(v, "web", 2)
 		synctest.Wait()
 		if diff := cmp.Diff(map[string]int32{"Pod cart": 101, "Pod web": 2}, s.counts()); diff != "" || len(s.events) != 4 {
 			t.Errorf("%d events (-want +got):\n%s", len(s.events), diff)
@@ -156,15 +162,15 @@ func TestEventsOfNode(t *testing.T) {
 	writing(t, func(t *testing.T, v *Events, s *shelf) {
 		e := kill()
 		o := &event.Outcome{Kill: e.ID, Node: "node-1", Result: event.ResultAnnotated, Reason: event.ReasonMarked, Pod: &event.PodRef{Namespace: "shop", Name: "cart", UID: "u"}}
-		v.Tell(e, o)
+		v.Tell(e, o, "")
 		host := kill()
 		host.ID, host.Container = "boot-2-2", nil
-		v.Tell(host, &event.Outcome{Kill: host.ID, Node: "node-1", Result: event.ResultSkipped, Reason: event.ReasonHost})
+		v.Tell(host, &event.Outcome{Kill: host.ID, Node: "node-1", Result: event.ResultSkipped, Reason: event.ReasonHost}, "")
 		// What is long ago is no news, and a cgroup of the host's is not the node.
-		v.Tell(kill(), &event.Outcome{Node: "node-1", Result: event.ResultSkipped, Reason: event.ReasonTooOld, Pod: o.Pod})
+		v.Tell(kill(), &event.Outcome{Node: "node-1", Result: event.ResultSkipped, Reason: event.ReasonTooOld, Pod: o.Pod}, "")
 		other := kill()
 		other.Scope, other.Limit, other.Container = event.ScopeCgroup, &event.Limit{Level: event.LevelOther}, nil
-		v.Tell(other, &event.Outcome{Node: "node-1", Result: event.ResultSkipped, Reason: event.ReasonHost})
+		v.Tell(other, &event.Outcome{Node: "node-1", Result: event.ResultSkipped, Reason: event.ReasonHost}, "")
 		synctest.Wait()
 		sleep(2 * eventInterval)
 		if diff := cmp.Diff(map[string]int32{"Pod cart": 1, "Node node-1": 2}, s.counts()); diff != "" {
@@ -198,8 +204,8 @@ func TestEventsFail(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			writing(t, func(t *testing.T, v *Events, s *shelf) {
 				s.answer = tt.answer
-				v.Tell(podKill("cart", 1))
-				v.Tell(podKill("cart", 2))
+				tell(v, "cart", 1)
+				tell(v, "cart", 2)
 				synctest.Wait()
 				sleep(2 * eventLife)
 				written, failed := testutil.ToFloat64(v.kills.WithLabelValues("written")), testutil.ToFloat64(v.kills.WithLabelValues("failed"))
@@ -217,10 +223,10 @@ func TestEventsFail(t *testing.T) {
 // An Event that outlived its time on the server is made again.
 func TestEventsExpire(t *testing.T) {
 	writing(t, func(t *testing.T, v *Events, s *shelf) {
-		v.Tell(podKill("cart", 1))
+		tell(v, "cart", 1)
 		synctest.Wait()
 		clear(s.events)
-		v.Tell(podKill("cart", 2))
+		tell(v, "cart", 2)
 		sleep(2 * eventInterval)
 		if diff := cmp.Diff(map[string]int32{"Pod cart": 2}, s.counts()); diff != "" {
 			t.Errorf("-want +got:\n%s", diff)
@@ -232,10 +238,10 @@ func TestEventsExpire(t *testing.T) {
 func TestEventsAgain(t *testing.T) {
 	writing(t, func(t *testing.T, v *Events, s *shelf) {
 		e, o := podKill("cart", 1)
-		v.Tell(e, o)
+		v.Tell(e, o, "")
 		synctest.Wait()
 		again := NewEvents(s, "host-2", slog.New(slog.DiscardHandler))
-		again.Tell(e, o)
+		again.Tell(e, o, "")
 		again.write(context.Background(), true)
 		if diff := cmp.Diff(map[string]int32{"Pod cart": 1}, s.counts()); diff != "" || len(s.events) != 1 {
 			t.Errorf("%d events (-want +got):\n%s", len(s.events), diff)
@@ -247,7 +253,7 @@ func TestEventsAgain(t *testing.T) {
 func TestEventsStorm(t *testing.T) {
 	writing(t, func(t *testing.T, v *Events, s *shelf) {
 		for n := range maxSeries + 100 {
-			v.Tell(podKill(fmt.Sprint("pod-", n), 1))
+			tell(v, fmt.Sprint("pod-", n), 1)
 		}
 		sleep(10 * time.Second)
 		s.mu.Lock()
@@ -271,9 +277,9 @@ func TestEventsDrain(t *testing.T) {
 		v := NewEvents(s, "host-1", slog.New(slog.DiscardHandler))
 		ctx, cancel := context.WithCancel(context.Background())
 		go v.Run(ctx)
-		v.Tell(podKill("cart", 1))
+		tell(v, "cart", 1)
 		synctest.Wait()
-		v.Tell(podKill("cart", 2))
+		tell(v, "cart", 2)
 		synctest.Wait()
 		before := time.Now()
 		cancel()
@@ -289,7 +295,7 @@ func TestEventNames(t *testing.T) {
 		long := strings.Repeat("a", 235) + "-" + strings.Repeat("b", 17)
 		e, o := podKill(long, 1)
 		e.Victim.Comm = strings.Repeat("x", 5000)
-		v.Tell(e, o)
+		v.Tell(e, o, "")
 		synctest.Wait()
 		for key, e := range s.events {
 			if len(e.Name) > maxEventName || strings.Contains(e.Name, "-.") || len(e.Message) > maxEventMessage {

@@ -53,6 +53,9 @@ func NewMetrics() *Metrics {
 	}
 	for result, reasons := range event.Reasons() {
 		for _, reason := range reasons {
+			if reason == event.ReasonNeighbours {
+				continue // says nothing of the victim
+			}
 			m.victims.WithLabelValues(stageOf(result), string(reason))
 			if result == event.ResultFailed {
 				m.events.WithLabelValues("error", string(reason))

@@ -105,6 +105,26 @@ func streamInfo(ctx context.Context, c *Conn, name string) (info *jetstream.Stre
 	return info, nil
 }
 
+// Last reads the last message on a subject of the stream [event.StreamName]. It wraps jetstream.ErrMsgNotFound where
+// there is none.
+func (c *Conn) Last(ctx context.Context, subject string) (data []byte, err error) {
+	err = c.call(ctx, "$JS.API.STREAM.", func(ctx context.Context) error {
+		s, err := c.js.Stream(ctx, event.StreamName)
+		if err != nil {
+			return err
+		}
+		m, err := s.GetLastMsgForSubject(ctx, subject)
+		if err == nil {
+			data = m.Data
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
+	}
+	return data, nil
+}
+
 // checkStream refuses what an update cannot mend.
 func checkStream(have jetstream.StreamConfig) error {
 	var wrong []string

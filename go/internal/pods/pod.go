@@ -54,6 +54,8 @@ type Pod struct {
 	Containers []Container
 	// Owner is what would make a new pod in this one's place, as <kind>/<name>; empty: nothing would.
 	Owner string
+	// Request is how much memory its containers ask for, in bytes.
+	Request int64
 	// Kill is the ID of the event that the pod was marked for, if any.
 	Kill string
 
@@ -116,6 +118,9 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	if owner := metav1.GetControllerOfNoCopy(in); owner != nil {
 		p.DaemonSet = owner.Kind == "DaemonSet" && strings.HasPrefix(owner.APIVersion, "apps/")
 		p.Owner = unique.Make(topOwner(owner, in.Labels)).Value()
+	}
+	for i := range in.Spec.Containers {
+		p.Request += in.Spec.Containers[i].Resources.Requests.Memory().Value()
 	}
 	if t.Mark != "" {
 		_, p.Marked = in.Annotations[t.Mark]

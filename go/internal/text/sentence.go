@@ -57,10 +57,10 @@ func because(e *event.Event) string {
 	}
 	s := whose + " at the memory limit"
 	if l.Max != nil {
-		s += " of " + size(*l.Max)
+		s += " of " + Size(*l.Max)
 	}
 	if l.Usage != nil {
-		s += ", usage " + size(*l.Usage)
+		s += ", usage " + Size(*l.Usage)
 	}
 	if l.Inferred {
 		s += " (inferred)"

@@ -143,9 +143,9 @@ func (t *Table) NeighboursLine(n *event.Neighbours) string {
 		p := &n.Pods[i]
 		of := ""
 		if p.Max != nil {
-			of = " of " + size(*p.Max)
+			of = " of " + Size(*p.Max)
 		}
-		pods = append(pods, fmt.Sprintf("pod %s %s%s", Printable(p.PodUID), size(p.Usage), of))
+		pods = append(pods, fmt.Sprintf("pod %s %s%s", Printable(p.PodUID), Size(p.Usage), of))
 	}
 	line := strings.Join(pods, ", ")
 	if line == "" {
@@ -216,7 +216,7 @@ func held(e *event.Event) string {
 	if m == nil {
 		return "rss ?"
 	}
-	return "rss " + size(m.AnonRSS+m.FileRSS+m.ShmemRSS)
+	return "rss " + Size(m.AnonRSS+m.FileRSS+m.ShmemRSS)
 }
 
 func limit(e *event.Event) string {
@@ -229,7 +229,7 @@ func limit(e *event.Event) string {
 		s += "?"
 	}
 	if l.Max != nil {
-		s += " " + size(*l.Max)
+		s += " " + Size(*l.Max)
 	}
 	return s
 }
@@ -258,8 +258,8 @@ func where(e *event.Event) string {
 	}
 }
 
-// size renders a number of bytes with one decimal in the largest binary unit that fits.
-func size(n uint64) string {
+// Size renders a number of bytes with one decimal in the largest binary unit that fits.
+func Size(n uint64) string {
 	const units = "KMGTPE"
 	if n < 1024 {
 		return strconv.FormatUint(n, 10) + " B"
