@@ -78,6 +78,9 @@ func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time
 	if slices.ContainsFunc(s.Marks, func(had Mark) bool { return had.Kill == m.Kill }) {
 		return false, ""
 	}
+	if m.Time.Sub(killed) > keep {
+		return false, Refusal(fmt.Sprintf("the kill is older than %s", keep)) // marks that it was held against may be forgotten
+	}
 	node := func(had Mark) bool { return had.Node == m.Node }
 	owner := func(had Mark) bool { return had.Owner == m.Owner }
 	for _, b := range []struct {

@@ -13,6 +13,10 @@ import (
 // Key names the state in the bucket bus.BucketName.
 const Key = "state"
 
+// maxClaims bounds the state that claims make, in bytes: NATS takes messages of 1 MiB, unless told otherwise,
+// and a pause must always fit in.
+const maxClaims = 960 << 10
+
 // Cell holds the state; see bus.Cell.
 type Cell interface {
 	// Load returns nil where there is nothing yet.
@@ -57,7 +61,11 @@ func (l *Ledger) Claim(ctx context.Context, kill, node, owner string, killed tim
 		if changed, v.Refusal = s.claim(l.Limits, Mark{kill, node, owner, now}, killed, l.Keep); !changed {
 			return nil, nil
 		}
-		return json.Marshal(&s)
+		value, err := json.Marshal(&s)
+		if len(value) > maxClaims {
+			return nil, fmt.Errorf("%d marks that still count take %d bytes, more than %d", len(s.Marks), len(value), maxClaims)
+		}
+		return value, err
 	})
 	if err != nil {
 		return Verdict{}, fmt.Errorf("claim a mark: %w", err)
@@ -81,7 +89,9 @@ func (l *Ledger) SetPause(ctx context.Context, p *Pause) (before *Pause, err err
 		if err != nil {
 			return nil, err
 		}
-		before, s.Pause = s.Pause, p
+		if before, s.Pause = s.Pause, p; before == nil && p == nil {
+			return nil, nil
+		}
 		return json.Marshal(&s)
 	})
 	return before, err

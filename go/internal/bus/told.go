@@ -18,11 +18,12 @@ const readTime = 30 * time.Second
 type Told struct {
 	conn *Conn
 
-	mu   sync.Mutex
-	ids  map[[16]byte]struct{} // of the outcomes from a time on up to last
-	from time.Time
-	last uint64
-	read time.Time // when that was
+	mu      sync.Mutex
+	ids     map[[16]byte]struct{} // of the outcomes from a time on up to last
+	from    time.Time
+	last    uint64
+	read    time.Time // when that was
+	created time.Time // which stream of that name it was
 }
 
 // NewTold makes one. Nothing is asked of the server.
@@ -36,18 +37,26 @@ func (t *Told) Has(ctx context.Context, id string, since time.Time, fresh time.D
 	defer t.mu.Unlock()
 	earlier := t.read.IsZero() || since.Before(t.from)
 	if now := time.Now(); earlier || now.Sub(t.read) >= fresh {
+		ctx, cancel := context.WithTimeout(ctx, readTime)
+		defer cancel()
+		info, err := streamInfo(ctx, t.conn, event.StreamName)
+		if err != nil {
+			return false, fmt.Errorf("read the outcomes: %w", err)
+		}
+		if !t.created.Equal(info.Created) {
+			t.created, t.last = info.Created, 0 // made anew, it counts anew
+		}
 		if earlier {
 			t.from, t.last = since, 0
 		}
-		ctx, cancel := context.WithTimeout(ctx, readTime)
-		defer cancel()
 		o := TailOptions{Subjects: []string{"oom.v1." + string(event.KindOutcome) + ".>"}, Since: t.from, After: t.last}
-		err := Tail(ctx, t.conn, o, func(m Stored) error {
+		err = Tail(ctx, t.conn, o, func(m Stored) error {
 			t.ids[short(m.ID)] = struct{}{}
 			t.last = m.Seq
 			return nil
 		})
 		if err != nil {
+			t.read = time.Time{} // what of it was read is not known: none of it
 			return false, fmt.Errorf("read the outcomes: %w", err)
 		}
 		t.read = now

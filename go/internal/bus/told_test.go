@@ -3,6 +3,7 @@ package bus_test
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -12,66 +13,131 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 )
 
-// What the stream holds is known beyond the time for which the server refuses it, and after the stream was made
-// anew.
+func tell(ctx context.Context, t *testing.T, c *bus.Conn, id string) {
+	t.Helper()
+	subject, err := event.Subject(event.KindOutcome, "skipped", node)
+	check(t, err)
+	_, err = c.JetStream().Publish(ctx, subject, []byte("{}"), jetstream.WithMsgID(id))
+	check(t, err)
+}
+
 func TestTold(t *testing.T) {
 	ctx := begin(t)
-	d := startNatsd(t, "")
-	c := connect(ctx, t, d.owner(), bus.Options{}, quiet())
-	short := streamConfig
-	short.DedupWindow = time.Second
-	check(t, bus.EnsureStreams(ctx, c, short))
-	store := func(id string) time.Time {
-		t.Helper()
-		ack, err := c.JetStream().Publish(ctx, "oom.v1.outcome.skipped.node-1", []byte("{}"), jetstream.WithMsgID(id))
-		check(t, err)
-		s, err := c.JetStream().Stream(ctx, event.StreamName)
-		check(t, err)
-		m, err := s.GetMsg(ctx, ack.Sequence)
-		check(t, err)
-		return m.Time
-	}
+	cfg, _ := startEmbedded(t)
+	c := connect(ctx, t, cfg, bus.Options{}, quiet())
 	told := bus.NewTold(c)
 	has := func(id string, since time.Time, fresh time.Duration, want bool) {
 		t.Helper()
-		got, err := told.Has(ctx, id, since, fresh)
-		if err != nil || got != want {
-			t.Errorf("%s since %s: %t, %v", id, since.Format(time.StampNano), got, err)
+		if got, err := told.Has(ctx, id, since, fresh); err != nil || got != want {
+			t.Errorf("has %s: %t, %v, want %t", id, got, err, want)
 		}
 	}
-	first := store("a")
-	time.Sleep(10 * time.Millisecond)
-	second := store("b")
-	has("b", second, time.Hour, true)
-	has("c", second, time.Hour, false)
-	// What came before was not read, until that is asked for.
-	has("a", second, time.Hour, false)
-	has("a", first, time.Hour, true)
-	has("b", first, time.Hour, true)
-	// What comes is not seen while what is known is fresh enough.
-	store("c")
-	has("c", first, time.Hour, false)
-	has("c", first, 0, true)
-	for i := range 300 { // more than one request brings
-		store(fmt.Sprint("many-", i))
+	// Nothing is read before it is asked: without a stream that would fail.
+	if _, err := told.Has(ctx, "a", time.Now(), 0); err == nil {
+		t.Error("without a stream it knows what there is")
 	}
-	has("many-299", first, 0, true)
-	has("many-0", first, time.Hour, true)
-
-	check(t, c.JetStream().DeleteStream(ctx, event.StreamName))
-	if got, err := told.Has(ctx, "d", first, 0); err == nil {
-		t.Errorf("without a stream: %t", got)
-	}
+	short := streamConfig
+	short.DedupWindow = time.Second
 	check(t, bus.EnsureStreams(ctx, c, short))
-	store("d")
-	has("d", first, 0, true)
-	has("a", first, 0, true) // it was told, though it is gone
+	keepAccount(ctx, t, c)
 
-	// A server that is away is no answer.
-	d.kill()
-	away, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
-	defer cancel()
-	if got, err := told.Has(away, "a", first, 0); err == nil {
-		t.Errorf("without a server: %t", got)
+	begun := time.Now()
+	tell(ctx, t, c, "a")
+	time.Sleep(1100 * time.Millisecond) // the server has forgotten by then
+	middle := time.Now()
+	tell(ctx, t, c, "b")
+	has("b", middle, 0, true)
+	has("a", middle, 0, false) // it was stored before
+	has("a", begun, time.Hour, true)
+	has("b", middle, time.Hour, true)
+	has("c", begun, 0, false)
+
+	// What was read lately is not read again, and no longer than that.
+	tell(ctx, t, c, "c")
+	has("c", begun, time.Hour, false)
+	has("c", begun, 0, true)
+	// Doubles, that the server no longer takes for such.
+	tell(ctx, t, c, "a")
+	has("a", begun, 0, true)
+
+	// What was held lately counts, and of a stream that was made anew everything is read, even where it holds
+	// more messages than were read of the one before.
+	check(t, c.JetStream().DeleteStream(ctx, event.StreamName))
+	check(t, bus.EnsureStreams(ctx, c, short))
+	for i := range 9 {
+		tell(ctx, t, c, fmt.Sprint("new-", i))
 	}
+	has("a", begun, 0, true)
+	for i := range 9 {
+		has(fmt.Sprint("new-", i), begun, time.Hour, true)
+	}
+}
+
+// A reading that was cut short, wherever, proves nothing.
+func TestToldInterrupted(t *testing.T) {
+	ctx := begin(t)
+	cfg, _ := startEmbedded(t)
+	c := connect(ctx, t, cfg, bus.Options{}, quiet())
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
+	begun := time.Now()
+	const n = 500
+	for i := range n {
+		tell(ctx, t, c, fmt.Sprint(i))
+	}
+	time.Sleep(10 * time.Millisecond)
+	later := time.Now()
+	last := fmt.Sprint(n - 1)
+	interrupted := 0
+	for delay := 100 * time.Microsecond; delay < 100*time.Millisecond; delay = delay * 5 / 4 {
+		told := bus.NewTold(c)
+		if got, err := told.Has(ctx, last, later, 0); err != nil || got {
+			t.Fatalf("before: %t, %v", got, err)
+		}
+		cut, cancel := context.WithTimeout(ctx, delay)
+		got, err := told.Has(cut, last, begun, time.Hour)
+		cancel()
+		if err == nil {
+			if !got {
+				t.Errorf("read whole within %s, and it is not there", delay)
+			}
+			break
+		}
+		interrupted++
+		if got, err := told.Has(ctx, last, begun, time.Hour); err != nil || !got {
+			t.Errorf("after a reading that was cut short after %s: %t, %v", delay, got, err)
+		}
+	}
+	if interrupted < 3 {
+		t.Errorf("only %d readings were cut short", interrupted)
+	}
+}
+
+// What is stored while it reads is found, at the latest when fresh is over.
+func TestToldWhileStoring(t *testing.T) {
+	ctx := begin(t)
+	cfg, _ := startEmbedded(t)
+	c := connect(ctx, t, cfg, bus.Options{}, quiet())
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
+	begun := time.Now()
+	var stored atomic.Int64
+	const n = 300
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range n {
+			tell(ctx, t, c, fmt.Sprint(i))
+			stored.Store(int64(i))
+		}
+	}()
+	told := bus.NewTold(c)
+	for last := int64(0); last < n-1; {
+		last = stored.Load()
+		if last == 0 {
+			continue
+		}
+		if got, err := told.Has(ctx, fmt.Sprint(last), begun, 0); err != nil || !got {
+			t.Fatalf("has %d: %t, %v", last, got, err)
+		}
+	}
+	<-done
 }

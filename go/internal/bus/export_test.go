@@ -1,0 +1,4 @@
+package bus
+
+// EnsureBucket is the last step of EnsureStreams.
+var EnsureBucket = ensureBucket
