@@ -51,7 +51,7 @@ const doctorSchema = "oom-tracer-doctor/v1"
 type report struct {
 	Schema   string    `json:"schema"`
 	Version  string    `json:"version"` // of this program
-	Node     string    `json:"node"`
+	Node     string    `json:"node"`      // empty for another machine's kernel
 	CanTrace bool      `json:"can_trace"` // no finding failed; the exit status says the same
 	Findings []finding `json:"findings"`
 }
@@ -76,11 +76,52 @@ func fail(check, detail, remedy string) finding { return finding{check, statusFa
 // doctor says what this kernel and this process can do. It fails when tracing cannot work.
 func doctor(ctx context.Context, cfg config.Config, node, output string, stdout io.Writer) error {
 	x := examiner{cfg: cfg, node: node, procfs: "/proc", sysfs: "/sys", load: tryLoad}
-	return tell(x.examine(ctx), node, output, stdout)
+	return tell(x.examine(ctx), node, "here", output, stdout)
 }
 
-// tell prints the findings. It fails when one of them does.
-func tell(findings []finding, node, output string, stdout io.Writer) error {
+// doctorBTF says whether the program fits a kernel that need not be this machine's, by its types. It fails
+// when they lack something without which the program would not load there.
+func doctorBTF(file, output string, stdout io.Writer) error {
+	x := examiner{btfFile: file}
+	x.kernel, x.kernelErr = btf.LoadSpec(file)
+	findings := []finding{x.btf(), x.prototype(), x.relocations(), x.functions()}
+	return tell(findings, "", "there", output, stdout)
+}
+
+// prototype says what mark_victim hands over, of a kernel that is known by its types only.
+func (x *examiner) prototype() finding {
+	x.hook = loader.TierKprobe // whether they can be had, functions says as far as types tell
+	return x.markVictim()
+}
+
+// relocations says whether the kernel's types have all that the program reads.
+func (x *examiner) relocations() finding {
+	const check = "relocations"
+	if x.kernelErr != nil {
+		return fail(check, "not known without BTF", "see btf")
+	}
+	n, err := loader.CheckRelocations(x.kernel)
+	if err != nil {
+		return fail(check, err.Error(), "report this kernel: the program does not load there, or would not read what it should")
+	}
+	return ok(check, "all %d resolve, but for those that the program asks for first", n)
+}
+
+// functions says whether what the best tiers hook is there.
+func (x *examiner) functions() finding {
+	const check = "functions"
+	if x.kernelErr != nil {
+		return fail(check, "not known without BTF", "see btf")
+	}
+	if missing := loader.MissingHooks(x.kernel); len(missing) > 0 {
+		return warn(check, "not to be hooked, for they are not in the kernel's types: "+strings.Join(missing, ", "),
+			"see on a machine with that kernel what oom-tracer doctor says of hooks and stack")
+	}
+	return ok(check, "what the tiers fentry and kprobe hook is there")
+}
+
+// tell prints the findings of this machine (here) or another's kernel (there). It fails when one of them does.
+func tell(findings []finding, node, where, output string, stdout io.Writer) error {
 	failed := failures(findings)
 	var err error
 	if output == "json" {
@@ -102,7 +143,7 @@ func tell(findings []finding, node, output string, stdout io.Writer) error {
 		return fmt.Errorf("write the findings: %w", err)
 	}
 	if len(failed) > 0 {
-		return fmt.Errorf("tracing cannot work here: see %s", strings.Join(failed, ", "))
+		return fmt.Errorf("tracing cannot work %s: see %s", where, strings.Join(failed, ", "))
 	}
 	return nil
 }
@@ -124,6 +165,8 @@ type examiner struct {
 	node   string
 	procfs string
 	sysfs  string
+	// btfFile is where the kernel's types are, if not in sysfs.
+	btfFile string
 	// load loads and attaches what a run would, and takes it away again.
 	load func(loader.Options) (loader.Tier, error)
 
@@ -426,7 +469,10 @@ func (x *examiner) countsBPF() bool {
 }
 
 func (x *examiner) btf() finding {
-	file := x.sysfs + "/kernel/btf/vmlinux"
+	file := cmp.Or(x.btfFile, x.sysfs+"/kernel/btf/vmlinux")
+	if x.btfFile != "" && x.kernelErr != nil {
+		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "take that kernel's /sys/kernel/btf/vmlinux, or its vmlinux with a section .BTF")
+	}
 	if errors.Is(x.kernelErr, fs.ErrNotExist) {
 		return fail("btf", "there is no "+file, "use a kernel with CONFIG_DEBUG_INFO_BTF=y, and mount sysfs at "+x.sysfs)
 	}

@@ -982,16 +982,16 @@ func TestDoctorOutput(t *testing.T) {
 	}
 	for _, output := range []string{"text", "json"} {
 		var out bytes.Buffer
-		err := tell(findings, "node-1", output, &out)
+		err := tell(findings, "node-1", "here", output, &out)
 		if err == nil || err.Error() != "tracing cannot work here: see capabilities, nats" {
 			t.Errorf("%s: %v", output, err)
 		}
 		golden(t, "doctor-"+output+".golden", versions.ReplaceAllString(out.String(), `"version": "…"`))
 		out.Reset()
-		if err := tell(findings[2:3], "node-1", output, &out); err != nil {
+		if err := tell(findings[2:3], "node-1", "here", output, &out); err != nil {
 			t.Errorf("%s, with a warning only: %v", output, err)
 		}
-		if err := tell(findings[:1], "node-1", output, brokenPipe{}); !errors.Is(err, io.ErrClosedPipe) {
+		if err := tell(findings[:1], "node-1", "here", output, brokenPipe{}); !errors.Is(err, io.ErrClosedPipe) {
 			t.Errorf("%s, into a closed pipe: %v", output, err)
 		}
 	}

@@ -1,0 +1,66 @@
+# The images of OOM Tracer: toolchain -> bpf -> go -> one stage for each image. `make image` builds them all
+# and says which engine it uses; what it hands over stands here.
+#
+#   BASE               where the toolchain is installed: Debian bookworm, which can be pulled; on a closed
+#                      network localhost/debian:bookworm (make base-image)
+#   context goroot     GOROOT of the Go that builds
+#   context modules    what `go mod vendor` makes: nothing of Go is downloaded inside
+#   context kernel     vmlinux.h of the target's architecture; and btf, if the images are for that kernel
+#                      only: they are not made unless the program fits it
+#   TARGETARCH         amd64 or arm64; the other one than the builder's is cross-compiled
+ARG BASE=debian:bookworm
+
+FROM ${BASE} AS toolchain
+ARG TARGETARCH
+# No terminal, and no files in the layers that differ from one day to the next.
+ENV DEBIAN_FRONTEND=noninteractive PATH=/usr/local/go/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+RUN apt-get -qq update && apt-get -qq install --no-install-recommends make >/dev/null && rm -rf /var/lib/apt/lists/*
+COPY tools/install-deps.sh tools/fetch-deb.sh /src/tools/
+RUN [ ${TARGETARCH} = $(dpkg --print-architecture) ] || cross=-${TARGETARCH}; \
+	ARCH=${TARGETARCH} /src/tools/install-deps.sh /root/.cache/oom-tracer/libbpf-bookworm-backports${cross}
+COPY --from=goroot . /usr/local/go
+
+FROM toolchain AS bpf
+ARG TARGETARCH
+WORKDIR /src
+COPY Makefile ./
+COPY src ./src
+COPY --from=kernel . ./vmlinux/${TARGETARCH}/
+RUN mkdir -p go/internal/loader && make ARCH=${TARGETARCH} go/internal/loader/oom.bpf.o
+
+FROM bpf AS go
+ARG TARGETARCH
+ARG VERSION REVISION
+ENV GOTOOLCHAIN=local GOFLAGS=-buildvcs=false
+COPY go.mod go.sum ./
+COPY --from=modules . ./vendor
+COPY go ./go
+RUN --mount=type=cache,target=/root/.cache/go-build make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} \
+	build/static/oom-tracer build/oom-annotator build/oom-tap
+RUN if [ -e vmlinux/${TARGETARCH}/btf ]; then make ARCH=${TARGETARCH} matched KERNEL_BTF=vmlinux/${TARGETARCH}/btf; fi
+RUN install -d -m 1777 /out/tmp && install -d /out/etc/ssl/certs && \
+	cp /etc/ssl/certs/ca-certificates.crt /out/etc/ssl/certs/
+
+# What all images have: the roots of TLS, and no shell.
+FROM scratch AS base
+ARG VERSION REVISION
+COPY --from=go /out/ /
+LABEL org.opencontainers.image.version=${VERSION} \
+	org.opencontainers.image.revision=${REVISION}
+
+# User 0 with few capabilities (README, doctor): the kernel asks for them in the first user namespace.
+FROM base AS oom-tracer
+ARG KERNEL=portable
+LABEL oom-tracer.kernel.btf=${KERNEL}
+COPY --from=go /src/build/static/oom-tracer /oom-tracer
+ENTRYPOINT ["/oom-tracer"]
+
+FROM base AS oom-annotator
+USER 65532:65532
+COPY --from=go /src/build/oom-annotator /oom-annotator
+ENTRYPOINT ["/oom-annotator"]
+
+FROM base AS oom-tap
+USER 65532:65532
+COPY --from=go /src/build/oom-tap /oom-tap
+ENTRYPOINT ["/oom-tap"]
