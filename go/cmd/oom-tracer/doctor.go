@@ -50,7 +50,7 @@ const doctorSchema = "oom-tracer-doctor/v1"
 // report is the whole of it.
 type report struct {
 	Schema   string    `json:"schema"`
-	Version  string    `json:"version"` // of this program
+	Version  string    `json:"version"`   // of this program
 	Node     string    `json:"node"`      // empty for another machine's kernel
 	CanTrace bool      `json:"can_trace"` // no finding failed; the exit status says the same
 	Findings []finding `json:"findings"`
@@ -186,7 +186,7 @@ type examiner struct {
 // that program itself, then what is around it.
 func (x *examiner) examine(ctx context.Context) []finding {
 	x.look(ctx)
-	findings := []finding{x.release(), x.capabilities(), x.lockdown(), x.memlock(), x.btf(), x.markVictim()}
+	findings := []finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.memlock(), x.btf(), x.markVictim()}
 	findings = append(findings, x.hooks(failures(findings)), x.kallsyms(), x.stack())
 	findings = append(findings, x.program(failures(findings)))
 	findings = append(findings, x.cgroup(), x.bpffs(), x.tracer(ctx))
@@ -356,6 +356,22 @@ func (x *examiner) capabilities() finding {
 	}
 	f.Detail += "; lacks " + strings.Join(lack, ", ")
 	return f
+}
+
+// protection says whether a tracer can keep the OOM killer from itself: to go below the least oom_score_adj
+// that it had takes CAP_SYS_RESOURCE in the first user namespace (__set_oom_adj() in fs/proc/base.c).
+func (x *examiner) protection() finding {
+	const check = "protection"
+	data, err := os.ReadFile(x.procfs + "/self/oom_score_adj")
+	if err != nil {
+		return warn(check, err.Error(), "mount proc at "+x.procfs)
+	}
+	now := strings.TrimSpace(string(data))
+	if n, err := strconv.Atoi(now); err == nil && n <= oomScoreAdj || x.has(unix.CAP_SYS_RESOURCE) {
+		return ok(check, "a tracer can have oom_score_adj %d, so that the OOM killer takes it last", oomScoreAdj)
+	}
+	return warn(check, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now "+now+": the OOM killer may take the tracer",
+		"add it (Kubernetes: securityContext.capabilities.add: [SYS_RESOURCE]), or start it with oom_score_adj "+strconv.Itoa(oomScoreAdj))
 }
 
 // lockdown reads the mode in force, which stands in brackets (lockdown_read() in
