@@ -1,5 +1,5 @@
-# The images of OOM Tracer: toolchain -> bpf -> go -> one stage for each image. `make image` builds them all
-# and says which engine it uses; what it hands over stands here.
+# The images of OOM Tracer: toolchain -> go -> bpf -> one stage for each image. `make image` builds them all and
+# says which engine it uses; what it hands over stands here.
 #
 #   BASE               where the toolchain is installed: Debian bookworm, which can be pulled; on a closed
 #                      network localhost/debian:bookworm (make base-image)
@@ -20,26 +20,30 @@ RUN [ ${TARGETARCH} = $(dpkg --print-architecture) ] || cross=-${TARGETARCH}; \
 	ARCH=${TARGETARCH} /src/tools/install-deps.sh /root/.cache/oom-tracer/libbpf-bookworm-backports${cross}
 COPY --from=goroot . /usr/local/go
 
-FROM toolchain AS bpf
-ARG TARGETARCH
-WORKDIR /src
-COPY Makefile ./
-COPY src ./src
-COPY --from=kernel . ./vmlinux/${TARGETARCH}/
-RUN mkdir -p go/internal/loader && make ARCH=${TARGETARCH} go/internal/loader/oom.bpf.o
-
-FROM bpf AS go
+FROM toolchain AS go
 ARG TARGETARCH
 ARG VERSION REVISION
+WORKDIR /src
 ENV GOTOOLCHAIN=local GOFLAGS=-buildvcs=false
-COPY go.mod go.sum ./
+COPY Makefile go.mod go.sum ./
 COPY --from=modules . ./vendor
 COPY go ./go
-RUN --mount=type=cache,target=/root/.cache/go-build make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} \
-	build/static/oom-tracer build/oom-annotator build/oom-tap
-RUN if [ -e vmlinux/${TARGETARCH}/btf ]; then make ARCH=${TARGETARCH} matched KERNEL_BTF=vmlinux/${TARGETARCH}/btf; fi
+# To add a program without cgo: its name here, and a stage at the end.
+RUN --mount=type=cache,target=/root/.cache/go-build \
+	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/oom-annotator build/oom-tap
 RUN install -d -m 1777 /out/tmp && install -d /out/etc/ssl/certs && \
 	cp /etc/ssl/certs/ca-certificates.crt /out/etc/ssl/certs/
+
+# The only one that depends on a kernel.
+FROM go AS bpf
+ARG TARGETARCH
+ARG VERSION REVISION
+COPY src ./src
+COPY --from=kernel . ./vmlinux/${TARGETARCH}/
+RUN make ARCH=${TARGETARCH} go/internal/loader/oom.bpf.o
+RUN --mount=type=cache,target=/root/.cache/go-build \
+	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/static/oom-tracer
+RUN if [ -e vmlinux/${TARGETARCH}/btf ]; then make ARCH=${TARGETARCH} matched KERNEL_BTF=vmlinux/${TARGETARCH}/btf; fi
 
 # What all images have: the roots of TLS, and no shell.
 FROM scratch AS base
@@ -52,7 +56,7 @@ LABEL org.opencontainers.image.version=${VERSION} \
 FROM base AS oom-tracer
 ARG KERNEL=portable
 LABEL oom-tracer.kernel.btf=${KERNEL}
-COPY --from=go /src/build/static/oom-tracer /oom-tracer
+COPY --from=bpf /src/build/static/oom-tracer /oom-tracer
 ENTRYPOINT ["/oom-tracer"]
 
 FROM base AS oom-annotator

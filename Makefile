@@ -37,6 +37,7 @@ export ARCH
 export GOARCH := $(ARCH)
 export CGO_ENABLED := 1
 export CC := $(GNU_$(ARCH))-linux-gnu-gcc
+emulator := qemu-$(GNU_$(ARCH))-static
 endif
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
@@ -103,10 +104,8 @@ build/oom-tap build/oom-annotator: build/%: $(GO_FILES)
 	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/$*
 
 .PHONY: matched
-# What is cross-compiled runs in an emulator.
-emulator = $(if $(GOARCH),qemu-$(GNU_$(ARCH))-static)
 matched: build/static/oom-tracer ## the program fits the kernel whose BTF is KERNEL_BTF
-	@tools/install-deps.sh $(LIBBPF) $(addsuffix =qemu-user-static,$(emulator))
+	@tools/install-deps.sh $(LIBBPF) $(emulator:%=%=qemu-user-static)
 	$(Q)$(emulator) $< doctor --btf $(KERNEL_BTF)
 
 build/hog: tools/hog.c build/.deps
@@ -130,6 +129,12 @@ image: ## build the images (CONTAINER_TOOL=, IMAGE_ARCH=, BASE=, IMAGE_PREFIX=, 
 .PHONY: base-image
 base-image: ## make localhost/debian:bookworm, for networks where BASE cannot be pulled (needs root)
 	$(Q)$(image_env) tools/image/base.sh
+
+.PHONY: test-image
+test-image: BASE := localhost/debian:bookworm
+test-image: build/hog base-image image ## run the images on this kernel, with the capabilities of the manifest and a real OOM kill (needs root)
+	@tools/install-deps.sh $(LIBBPF) capsh=libcap2-bin readelf=binutils pgrep=procps
+	$(Q)$(image_env) tools/image/test.sh build/hog
 
 ##@ Test
 

@@ -2,8 +2,8 @@
 # Builds the images of Dockerfile.builder. `make image` calls it.
 #
 # From the environment: ARCH, PREFIX and TAG of the names, BASE, VERSION, REVISION, GO, CACHE, CONTAINER_TOOL,
-# and KERNEL_BTF: a kernel's BTF, vmlinux, vmlinuz or package. Then the images are for that kernel, are
-# named TAG-btf-DIGEST, and are made only if the program fits it.
+# and KERNEL_BTF: a kernel's BTF, vmlinux, vmlinuz or package. Then oom-tracer alone is built, for that kernel,
+# as TAG-btf-DIGEST, and only if the program fits it: the others have nothing to do with a kernel.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -22,13 +22,13 @@ temp=$(mktemp -d)
 trap 'rm -rf "$temp"' EXIT
 kernel=$temp/kernel
 mkdir "$kernel"
-label=portable tag=$TAG
+label=portable tag=$TAG images=(oom-tracer oom-annotator oom-tap)
 if [[ -n $KERNEL_BTF ]]; then
 	tools/install-deps.sh "$CACHE/libbpf-bookworm-backports" bpftool zstd lz4 xz=xz-utils
 	echo "==> the types of $KERNEL_BTF"
 	KERNEL_IMAGE=$KERNEL_BTF RAW=$kernel/btf tools/vmlinux.sh "$ARCH" "$kernel"
 	digest=$(sha256sum "$kernel/btf" | cut -d' ' -f1)
-	label=sha256:$digest tag=$TAG-btf-${digest:0:12}
+	label=sha256:$digest tag=$TAG-btf-${digest:0:12} images=(oom-tracer)
 else
 	cp "vmlinux/$ARCH/vmlinux.h" "$kernel"
 fi
@@ -40,7 +40,7 @@ export SOURCE_DATE_EPOCH
 stamp=()
 [[ $CONTAINER_TOOL == docker ]] || stamp=(--timestamp "$SOURCE_DATE_EPOCH")
 
-for image in oom-tracer oom-annotator oom-tap; do
+for image in "${images[@]}"; do
 	name=$PREFIX$image:$tag
 	[[ $ARCH == "$("$GO" env GOHOSTARCH)" ]] || name+=-$ARCH
 	echo "==> $name (with $CONTAINER_TOOL, after $SECONDS s)"
