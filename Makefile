@@ -266,7 +266,7 @@ vmlinux: ## make vmlinux/<arch>/vmlinux.h from the running kernel, BTF=file, KER
 .PHONY: verify-vmlinux
 verify-vmlinux: ## the headers in vmlinux/ are what the kernels named beside them make
 	@tools/install-deps.sh $(LIBBPF) $(vmlinux_deps)
-	$(Q)for arch in amd64 arm64; do VERIFY=1 tools/vmlinux.sh $$arch vmlinux/$$arch; done
+	$(Q)for arch in amd64 arm64; do VERIFY=1 STALE_OK='$(STALE_OK)' tools/vmlinux.sh $$arch vmlinux/$$arch; done
 
 .PHONY: update-goldens
 update-goldens: build/goldens $(OBJECT) ## write go/internal/wire/testdata anew: the records by C, what they become by Go

@@ -7,7 +7,7 @@
 # The root file system is kept as CACHE/base-ARCH.tar; remove it for a newer one.
 set -euo pipefail
 
-cache=$CACHE
+cache=${CACHE:?}
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=tools/image/engine.sh
 . "$here/engine.sh"

@@ -14,7 +14,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=tools/image/engine.sh
 . "$here/engine.sh"
-hog=$1 prefix=$PREFIX tag=$TAG
+hog=$1 prefix=${PREFIX:?} tag=${TAG:?}
 
 # What deploy/ asks for, too. SYS_RESOURCE is for the tracer's own oom_score_adj, and before Linux 5.11 for
 # the memory of its maps; SYSLOG for the addresses of the tier stack.
