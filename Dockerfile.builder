@@ -45,17 +45,13 @@ RUN --mount=type=cache,target=/root/.cache/go-build \
 	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/static/oom-tracer
 RUN if [ -e vmlinux/${TARGETARCH}/btf ]; then make ARCH=${TARGETARCH} matched KERNEL_BTF=vmlinux/${TARGETARCH}/btf; fi
 
-# What all images have: the roots of TLS, and no shell.
+# What all images have: the roots of TLS, and no shell. (Their labels come from make image: in a cached layer
+# buildah keeps those of an earlier commit.)
 FROM scratch AS base
-ARG VERSION REVISION
 COPY --from=go /out/ /
-LABEL org.opencontainers.image.version=${VERSION} \
-	org.opencontainers.image.revision=${REVISION}
 
 # User 0 with few capabilities (README, doctor): the kernel asks for them in the first user namespace.
 FROM base AS oom-tracer
-ARG KERNEL=portable
-LABEL oom-tracer.kernel.btf=${KERNEL}
 COPY --from=bpf /src/build/static/oom-tracer /oom-tracer
 ENTRYPOINT ["/oom-tracer"]
 

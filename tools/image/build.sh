@@ -43,10 +43,14 @@ stamp=()
 for image in "${images[@]}"; do
 	name=$PREFIX$image:$tag
 	[[ $ARCH == "$("$GO" env GOHOSTARCH)" ]] || name+=-$ARCH
+	labels=(--label "org.opencontainers.image.title=$image" --label "org.opencontainers.image.version=$VERSION"
+		--label "org.opencontainers.image.revision=$REVISION")
+	[[ $image != oom-tracer ]] || labels+=(--label "oom-tracer.kernel.btf=$label")
 	echo "==> $name (with $CONTAINER_TOOL, after $SECONDS s)"
 	engine_build -f Dockerfile.builder --target "$image" -t "$name" "${stamp[@]}" \
-		--build-arg "BASE=$BASE" --build-arg "TARGETARCH=$ARCH" --build-arg "KERNEL=$label" \
+		--build-arg "BASE=$BASE" --build-arg "TARGETARCH=$ARCH" \
 		--build-arg "VERSION=$VERSION" --build-arg "REVISION=$REVISION" \
+		"${labels[@]}" \
 		--build-context "goroot=$("$GO" env GOROOT)" --build-context "modules=$temp/modules" \
 		--build-context "kernel=$kernel" .
 done
