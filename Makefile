@@ -23,9 +23,22 @@ CLANG ?= clang
 # What libbpf's headers call the architecture.
 TARGET_amd64 := x86
 TARGET_arm64 := arm64
+# Another one (make ARCH=arm64) is cross-compiled, which needs a tree where nothing else was built.
 ARCH := $(shell $(GO) env GOARCH)
+HOST_ARCH := $(shell $(GO) env GOHOSTARCH)
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/oom-tracer
+ifeq ($(ARCH),$(HOST_ARCH))
 LIBBPF := $(CACHE)/libbpf-bookworm-backports
+else
+LIBBPF := $(CACHE)/libbpf-bookworm-backports-$(ARCH)
+GNU_arm64 := aarch64
+GNU_amd64 := x86_64
+export ARCH
+export GOARCH := $(ARCH)
+export CGO_ENABLED := 1
+export CC := $(GNU_$(ARCH))-linux-gnu-gcc
+emulator := qemu-$(GNU_$(ARCH))-static
+endif
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 CONFIG ?= config.yaml
@@ -36,7 +49,8 @@ export CGO_CFLAGS := -I$(LIBBPF)/usr/include
 link_flags = -L$(shell echo $(LIBBPF)/usr/lib/*-linux-gnu) -Wl,-Bstatic -lbpf -lelf -lz -Wl,-Bdynamic
 obs := github.com/oom-tracer/oom-tracer/go/internal/obs
 go_tool = $(GO) tool -modfile=tools/go.mod
-clang_bpf = $(CLANG) -g -O2 -Wall -Werror -target bpf -mcpu=v2 -D__TARGET_ARCH_$(TARGET_$(ARCH)) -Ivmlinux/$(ARCH) -isystem $(LIBBPF)/usr/include
+# The headers of Linux 7 have members of the kind that -fms-extensions is for.
+clang_bpf = $(CLANG) -g -O2 -Wall -Werror -target bpf -mcpu=v2 -fms-extensions -Wno-microsoft-anon-tag -D__TARGET_ARCH_$(TARGET_$(ARCH)) -Ivmlinux/$(ARCH) -isystem $(LIBBPF)/usr/include
 go_build = CGO_LDFLAGS='$(link_flags)' $(GO) build -trimpath -ldflags '-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION)'
 
 GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go') go.mod go.sum
@@ -93,9 +107,38 @@ build/oom-tap build/oom-annotator: build/%: $(GO_FILES)
 build/kubectl-oom: build/oom-tap
 	$(Q)ln -sf oom-tap $@
 
+.PHONY: matched
+matched: build/static/oom-tracer ## the program fits the kernel whose BTF is KERNEL_BTF
+	@tools/install-deps.sh $(LIBBPF) $(emulator:%=%=qemu-user-static)
+	$(Q)$(emulator) $< doctor --btf $(KERNEL_BTF)
+
 build/hog: tools/hog.c build/.deps
 	$(say) CC $@
 	$(Q)gcc -O2 -Wall -Wextra -Werror -static -pthread $< -o $@
+
+##@ Images
+
+# IMAGE_ARCH=arm64 is cross-compiled. BASE is pulled unless it is here; make base-image makes one.
+IMAGE_ARCH ?= $(HOST_ARCH)
+IMAGE_PREFIX ?= localhost/
+IMAGE_TAG ?= $(VERSION)
+BASE ?= debian:bookworm
+image_env = CONTAINER_TOOL='$(CONTAINER_TOOL)' ARCH=$(IMAGE_ARCH) PREFIX='$(IMAGE_PREFIX)' TAG='$(IMAGE_TAG)' BASE='$(BASE)' \
+	KERNEL_BTF='$(KERNEL_BTF)' VERSION='$(VERSION)' REVISION='$(REVISION)' GO='$(GO)' CACHE='$(CACHE)'
+
+.PHONY: image
+image: ## build the images (CONTAINER_TOOL=, IMAGE_ARCH=, BASE=, IMAGE_PREFIX=, IMAGE_TAG=; KERNEL_BTF=file: for that kernel)
+	$(Q)$(image_env) tools/image/build.sh
+
+.PHONY: base-image
+base-image: ## make localhost/debian:bookworm, for networks where BASE cannot be pulled (needs root)
+	$(Q)$(image_env) tools/image/base.sh
+
+.PHONY: test-image
+test-image: BASE := localhost/debian:bookworm
+test-image: build/hog base-image image ## run the images on this kernel, with the capabilities of the manifest and a real OOM kill (needs root)
+	@tools/install-deps.sh $(LIBBPF) capsh=libcap2-bin readelf=binutils pgrep=procps
+	$(Q)$(image_env) tools/image/test.sh build/hog
 
 ##@ Test
 
@@ -226,9 +269,18 @@ fuzz: $(OBJECT) ## run every fuzz target for FUZZTIME (30s)
 
 ##@ Generated files
 
-.PHONY: update-vmlinux
-update-vmlinux: build/.deps ## make vmlinux/<arch>/vmlinux.h from the kernel package of bookworm-backports
-	$(Q)tools/vmlinux.sh vmlinux/$(ARCH)
+vmlinux_deps = bpftool zstd lz4 xz=xz-utils
+vmlinux_from = BTF='$(BTF)' KERNEL_IMAGE='$(KERNEL_IMAGE)' SUITE='$(SUITE)'
+
+.PHONY: vmlinux
+vmlinux: ## make vmlinux/<arch>/vmlinux.h from the running kernel, BTF=file, KERNEL_IMAGE=file or SUITE=bookworm-backports
+	@tools/install-deps.sh $(LIBBPF) $(vmlinux_deps)
+	$(Q)$(vmlinux_from) tools/vmlinux.sh $(ARCH) vmlinux/$(ARCH)
+
+.PHONY: verify-vmlinux
+verify-vmlinux: ## the headers in vmlinux/ are what the kernels named beside them make
+	@tools/install-deps.sh $(LIBBPF) $(vmlinux_deps)
+	$(Q)for arch in amd64 arm64; do VERIFY=1 STALE_OK='$(STALE_OK)' tools/vmlinux.sh $$arch vmlinux/$$arch; done
 
 .PHONY: update-goldens
 update-goldens: build/goldens $(OBJECT) ## write go/internal/wire/testdata anew: the records by C, what they become by Go

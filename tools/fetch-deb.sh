@@ -3,6 +3,7 @@
 # installing them and without touching the machine's apt configuration.
 #
 #   tools/fetch-deb.sh SUITE DIRECTORY PACKAGE...
+#   tools/fetch-deb.sh --mirror debian|debian-security      prints the address
 #
 # The mirror's address is taken from the machine's own apt sources. With bookworm goes its security suite,
 # which has the newer kernel most of the time, if those sources name it and it can be reached. (Not with
@@ -13,15 +14,6 @@
 # image that it names.
 set -euo pipefail
 
-if (($# < 3)); then
-	echo "usage: $0 SUITE DIRECTORY PACKAGE..." >&2
-	exit 2
-fi
-suite=$1
-dir=$2
-shift 2
-arch=${DEB_ARCH:-$(dpkg --print-architecture)}
-
 # mirror NAME prints the first http(s) URI of the machine's deb822 or one-line sources that ends with
 # NAME: debian is the archive itself, debian-security carries the security suites only.
 mirror() {
@@ -31,6 +23,25 @@ mirror() {
 			/etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null
 	} | tr ' ' '\n' | grep -E "^https?://.*/$1/?\$" | head -n 1
 }
+
+if [[ ${1:-} == --mirror ]]; then
+	address=$(mirror "$2" || true)
+	[[ -n $address ]] || {
+		echo "$0: no mirror of $2 in this machine's apt sources" >&2
+		exit 1
+	}
+	echo "$address"
+	exit
+fi
+
+if (($# < 3)); then
+	echo "usage: $0 SUITE DIRECTORY PACKAGE..." >&2
+	exit 2
+fi
+suite=$1
+dir=$2
+shift 2
+arch=${DEB_ARCH:-$(dpkg --print-architecture)}
 
 uri=$(mirror debian || true)
 if [[ -z $uri ]]; then

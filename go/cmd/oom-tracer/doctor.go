@@ -50,8 +50,8 @@ const doctorSchema = "oom-tracer-doctor/v1"
 // report is the whole of it.
 type report struct {
 	Schema   string    `json:"schema"`
-	Version  string    `json:"version"` // of this program
-	Node     string    `json:"node"`
+	Version  string    `json:"version"`   // of this program
+	Node     string    `json:"node"`      // empty for another machine's kernel
 	CanTrace bool      `json:"can_trace"` // no finding failed; the exit status says the same
 	Findings []finding `json:"findings"`
 }
@@ -76,11 +76,52 @@ func fail(check, detail, remedy string) finding { return finding{check, statusFa
 // doctor says what this kernel and this process can do. It fails when tracing cannot work.
 func doctor(ctx context.Context, cfg config.Config, node, output string, stdout io.Writer) error {
 	x := examiner{cfg: cfg, node: node, procfs: "/proc", sysfs: "/sys", load: tryLoad}
-	return tell(x.examine(ctx), node, output, stdout)
+	return tell(x.examine(ctx), node, "here", output, stdout)
 }
 
-// tell prints the findings. It fails when one of them does.
-func tell(findings []finding, node, output string, stdout io.Writer) error {
+// doctorBTF says whether the program fits a kernel that need not be this machine's, by its types. It fails
+// when they lack something without which the program would not load there.
+func doctorBTF(file, output string, stdout io.Writer) error {
+	x := examiner{btfFile: file}
+	x.kernel, x.kernelErr = btf.LoadSpec(file)
+	findings := []finding{x.btf(), x.prototype(), x.relocations(), x.functions()}
+	return tell(findings, "", "there", output, stdout)
+}
+
+// prototype says what mark_victim hands over, of a kernel that is known by its types only.
+func (x *examiner) prototype() finding {
+	x.hook = loader.TierKprobe // whether they can be had, functions says as far as types tell
+	return x.markVictim()
+}
+
+// relocations says whether the kernel's types have all that the program reads.
+func (x *examiner) relocations() finding {
+	const check = "relocations"
+	if x.kernelErr != nil {
+		return fail(check, "not known without BTF", "see btf")
+	}
+	n, err := loader.CheckRelocations(x.kernel)
+	if err != nil {
+		return fail(check, err.Error(), "report this kernel: the program does not load there, or would not read what it should")
+	}
+	return ok(check, "all %d resolve, but for those that the program asks for first", n)
+}
+
+// functions says whether what the best tiers hook is there.
+func (x *examiner) functions() finding {
+	const check = "functions"
+	if x.kernelErr != nil {
+		return fail(check, "not known without BTF", "see btf")
+	}
+	if missing := loader.MissingHooks(x.kernel); len(missing) > 0 {
+		return warn(check, "not to be hooked, for they are not in the kernel's types: "+strings.Join(missing, ", "),
+			"see on a machine with that kernel what oom-tracer doctor says of hooks and stack")
+	}
+	return ok(check, "what the tiers fentry and kprobe hook is there")
+}
+
+// tell prints the findings of this machine (here) or another's kernel (there). It fails when one of them does.
+func tell(findings []finding, node, where, output string, stdout io.Writer) error {
 	failed := failures(findings)
 	var err error
 	if output == "json" {
@@ -102,7 +143,7 @@ func tell(findings []finding, node, output string, stdout io.Writer) error {
 		return fmt.Errorf("write the findings: %w", err)
 	}
 	if len(failed) > 0 {
-		return fmt.Errorf("tracing cannot work here: see %s", strings.Join(failed, ", "))
+		return fmt.Errorf("tracing cannot work %s: see %s", where, strings.Join(failed, ", "))
 	}
 	return nil
 }
@@ -124,6 +165,8 @@ type examiner struct {
 	node   string
 	procfs string
 	sysfs  string
+	// btfFile is where the kernel's types are, if not in sysfs.
+	btfFile string
 	// load loads and attaches what a run would, and takes it away again.
 	load func(loader.Options) (loader.Tier, error)
 
@@ -143,7 +186,7 @@ type examiner struct {
 // that program itself, then what is around it.
 func (x *examiner) examine(ctx context.Context) []finding {
 	x.look(ctx)
-	findings := []finding{x.release(), x.capabilities(), x.lockdown(), x.memlock(), x.btf(), x.markVictim()}
+	findings := []finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.memlock(), x.btf(), x.markVictim()}
 	findings = append(findings, x.hooks(failures(findings)), x.kallsyms(), x.stack())
 	findings = append(findings, x.program(failures(findings)))
 	findings = append(findings, x.cgroup(), x.bpffs(), x.tracer(ctx))
@@ -315,6 +358,22 @@ func (x *examiner) capabilities() finding {
 	return f
 }
 
+// protection says whether a tracer can keep the OOM killer from itself: to go below the least oom_score_adj
+// that it had takes CAP_SYS_RESOURCE in the first user namespace (__set_oom_adj() in fs/proc/base.c).
+func (x *examiner) protection() finding {
+	const check = "protection"
+	data, err := os.ReadFile(x.procfs + "/self/oom_score_adj")
+	if err != nil {
+		return warn(check, err.Error(), "mount proc at "+x.procfs)
+	}
+	now := strings.TrimSpace(string(data))
+	if n, err := strconv.Atoi(now); err == nil && n <= oomScoreAdj || x.has(unix.CAP_SYS_RESOURCE) {
+		return ok(check, "a tracer can have oom_score_adj %d, so that the OOM killer takes it last", oomScoreAdj)
+	}
+	return warn(check, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now "+now+": the OOM killer may take the tracer",
+		"add it (Kubernetes: securityContext.capabilities.add: [SYS_RESOURCE]), or start it with oom_score_adj "+strconv.Itoa(oomScoreAdj))
+}
+
 // lockdown reads the mode in force, which stands in brackets (lockdown_read() in
 // security/lockdown/lockdown.c). Only confidentiality takes bpf_probe_read_kernel() away.
 func (x *examiner) lockdown() finding {
@@ -426,7 +485,10 @@ func (x *examiner) countsBPF() bool {
 }
 
 func (x *examiner) btf() finding {
-	file := x.sysfs + "/kernel/btf/vmlinux"
+	file := cmp.Or(x.btfFile, x.sysfs+"/kernel/btf/vmlinux")
+	if x.btfFile != "" && x.kernelErr != nil {
+		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "take that kernel's /sys/kernel/btf/vmlinux, or its vmlinux with a section .BTF")
+	}
 	if errors.Is(x.kernelErr, fs.ErrNotExist) {
 		return fail("btf", "there is no "+file, "use a kernel with CONFIG_DEBUG_INFO_BTF=y, and mount sysfs at "+x.sysfs)
 	}

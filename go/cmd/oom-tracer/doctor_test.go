@@ -85,6 +85,7 @@ func newPatient(t *testing.T) *patient {
 
 	must(t, os.Symlink("77", p.procfs+"/self"))
 	p.proc("77/status", "Name:\toom-tracer\nUid:\t0\t0\t0\t0\nCapPrm:\t000001ffffffffff\nCapEff:\t000001ffffffffff\nCapBnd:\t000001ffffffffff\n")
+	p.proc("77/oom_score_adj", "-998\n")
 	p.memlockLimitIs("8388608")
 	p.namespace("user", "user:[4026531837]")
 	p.namespace("cgroup", "cgroup:[4026531835]")
@@ -227,7 +228,7 @@ func (p *patient) kernelTypes(arguments []btf.FuncParam, helpers ...string) {
 
 // checks are all that doctor makes, in their order.
 var checks = []string{
-	"kernel", "capabilities", "lockdown", "memlock", "btf", "mark_victim", "hooks", "kallsyms", "stack", "program",
+	"kernel", "capabilities", "protection", "lockdown", "memlock", "btf", "mark_victim", "hooks", "kallsyms", "stack", "program",
 	"cgroup", "bpffs", "tracer", "nats", "jetstream",
 }
 
@@ -282,6 +283,7 @@ func TestDoctorFindings(t *testing.T) {
 		{"all is well", func(*patient) {}, []finding{
 			{"kernel", statusOK, "6.12.95+deb12-cloud-amd64 " + runtime.GOARCH + ", node node-1", ""},
 			{"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""},
+			{"protection", statusOK, "can have oom_score_adj -998", ""},
 			{"lockdown", statusOK, "integrity", ""},
 			{"memlock", statusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 1040 KiB, 2064 KiB are free to each user", ""},
 			{"btf", statusOK, "/kernel/btf/vmlinux", ""},
@@ -359,6 +361,11 @@ func TestDoctorFindings(t *testing.T) {
 		{"CAP_SYS_ADMIN does not stand for CAP_SYSLOG", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden(); p.noHooks() },
 			append(withoutStack(statusWarn, finding{"kallsyms", statusWarn, hidden + " from this process (kernel.kptr_restrict is 1, kernel.perf_event_paranoid 2)", "it takes CAP_SYSLOG: see capabilities"}),
 				finding{"capabilities", statusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG to see the kernel's addresses (tier stack)", "[SYSLOG]"})},
+		{"may lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n") }, nil},
+		{"may not lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n"); p.lacks(unix.CAP_SYS_RESOURCE) }, []finding{
+			{"protection", statusWarn, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now -997", "add: [SYS_RESOURCE]"},
+		}},
+		{"need not lower its oom_score_adj", func(p *patient) { p.lacks(unix.CAP_SYS_RESOURCE) }, nil},
 		{"no need of CAP_SYSLOG, where the addresses are shown", func(p *patient) {
 			p.noHooks()
 			p.lacks(unix.CAP_SYSLOG)
@@ -982,16 +989,16 @@ func TestDoctorOutput(t *testing.T) {
 	}
 	for _, output := range []string{"text", "json"} {
 		var out bytes.Buffer
-		err := tell(findings, "node-1", output, &out)
+		err := tell(findings, "node-1", "here", output, &out)
 		if err == nil || err.Error() != "tracing cannot work here: see capabilities, nats" {
 			t.Errorf("%s: %v", output, err)
 		}
 		golden(t, "doctor-"+output+".golden", versions.ReplaceAllString(out.String(), `"version": "…"`))
 		out.Reset()
-		if err := tell(findings[2:3], "node-1", output, &out); err != nil {
+		if err := tell(findings[2:3], "node-1", "here", output, &out); err != nil {
 			t.Errorf("%s, with a warning only: %v", output, err)
 		}
-		if err := tell(findings[:1], "node-1", output, brokenPipe{}); !errors.Is(err, io.ErrClosedPipe) {
+		if err := tell(findings[:1], "node-1", "here", output, brokenPipe{}); !errors.Is(err, io.ErrClosedPipe) {
 			t.Errorf("%s, into a closed pipe: %v", output, err)
 		}
 	}
@@ -1101,6 +1108,9 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 			withoutSyslog = append(blind(statusWarn), hooks, finding{"program", statusOK, "loads and attaches; tier none", ""})
 		}
 	}
+	// Some machines give it to nobody.
+	resource, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, unix.CAP_SYS_RESOURCE, 0, 0, 0)
+	must(t, err)
 	small := testConfig(t)
 	small.Kernel.PerfPages = 1024
 	stack := testConfig(t)
@@ -1139,6 +1149,9 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 					// The first of a check counts.
 					want = append([]finding{f, findingOf(got.Findings, "hooks")}, want...)
 				}
+			}
+			if resource == 0 {
+				want = append(want, finding{"protection", statusWarn, "lacks CAP_SYS_RESOURCE", "SYS_RESOURCE"})
 			}
 			p := &patient{t: t}
 			p.check(got.Findings, want)
