@@ -28,6 +28,7 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/oom-tracer
 LIBBPF := $(CACHE)/libbpf-bookworm-backports
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+DATE := $(shell git show -s --format=%cd --date=format:%Y%m%d 2>/dev/null || echo 00000000)
 CONFIG ?= config.yaml
 
 # libbpf, libelf and zlib are linked statically: the binary needs glibc and nothing else.
@@ -39,7 +40,9 @@ go_tool = $(GO) tool -modfile=tools/go.mod
 clang_bpf = $(CLANG) -g -O2 -Wall -Werror -target bpf -mcpu=v2 -D__TARGET_ARCH_$(TARGET_$(ARCH)) -Ivmlinux/$(ARCH) -isystem $(LIBBPF)/usr/include
 go_build = CGO_LDFLAGS='$(link_flags)' $(GO) build -trimpath -ldflags '-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION)'
 
-GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go') go.mod go.sum
+GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go' -not -path 'go/descheduler/*') go.mod go.sum
+# A module of its own; see its go.mod.
+DESCHEDULER_FILES := $(shell find go/descheduler -name '*.go' -not -name '*_test.go') go/descheduler/go.mod go/descheduler/go.sum
 BPF_FILES := $(wildcard src/*.c src/*.h) vmlinux/$(ARCH)/vmlinux.h
 OBJECT := go/internal/loader/oom.bpf.o
 C_FILES := $(wildcard src/*.c src/*.h tools/*.c)
@@ -88,6 +91,18 @@ build/oom-tap build/oom-annotator: build/%: $(GO_FILES)
 	@mkdir -p build
 	$(say) GO $@
 	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/$*
+
+.PHONY: descheduler
+descheduler: build/oom-descheduler ## build the descheduler with our plugin (2 to 4 minutes the first time)
+
+# Its own version has the form that the descheduler reads its minor version from (pkg/version), to hold it against
+# the cluster's.
+build/oom-descheduler: $(GO_FILES) $(DESCHEDULER_FILES)
+	@mkdir -p build
+	$(say) GO $@
+	$(Q)cd go/descheduler && upstream=$$($(GO) list -m -f '{{.Version}}' sigs.k8s.io/descheduler) && \
+		CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION) \
+		-X sigs.k8s.io/descheduler/pkg/version.version=v$(DATE)-$$upstream" -o $(CURDIR)/$@ ./cmd/oom-descheduler
 
 build/hog: tools/hog.c build/.deps
 	$(say) CC $@
