@@ -41,6 +41,7 @@ emulator := qemu-$(GNU_$(ARCH))-static
 endif
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+DATE := $(shell git show -s --format=%cd --date=format:%Y%m%d 2>/dev/null || echo 00000000)
 CONFIG ?= config.yaml
 
 # libbpf, libelf and zlib are linked statically: the binary needs glibc and nothing else.
@@ -53,7 +54,9 @@ go_tool = $(GO) tool -modfile=tools/go.mod
 clang_bpf = $(CLANG) -g -O2 -Wall -Werror -target bpf -mcpu=v2 -fms-extensions -Wno-microsoft-anon-tag -D__TARGET_ARCH_$(TARGET_$(ARCH)) -Ivmlinux/$(ARCH) -isystem $(LIBBPF)/usr/include
 go_build = CGO_LDFLAGS='$(link_flags)' $(GO) build -trimpath -ldflags '-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION)'
 
-GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go') go.mod go.sum
+GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go' -not -path 'go/descheduler/*') go.mod go.sum
+# A module of its own; see its go.mod.
+DESCHEDULER_FILES := $(shell find go/descheduler -name '*.go' -not -name '*_test.go') go/descheduler/go.mod go/descheduler/go.sum
 BPF_FILES := $(wildcard src/*.c src/*.h) vmlinux/$(ARCH)/vmlinux.h
 OBJECT := go/internal/loader/oom.bpf.o
 C_FILES := $(wildcard src/*.c src/*.h tools/*.c)
@@ -112,6 +115,18 @@ matched: build/static/oom-tracer ## the program fits the kernel whose BTF is KER
 	@tools/install-deps.sh $(LIBBPF) $(emulator:%=%=qemu-user-static)
 	$(Q)$(emulator) $< doctor --btf $(KERNEL_BTF)
 
+.PHONY: descheduler
+descheduler: build/oom-descheduler ## build the descheduler with our plugin (2 to 4 minutes the first time)
+
+# Its own version has the form that the descheduler reads its minor version from (pkg/version), to hold it against
+# the cluster's.
+build/oom-descheduler: $(GO_FILES) $(DESCHEDULER_FILES)
+	@mkdir -p build
+	$(say) GO $@
+	$(Q)cd go/descheduler && upstream=$$($(GO) list -m -f '{{.Version}}' sigs.k8s.io/descheduler) && \
+		CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION) \
+		-X sigs.k8s.io/descheduler/pkg/version.version=v$(DATE)-$$upstream" -o $(CURDIR)/$@ ./cmd/oom-descheduler
+
 build/hog: tools/hog.c build/.deps
 	$(say) CC $@
 	$(Q)gcc -O2 -Wall -Wextra -Werror -static -pthread $< -o $@
@@ -148,6 +163,18 @@ test: build build/hog build/nats-server build/kube verify-goldens ## every test,
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
 		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 1 -timeout 20m ./...
 	$(Q)tools/no-skips.sh build/test.json
+	$(Q)$(MAKE) --no-print-directory test-descheduler
+
+.PHONY: test-descheduler
+test-descheduler: build/oom-descheduler build/descheduler build/kube ## a part of test: our descheduler and the unmodified one, on a real API server
+	$(Q)cd go/descheduler && OOM_TEST_BUILD=$(CURDIR)/build \
+		$(GO) tool -modfile=$(CURDIR)/tools/go.mod gotestsum --format pkgname --jsonfile $(CURDIR)/build/test-descheduler.json -- -count=1 -timeout 20m ./...
+	$(Q)tools/no-skips.sh build/test-descheduler.json
+
+# The unmodified one.
+build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
+	@mkdir -p build
+	$(Q)ln -sfn "$$(tools/descheduler/build.sh)" $@
 
 .PHONY: test-faults
 test-faults: build/faults/oom-tracer ## the selftest finds each wrong field that is put into the BPF program (needs root)
@@ -239,10 +266,12 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags bench ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'vm faults' ./...
+	$(Q)cd go/descheduler && CGO_ENABLED=0 $(GO) vet ./...
 	$(say) LINT staticcheck
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags bench ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags 'vm faults' ./...
+	$(Q)cd go/descheduler && CGO_ENABLED=0 $(GO) tool -modfile=$(CURDIR)/tools/go.mod staticcheck ./...
 	$(say) LINT clang-format
 	$(Q)clang-format --dry-run --Werror $(C_FILES)
 	$(say) LINT shellcheck

@@ -47,8 +47,9 @@ type Cluster struct {
 	Admin  *rest.Config         // of the group system:masters, without a rate limit
 	Client kubernetes.Interface // Admin's
 
-	t   testing.TB
-	api *process
+	t        testing.TB
+	api      *process
+	auditLog string
 }
 
 // Start starts an API server and waits until it is ready.
@@ -85,6 +86,10 @@ func Start(t testing.TB) *Cluster {
 	if err := os.WriteFile(tokens, []byte(token+",admin,admin-uid,system:masters\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	auditPolicyFile, auditLog := filepath.Join(dir, "audit-policy.yaml"), filepath.Join(dir, "audit.log")
+	if err := os.WriteFile(auditPolicyFile, []byte(auditPolicy), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	_, port, err := net.SplitHostPort(secure)
 	if err != nil {
 		t.Fatal(err)
@@ -101,9 +106,10 @@ func Start(t testing.TB) *Cluster {
 			"--service-account-key-file=" + saPub, "--service-account-signing-key-file=" + saKey,
 			"--service-cluster-ip-range=10.0.0.0/24", "--endpoint-reconciler-type=none",
 			"--allow-privileged=true", "--enable-priority-and-fairness=false", "--profiling=false",
+			"--audit-policy-file=" + auditPolicyFile, "--audit-log-path=" + auditLog,
 		},
 	}
-	c := &Cluster{t: t, api: api}
+	c := &Cluster{t: t, api: api, auditLog: auditLog}
 	t.Cleanup(func() { api.end(t) })
 	api.start(t)
 	cert := filepath.Join(dir, "certs", "apiserver.crt")

@@ -16,6 +16,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
@@ -28,12 +29,36 @@ import (
 	"k8s.io/client-go/restmapper"
 )
 
-// Node makes a node. A name is all it needs: pods are bound by it.
-func (c *Cluster) Node(name string) *corev1.Node {
+// Node makes a node that is ready, with room for pods and without a taint: all that a scheduler or descheduler
+// looks at. Each change is applied to it before it is created.
+func (c *Cluster) Node(name string, changes ...func(*corev1.Node)) *corev1.Node {
 	c.t.Helper()
-	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}
-	node, err := c.Client.CoreV1().Nodes().Create(c.t.Context(), node, metav1.CreateOptions{})
+	node := &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{corev1.LabelHostname: name}},
+		Status: corev1.NodeStatus{
+			Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}},
+			Allocatable: corev1.ResourceList{
+				corev1.ResourceCPU: resource.MustParse("4"), corev1.ResourceMemory: resource.MustParse("8Gi"), corev1.ResourcePods: resource.MustParse("110"),
+			},
+		},
+	}
+	for _, change := range changes {
+		change(node)
+	}
+	status, taints := node.Status, node.Spec.Taints
+	status.Capacity = status.Allocatable
+	nodes := c.Client.CoreV1().Nodes()
+	node, err := nodes.Create(c.t.Context(), node, metav1.CreateOptions{})
 	if err != nil {
+		c.t.Fatal(err)
+	}
+	node.Status = status
+	if node, err = nodes.UpdateStatus(c.t.Context(), node, metav1.UpdateOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+	// The server taints every new node as not ready, for a controller to take that away once it is.
+	node.Spec.Taints = taints
+	if node, err = nodes.Update(c.t.Context(), node, metav1.UpdateOptions{}); err != nil {
 		c.t.Fatal(err)
 	}
 	return node
@@ -200,21 +225,9 @@ func (c *Cluster) apply(client dynamic.Interface, mapper meta.RESTMapper, object
 
 // Manifests reads the objects of a file of YAML documents, from the root of the repository.
 func Manifests(file string) ([]*unstructured.Unstructured, error) {
-	if !filepath.IsAbs(file) {
-		root, err := os.Getwd()
-		if err != nil {
-			return nil, err
-		}
-		for {
-			if _, err := os.Stat(filepath.Join(root, "go.mod")); err == nil {
-				break
-			}
-			if root == filepath.Dir(root) {
-				return nil, fmt.Errorf("find %s: the test does not run in the repository", file)
-			}
-			root = filepath.Dir(root)
-		}
-		file = filepath.Join(root, file)
+	file, err := Path(file)
+	if err != nil {
+		return nil, err
 	}
 	f, err := os.Open(file)
 	if err != nil {
@@ -238,6 +251,27 @@ func Manifests(file string) ([]*unstructured.Unstructured, error) {
 		if object.Object != nil { // nil: nothing but comments
 			objects = append(objects, object)
 		}
+	}
+}
+
+// Path finds a file of the repository, by its name from the root of it. The test runs somewhere below.
+func Path(file string) (string, error) {
+	if filepath.IsAbs(file) {
+		return file, nil
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for {
+		path := filepath.Join(dir, file)
+		if _, err := os.Stat(path); err == nil {
+			return path, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", fmt.Errorf("find %s: the test does not run in the repository", file)
+		}
+		dir = filepath.Dir(dir)
 	}
 }
 
