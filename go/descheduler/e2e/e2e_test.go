@@ -139,6 +139,9 @@ func owner(version, kind string) []metav1.OwnerReference {
 
 // annotate marks as oom-annotator does with the default annotation, for a kill of a minute ago.
 func annotate(pod *corev1.Pod, value string) {
+	if pod.Annotations == nil { // so it comes from the server
+		pod.Annotations = map[string]string{}
+	}
 	pod.Annotations[evictMe] = value
 	hit(time.Minute)(pod)
 }
