@@ -11,11 +11,15 @@ const (
 	ResultObserved  Result = "observed"  // it would, but the annotator is told to act on nothing
 	ResultSkipped   Result = "skipped"   // it was decided that it must not
 	ResultFailed    Result = "failed"    // it should have, or nobody can tell
+
+	// What became of a pod that was annotated.
+	ResultEvicted Result = "evicted" // it has left its node
+	ResultExpired Result = "expired" // nobody came for it in time, and its annotation is gone
 )
 
 // Results lists every result, in the order of the documentation.
 func Results() []Result {
-	return []Result{ResultAnnotated, ResultObserved, ResultSkipped, ResultFailed}
+	return []Result{ResultAnnotated, ResultObserved, ResultSkipped, ResultFailed, ResultEvicted, ResultExpired}
 }
 
 // Reason says why it is that result. Each belongs to one result; see Reasons.
@@ -61,6 +65,13 @@ const (
 	ReasonUnavailable Reason = "unavailable" // the API server, or NATS for the budgets, did not answer in time
 )
 
+// The reasons of what became of an annotated pod.
+const (
+	ReasonEvicted  Reason = "eviction" // through the API's eviction subresource, as a descheduler does
+	ReasonLeft     Reason = "left"     // it was deleted or has ended otherwise, or nobody saw how
+	ReasonLifetime Reason = "lifetime" // policy.mark_lifetime is over
+)
+
 // Reasons lists the reasons of each result, in the order of the documentation.
 func Reasons() map[Result][]Reason {
 	return map[Result][]Reason{
@@ -74,6 +85,8 @@ func Reasons() map[Result][]Reason {
 		ResultFailed: {
 			ReasonMalformed, ReasonOversized, ReasonSchema, ReasonForged, ReasonForbidden, ReasonRejected, ReasonUnavailable,
 		},
+		ResultEvicted: {ReasonEvicted, ReasonLeft},
+		ResultExpired: {ReasonLifetime},
 	}
 }
 
@@ -81,6 +94,9 @@ func Reasons() map[Result][]Reason {
 const (
 	// StageAnnotate is that of what became of a kill. There is one for each kill.
 	StageAnnotate = "annotate"
+	// StageClose is that of what became of an annotated pod: there is one for each kill that was ResultAnnotated, once
+	// that is known.
+	StageClose = "close"
 	// StageNeighbours is that of what the node's pods held then, by their names, in Detail. There is one for each
 	// Neighbours that came in time.
 	StageNeighbours = "neighbours"

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -46,7 +48,10 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	watcher := pods.NewWatcher(client, store, terms, log)
 	metrics := annotate.NewMetrics()
 
-	w := &works{log: log, watcher: watcher}
+	w := &works{log: log, watcher: watcher, closer: &annotate.Closer{
+		Terms: terms, Lifetime: cfg.Policy.MarkLifetime, API: client, Marks: store, Metrics: metrics, Log: log, Now: time.Now,
+	}}
+	store.OnLeave = w.closer.Leave
 	events := annotate.NewEvents(client, hostname(), log)
 	registry := obs.NewRegistry(name)
 	registry.MustRegister(metrics, events, &w.brake, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -117,6 +122,7 @@ func bounded(act func()) {
 type works struct {
 	log     *slog.Logger
 	watcher *pods.Watcher
+	closer  *annotate.Closer
 
 	brake     brake
 	mu        sync.Mutex
@@ -183,6 +189,12 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	defer stop()
 	published := make(chan error, 1)
 	go func() { published <- publisher.Run(downstream) }()
+	w.closer.Outlet, w.closer.Told = publisher, a.Told
+	closing := make(chan struct{})
+	go func() {
+		defer close(closing)
+		w.close(ctx, conn, cfg)
+	}()
 	told := make(chan struct{})
 	if a.Teller == nil {
 		close(told)
@@ -197,6 +209,7 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	err = consumer.Run(ctx, func(ctx context.Context, d *bus.Delivery) {
 		a.Handle(ctx, annotate.Message{Stored: d.Stored, Attempt: d.Attempt, Settler: d})
 	})
+	bounded(func() { <-closing })
 	draining, drained := context.WithTimeout(downstream, drainTime)
 	defer drained()
 	if left, err := publisher.Drain(draining); left > 0 {
@@ -208,6 +221,34 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	stop()
 	bounded(func() { <-told })
 	return errors.Join(err, <-published)
+}
+
+// close says what becomes of marked pods until ctx ends. It begins with those that left while nobody watched.
+func (w *works) close(ctx context.Context, conn *bus.Conn, cfg config.Config) {
+	since := time.Now().Add(-2*cfg.Policy.MarkLifetime - cfg.Policy.MaxEventAge)
+	for {
+		open := map[string]event.Outcome{}
+		err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{"oom.v1." + string(event.KindOutcome) + ".>"}, Since: since}, func(m bus.Stored) error {
+			o, err := event.ParseOutcome(m.Data)
+			switch {
+			case err != nil: // nothing of ours
+			case o.Stage == event.StageClose:
+				delete(open, o.Kill)
+			case o.Stage == event.StageAnnotate && o.Result == event.ResultAnnotated:
+				open[o.Kill] = o
+			}
+			return nil
+		})
+		if err == nil {
+			w.closer.Run(ctx, slices.Collect(maps.Values(open)))
+			return
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // connect waits for a NATS that is not there yet. It returns nil and nil when ctx ends.

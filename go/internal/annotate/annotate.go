@@ -110,7 +110,13 @@ func Terms(cfg *config.Config) pods.Terms {
 // stored, and not before.
 func (a *Annotator) Hooks() bus.Hooks {
 	return bus.Hooks{
-		OnAck:   func(m bus.Msg, _ bool) { m.Tag.(tag).settle() },
+		OnAck: func(m bus.Msg, duplicate bool) {
+			t := m.Tag.(tag)
+			t.settle()
+			if t.stored != nil && !duplicate {
+				t.stored()
+			}
+		},
 		OnRetry: func(bus.Msg, error) { a.Metrics.failure("publish") },
 		OnDrop: func(m bus.Msg, err error) {
 			a.Metrics.failure("dropped")
@@ -129,6 +135,7 @@ func (a *Annotator) Hooks() bus.Hooks {
 type tag struct {
 	settle func() // the message that it is about
 	killed time.Time
+	stored func() // told by this process; nil: nothing to do
 }
 
 // Handle works on one message until its outcome is on its way, or it is to come again.
@@ -180,7 +187,7 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 			o.Annotation = key + "=" + value
 		}
 	}
-	if a.publish(m, o, tag{m.Settler.Ack, c.Killed}) {
+	if a.publish(m, o, tag{settle: m.Settler.Ack, killed: c.Killed}) {
 		a.Metrics.decided(o, repeated, a.Now().Sub(e.Time))
 		if a.Teller != nil {
 			a.Teller.Tell(e, o, "")
@@ -234,7 +241,7 @@ func (a *Annotator) refuse(m Message, kill string, r *refusal) {
 		return
 	}
 	o := a.outcome(kill, node, Decision{Result: event.ResultFailed, Reason: r.reason, Detail: fmt.Sprintf("message id %q: %v", m.ID, r.err)})
-	if a.publish(m, o, tag{term, m.Time}) {
+	if a.publish(m, o, tag{settle: term, killed: m.Time}) {
 		a.Metrics.decided(o, false, 0)
 	}
 }

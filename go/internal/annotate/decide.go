@@ -49,7 +49,7 @@ func Decide(policy *config.Policy, c *Case) Decision {
 		return skip(event.ReasonOtherNode)
 	case errors.Is(c.Err, pods.ErrAmbiguous):
 		return skip(event.ReasonAmbiguous)
-	case pod != nil && !c.Found.Gone && pod.Kill == e.ID:
+	case pod != nil && !c.Found.Gone && pod.Kill() == e.ID:
 		return marked // by an attempt before this one, whatever holds now
 	}
 	// What happened.

@@ -51,16 +51,16 @@ func TestDecide(t *testing.T) {
 			in.pod.Mirror, in.pod.DaemonSet, in.pod.Critical, in.e.Container.Static = true, true, true, true
 		}, act},
 		{"found by its container alone", func(in *input) { in.e.Container.PodUID = "" }, act},
-		{"marked for another kill and unmarked again", func(in *input) { in.pod.Kill = "boot-0-0" }, act},
+		{"marked for another kill and unmarked again", func(in *input) { in.pod.Mark = &pods.Mark{Kill: "boot-0-0"} }, act},
 
 		{"observe only", func(in *input) { in.policy.Annotation = "" }, Decision{Result: event.ResultObserved, Reason: event.ReasonObserveOnly}},
 
-		{"own work", func(in *input) { in.pod.Kill, in.pod.Marked = in.e.ID, true }, marked},
+		{"own work", func(in *input) { in.pod.Mark, in.pod.Marked = &pods.Mark{Kill: in.e.ID}, true }, marked},
 		{"own work, whatever holds now", func(in *input) {
-			in.pod.Kill, in.pod.OptOut, in.pod.Finished = in.e.ID, true, true
+			in.pod.Mark, in.pod.OptOut, in.pod.Finished = &pods.Mark{Kill: in.e.ID}, true, true
 			in.c.Age, in.policy.Annotation, in.e.Scope = time.Hour, "", event.ScopeUnknown
 		}, marked},
-		{"own work on a pod that is gone", func(in *input) { in.pod.Kill, in.c.Found.Gone = in.e.ID, true }, skip(event.ReasonGone)},
+		{"own work on a pod that is gone", func(in *input) { in.pod.Mark, in.c.Found.Gone = &pods.Mark{Kill: in.e.ID}, true }, skip(event.ReasonGone)},
 
 		{"host", func(in *input) { in.e.Container, in.pod = nil, nil }, skip(event.ReasonHost)},
 		{"no pod's container", func(in *input) { in.e.Container.PodUID, in.pod, in.c.Err = "", nil, pods.ErrUnknown }, skip(event.ReasonHost)},
@@ -80,7 +80,7 @@ func TestDecide(t *testing.T) {
 		{"not found", func(in *input) { in.pod, in.c.Err = nil, pods.ErrUnknown }, skip(event.ReasonNotFound)},
 		{"gone", func(in *input) { in.c.Found.Gone = true }, skip(event.ReasonGone)},
 		{"finished", func(in *input) { in.pod.Finished = true }, skip(event.ReasonFinished)},
-		{"already", func(in *input) { in.pod.Marked, in.pod.Kill = true, "boot-0-0" }, skip(event.ReasonAlready)},
+		{"already", func(in *input) { in.pod.Marked, in.pod.Mark = true, &pods.Mark{Kill: "boot-0-0"} }, skip(event.ReasonAlready)},
 		{"marked by hand", func(in *input) { in.pod.Marked = true }, skip(event.ReasonAlready)},
 		{"mirror", func(in *input) { in.pod.Mirror = true }, skip(event.ReasonStatic)},
 		{"static by its path", func(in *input) { in.e.Container.Static = true }, skip(event.ReasonStatic)},

@@ -95,6 +95,11 @@ func (m *Metrics) identified(c *Case) {
 	m.events.WithLabelValues("identified", reason).Inc()
 }
 
+// closed counts what became of a marked pod.
+func (m *Metrics) closed(o *event.Outcome) {
+	m.victims.WithLabelValues(stageOf(o.Result), string(o.Reason)).Inc()
+}
+
 // decided counts an outcome.
 func (m *Metrics) decided(o *event.Outcome, repeated bool, latency time.Duration) {
 	if repeated {

@@ -161,7 +161,7 @@ func (k *Onlooker) publish(e *event.Event, o *event.Outcome, said string) {
 		data, err = json.Marshal(&told)
 	}
 	if err == nil {
-		err = k.Outlet.Enqueue(bus.Msg{ID: told.ID, Subject: subject, Data: data, Tag: tag{func() {}, e.Time}})
+		err = k.Outlet.Enqueue(bus.Msg{ID: told.ID, Subject: subject, Data: data, Tag: tag{settle: func() {}, killed: e.Time}})
 	}
 	if err != nil {
 		k.Log.Warn("what the other pods held is not told on nats", "id", e.ID, "error", err)

@@ -114,6 +114,8 @@ type Policy struct {
 	OptOutAnnotation string      `yaml:"opt_out_annotation"`
 	Protections      Protections `yaml:"protections"`
 	Budgets          Budgets     `yaml:"budgets"`
+	// MarkLifetime is how long after its kill a pod is marked at most, 1 m .. 168 h: then the annotation goes.
+	MarkLifetime time.Duration `yaml:"mark_lifetime"`
 }
 
 // Budgets bound how many pods are marked. All of them must hold.
@@ -197,6 +199,7 @@ func Default() Config {
 			OptOutAnnotation: "oom-tracer.alpha.kubernetes.io/opt-out",
 			Protections:      Protections{Static: true, DaemonSet: true, SystemCritical: true},
 			Budgets:          Budgets{Window: time.Hour, Node: 2, Owner: 1, Cluster: 10, Cooldown: 10 * time.Minute},
+			MarkLifetime:     time.Hour,
 		},
 		Annotator: Annotator{
 			SummaryAnnotation: "oom-tracer.alpha.kubernetes.io/last-kill",

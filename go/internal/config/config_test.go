@@ -126,7 +126,7 @@ func TestEveryKeyIsRead(t *testing.T) {
 			InferredLimits: true,
 			Namespaces:     Namespaces{Include: []string{"shop", "web-1"}, Exclude: []string{"kube-system"}},
 			Selector:       map[string]string{"app.kubernetes.io/name": "cart", "tier": ""}, OptOutAnnotation: "example.com/stay",
-			Budgets: Budgets{Window: 30 * time.Minute, Node: 3, Cluster: 1000},
+			Budgets: Budgets{Window: 30 * time.Minute, Node: 3, Cluster: 1000}, MarkLifetime: 2 * time.Minute,
 		},
 		Annotator: Annotator{
 			Kubeconfig: "/etc/kubeconfig", SummaryAnnotation: "example.com/kill", WaitForPod: time.Minute, Workers: 4, Listen: ":9998",

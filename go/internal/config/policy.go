@@ -101,6 +101,9 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 		}
 	}
 
+	if p.MarkLifetime < time.Minute || p.MarkLifetime > 168*time.Hour {
+		bad("policy.mark_lifetime", "must be from 1m to 168h, not %s", p.MarkLifetime)
+	}
 	b := p.Budgets
 	if b.Window < time.Minute || b.Window > 24*time.Hour {
 		bad("policy.budgets.window", "must be from 1m to 24h, not %s", b.Window)

@@ -56,16 +56,31 @@ type Pod struct {
 	Owner string
 	// Request is how much memory its containers ask for, in bytes.
 	Request int64
-	// Kill is the ID of the event that the pod was marked for, if any.
-	Kill string
+	// Mark is what the pod was marked for; nil: nothing.
+	Mark *Mark
 
 	Mirror    bool // stands for a static pod
 	DaemonSet bool
 	Critical  bool // of the priority of system components
 	Finished  bool // has ended, or is about to be deleted
+	Evicted   bool // through the eviction API (condition DisruptionTarget)
 	Marked    bool // carries the annotation of the policy
 	OptOut    bool // carries the annotation that protects it
 	Selected  bool // has the labels of the policy
+}
+
+// Mark is what a pod's summary says.
+type Mark struct {
+	Kill string // event.Event's ID
+	Time time.Time
+}
+
+// Kill is the ID of the event that the pod was marked for, empty if there is none.
+func (p *Pod) Kill() string {
+	if p.Mark == nil {
+		return ""
+	}
+	return p.Mark.Kill
 }
 
 // Container is an ID that stands in a pod's status, and the name of the container that has or had it.
@@ -135,9 +150,14 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	}
 	if text, ok := in.Annotations[t.Summary]; ok {
 		var s Summary
-		if json.Unmarshal([]byte(text), &s) == nil { // else it is nobody's
-			p.Kill = s.Event
+		if json.Unmarshal([]byte(text), &s) == nil && s.Event != "" { // else it is nobody's
+			p.Mark = &Mark{s.Event, s.Time}
 		}
+	}
+	for i := range in.Status.Conditions {
+		// Set by the eviction subresource (addConditionAndDeletePod in pkg/registry/core/pod/storage/eviction.go).
+		c := &in.Status.Conditions[i]
+		p.Evicted = p.Evicted || c.Type == corev1.DisruptionTarget && c.Status == corev1.ConditionTrue && c.Reason == "EvictionByEvictionAPI"
 	}
 	for _, statuses := range [][]corev1.ContainerStatus{
 		in.Status.InitContainerStatuses, in.Status.ContainerStatuses, in.Status.EphemeralContainerStatuses,

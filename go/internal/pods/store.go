@@ -22,6 +22,10 @@ var (
 
 // Store holds the pods of a cluster. Its methods may be called from any goroutine.
 type Store struct {
+	// OnLeave is told of marked pods that are about to be deleted, were, or have ended; more than once. It must not
+	// block, nor call the Store.
+	OnLeave func(p *Pod)
+
 	keep time.Duration // how long deleted pods are remembered
 	now  func() time.Time
 
@@ -56,6 +60,9 @@ func (s *Store) Len() int {
 func (s *Store) Set(p *Pod) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if p.Finished {
+		s.leaves(p)
+	}
 	if before := s.byUID[p.UID]; before != nil {
 		if before.Node == p.Node {
 			on := s.byNode[p.Node]
@@ -87,7 +94,33 @@ func (s *Store) Retain(uids map[string]struct{}) {
 	}
 }
 
+func (s *Store) leaves(p *Pod) {
+	if s.OnLeave != nil && p.Mark != nil {
+		s.OnLeave(p)
+	}
+}
+
+// Marked lists the pods that carry the annotation of the policy and say what for.
+func (s *Store) Marked() (all []*Pod) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, p := range s.byUID {
+		if p.Marked && p.Mark != nil {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+// Has tells whether there is a pod of that UID.
+func (s *Store) Has(uid string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.byUID[uid] != nil
+}
+
 func (s *Store) remove(p *Pod) {
+	s.leaves(p)
 	if before := s.byUID[p.UID]; before != nil {
 		s.unlink(before)
 		delete(s.byUID, p.UID)
