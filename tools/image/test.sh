@@ -127,7 +127,9 @@ doctor_names() {
 
 # --- what is in them
 
-for image in oom-tracer oom-annotator oom-tap; do
+mapfile -t images < <(all_images)
+check 'the Dockerfile has images' test "${#images[@]}" -gt 2
+for image in "${images[@]}"; do
 	unpack "$image"
 	printf '  %s%s:%s: %d KiB\n' "$prefix" "$image" "$tag" "$(du -sk "$temp/$image" | cut -f1)"
 	check "$image: its static program and no other, no shell" programs "$image"
@@ -137,7 +139,7 @@ for image in oom-tracer oom-annotator oom-tap; do
 	check "$image: says the version" grep -F "$VERSION (revision $REVISION" <("$temp/$image/$image" --version)
 done
 check 'oom-tracer: label of the kernel' label oom-tracer oom-tracer.kernel.btf portable
-for image in oom-annotator oom-tap; do
+for image in "${images[@]:1}"; do
 	check "$image: runs as a user that is nobody" chroot --userspec=65532:65532 "$temp/$image" "/$image" --version
 done
 
