@@ -32,7 +32,7 @@ temp=$(mktemp -d)
 cgroup='' tracer=''
 # Only what was started and made here.
 clean() {
-	[[ -z $tracer ]] || kill "$tracer" 2>/dev/null || true
+	[[ -z $tracer ]] || kill -KILL "$tracer" 2>/dev/null || true
 	[[ -z $tracer ]] || wait "$tracer" 2>/dev/null || true
 	[[ -z $cgroup ]] || rmdir "$cgroup" 2>/dev/null || true
 	rm -rf "$temp"
@@ -94,13 +94,14 @@ contained() {
 		name=${name#*=cap_}
 		[[ " ${keep,,} " == *" $name "* ]] || drop+=("cap_$name")
 	done
-	# The mounts are seen in here only, and end with it.
+	# As in a pod without hostPID: it is process 1 of its own namespace. The mounts are seen in there only, and
+	# end with it.
 	# shellcheck disable=SC2016 # the inner shell expands them
-	exec unshare --mount --propagation private bash -euc '
+	exec unshare --mount --propagation private --pid --cgroup --fork --kill-child bash -euc '
 		root=$1 drop=$2
 		shift 2
 		mount --bind "$root" "$root"
-		mount --rbind /proc "$root/proc"
+		mount -t proc proc "$root/proc"
 		mount --rbind /sys "$root/sys"
 		mount -t bpf bpf "$root/sys/fs/bpf"
 		mount --bind "$root.state" "$root/var/lib/oom-tracer"
@@ -166,10 +167,10 @@ for ((i = 0; i < 300; i++)); do
 	sleep 0.1
 done
 check 'it runs with the capabilities of the manifest and no other' grep -E 'msg"?[:=]"?tracing' "$temp/tracer.log"
+pid=$(pgrep -P "$tracer" || true)
 # holds: the running tracer has what was given and no more.
 holds() {
-	local pid bits want
-	pid=$(pgrep -P "$tracer" -x oom-tracer || echo "$tracer")
+	local bits want
 	bits=$(sed -n 's/^CapEff:[[:space:]]*//p' "/proc/$pid/status")
 	grep -E '^(Cap|NoNewPrivs|Uid)' "/proc/$pid/status"
 	cat "/proc/$pid/oom_score_adj"
@@ -197,15 +198,15 @@ mkdir "$cgroup"
 echo $((16 << 20)) >"$cgroup/$limit"
 HOG_CGROUP=$cgroup timeout 60 "$hog" 1 64 <<<x >"$temp/hog" 2>&1 || true
 sed 's/^/        hog: /' "$temp/hog"
-pid=$(grep -oE '[0-9]+' "$temp/hog" | head -n 1)
+victim=$(grep -oE '[0-9]+' "$temp/hog" | head -n 1)
 for ((i = 0; i < 100; i++)); do
-	grep -q "hog\[$pid\]" "$temp/tracer.out" && break
+	grep -q "hog\[$victim\]" "$temp/tracer.out" && break
 	sleep 0.1
 done
-check "it reports the kill of hog[$pid], in its cgroup" grep -E "image-test +killed .* hog\[$pid\] .*/oom-image-test-$$" "$temp/tracer.out"
-grep -F "hog[$pid]" "$temp/tracer.out" | sed 's/^/        /' || cat "$temp/tracer.log"
+check "it reports the kill of hog[$victim], in its cgroup" grep -E "image-test +killed .* hog\[$victim\] .*/oom-image-test-$$" "$temp/tracer.out"
+grep -F "hog[$victim]" "$temp/tracer.out" | sed 's/^/        /' || cat "$temp/tracer.log"
 
-kill "$tracer"
+kill "$pid"
 ended() {
 	local status=0
 	wait "$tracer" || status=$?
