@@ -70,8 +70,8 @@ static __always_inline bool rss_is_percpu(void)
 
 /*
  * bpf_map_lookup_percpu_elem() came with commit 07343110b293 ("bpf: add bpf_map_lookup_percpu_elem
- * for percpu map", v5.19), later than the first kernels that this program runs on, whose vmlinux.h lacks
- * the name.
+ * for percpu map", v5.19), later than the first kernels that this program runs on, whose vmlinux.h
+ * lacks the name.
  */
 enum bpf_func_id___since_v519 {
 	BPF_FUNC_map_lookup_percpu_elem___since_v519 = 195,
