@@ -4,13 +4,14 @@
 #   BASE               where the toolchain is installed: Debian bookworm, which can be pulled; on a closed
 #                      network localhost/debian:bookworm (make base-image)
 #   context goroot     GOROOT of the Go that builds
-#   context modules    what `go mod vendor` makes: nothing of Go is downloaded inside
+#   context modules    what `go mod vendor` makes, for each module: nothing of Go is downloaded inside
 #   context kernel     vmlinux.h of the target's architecture; and btf, if the images are for that kernel
 #                      only: they are not made unless the program fits it
-#   TARGETARCH         amd64 or arm64; the other one than the builder's is cross-compiled
+#   --platform         linux/amd64 or linux/arm64; the other one than the builder's is cross-compiled
 ARG BASE=debian:bookworm
+ARG BUILDPLATFORM
 
-FROM ${BASE} AS toolchain
+FROM --platform=${BUILDPLATFORM} ${BASE} AS toolchain
 ARG TARGETARCH
 # No terminal, and no files in the layers that differ from one day to the next.
 ENV DEBIAN_FRONTEND=noninteractive PATH=/usr/local/go/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
@@ -26,9 +27,10 @@ ARG VERSION REVISION
 WORKDIR /src
 ENV GOTOOLCHAIN=local GOFLAGS=-buildvcs=false
 COPY Makefile go.mod go.sum ./
-COPY --from=modules . ./vendor
+COPY --from=modules . ./
 COPY go ./go
-# To add a program without cgo: its name here, and a stage at the end.
+# A further program without cgo: its name here, and a stage at the end. (The descheduler, when it is there, is
+# build/descheduler and a copy of the last stage.)
 RUN --mount=type=cache,target=/root/.cache/go-build \
 	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/oom-annotator build/oom-tap
 RUN install -d -m 1777 /out/tmp && install -d /out/etc/ssl/certs && \
@@ -45,7 +47,7 @@ RUN --mount=type=cache,target=/root/.cache/go-build \
 	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/static/oom-tracer
 RUN if [ -e vmlinux/${TARGETARCH}/btf ]; then make ARCH=${TARGETARCH} matched KERNEL_BTF=vmlinux/${TARGETARCH}/btf; fi
 
-# What all images have: the roots of TLS, and no shell. (Their labels come from make image: in a cached layer
+# Each stage from here on that begins with "FROM base AS" is an image. What all have: the roots of TLS, and no shell. (Their labels come from make image: in a cached layer
 # buildah keeps those of an earlier commit.)
 FROM scratch AS base
 COPY --from=go /out/ /

@@ -22,7 +22,8 @@ temp=$(mktemp -d)
 trap 'rm -rf "$temp"' EXIT
 kernel=$temp/kernel
 mkdir "$kernel"
-label=portable tag=$TAG images=(oom-tracer oom-annotator oom-tap)
+label=portable tag=$TAG 
+mapfile -t images < <(all_images)
 if [[ -n $KERNEL_BTF ]]; then
 	tools/install-deps.sh "$CACHE/libbpf-bookworm-backports" bpftool zstd lz4 xz=xz-utils
 	echo "==> the types of $KERNEL_BTF"
@@ -32,7 +33,9 @@ if [[ -n $KERNEL_BTF ]]; then
 else
 	cp "vmlinux/$ARCH/vmlinux.h" "$kernel"
 fi
-"$GO" mod vendor -o "$temp/modules"
+for module in . go/descheduler; do
+	[[ ! -e $module/go.mod ]] || (cd "$module" && "$GO" mod vendor -o "$temp/modules/$module/vendor")
+done
 
 # The time of the commit, for the same image whenever it is built.
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null || echo 0)
@@ -48,7 +51,7 @@ for image in "${images[@]}"; do
 	[[ $image != oom-tracer ]] || labels+=(--label "oom-tracer.kernel.btf=$label")
 	echo "==> $name (with $CONTAINER_TOOL, after $SECONDS s)"
 	engine_build -f Dockerfile.builder --target "$image" -t "$name" "${stamp[@]}" \
-		--build-arg "BASE=$BASE" --build-arg "TARGETARCH=$ARCH" \
+		--platform "linux/$ARCH" --build-arg "BUILDPLATFORM=linux/$("$GO" env GOHOSTARCH)" --build-arg "BASE=$BASE" \
 		--build-arg "VERSION=$VERSION" --build-arg "REVISION=$REVISION" \
 		"${labels[@]}" \
 		--build-context "goroot=$("$GO" env GOROOT)" --build-context "modules=$temp/modules" \

@@ -24,6 +24,9 @@ if [[ -z ${CONTAINER_TOOL:-} ]] && ! CONTAINER_TOOL=$(find_engine); then
 	CONTAINER_TOOL=buildah
 fi
 
+# all_images prints the names of the images that Dockerfile.builder has.
+all_images() { sed -n 's/^FROM base AS //p' "$(dirname "${BASH_SOURCE[0]}")/../../Dockerfile.builder"; }
+
 # engine COMMAND... runs the tool.
 engine() {
 	if [[ $CONTAINER_TOOL == buildah && $1 == inspect ]]; then

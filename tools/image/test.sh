@@ -32,7 +32,7 @@ temp=$(mktemp -d)
 cgroup='' tracer=''
 # Only what was started and made here.
 clean() {
-	[[ -z $tracer ]] || kill "$tracer" 2>/dev/null || true
+	[[ -z $tracer ]] || kill -KILL "$tracer" 2>/dev/null || true
 	[[ -z $tracer ]] || wait "$tracer" 2>/dev/null || true
 	[[ -z $cgroup ]] || rmdir "$cgroup" 2>/dev/null || true
 	rm -rf "$temp"
@@ -94,13 +94,14 @@ contained() {
 		name=${name#*=cap_}
 		[[ " ${keep,,} " == *" $name "* ]] || drop+=("cap_$name")
 	done
-	# The mounts are seen in here only, and end with it.
+	# As in a pod without hostPID: it is process 1 of its own namespace. The mounts are seen in there only, and
+	# end with it.
 	# shellcheck disable=SC2016 # the inner shell expands them
-	exec unshare --mount --propagation private bash -euc '
+	exec unshare --mount --propagation private --pid --cgroup --fork --kill-child bash -euc '
 		root=$1 drop=$2
 		shift 2
 		mount --bind "$root" "$root"
-		mount --rbind /proc "$root/proc"
+		mount -t proc proc "$root/proc"
 		mount --rbind /sys "$root/sys"
 		mount -t bpf bpf "$root/sys/fs/bpf"
 		mount --bind "$root.state" "$root/var/lib/oom-tracer"
@@ -127,7 +128,9 @@ doctor_names() {
 
 # --- what is in them
 
-for image in oom-tracer oom-annotator oom-tap; do
+mapfile -t images < <(all_images)
+check 'the Dockerfile has images' test "${#images[@]}" -gt 2
+for image in "${images[@]}"; do
 	unpack "$image"
 	printf '  %s%s:%s: %d KiB\n' "$prefix" "$image" "$tag" "$(du -sk "$temp/$image" | cut -f1)"
 	check "$image: its static program and no other, no shell" programs "$image"
@@ -137,7 +140,7 @@ for image in oom-tracer oom-annotator oom-tap; do
 	check "$image: says the version" grep -F "$VERSION (revision $REVISION" <("$temp/$image/$image" --version)
 done
 check 'oom-tracer: label of the kernel' label oom-tracer oom-tracer.kernel.btf portable
-for image in oom-annotator oom-tap; do
+for image in "${images[@]:1}"; do
 	check "$image: runs as a user that is nobody" chroot --userspec=65532:65532 "$temp/$image" "/$image" --version
 done
 
@@ -164,10 +167,10 @@ for ((i = 0; i < 300; i++)); do
 	sleep 0.1
 done
 check 'it runs with the capabilities of the manifest and no other' grep -E 'msg"?[:=]"?tracing' "$temp/tracer.log"
+pid=$(pgrep -P "$tracer" || true)
 # holds: the running tracer has what was given and no more.
 holds() {
-	local pid bits want
-	pid=$(pgrep -P "$tracer" -x oom-tracer || echo "$tracer")
+	local bits want
 	bits=$(sed -n 's/^CapEff:[[:space:]]*//p' "/proc/$pid/status")
 	grep -E '^(Cap|NoNewPrivs|Uid)' "/proc/$pid/status"
 	cat "/proc/$pid/oom_score_adj"
@@ -195,15 +198,15 @@ mkdir "$cgroup"
 echo $((16 << 20)) >"$cgroup/$limit"
 HOG_CGROUP=$cgroup timeout 60 "$hog" 1 64 <<<x >"$temp/hog" 2>&1 || true
 sed 's/^/        hog: /' "$temp/hog"
-pid=$(grep -oE '[0-9]+' "$temp/hog" | head -n 1)
+victim=$(grep -oE '[0-9]+' "$temp/hog" | head -n 1)
 for ((i = 0; i < 100; i++)); do
-	grep -q "hog\[$pid\]" "$temp/tracer.out" && break
+	grep -q "hog\[$victim\]" "$temp/tracer.out" && break
 	sleep 0.1
 done
-check "it reports the kill of hog[$pid], in its cgroup" grep -E "image-test +killed .* hog\[$pid\] .*/oom-image-test-$$" "$temp/tracer.out"
-grep -F "hog[$pid]" "$temp/tracer.out" | sed 's/^/        /' || cat "$temp/tracer.log"
+check "it reports the kill of hog[$victim], in its cgroup" grep -E "image-test +killed .* hog\[$victim\] .*/oom-image-test-$$" "$temp/tracer.out"
+grep -F "hog[$victim]" "$temp/tracer.out" | sed 's/^/        /' || cat "$temp/tracer.log"
 
-kill "$tracer"
+kill "$pid"
 ended() {
 	local status=0
 	wait "$tracer" || status=$?

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 )
 
@@ -87,11 +88,7 @@ func TestCheckRelocations(t *testing.T) {
 		want  string // empty: it fits all the same
 	}{
 		{"signal_struct", []string{"oom_score_adj"}, "struct signal_struct.oom_score_adj"},
-		{"task_struct", []string{"tgid"}, "struct task_struct.tgid"},
-		{"mm_struct", []string{"total_vm"}, "struct mm_struct.total_vm"},
-		{"upid", []string{"nr"}, "struct upid.nr"},
 		{"oom_control", []string{"chosen"}, "struct oom_control.chosen"},
-		{"page_counter", []string{"max"}, "struct mem_cgroup.memory.max"},
 		{"cgroup_subsys_id", []string{"memory_cgrp_id"}, "enum cgroup_subsys_id.memory_cgrp_id"},
 		// One of the two names is asked for first, and the other is what is left.
 		{"kernfs_node", []string{"parent", "__parent"}, "struct kernfs_node___before_v615.parent"},
@@ -111,5 +108,53 @@ func TestCheckRelocations(t *testing.T) {
 				t.Errorf("got %v, want %s named", err, test.want)
 			}
 		})
+	}
+}
+
+// An instruction stands for an access that has no answer; is it reached?
+func TestReach(t *testing.T) {
+	const far = asm.R6 // helpers leave it alone
+	access := asm.FnKtimeGetNs.Call()
+	// guarded jumps over the access where the condition holds.
+	guarded := func(jump asm.Instruction, before ...asm.Instruction) asm.Instructions {
+		jump.Offset = 1
+		jump = jump.WithReference("")
+		return append(append(asm.Instructions{}, before...), jump, access, asm.Return())
+	}
+	for _, test := range []struct {
+		name  string
+		insns asm.Instructions
+		want  bool
+	}{
+		{"no guard", guarded(asm.JEq.Imm(asm.R1, 0, "")), true}, // of an argument nothing is known
+		{"yes", guarded(asm.JEq.Imm(far, 0, ""), asm.Mov.Imm(far, 1)), true},
+		{"no", guarded(asm.JEq.Imm(far, 0, ""), asm.Mov.Imm(far, 0)), false},
+		{"no, turned round", guarded(asm.JNE.Imm(far, 1, ""), asm.Mov.Imm(far, 0)), false},
+		{"copied, and a helper between", guarded(asm.JEq.Imm(far, 0, ""), asm.Mov.Imm(asm.R1, 0), asm.Mov.Reg(far, asm.R1), asm.FnKtimeGetNs.Call()), false},
+		{"a helper's result", guarded(asm.JEq.Imm(asm.R0, 0, ""), asm.Mov.Imm(asm.R0, 0), asm.FnKtimeGetNs.Call()), true},
+		{"read from memory", guarded(asm.JEq.Imm(far, 0, ""), asm.Mov.Imm(far, 0), asm.LoadMem(far, asm.R10, -8, asm.DWord)), true},
+		{"a bit", guarded(asm.JSet.Imm(far, 2, ""), asm.Mov.Imm(far, 3), asm.And.Imm(far, 2)), false},
+		{"shifted out of 32 bits", guarded(asm.JEq.Imm(far, 0, ""), asm.Mov.Imm(far, -1), asm.LSh.Imm(far, 32), asm.Mov.Reg32(far, far)), false},
+		{"double word", guarded(asm.JGT.Imm(far, 5, ""), asm.LoadImm(far, 1<<40, asm.DWord)), false},
+		{"two ways to it", asm.Instructions{
+			asm.Mov.Imm(far, 0),
+			{OpCode: asm.JEq.Op(asm.ImmSource), Dst: asm.R1, Offset: 1},
+			asm.Mov.Imm(far, 1),
+			{OpCode: asm.JEq.Op(asm.ImmSource), Dst: far, Offset: 1},
+			access, asm.Return(),
+		}, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			p := program{insns: test.insns}
+			if err := p.reach(); err != nil {
+				t.Fatal(err)
+			}
+			if got := p.reached[len(test.insns)-2]; got != test.want {
+				t.Errorf("reached: %t, want %t", got, test.want)
+			}
+		})
+	}
+	if err := (&program{insns: asm.Instructions{asm.Mov.Imm(asm.R0, 0)}}).reach(); err == nil {
+		t.Error("a program without an end is taken")
 	}
 }
