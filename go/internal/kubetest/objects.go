@@ -241,11 +241,11 @@ func Manifests(file string) ([]*unstructured.Unstructured, error) {
 	}
 }
 
-// Annotator applies deploy/annotator and returns the client configuration of its service account, once the
+// Annotator applies what deploy/manifests gives the annotator and returns the client configuration of its service account, once the
 // server obeys what was applied.
 func (c *Cluster) Annotator() *rest.Config {
 	c.t.Helper()
-	c.Apply("deploy/annotator/rbac.yaml", "deploy/annotator/admission.yaml")
+	c.Apply("deploy/manifests/00-namespace.yaml", "deploy/manifests/rbac.yaml", "deploy/manifests/admission.yaml")
 	cfg := c.ServiceAccount("oom-tracer", "oom-annotator")
 	client, err := kubernetes.NewForConfig(cfg)
 	if err != nil {
