@@ -170,3 +170,12 @@ user: {{ .user | quote }}
   ingress: []
 {{- end }}
 {{- end }}
+
+{{- /* A user of NATS for each node, which may publish for that node alone. On one line: a ConfigMap has 1 MiB. */ -}}
+{{- define "oom.nodeUsers" -}}
+# Kills, gaps and the status of its own node; outcomes are the annotator's. And whether that was stored.
+{{- range $node, $key := .Values.nats.nodeKeys }}
+{{- $token := replace "." "_" $node }}
+{nkey: {{ $key }}, permissions: {publish: {allow: "oom.v1.*.*.{{ $token }}", deny: "oom.v1.outcome.>"}, subscribe: "_INBOX_oom-tracer.{{ $token }}.>"}}
+{{- end }}
+{{- end }}
