@@ -190,12 +190,19 @@ func scrapeAnnotator(t *testing.T) exposed {
 		}
 		return err
 	})
-	resp, err := read("/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	return parseMetrics(t, resp.Body)
+	var metrics exposed
+	eventually(t, "the budgets are read from NATS", func() error {
+		resp, err := read("/metrics")
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if metrics = parseMetrics(t, resp.Body); !metrics.has("oom_tracer_paused", "", "") {
+			return fmt.Errorf("they are not")
+		}
+		return nil
+	})
+	return metrics
 }
 
 var (

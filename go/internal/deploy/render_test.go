@@ -6,13 +6,14 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
-	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -26,6 +27,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/yaml"
 
+	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
@@ -382,11 +384,47 @@ func TestSecret(t *testing.T) {
 	}
 }
 
-// TestLinks: what docs and READMEs name in deploy/ is there.
-func TestLinks(t *testing.T) {
-	for _, name := range []string{"alerts.yaml", "dashboard.json", "nats/annotator.conf"} {
-		if _, err := fs.Stat(os.DirFS(root+"/deploy"), name); err != nil {
-			t.Error(err)
+// TestDocs: relative links lead to files, and no reason, cause, example or alert is left out.
+func TestDocs(t *testing.T) {
+	docs, err := filepath.Glob(root + "/deploy/docs/*.md")
+	if err != nil || len(docs) < 6 {
+		t.Fatalf("%d docs: %v", len(docs), err)
+	}
+	link := regexp.MustCompile(`\]\(([^)#:]+)(?:#[^)]*)?\)`)
+	for _, doc := range append(docs, root+"/README.md") {
+		text, err := os.ReadFile(doc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range link.FindAllStringSubmatch(string(text), -1) {
+			if _, err := os.Stat(filepath.Join(filepath.Dir(doc), m[1])); err != nil {
+				t.Errorf("%s: %v", doc, err)
+			}
+		}
+	}
+	events, err := os.ReadFile(root + "/deploy/docs/events.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for result, reasons := range event.Reasons() {
+		for _, reason := range reasons {
+			if !bytes.Contains(events, fmt.Appendf(nil, "| %s | %s | ", result, reason)) {
+				t.Errorf("events.md has no %s/%s", result, reason)
+			}
+		}
+	}
+	for _, cause := range event.GapCauses() {
+		if !bytes.Contains(events, fmt.Appendf(nil, "\n| %s | ", cause)) {
+			t.Errorf("events.md has no gap %s", cause)
+		}
+	}
+	install, err := os.ReadFile(root + "/deploy/docs/install.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, example := range examples {
+		if strings.HasPrefix(example.values, "deploy/examples/") && !bytes.Contains(install, fmt.Appendf(nil, "(../examples/%s.yaml)", name)) {
+			t.Errorf("install.md does not name %s", name)
 		}
 	}
 }
