@@ -159,7 +159,7 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 
 # One package at a time: a tracer sees every kill of the machine, and the tests count.
 .PHONY: test
-test: build build/hog build/nats-server build/kube verify-goldens ## every test, with real OOM kills in cgroups of its own (needs root)
+test: build build/hog build/nats-server build/kube build/deploy verify-goldens ## every test, with real OOM kills in cgroups of its own (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
 		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 1 -timeout 20m ./...
 	$(Q)tools/no-skips.sh build/test.json
@@ -257,6 +257,16 @@ build/kube: tools/kube/go.mod tools/kube/build.sh
 	@mkdir -p build
 	$(Q)dir=$$(tools/kube/build.sh) && ln -sfnT "$$dir" $@ && touch $@
 
+# A directory with helm, promtool and CRDs, of the module tools/deploy.
+build/deploy: tools/deploy/go.mod tools/deploy/build.sh
+	@mkdir -p build
+	$(Q)dir=$$(tools/deploy/build.sh) && ln -sfnT "$$dir" $@ && touch $@
+
+.PHONY: test-deploy
+test-deploy: build build/nats-server build/kube build/deploy ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
+	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname --jsonfile build/test-deploy.json -- -race -count=1 ./go/internal/deploy
+	$(Q)tools/no-skips.sh build/test-deploy.json
+
 .PHONY: lint
 lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	@tools/install-deps.sh $(LIBBPF) clang-format shellcheck
@@ -310,6 +320,15 @@ vmlinux: ## make vmlinux/<arch>/vmlinux.h from the running kernel, BTF=file, KER
 verify-vmlinux: ## the headers in vmlinux/ are what the kernels named beside them make
 	@tools/install-deps.sh $(LIBBPF) $(vmlinux_deps)
 	$(Q)for arch in amd64 arm64; do VERIFY=1 STALE_OK='$(STALE_OK)' tools/vmlinux.sh $$arch vmlinux/$$arch; done
+
+.PHONY: manifests
+manifests: ## render deploy/chart into deploy/manifests
+	$(Q)tools/deploy/manifests.sh deploy/manifests
+
+.PHONY: verify-manifests
+verify-manifests: ## deploy/manifests is what deploy/chart renders
+	$(Q)mkdir -p build && rm -rf build/manifests && tools/deploy/manifests.sh build/manifests
+	$(Q)diff -r deploy/manifests build/manifests
 
 .PHONY: update-goldens
 update-goldens: build/goldens $(OBJECT) ## write go/internal/wire/testdata anew: the records by C, what they become by Go

@@ -1033,7 +1033,7 @@ func testGroup(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 
 // testVerbs: each verb of the role is needed, and its lack is told by its name.
 func testVerbs(t *testing.T, c *kubetest.Cluster, _ *rest.Config) {
-	objects, err := kubetest.Manifests("deploy/annotator/rbac.yaml")
+	objects, err := kubetest.Manifests("deploy/manifests/rbac.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}

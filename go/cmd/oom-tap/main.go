@@ -37,6 +37,7 @@ Usage:
   oom-tap pause [flags]    stop all marking, by every replica, at once
   oom-tap resume [flags]   go on
   oom-tap setup [flags]    make or update streams and bucket on the NATS of the config
+  oom-tap keys DIR NODE... make an nkey for each node that has none in DIR, print the public ones for the chart
 
 Installed as kubectl-oom it is also: kubectl oom pod NAME
 
@@ -164,6 +165,9 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	command := "tail"
 	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
 		command, args = args[0], args[1:]
+	}
+	if command == "keys" {
+		return keys(args, stdout)
 	}
 	o := options{output: "text", color: "auto"}
 	flags := flag.NewFlagSet("oom-tap", flag.ContinueOnError)

@@ -784,7 +784,7 @@ func readiness(ctx context.Context, addr string) (ready bool, said string, err e
 // nats looks at the server that a run would publish to, and at JetStream in it.
 func (x *examiner) nats(ctx context.Context) []finding {
 	// The name decides where replies come, and a tracer may receive them nowhere else.
-	o := bus.Options{Name: "oom-tracer-" + x.node}
+	o := bus.Options{Name: natsName(x.node)}
 	log := slog.New(slog.DiscardHandler)
 	conn, err := bus.Connect(ctx, x.cfg.NATS, o, log)
 	if err == nil {

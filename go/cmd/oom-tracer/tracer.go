@@ -99,7 +99,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		}
 	}
 	// An external NATS may come later than this agent; its own streams are its owner's.
-	t.conn, err = bus.Connect(ctx, cfg.NATS, bus.Options{Name: "oom-tracer-" + node, Background: t.server == nil}, log)
+	t.conn, err = bus.Connect(ctx, cfg.NATS, bus.Options{Name: natsName(node), Background: t.server == nil}, log)
 	if err != nil {
 		return nil, err
 	}
@@ -133,11 +133,20 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	}
 	log.Info("tracing oom kills",
 		"version", obs.Version().Version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
-		"prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", t.natsName(cfg), "metrics", t.http.Addr())
+		"prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", t.serverName(cfg), "metrics", t.http.Addr())
 	return t, nil
 }
 
-func (t *tracer) natsName(cfg config.Config) string {
+// natsName is the name of this program's connection, whose permissions are that of the node.
+func natsName(node string) string {
+	token, err := event.NodeToken(node)
+	if err != nil {
+		token = node // nothing can be published for it either
+	}
+	return "oom-tracer." + token
+}
+
+func (t *tracer) serverName(cfg config.Config) string {
 	if t.server != nil {
 		return t.server.ClientURL() + " (embedded)"
 	}

@@ -31,7 +31,7 @@ var (
 // Options say who connects and how patient it is.
 type Options struct {
 	// Name is the connection's name on the server, and what its inbox prefix is made of: see
-	// InboxPrefix. Name the program and, for one that runs on every node, the node.
+	// InboxPrefix. Name the program and, for one that runs on every node, after a dot the node's token.
 	Name string
 	// Background lets Connect succeed while NATS is away, and goes on trying. Otherwise the first
 	// connection must succeed. In both cases a connection that was lost is sought for ever.
@@ -39,12 +39,13 @@ type Options struct {
 }
 
 // InboxPrefix is the prefix of the subjects on which a client of that name receives replies:
-// _INBOX_<name>, where every character that is not a letter, a digit or '-' has become '_'. A client
-// whose permissions are limited needs to subscribe to <prefix>.>, and nobody else should.
+// _INBOX_<name>, where every character that is not a letter, a digit, '-' or '.' has become '_'. A client
+// whose permissions are limited needs to subscribe to <prefix>.>, and nobody else should. A dot begins a token
+// of its own, so that <program>.<node> can be permitted for one node, and for all of them together.
 func InboxPrefix(name string) string {
 	return "_INBOX_" + strings.Map(func(r rune) rune {
 		switch {
-		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-':
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-', r == '.':
 			return r
 		}
 		return '_'

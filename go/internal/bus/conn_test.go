@@ -328,7 +328,7 @@ func TestClose(t *testing.T) {
 func TestInboxPrefix(t *testing.T) {
 	for name, want := range map[string]string{
 		"oom-tracer-node-1":       "_INBOX_oom-tracer-node-1",
-		"oom-tracer-a.b.internal": "_INBOX_oom-tracer-a_b_internal",
+		"oom-tracer.a_b_internal": "_INBOX_oom-tracer.a_b_internal",
 		"x >*é":                   "_INBOX_x____",
 	} {
 		if got := bus.InboxPrefix(name); got != want {

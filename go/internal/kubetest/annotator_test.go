@@ -26,7 +26,7 @@ const (
 	lastKill = "oom-tracer.alpha.kubernetes.io/last-kill"
 )
 
-// TestAnnotatorRights: what deploy/annotator lets the annotator do, asked of a real API server with the
+// TestAnnotatorRights: what deploy/manifests lets the annotator do, asked of a real API server with the
 // token of its service account.
 func TestAnnotatorRights(t *testing.T) {
 	c := Start(t)
@@ -42,7 +42,7 @@ func TestAnnotatorRights(t *testing.T) {
 	})
 
 	// Without the policy, the roles alone let it change an image: what is denied below, the policy denies.
-	c.Apply("deploy/annotator/rbac.yaml")
+	c.Apply("deploy/manifests/00-namespace.yaml", "deploy/manifests/rbac.yaml")
 	bare := newClient(t, c.ServiceAccount("oom-tracer", "oom-annotator"))
 	c.Eventually("rbac.yaml alone lets an image be changed", func() error {
 		return patch(bare, "shop", "web", types.StrategicMergePatchType, `{"spec":{"containers":[{"name":"main","image":"example.com/evil:1"}]}}`)
@@ -217,7 +217,7 @@ func testSubresources(t *testing.T, c *Cluster, client kubernetes.Interface) {
 	changeRole(t, c, func(role *rbacv1.ClusterRole) {
 		role.Rules = append(role.Rules, rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{"*"}, Verbs: []string{"*"}})
 	})
-	defer c.Apply("deploy/annotator/rbac.yaml")
+	defer c.Apply("deploy/manifests/rbac.yaml")
 	status := `{"status":{"conditions":[{"type":"OOM","status":"True"}]}}`
 	c.Eventually("the role is widened", func() error {
 		if err := patch(client, "shop", "web", types.StrategicMergePatchType, status, "status"); !denied(err, "may only annotate pods, not UPDATE pods/status") {
@@ -404,7 +404,7 @@ func testVerbs(t *testing.T, c *Cluster, client kubernetes.Interface) {
 			return err
 		},
 	}
-	objects, err := Manifests("deploy/annotator/rbac.yaml")
+	objects, err := Manifests("deploy/manifests/rbac.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -437,7 +437,7 @@ func testVerbs(t *testing.T, c *Cluster, client kubernetes.Interface) {
 						t.Errorf("without %s, %s: %v", name, other, err)
 					}
 				}
-				c.Apply("deploy/annotator/rbac.yaml")
+				c.Apply("deploy/manifests/rbac.yaml")
 				c.Eventually("with "+name+" again", calls[name])
 			}
 		}

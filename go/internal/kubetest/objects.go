@@ -182,6 +182,30 @@ func (c *Cluster) ContainerID(pod *corev1.Pod, container string) string {
 // Eventually.
 func (c *Cluster) Apply(files ...string) {
 	c.t.Helper()
+	client, mapper := c.dynamic()
+	for _, file := range files {
+		objects, err := Manifests(file)
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		for _, object := range objects {
+			if err := c.apply(client, mapper, object, metav1.PatchOptions{}); err != nil {
+				c.t.Fatalf("apply %s: %s %s: %v", file, object.GetKind(), object.GetName(), err)
+			}
+		}
+	}
+}
+
+// DryRun returns what the server has against an object, unknown fields too, and changes nothing.
+func (c *Cluster) DryRun(object *unstructured.Unstructured) error {
+	c.t.Helper()
+	client, mapper := c.dynamic()
+	return c.apply(client, mapper, object, metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+}
+
+// dynamic is a client for every kind that the server knows now.
+func (c *Cluster) dynamic() (dynamic.Interface, meta.RESTMapper) {
+	c.t.Helper()
 	client, err := dynamic.NewForConfig(c.Admin)
 	if err != nil {
 		c.t.Fatal(err)
@@ -190,21 +214,11 @@ func (c *Cluster) Apply(files ...string) {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(kinds))
-	for _, file := range files {
-		objects, err := Manifests(file)
-		if err != nil {
-			c.t.Fatal(err)
-		}
-		for _, object := range objects {
-			if err := c.apply(client, mapper, object); err != nil {
-				c.t.Fatalf("apply %s: %s %s: %v", file, object.GetKind(), object.GetName(), err)
-			}
-		}
-	}
+	return client, restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(kinds))
 }
 
-func (c *Cluster) apply(client dynamic.Interface, mapper meta.RESTMapper, object *unstructured.Unstructured) error {
+// apply applies an object with opts, to which it adds who does it, and strictness.
+func (c *Cluster) apply(client dynamic.Interface, mapper meta.RESTMapper, object *unstructured.Unstructured, opts metav1.PatchOptions) error {
 	kind := object.GroupVersionKind()
 	mapping, err := mapper.RESTMapping(kind.GroupKind(), kind.Version)
 	if err != nil {
@@ -215,11 +229,10 @@ func (c *Cluster) apply(client dynamic.Interface, mapper meta.RESTMapper, object
 		return err
 	}
 	force := true
+	opts.FieldManager, opts.Force, opts.FieldValidation = "kubetest", &force, metav1.FieldValidationStrict
 	// Its Apply has no field validation.
 	_, err = client.Resource(mapping.Resource).Namespace(object.GetNamespace()).Patch(c.t.Context(), object.GetName(),
-		types.ApplyPatchType, data, metav1.PatchOptions{
-			FieldManager: "kubetest", Force: &force, FieldValidation: metav1.FieldValidationStrict,
-		})
+		types.ApplyPatchType, data, opts)
 	return err
 }
 
@@ -275,11 +288,12 @@ func Path(file string) (string, error) {
 	}
 }
 
-// Annotator applies deploy/annotator and returns the client configuration of its service account, once the
+// Annotator applies what deploy/manifests gives the annotator and returns the client configuration of its service
+// account, once the
 // server obeys what was applied.
 func (c *Cluster) Annotator() *rest.Config {
 	c.t.Helper()
-	c.Apply("deploy/annotator/rbac.yaml", "deploy/annotator/admission.yaml")
+	c.Apply("deploy/manifests/00-namespace.yaml", "deploy/manifests/rbac.yaml", "deploy/manifests/admission.yaml")
 	cfg := c.ServiceAccount("oom-tracer", "oom-annotator")
 	client, err := kubernetes.NewForConfig(cfg)
 	if err != nil {

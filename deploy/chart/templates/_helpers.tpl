@@ -1,0 +1,181 @@
+{{- define "oom.labels" -}}
+app.kubernetes.io/name: {{ .name }}
+app.kubernetes.io/part-of: oom-tracer
+{{- with merge (dict) (.more | default dict) .root.Values.labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "oom.image" -}}
+{{- with .root.Values.image.registry }}{{ . }}/{{ end }}{{ .name }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+
+{{- /* What every pod of ours says. */ -}}
+{{- define "oom.pod" -}}
+enableServiceLinks: false
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets: {{ toJson . }}
+{{- end }}
+{{- end }}
+
+{{- define "oom.natsHost" -}}
+oom-tracer-nats.{{ .Release.Namespace }}.svc
+{{- end }}
+
+{{- define "oom.passwords" -}}
+{{ .Values.nats.passwordSecret | default "oom-tracer-nats" }}
+{{- end }}
+
+{{- /* Who a program is on NATS: {secret, key, user}. */ -}}
+{{- define "oom.identity" -}}
+{{- $nats := .root.Values.nats }}
+{{- if and (eq .who "tracer") (eq $nats.tracers "nkeys") }}
+type: nkey
+path: /etc/oom-tracer/node/nats.nk
+{{- else if eq $nats.mode "cluster" }}
+type: password
+path: /etc/oom-tracer/secret/{{ .who }}
+secret: {{ include "oom.passwords" .root }}
+key: {{ .who }}
+user: oom-{{ .who }}
+{{- else if eq $nats.mode "external" }}
+{{- with index $nats.external .who }}
+{{- if .secret }}
+type: {{ .type }}
+path: /etc/oom-tracer/secret/{{ .type }}
+secret: {{ .secret }}
+key: {{ .type }}
+user: {{ .user | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "oom.tlsSecret" -}}
+{{- if eq .Values.nats.mode "cluster" }}{{ .Values.nats.tlsSecret }}{{ else if eq .Values.nats.mode "external" }}{{ .Values.nats.external.tlsSecret }}{{ end }}
+{{- end }}
+
+{{- /* The config.yaml of one program: values.config, and over it what the chart decides. */ -}}
+{{- define "oom.config" -}}
+{{- $root := .root }}
+{{- $config := deepCopy $root.Values.config }}
+{{- $nats := dict "creds_file" "" "nkey_file" "" "user" "" "password_file" "" }}
+{{- $tls := dict "ca_file" "" "cert_file" "" "key_file" "" }}
+{{- if eq $root.Values.nats.mode "cluster" }}
+{{- $scheme := ternary "tls" "nats" (ne $root.Values.nats.tlsSecret "") }}
+{{- $_ := set $nats "url" (printf "%s://%s:4222" $scheme (include "oom.natsHost" $root)) }}
+{{- $_ := set $nats "stream" (dict "replicas" (ternary 1 3 (lt (int $root.Values.nats.replicas) 3))) }}
+{{- else if eq $root.Values.nats.mode "embedded" }}
+{{- $_ := set $nats "url" "" }}
+{{- $_ := set $nats "embedded" (dict "dir" "/var/lib/oom-tracer/nats") }}
+{{- $_ := set $nats "stream" (dict "replicas" 1) }}
+{{- end }}
+{{- with include "oom.identity" . | fromYaml }}
+{{- if eq .type "password" }}
+{{- $_ := set $nats "user" .user }}
+{{- $_ := set $nats "password_file" .path }}
+{{- else }}
+{{- $_ := set $nats (printf "%s_file" .type) .path }}
+{{- end }}
+{{- end }}
+{{- if include "oom.tlsSecret" $root }}
+{{- $_ := set $tls "ca_file" "/etc/oom-tracer/tls/ca.crt" }}
+{{- if and (eq $root.Values.nats.mode "external") $root.Values.nats.external.clientCertificate }}
+{{- $_ := set $tls "cert_file" "/etc/oom-tracer/tls/tls.crt" }}
+{{- $_ := set $tls "key_file" "/etc/oom-tracer/tls/tls.key" }}
+{{- end }}
+{{- end }}
+{{- $_ := set $nats "tls" $tls }}
+{{- $listen := ternary (printf ":%d" (int $root.Values.metrics.tracerPort)) "" $root.Values.metrics.enabled }}
+{{- $annotatorListen := ternary (printf ":%d" (int $root.Values.metrics.annotatorPort)) "" $root.Values.metrics.enabled }}
+{{- $decided := dict "nats" $nats
+	"node" (dict "state_file" "/var/lib/oom-tracer/state.json")
+	"kernel" (dict "pin_dir" "/run/oom-tracer/bpf/oom-tracer")
+	"metrics" (dict "listen" $listen)
+	"annotator" (dict "listen" $annotatorListen "kubeconfig" "") }}
+{{- if $root.Values.dryRun }}
+{{- $_ := set $decided "policy" (dict "annotation" "") }}
+{{- end }}
+{{- toYaml (mustMergeOverwrite $config $decided) }}
+{{- end }}
+
+{{- define "oom.volumes" -}}
+- name: config
+  configMap:
+    name: oom-tracer
+    items:
+      - {key: {{ .who }}.yaml, path: config.yaml}
+{{- with include "oom.identity" . | fromYaml }}
+{{- if .secret }}
+- name: secret
+  secret:
+    secretName: {{ .secret }}
+    # Root's, and for those who are not root their group's (fsGroup).
+    defaultMode: 0440
+    items:
+      - {key: {{ .key }}, path: {{ .key }}}
+{{- end }}
+{{- end }}
+{{- with include "oom.tlsSecret" .root }}
+- name: tls
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+    {{- if not (and (eq $.root.Values.nats.mode "external") $.root.Values.nats.external.clientCertificate) }}
+    items:
+      - {key: ca.crt, path: ca.crt}
+    {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "oom.mounts" -}}
+- {name: config, mountPath: /etc/oom-tracer/config, readOnly: true}
+{{- with include "oom.identity" . | fromYaml }}
+{{- if .secret }}
+- {name: secret, mountPath: /etc/oom-tracer/secret, readOnly: true}
+{{- end }}
+{{- end }}
+{{- if include "oom.tlsSecret" .root }}
+- {name: tls, mountPath: /etc/oom-tracer/tls, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- /* A change of the config rolls the pods. */ -}}
+{{- define "oom.checksum" -}}
+{{ include "oom.config" . | sha256sum }}
+{{- end }}
+
+{{- /* Whether the annotator runs, and whether it may act. */ -}}
+{{- define "oom.annotator" -}}
+{{- if and .Values.annotator.enabled (ne .Values.nats.mode "embedded") }}true{{ end }}
+{{- end }}
+{{- define "oom.annotation" -}}
+{{- if not .Values.dryRun }}{{ dig "policy" "annotation" "" .Values.config | splitList "=" | first }}{{ end }}
+{{- end }}
+
+{{- define "oom.owner" -}}
+{{- if or (eq .Values.nats.mode "cluster") (and (eq .Values.nats.mode "external") .Values.nats.external.setup) }}true{{ end }}
+{{- end }}
+
+{{- /* A port of metrics, open to whom the values name. */ -}}
+{{- define "oom.metricsIngress" }}
+{{- if .root.Values.metrics.enabled }}
+  ingress:
+    - ports: [{port: metrics}]
+      {{- with .root.Values.networkPolicy.metricsClients }}
+      from:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+{{- else }}
+  ingress: []
+{{- end }}
+{{- end }}
+
+{{- /* A user of NATS for each node, which may publish for that node alone. On one line: a ConfigMap has 1 MiB. */ -}}
+{{- define "oom.nodeUsers" -}}
+# Kills, gaps and the status of its own node; outcomes are the annotator's. And whether that was stored.
+{{- range $node, $key := .Values.nats.nodeKeys }}
+{{- $token := replace "." "_" $node }}
+{nkey: {{ $key }}, permissions: {publish: {allow: "oom.v1.*.*.{{ $token }}", deny: "oom.v1.outcome.>"}, subscribe: "_INBOX_oom-tracer.{{ $token }}.>"}}
+{{- end }}
+{{- end }}

@@ -1,0 +1,69 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/nats-io/nkeys"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+// keys makes a seed for each node that has none yet, in a file DIR/<node>.nk, and prints the public keys as the
+// chart's values. A seed is its node's alone: it goes there, and the server never sees it.
+func keys(args []string, stdout io.Writer) error {
+	if len(args) < 2 || args[0] == "" || args[0][0] == '-' {
+		return usageError{errors.New("keys needs a directory and the names of nodes")}
+	}
+	dir, nodes := args[0], args[1:]
+	for _, node := range nodes {
+		if _, err := event.NodeToken(node); err != nil {
+			return usageError{fmt.Errorf("keys: %w", err)}
+		}
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make keys: %w", err)
+	}
+	var out bytes.Buffer
+	fmt.Fprintf(&out, "nats:\n  tracers: nkeys\n  nodeKeys:\n")
+	for _, node := range nodes {
+		public, err := nodeKey(filepath.Join(dir, node+".nk"))
+		if err != nil {
+			return fmt.Errorf("make the key of %s: %w", node, err)
+		}
+		fmt.Fprintf(&out, "    %s: %s\n", node, public)
+	}
+	_, err := stdout.Write(out.Bytes())
+	return err
+}
+
+// nodeKey reads a seed, or makes one, and returns its public key.
+func nodeKey(file string) (string, error) {
+	seed, err := os.ReadFile(file)
+	var pair nkeys.KeyPair
+	switch {
+	case err == nil:
+		pair, err = nkeys.ParseDecoratedNKey(seed)
+		if err != nil {
+			return "", fmt.Errorf("%s holds no seed: %w", file, err)
+		}
+	case errors.Is(err, fs.ErrNotExist):
+		if pair, err = nkeys.CreateUser(); err != nil {
+			return "", err
+		}
+		if seed, err = pair.Seed(); err != nil {
+			return "", err
+		}
+		if err := os.WriteFile(file, append(seed, '\n'), 0o600); err != nil {
+			return "", err
+		}
+	default:
+		return "", err
+	}
+	return pair.PublicKey()
+}

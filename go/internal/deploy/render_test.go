@@ -1,0 +1,430 @@
+// Package deploy holds the tests of what lies in deploy/: the chart, the manifests, NATS' permissions, the alerts
+// and the dashboard, each with the programs and servers that will read them.
+package deploy
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/yaml"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+const (
+	root      = "../../.."
+	chart     = root + "/deploy/chart"
+	namespace = "oom-tracer"
+)
+
+// helm runs helm, with a home of its own.
+func helm(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), filepath.Join(scratchtest.Program(t, "deploy"), "helm"), args...)
+	home := t.TempDir()
+	cmd.Env = []string{"HOME=" + home, "PATH=" + os.Getenv("PATH")}
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return "", errors.New(stdout.String() + stderr.String())
+	}
+	return stdout.String(), nil
+}
+
+// render renders the chart, strictly read, and checks that helm's lint has nothing to say.
+func render(t *testing.T, args ...string) []*unstructured.Unstructured {
+	t.Helper()
+	args = append(args, "--namespace", namespace, "--kube-version", "1.36.3")
+	if _, err := helm(t, append([]string{"lint", "--strict", chart}, args...)...); err != nil {
+		t.Fatalf("lint: %v", err)
+	}
+	text, err := helm(t, append([]string{"template", "oom-tracer", chart}, args...)...)
+	if err != nil {
+		t.Fatalf("template: %v", err)
+	}
+	var objects []*unstructured.Unstructured
+	documents := yaml.NewYAMLReader(bufio.NewReader(strings.NewReader(text)))
+	for {
+		document, err := documents.Read()
+		if errors.Is(err, io.EOF) {
+			return objects
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		object := &unstructured.Unstructured{}
+		if err := yaml.UnmarshalStrict(document, &object.Object); err != nil {
+			t.Fatalf("%v in:\n%s", err, document)
+		}
+		if object.Object != nil {
+			objects = append(objects, object)
+		}
+	}
+}
+
+// values writes values into a file and returns the arguments that name it.
+func values(t *testing.T, text string) []string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "values.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return []string{"--values", file}
+}
+
+// get finds the object of a kind and name, as T; nil where there is none.
+func get[T any](t *testing.T, objects []*unstructured.Unstructured, kind, name string) *T {
+	t.Helper()
+	for _, o := range objects {
+		if o.GetKind() == kind && o.GetName() == name {
+			typed := new(T)
+			if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, typed); err != nil {
+				t.Fatal(err)
+			}
+			return typed
+		}
+	}
+	return nil
+}
+
+// configs are the config files of the programs, read as they read them.
+func configs(t *testing.T, objects []*unstructured.Unstructured) map[string]config.Config {
+	t.Helper()
+	read := map[string]config.Config{}
+	for name, text := range get[corev1.ConfigMap](t, objects, "ConfigMap", "oom-tracer").Data {
+		cfg, err := config.Parse(name, []byte(text))
+		if err != nil {
+			t.Errorf("%v in:\n%s", err, text)
+		}
+		read[strings.TrimSuffix(name, ".yaml")] = cfg
+	}
+	return read
+}
+
+// templates are the pods that the objects make, by the object's name.
+func templates(t *testing.T, objects []*unstructured.Unstructured) map[string]corev1.PodTemplateSpec {
+	t.Helper()
+	pods := map[string]corev1.PodTemplateSpec{}
+	for _, o := range objects {
+		switch o.GetKind() {
+		case "DaemonSet":
+			pods[o.GetName()] = get[appsv1.DaemonSet](t, objects, "DaemonSet", o.GetName()).Spec.Template
+		case "Deployment":
+			pods[o.GetName()] = get[appsv1.Deployment](t, objects, "Deployment", o.GetName()).Spec.Template
+		case "StatefulSet":
+			set := get[appsv1.StatefulSet](t, objects, "StatefulSet", o.GetName())
+			for _, claim := range set.Spec.VolumeClaimTemplates { // as its controller does
+				set.Spec.Template.Spec.Volumes = append(set.Spec.Template.Spec.Volumes, corev1.Volume{Name: claim.Name, VolumeSource: corev1.VolumeSource{
+					PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: claim.Name},
+				}})
+			}
+			pods[o.GetName()] = set.Spec.Template
+		case "Job":
+			pods["oom-tracer-setup"] = get[batchv1.Job](t, objects, "Job", o.GetName()).Spec.Template
+		}
+	}
+	return pods
+}
+
+// examples are the values that the docs name, and what of them comes out.
+var examples = map[string]struct {
+	values string // "" is the default
+	pods   []string
+}{
+	"default":       {"", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"manifests":     {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"single-node":   {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"embedded":      {"deploy/examples/embedded.yaml", []string{"oom-tracer"}},
+	"own-nats":      {"deploy/examples/own-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"existing-nats": {"deploy/examples/existing-nats.yaml", []string{"oom-annotator", "oom-tracer"}},
+	"observe-only":  {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"act":           {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+}
+
+// TestExamples: what each documented file of values renders is taken by a real API server, kinds of the
+// prometheus-operator too; its pods keep within Pod Security's levels; its configs are read by our programs.
+func TestExamples(t *testing.T) {
+	files, err := filepath.Glob(root + "/deploy/examples/*.yaml")
+	if err != nil || len(files)+2 != len(examples) {
+		t.Fatalf("%d examples, and this test knows %d of them: %v", len(files), len(examples)-2, err)
+	}
+	c := kubetest.Start(t)
+	for _, crd := range []string{"podmonitors", "prometheusrules"} {
+		c.Apply(filepath.Join(scratchtest.Program(t, "deploy"), "crds", crd+".yaml"))
+	}
+	for name, level := range map[string]string{namespace: "privileged", "restricted": "restricted"} {
+		ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"pod-security.kubernetes.io/enforce": level}}}
+		if _, err := c.Client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		for _, account := range []string{"default", "oom-tracer", "oom-annotator"} {
+			c.ServiceAccount(name, account)
+		}
+	}
+	for name, example := range examples {
+		t.Run(name, func(t *testing.T) {
+			var args []string
+			if example.values != "" {
+				args = []string{"--values", filepath.Join(root, example.values)}
+			}
+			objects := render(t, args...)
+			if len(objects) < 5 {
+				t.Fatalf("%d objects", len(objects))
+			}
+			c := c.In(t)
+			c.Eventually("the server knows the kinds", func() error { return c.DryRun(objects[len(objects)-1]) })
+			for _, o := range objects {
+				if err := c.DryRun(o); err != nil {
+					t.Errorf("%s %s: %v", o.GetKind(), o.GetName(), err)
+				}
+			}
+			configs(t, objects)
+			pods := templates(t, objects)
+			if got := slices.Sorted(maps.Keys(pods)); !slices.Equal(got, example.pods) {
+				t.Errorf("pods of %v, want of %v", got, example.pods)
+			}
+			for name, template := range pods {
+				// What Pod Security's level "restricted" forbids, nobody but the tracer asks for.
+				where := "restricted"
+				if name == "oom-tracer" {
+					where = namespace
+					checkTracer(t, template)
+				}
+				pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: template.Labels}, Spec: *template.Spec.DeepCopy()}
+				created, err := c.Client.CoreV1().Pods(where).Create(t.Context(), pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
+				if err != nil {
+					t.Errorf("pod of %s: %v", name, err)
+					continue
+				}
+				if name == "oom-tracer" && created.Status.QOSClass != corev1.PodQOSGuaranteed {
+					t.Errorf("the tracer's class is %s", created.Status.QOSClass)
+				}
+				token := slices.ContainsFunc(created.Spec.Volumes, func(v corev1.Volume) bool { return v.Projected != nil && strings.HasPrefix(v.Name, "kube-api-access") })
+				if token != (name == "oom-annotator") {
+					t.Errorf("%s has an API token: %v", name, token)
+				}
+			}
+		})
+	}
+}
+
+// checkTracer: what the tracer asks of its node, and no more.
+func checkTracer(t *testing.T, template corev1.PodTemplateSpec) {
+	t.Helper()
+	spec, container := template.Spec, template.Spec.Containers[0]
+	security := container.SecurityContext
+	if *security.Privileged || *security.AllowPrivilegeEscalation || !*security.ReadOnlyRootFilesystem || *security.RunAsUser != 0 {
+		t.Errorf("security context %+v", security)
+	}
+	if got := security.Capabilities; !reflect.DeepEqual(got.Drop, []corev1.Capability{"ALL"}) ||
+		!reflect.DeepEqual(got.Add, []corev1.Capability{"BPF", "PERFMON", "SYSLOG", "SYS_RESOURCE"}) {
+		t.Errorf("capabilities %+v", got)
+	}
+	if spec.HostPID || spec.HostIPC || spec.SecurityContext.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault ||
+		spec.PriorityClassName != "system-node-critical" || !reflect.DeepEqual(spec.Tolerations, []corev1.Toleration{{Operator: corev1.TolerationOpExists}}) {
+		t.Errorf("spec %+v", spec)
+	}
+	writable := map[string]bool{}
+	for _, volume := range spec.Volumes {
+		if volume.HostPath != nil {
+			for _, mount := range container.VolumeMounts {
+				if mount.Name == volume.Name {
+					writable[volume.HostPath.Path] = !mount.ReadOnly
+				}
+			}
+		}
+	}
+	delete(writable, "/etc/oom-tracer") // read-only below, where there are keys
+	if want := map[string]bool{"/var/lib/oom-tracer": true, "/sys/fs/bpf": true, "/sys/fs/cgroup": false}; !reflect.DeepEqual(writable, want) {
+		t.Errorf("directories of the node, and whether they are written: %v", writable)
+	}
+}
+
+// TestDefaults: the keys of config.yaml that values.yaml repeats are as there.
+func TestDefaults(t *testing.T) {
+	shipped := config.Default()
+	for who, cfg := range configs(t, render(t)) {
+		if cfg.Policy.Annotation != shipped.Policy.Annotation || cfg.Annotator.SummaryAnnotation != shipped.Annotator.SummaryAnnotation ||
+			cfg.Annotator.Events != shipped.Annotator.Events {
+			t.Errorf("%s: %+v %+v", who, cfg.Policy, cfg.Annotator)
+		}
+	}
+}
+
+// TestEveryKey: a config with another value in each key comes out as it went in, but for what the chart decides.
+func TestEveryKey(t *testing.T) {
+	file := filepath.Join("../config/testdata/full.yaml")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := config.Parse(file, text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	indented := "config:\n  " + strings.ReplaceAll(strings.TrimSpace(string(text)), "\n", "\n  ")
+	objects := render(t, values(t, indented+"\nnats: {mode: external, external: {tlsSecret: tls, clientCertificate: true,\n"+
+		"  tracer: {secret: a, user: tracer}, annotator: {secret: a, user: tracer}, owner: {secret: a, user: tracer}}}\n")...)
+	for who, got := range configs(t, objects) {
+		want := want
+		want.Node.StateFile, want.Kernel.PinDir = "/var/lib/oom-tracer/state.json", "/run/oom-tracer/bpf/oom-tracer"
+		want.NATS.PasswordFile = "/etc/oom-tracer/secret/password"
+		want.NATS.TLS = config.TLS{CAFile: "/etc/oom-tracer/tls/ca.crt", CertFile: "/etc/oom-tracer/tls/tls.crt", KeyFile: "/etc/oom-tracer/tls/tls.key"}
+		want.Metrics.Listen, want.Annotator.Listen, want.Annotator.Kubeconfig = ":9105", ":9106", ""
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s:\n%+v\nwant:\n%+v", who, got, want)
+		}
+	}
+}
+
+// TestDryRun: it marks nothing, and could not.
+func TestDryRun(t *testing.T) {
+	for _, test := range []struct {
+		set  string
+		acts bool
+	}{{"dryRun=true", false}, {"config.policy.annotation=", false}, {"dryRun=false", true}} {
+		objects := render(t, "--set", test.set)
+		cfg := configs(t, objects)["annotator"]
+		key, _ := cfg.Policy.Mark()
+		role := get[rbacv1.ClusterRole](t, objects, "ClusterRole", "oom-annotator")
+		if patches := slices.Contains(role.Rules[0].Verbs, "patch"); (key != "") != test.acts || patches != test.acts {
+			t.Errorf("%s: annotation %q, may patch pods: %v", test.set, key, patches)
+		}
+	}
+}
+
+// TestAdmissionFollowsConfig: the policy allows the keys of the config, and those only.
+func TestAdmissionFollowsConfig(t *testing.T) {
+	text, err := helm(t, "template", "x", chart, "--namespace", "elsewhere", "--kube-version", "1.36.3", "--show-only", "templates/admission.yaml",
+		"--set", "config.policy.annotation=example.com/evict=now", "--set", "config.annotator.summary_annotation=example.com/kill")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"['example.com/evict',\n        'example.com/kill']", "'system:serviceaccount:elsewhere:oom-annotator'"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %s in:\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, "alpha.kubernetes.io") {
+		t.Errorf("another annotation is allowed:\n%s", text)
+	}
+}
+
+// TestRefused: values that cannot work are refused, by name.
+func TestRefused(t *testing.T) {
+	for set, want := range map[string]string{
+		"tracer.privileged=true":      "privileged",
+		"tracr.image=x":               "tracr",
+		"dryRun=perhaps":              "/dryRun",
+		"nats.mode=none":              "/nats/mode",
+		"nats.mode=external":          "/config",
+		"nats.replicas=2":             "/nats/replicas",
+		"config.nats.url=nats://x:1":  "/config/nats/url",
+		"nats.nodeKeys.node-1=SUAXYZ": "/nats/nodeKeys/node-1",
+		"annotator.replicas=0":        "/annotator/replicas",
+		"tracer.resources.cpu=null":   "/tracer/resources",
+		"tracer.statePath=relative":   "/tracer/statePath",
+	} {
+		_, err := helm(t, "template", "x", chart, "--kube-version", "1.36.3", "--set", set)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got %v, want it to name %s", set, err, want)
+		}
+	}
+}
+
+// TestSecret: no password is in what everybody may read.
+func TestSecret(t *testing.T) {
+	objects := render(t)
+	secret := get[corev1.Secret](t, objects, "Secret", "oom-tracer-nats")
+	if len(secret.Data) != 5 {
+		t.Fatalf("%d passwords", len(secret.Data))
+	}
+	for _, o := range objects {
+		if o.GetKind() == "Secret" {
+			continue
+		}
+		text, err := o.MarshalJSON()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, password := range secret.Data {
+			if len(password) != 32 || strings.Contains(string(text), string(password)) {
+				t.Errorf("the password %s has %d characters, or stands in %s %s", name, len(password), o.GetKind(), o.GetName())
+			}
+		}
+	}
+	for name, template := range templates(t, objects) {
+		for _, volume := range template.Spec.Volumes {
+			if volume.Secret != nil && len(volume.Secret.Items) != 1 {
+				t.Errorf("%s sees %v", name, volume.Secret.Items)
+			}
+		}
+	}
+}
+
+// TestDocs: relative links lead to files, and no reason, cause, example or alert is left out.
+func TestDocs(t *testing.T) {
+	docs, err := filepath.Glob(root + "/deploy/docs/*.md")
+	if err != nil || len(docs) < 6 {
+		t.Fatalf("%d docs: %v", len(docs), err)
+	}
+	link := regexp.MustCompile(`\]\(([^)#:]+)(?:#[^)]*)?\)`)
+	for _, doc := range append(docs, root+"/README.md") {
+		text, err := os.ReadFile(doc)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range link.FindAllStringSubmatch(string(text), -1) {
+			if _, err := os.Stat(filepath.Join(filepath.Dir(doc), m[1])); err != nil {
+				t.Errorf("%s: %v", doc, err)
+			}
+		}
+	}
+	events, err := os.ReadFile(root + "/deploy/docs/events.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for result, reasons := range event.Reasons() {
+		for _, reason := range reasons {
+			if !bytes.Contains(events, fmt.Appendf(nil, "| %s | %s | ", result, reason)) {
+				t.Errorf("events.md has no %s/%s", result, reason)
+			}
+		}
+	}
+	for _, cause := range event.GapCauses() {
+		if !bytes.Contains(events, fmt.Appendf(nil, "\n| %s | ", cause)) {
+			t.Errorf("events.md has no gap %s", cause)
+		}
+	}
+	install, err := os.ReadFile(root + "/deploy/docs/install.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, example := range examples {
+		if strings.HasPrefix(example.values, "deploy/examples/") && !bytes.Contains(install, fmt.Appendf(nil, "(../examples/%s.yaml)", name)) {
+			t.Errorf("install.md does not name %s", name)
+		}
+	}
+}
