@@ -289,8 +289,7 @@ func Path(file string) (string, error) {
 }
 
 // Annotator applies what deploy/manifests gives the annotator and returns the client configuration of its service
-// account, once the
-// server obeys what was applied.
+// account, once the server obeys what was applied.
 func (c *Cluster) Annotator() *rest.Config {
 	c.t.Helper()
 	c.Apply("deploy/manifests/00-namespace.yaml", "deploy/manifests/rbac.yaml", "deploy/manifests/admission.yaml")
