@@ -2,12 +2,15 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
 	"log/slog"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/neighbours"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
@@ -21,6 +24,8 @@ const (
 	lookAfter = time.Second
 	// lookTime bounds one reading.
 	lookTime = 2 * time.Second
+	// lookExpires is how long it is tried to publish what was read.
+	lookExpires = time.Minute
 	// lookLate is how old a kill may be: what the pods hold now says nothing of one from before.
 	lookLate = 5 * time.Second
 )
@@ -119,5 +124,10 @@ func (t *tracer) neighbours(n *event.Neighbours) error {
 	if err != nil {
 		return err
 	}
-	return t.enqueue(n.ID, subject, n, settles{})
+	data, err := json.Marshal(n)
+	if err != nil {
+		return fmt.Errorf("write %s as json: %w", n.ID, err)
+	}
+	// A stream of another version may not take it: it must not be in the way of kills for ever.
+	return t.publisher.Enqueue(bus.Msg{ID: n.ID, Subject: subject, Data: data, Tag: settles{}, Expires: time.Now().Add(lookExpires)})
 }

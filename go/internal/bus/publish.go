@@ -30,6 +30,9 @@ type Msg struct {
 	Data    []byte
 	// Tag is the caller's own. It comes back in the hooks.
 	Tag any
+	// Expires is from when on a failed attempt is the last, unless it failed with the connection; zero: none
+	// ever is.
+	Expires time.Time
 
 	queued time.Time
 }
@@ -311,15 +314,6 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 	})()
 	denied := map[string]error{}
 
-	retry := func(i int, err error) {
-		p.retried.Add(1)
-		if failure == nil {
-			failure = fmt.Errorf("publish %s: %w", batch[i].Subject, err)
-		}
-		if p.hooks.OnRetry != nil {
-			p.hooks.OnRetry(batch[i], err)
-		}
-	}
 	// settle makes room at once: a slow one in the same round must not cost others their place.
 	settle := func(i int) {
 		settled[i], progress = true, true
@@ -343,6 +337,20 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 		p.log.Error("message can never be stored, dropped", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
 		if p.hooks.OnDrop != nil {
 			p.hooks.OnDrop(batch[i], err)
+		}
+	}
+
+	retry := func(i int, err error) {
+		if e := batch[i].Expires; !e.IsZero() && time.Now().After(e) && !errors.Is(err, ErrDisconnected) {
+			drop(i, fmt.Errorf("expired: %w", err))
+			return
+		}
+		p.retried.Add(1)
+		if failure == nil {
+			failure = fmt.Errorf("publish %s: %w", batch[i].Subject, err)
+		}
+		if p.hooks.OnRetry != nil {
+			p.hooks.OnRetry(batch[i], err)
 		}
 	}
 

@@ -537,3 +537,39 @@ func TestDrain(t *testing.T) {
 		}
 	})
 }
+
+// What expires is not in the way for ever: here no stream takes its subject. What does not, waits for one.
+func TestPublishExpires(t *testing.T) {
+	ctx := begin(t)
+	d := startNatsd(t, "")
+	c := connect(ctx, t, d.owner(), bus.Options{}, quiet())
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
+	dropped, acked := make(chan string, 10), make(chan string, 10)
+	p, err := bus.NewPublisher(c, 10, bus.Hooks{
+		OnDrop: func(m bus.Msg, err error) { dropped <- m.ID },
+		OnAck:  func(m bus.Msg, _ bool) { acked <- m.ID },
+	}, quiet())
+	check(t, err)
+	go func() { _ = p.Run(ctx) }()
+	for _, m := range []bus.Msg{
+		{ID: "late", Subject: "later.a", Expires: time.Now().Add(300 * time.Millisecond)},
+		{ID: "patient", Subject: "later.b"},
+		{ID: "kill", Subject: "oom.v1.kill.global.node-1", Expires: time.Now()},
+	} {
+		m.Data = []byte("{}")
+		check(t, p.Enqueue(m))
+	}
+	for want, from := range map[string]chan string{"late": dropped, "kill": acked} {
+		select {
+		case id := <-from:
+			if id != want {
+				t.Errorf("%s, want %s", id, want)
+			}
+		case <-ctx.Done():
+			t.Fatalf("nothing became of %s", want)
+		}
+	}
+	if n := p.Pending(); n != 1 {
+		t.Errorf("%d wait", n)
+	}
+}
