@@ -49,8 +49,8 @@ inspect_label() {
 engine_build() {
 	case $CONTAINER_TOOL in
 	docker) DOCKER_BUILDKIT=1 docker build "$@" ;;
-	podman) podman build --layers "$@" ;;
-	buildah) buildah bud --layers --isolation chroot "$@" ;;
+	podman) podman build --layers --force-rm "$@" ;;
+	buildah) buildah bud --layers --force-rm --isolation chroot "$@" ;;
 	*)
 		echo "CONTAINER_TOOL: must be docker, podman or buildah, not $CONTAINER_TOOL" >&2
 		return 2
