@@ -18,7 +18,7 @@ for file in "$work"/oom-tracer/templates/*.yaml; do
 	# kubectl apply -f DIR goes by name, and the others stand in the namespace.
 	[[ $name != namespace.yaml ]] || name=00-namespace.yaml
 	{
-		echo '# Rendered from deploy/chart by `make manifests`: change it there.'
+		echo '# Rendered from deploy/chart (make manifests): change it there.'
 		# The file says itself where it comes from.
 		sed '/^# Source: /d' "$file"
 	} >"$target/$name"

@@ -964,7 +964,7 @@ func TestDoctorExternalNATS(t *testing.T) {
 			Username: "tracer", Password: "right",
 			Permissions: &server.Permissions{
 				Publish:   &server.SubjectPermission{Allow: publish},
-				Subscribe: &server.SubjectPermission{Allow: []string{bus.InboxPrefix("oom-tracer-node-1") + ".>"}},
+				Subscribe: &server.SubjectPermission{Allow: []string{bus.InboxPrefix(natsName("node-1")) + ".>"}},
 			},
 		}}})
 		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", filepath.Join(t.TempDir(), "password")
