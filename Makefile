@@ -159,22 +159,18 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 
 # One package at a time: a tracer sees every kill of the machine, and the tests count.
 .PHONY: test
-test: build build/hog build/nats-server build/kube build/deploy verify-goldens ## every test, with real OOM kills in cgroups of its own (needs root)
+test: build build/hog build/nats-server build/kube build/deploy build/oom-descheduler build/descheduler verify-goldens ## every test, with real OOM kills in cgroups of its own (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
 		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 1 -timeout 20m ./...
-	$(Q)tools/no-skips.sh build/test.json
-	$(Q)$(MAKE) --no-print-directory test-descheduler
+	$(Q)cd go/descheduler && OOM_TEST_BUILD=$(CURDIR)/build $(GO) tool -modfile=../../tools/go.mod \
+		gotestsum --format pkgname --jsonfile ../../build/test-descheduler.json -- -race -count=1 -p 1 -timeout 20m ./...
+	$(Q)tools/no-skips.sh build/test.json build/test-descheduler.json
 
 .PHONY: test-descheduler
-test-descheduler: build/oom-descheduler build/descheduler build/kube ## a part of test: our descheduler and the unmodified one, on a real API server
-	$(Q)cd go/descheduler && OOM_TEST_BUILD=$(CURDIR)/build \
-		$(GO) tool -modfile=$(CURDIR)/tools/go.mod gotestsum --format pkgname --jsonfile $(CURDIR)/build/test-descheduler.json -- -count=1 -timeout 20m ./...
+test-descheduler: build/oom-descheduler build/descheduler build/kube ## our descheduler and the unmodified one alone (part of make test)
+	$(Q)cd go/descheduler && OOM_TEST_BUILD=$(CURDIR)/build $(GO) tool -modfile=../../tools/go.mod \
+		gotestsum --format pkgname --jsonfile ../../build/test-descheduler.json -- -count=1 ./...
 	$(Q)tools/no-skips.sh build/test-descheduler.json
-
-# The unmodified one.
-build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
-	@mkdir -p build
-	$(Q)ln -sfn "$$(tools/descheduler/build.sh)" $@
 
 .PHONY: test-faults
 test-faults: build/faults/oom-tracer ## the selftest finds each wrong field that is put into the BPF program (needs root)
@@ -252,6 +248,11 @@ build/nats-server: go.mod
 	@echo '==> building nats-server from its Go module (once per version)'
 	$(Q)ln -sfn "$$(tools/natsd/build.sh)" $@
 
+# The unmodified one, for the tests.
+build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
+	@mkdir -p build
+	$(Q)binary=$$(tools/descheduler/build.sh) && ln -sfn "$$binary" $@
+
 # A directory with kube-apiserver and etcd, of the module tools/kube.
 build/kube: tools/kube/go.mod tools/kube/build.sh
 	@mkdir -p build
@@ -282,19 +283,22 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags bench ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags 'vm faults' ./...
 	$(Q)cd go/descheduler && CGO_ENABLED=0 $(GO) tool -modfile=$(CURDIR)/tools/go.mod staticcheck ./...
+	$(say) LINT 'go generate'
+	$(Q)cd go/descheduler/removeannotated && $(GO) tool deepcopy-gen --output-file ../../../build/deepcopy.go . && \
+		diff -u zz_generated.deepcopy.go ../../../build/deepcopy.go
 	$(say) LINT clang-format
 	$(Q)clang-format --dry-run --Werror $(C_FILES)
 	$(say) LINT shellcheck
 	$(Q)shellcheck $(SH_FILES)
 
 .PHONY: check-deps
-check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is the tracer's, client-go the annotator's
+check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is the tracer's, client-go the annotator's; nobody's the descheduler
 	$(Q)deps=$$($(GO) list -deps ./go/cmd/oom-tap); \
-		! grep -E 'libbpfgo|nats-server|client-go' <<<"$$deps" || { echo 'oom-tap must not need these' >&2; exit 1; }
+		! grep -E 'libbpfgo|nats-server|client-go|descheduler' <<<"$$deps" || { echo 'oom-tap must not need these' >&2; exit 1; }
 	$(Q)deps=$$(CGO_LDFLAGS='$(link_flags)' $(GO) list -deps ./go/cmd/oom-tracer); \
-		! grep client-go <<<"$$deps" || { echo 'oom-tracer must not need client-go' >&2; exit 1; }
+		! grep -E 'client-go|descheduler' <<<"$$deps" || { echo 'oom-tracer must not need these' >&2; exit 1; }
 	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-annotator); \
-		! grep -E 'libbpfgo|nats-server|internal/loader' <<<"$$deps" || { echo 'oom-annotator must not need these' >&2; exit 1; }
+		! grep -E 'libbpfgo|nats-server|internal/loader|descheduler' <<<"$$deps" || { echo 'oom-annotator must not need these' >&2; exit 1; }
 	$(Q)deps=$$($(GO) list -deps ./go/event); \
 		test "$$(grep -c '\.' <<<"$$deps")" = 1 || { echo 'go/event must need the standard library only' >&2; exit 1; }
 

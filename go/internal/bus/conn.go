@@ -499,6 +499,9 @@ func (c *Conn) call(ctx context.Context, subject string, request func(context.Co
 	defer context.AfterFunc(link, func() { fail(context.Cause(link)) })()
 	err = request(sub)
 	if err != nil && sub.Err() != nil {
+		if denied := c.inboxDenied(); denied != nil && ctx.Err() == nil {
+			return denied // which the server told whoever was first to ask
+		}
 		return context.Cause(sub)
 	}
 	return plain(err)

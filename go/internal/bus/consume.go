@@ -66,6 +66,7 @@ type Consumer struct {
 	mu        sync.Mutex
 	undecided map[uint64]*Delivery // by Stored.Seq
 	failing   error
+	unsettled error // why nothing can be settled
 }
 
 // NewConsumer makes a consumer. Nothing is asked of the server before Run.
@@ -76,10 +77,13 @@ func NewConsumer(c *Conn, o ConsumeOptions) (*Consumer, error) {
 	return &Consumer{conn: c, o: o, undecided: map[uint64]*Delivery{}, failing: errors.New("not begun")}, nil
 }
 
-// Failing is why nothing can be consumed now, and nil when it can.
+// Failing is why nothing can be consumed or settled now, and nil when it can.
 func (c *Consumer) Failing() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.failing == nil {
+		return c.unsettled
+	}
 	return c.failing
 }
 
@@ -87,6 +91,12 @@ func (c *Consumer) setFailing(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.failing = err
+}
+
+func (c *Consumer) setUnsettled(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.unsettled = err
 }
 
 // Run consumes until ctx ends, and returns nil then. Handlers have a moment more before their own context
@@ -156,8 +166,13 @@ func (c *Consumer) session(ctx, link context.Context, work chan<- *Delivery) err
 	ctx, cut := context.WithCancelCause(ctx)
 	defer cut(nil)
 	defer context.AfterFunc(link, func() { cut(context.Cause(link)) })()
-	// Without this a consumer that it is forbidden to pull from would look like an idle one.
+	// Without this a consumer that it is forbidden to pull from would look like an idle one, and where it is
+	// forbidden to settle, each message would come again and again.
+	c.setUnsettled(nil)
 	defer c.conn.watch(func(d denial) {
+		if strings.HasPrefix(d.subject, "$JS.ACK."+event.StreamName+".") {
+			c.setUnsettled(fmt.Errorf("settle: %w", d.err))
+		}
 		if d.subscribe && strings.HasPrefix(d.subject, c.conn.inbox+".") || strings.HasPrefix(d.subject, "$JS.API.CONSUMER.MSG.NEXT."+event.StreamName+".") {
 			cut(d.err)
 		}
