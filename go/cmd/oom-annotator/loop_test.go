@@ -46,8 +46,8 @@ func replicaSet(p *corev1.Pod) {
 	p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}
 }
 
-// startDescheduler runs the descheduler every second until the test ends.
-func startDescheduler(t *testing.T, c *kubetest.Cluster) {
+// startDescheduler runs the descheduler in an interval until the test ends.
+func startDescheduler(t *testing.T, c *kubetest.Cluster, interval string) {
 	t.Helper()
 	policy, err := kubetest.Path("deploy/descheduler/policy.yaml")
 	if err != nil {
@@ -55,7 +55,7 @@ func startDescheduler(t *testing.T, c *kubetest.Cluster) {
 	}
 	out := &output{}
 	cmd := exec.Command(scratchtest.Program(t, "oom-descheduler"), "--policy-config-file", policy,
-		"--kubeconfig", c.Kubeconfig(c.ServiceAccount("oom-tracer", "oom-descheduler")), "--secure-port", "0", "--descheduling-interval", "1s", "--v", "1")
+		"--kubeconfig", c.Kubeconfig(c.ServiceAccount("oom-tracer", "oom-descheduler")), "--secure-port", "0", "--descheduling-interval", interval, "--v", "1")
 	cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = out, out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -114,7 +114,7 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 			t.Fatalf("outcome %+v, pod %+v", o, o.Pod)
 		}
 	}
-	startDescheduler(t, c)
+	startDescheduler(t, c, "1s")
 	o := r.outcome()
 	if o.Result != event.ResultEvicted || o.Reason != event.ReasonEvicted || o.Stage != event.StageClose || o.ID != o.Kill+"/close" ||
 		o.Pod == nil || o.Pod.UID != string(hit.UID) || o.Node != node {
