@@ -78,12 +78,10 @@ func TestDemoCluster(t *testing.T) {
 	for last := false; !last; {
 		select {
 		case o := <-r.outcomes:
-			switch last = o.Stage == event.StageClose; {
-			case last:
-				add(o.Time, "the last word on it: %s (%s) of %s/%s", o.Result, o.Reason, o.Pod.Namespace, o.Pod.Name)
-			default:
-				add(o.Time, "%s %s/%s, container %s: %s (%s)", "oom-annotator", o.Pod.Namespace, o.Pod.Name, o.Container, o.Result, o.Reason)
-			}
+			add(o.Time, "oom-annotator %s/%s, container %s: %s (%s)", o.Pod.Namespace, o.Pod.Name, o.Container, o.Result, o.Reason)
+		case o := <-r.closed:
+			add(o.Time, "the last word on it: %s (%s) of %s/%s", o.Result, o.Reason, o.Pod.Namespace, o.Pod.Name)
+			last = true
 		case s := <-interrupted:
 			t.Fatalf("%s: ending", s)
 		case <-time.After(patience):

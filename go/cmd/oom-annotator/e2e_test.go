@@ -169,6 +169,7 @@ type rig struct {
 	publisher *bus.Publisher
 	outcomes  chan event.Outcome
 	named     chan event.Outcome // of event.StageNeighbours
+	closed    chan event.Outcome // of event.StageClose
 	seq       uint64
 }
 
@@ -308,7 +309,7 @@ func (r *rig) connect() {
 
 // tail reads the outcomes.
 func (r *rig) tail() {
-	r.outcomes, r.named = make(chan event.Outcome, 10000), make(chan event.Outcome, 10000)
+	r.outcomes, r.named, r.closed = make(chan event.Outcome, 10000), make(chan event.Outcome, 10000), make(chan event.Outcome, 10000)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(r.t.Context()))
 	done := make(chan struct{})
 	go func() {
@@ -319,6 +320,8 @@ func (r *rig) tail() {
 			case err != nil:
 			case o.Stage == event.StageNeighbours:
 				r.named <- o
+			case o.Stage == event.StageClose:
+				r.closed <- o
 			default:
 				r.outcomes <- o
 			}
@@ -458,6 +461,18 @@ func (r *rig) others() event.Outcome {
 		return o
 	case <-time.After(patience):
 		r.t.Fatal("nothing is said of the other pods")
+	}
+	return event.Outcome{}
+}
+
+// last waits for the last word on a kill.
+func (r *rig) last() event.Outcome {
+	r.t.Helper()
+	select {
+	case o := <-r.closed:
+		return o
+	case <-time.After(patience):
+		r.t.Fatal("no last word")
 	}
 	return event.Outcome{}
 }

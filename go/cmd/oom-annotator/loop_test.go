@@ -115,7 +115,7 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		}
 	}
 	startDescheduler(t, c, "1s")
-	o := r.outcome()
+	o := r.last()
 	if o.Result != event.ResultEvicted || o.Reason != event.ReasonEvicted || o.Stage != event.StageClose || o.ID != o.Kill+"/close" ||
 		o.Pod == nil || o.Pod.UID != string(hit.UID) || o.Node != node {
 		t.Errorf("outcome %+v, pod %+v", o, o.Pod)
@@ -172,7 +172,7 @@ func testExpired(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	other := r.killOf(fresh, "")
 	r.publish(other)
 	r.want(other.ID, "annotated/marked")
-	o := r.outcome()
+	o := r.last()
 	if o.Kill != e.ID || o.Result != event.ResultExpired || o.Reason != event.ReasonLifetime || o.Pod == nil || o.Pod.Name != "forgotten" {
 		t.Errorf("outcome %+v", o)
 	}
@@ -186,11 +186,11 @@ func testExpired(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	// It goes later: that is not news of this kill any more.
 	c.DeletePod("shop", "forgotten")
 	c.DeletePod("shop", "fresh")
-	if o := r.outcome(); o.Kill != other.ID || o.Result != event.ResultEvicted || o.Reason != event.ReasonLeft {
+	if o := r.last(); o.Kill != other.ID || o.Result != event.ResultEvicted || o.Reason != event.ReasonLeft {
 		t.Errorf("outcome %+v", o)
 	}
 	select {
-	case o := <-r.outcomes:
+	case o := <-r.closed:
 		t.Errorf("one more outcome: %+v", o)
 	case <-time.After(2 * time.Second):
 	}
@@ -222,7 +222,7 @@ func testLeft(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	second.ready()
 	got := map[string]string{}
 	for range 2 {
-		o := r.outcome()
+		o := r.last()
 		got[o.Kill] += fmt.Sprintf("%s/%s ", o.Result, o.Reason)
 	}
 	if got[ids["gone"]] != "evicted/left " || got[ids["evicted"]] != "evicted/eviction " {
@@ -230,7 +230,7 @@ func testLeft(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	}
 	// Both see it, and the stream has one word of it.
 	c.DeletePod("shop", "both")
-	if o := r.outcome(); o.Kill != ids["both"] || o.Result != event.ResultEvicted {
+	if o := r.last(); o.Kill != ids["both"] || o.Result != event.ResultEvicted {
 		t.Errorf("outcome %+v", o)
 	}
 	// Nor is it told again by who starts later.
@@ -238,7 +238,7 @@ func testLeft(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	second.start()
 	second.ready()
 	select {
-	case o := <-r.outcomes:
+	case o := <-r.closed:
 		t.Errorf("one more outcome: %+v", o)
 	case <-time.After(2 * time.Second):
 	}

@@ -19,6 +19,8 @@ import (
 const (
 	// closeInterval is how often marks are held against their lifetime.
 	closeInterval = 5 * time.Second
+	// closeWait is how long the outcome that says that a pod was annotated may come after the pod has left.
+	closeWait = 30 * time.Second
 	// maxLeaving is how many pods that leave may wait to be told of. Those above are found at the next start.
 	maxLeaving = 10_000
 )
@@ -44,8 +46,13 @@ type Closer struct {
 	Now      func() time.Time
 
 	mu      sync.Mutex
-	leaving []*pods.Pod
+	leaving []leaving
 	closed  map[string]struct{} // IDs of kills
+}
+
+type leaving struct {
+	pod   *pods.Pod
+	heard time.Time
 }
 
 // Leave takes a marked pod that leaves; see pods.Store.OnLeave.
@@ -58,7 +65,7 @@ func (c *Closer) Leave(p *pods.Pod) {
 	if _, done := c.closed[p.Mark.Kill]; done || len(c.leaving) >= maxLeaving {
 		return
 	}
-	c.leaving = append(c.leaving, p)
+	c.leaving = append(c.leaving, leaving{p, c.Now()})
 }
 
 // Run closes until ctx ends. outcomes are those that the stream holds: what left while nobody watched is found in
@@ -75,19 +82,19 @@ func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
 	next := c.Now()
 	for {
 		c.mu.Lock()
-		leaving := c.leaving
+		left := c.leaving
 		c.leaving = nil
 		c.mu.Unlock()
-		for i, p := range leaving {
+		for _, l := range left {
 			reason := event.ReasonLeft
-			if p.Evicted {
+			if l.pod.Evicted {
 				reason = event.ReasonEvicted
 			}
-			if !c.close(ctx, p.Mark.Kill, p.Node, p.Mark.Time, ref(p), event.ResultEvicted, reason) {
+			// Where that does not come the mark is not of these annotators: another cluster's NATS, another hand.
+			if !c.close(ctx, l.pod.Mark.Kill, l.pod.Node, l.pod.Mark.Time, ref(l.pod), event.ResultEvicted, reason) && c.Now().Sub(l.heard) < closeWait {
 				c.mu.Lock()
-				c.leaving = append(leaving[i:], c.leaving...)
+				c.leaving = append(c.leaving, l)
 				c.mu.Unlock()
-				break
 			}
 		}
 		if now := c.Now(); !now.Before(next) {
@@ -110,7 +117,8 @@ func ref(p *pods.Pod) *event.PodRef {
 	return &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}
 }
 
-// close tells what became of a pod, unless that is told. It returns false where that cannot be done now.
+// close tells what became of a pod, unless that is told. It returns false where that cannot be done now, and for a kill
+// of which the stream does not say that its pod was annotated.
 func (c *Closer) close(ctx context.Context, kill, node string, since time.Time, pod *event.PodRef, result event.Result, reason event.Reason) bool {
 	c.mu.Lock()
 	_, done := c.closed[kill]
@@ -122,7 +130,15 @@ func (c *Closer) close(ctx context.Context, kill, node string, since time.Time, 
 		Schema: event.Schema, ID: event.OutcomeID(kill, event.StageClose), Kill: kill, Stage: event.StageClose, Time: c.Now().UTC(),
 		Result: result, Reason: reason, Node: node, Pod: pod,
 	}
-	told, err := c.Told.Has(ctx, o.ID, since, 0)
+	since = since.Add(-c.Lifetime) // the clocks of a node and of NATS need not agree
+	ours, err := c.Told.Has(ctx, event.OutcomeID(kill, event.StageAnnotate), since, 0)
+	if err == nil && !ours {
+		return false
+	}
+	told := false
+	if err == nil {
+		told, err = c.Told.Has(ctx, o.ID, since, closeInterval) // read a moment ago
+	}
 	if err == nil && !told {
 		err = c.publish(o, since)
 	}
