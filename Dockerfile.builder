@@ -29,9 +29,10 @@ ENV GOTOOLCHAIN=local GOFLAGS=-buildvcs=false
 COPY Makefile go.mod go.sum ./
 COPY --from=modules . ./
 COPY go ./go
-# A further program without cgo: its name here, and a stage at the end.
+# A further program without cgo: its name here, and a stage at the end. (The descheduler, when it is there, is
+# build/descheduler and a copy of the last stage.)
 RUN --mount=type=cache,target=/root/.cache/go-build \
-	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/oom-annotator build/oom-tap build/oom-descheduler
+	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/oom-annotator build/oom-tap
 RUN install -d -m 1777 /out/tmp && install -d /out/etc/ssl/certs && \
 	cp /etc/ssl/certs/ca-certificates.crt /out/etc/ssl/certs/
 
@@ -65,8 +66,3 @@ FROM base AS oom-tap
 USER 65532:65532
 COPY --from=go /src/build/oom-tap /oom-tap
 ENTRYPOINT ["/oom-tap"]
-
-FROM base AS oom-descheduler
-USER 65532:65532
-COPY --from=go /src/build/oom-descheduler /oom-descheduler
-ENTRYPOINT ["/oom-descheduler"]
