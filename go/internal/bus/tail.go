@@ -150,6 +150,9 @@ func (t *tail) read(ctx context.Context) error {
 		Replicas:          1,
 		InactiveThreshold: time.Minute, // the server removes it then; to ask for that would need one more permission
 	}
+	if !t.o.Follow {
+		cfg.InactiveThreshold = 10 * time.Second // who reads often leaves many behind, and a server may bound them
+	}
 	if t.last == 0 && !t.o.Since.IsZero() {
 		cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, 0, &t.o.Since
 	}

@@ -33,10 +33,12 @@ func NewTold(c *Conn) *Told { return &Told{conn: c, ids: map[[16]byte]struct{}{}
 // that it is about, which was at since. What was stored within the last fresh may be missed: give no more
 // than what the server itself remembers.
 func (t *Told) Has(ctx context.Context, id string, since time.Time, fresh time.Duration) (bool, error) {
+	asked := time.Now()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	earlier := t.read.IsZero() || since.Before(t.from)
-	if now := time.Now(); earlier || now.Sub(t.read) >= fresh {
+	// A reading that began after this was asked is as good as one of its own: in a storm many ask at once.
+	if now := time.Now(); earlier || now.Sub(t.read) >= fresh && !t.read.After(asked) {
 		ctx, cancel := context.WithTimeout(ctx, readTime)
 		defer cancel()
 		info, err := streamInfo(ctx, t.conn, event.StreamName)
