@@ -14,12 +14,13 @@ const (
 
 	// What became of a pod that was annotated.
 	ResultEvicted Result = "evicted" // it has left its node
+	ResultRefused Result = "refused" // it had to stay, somebody said, and its annotation is gone
 	ResultExpired Result = "expired" // nobody came for it in time, and its annotation is gone
 )
 
 // Results lists every result, in the order of the documentation.
 func Results() []Result {
-	return []Result{ResultAnnotated, ResultObserved, ResultSkipped, ResultFailed, ResultEvicted, ResultExpired}
+	return []Result{ResultAnnotated, ResultObserved, ResultSkipped, ResultFailed, ResultEvicted, ResultRefused, ResultExpired}
 }
 
 // Reason says why it is that result. Each belongs to one result; see Reasons.
@@ -69,6 +70,7 @@ const (
 const (
 	ReasonEvicted  Reason = "eviction" // through the API's eviction subresource, as a descheduler does
 	ReasonLeft     Reason = "left"     // it was deleted or has ended otherwise, or nobody saw how
+	ReasonEvictor  Reason = "evictor"  // a descheduler's, or the API server, did not let it go: Detail has the words
 	ReasonLifetime Reason = "lifetime" // policy.mark_lifetime is over
 )
 
@@ -86,6 +88,7 @@ func Reasons() map[Result][]Reason {
 			ReasonMalformed, ReasonOversized, ReasonSchema, ReasonForged, ReasonForbidden, ReasonRejected, ReasonUnavailable,
 		},
 		ResultEvicted: {ReasonEvicted, ReasonLeft},
+		ResultRefused: {ReasonEvictor},
 		ResultExpired: {ReasonLifetime},
 	}
 }

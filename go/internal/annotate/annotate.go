@@ -12,6 +12,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/budget"
@@ -37,6 +38,7 @@ const (
 type API interface {
 	Get(ctx context.Context, namespace, name string) (*corev1.Pod, error)
 	Patch(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error)
+	PatchStatus(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error)
 }
 
 // Finder knows the pods; see pods.Store.
@@ -101,9 +103,13 @@ type Annotator struct {
 // Terms are the names by which a configuration has pods read.
 func Terms(cfg *config.Config) pods.Terms {
 	mark, _ := cfg.Policy.Mark()
-	return pods.Terms{
+	t := pods.Terms{
 		Mark: mark, Summary: cfg.Annotator.SummaryAnnotation, OptOut: cfg.Policy.OptOutAnnotation, Selector: cfg.Policy.Selector,
 	}
+	if mark != "" {
+		t.Condition = corev1.PodConditionType(cfg.Policy.Condition)
+	}
+	return t
 }
 
 // Hooks are for the publisher that is the Outlet: a message of the stream is settled when its outcome is
@@ -328,19 +334,32 @@ func (a *Annotator) act(ctx context.Context, c *Case) (Decision, error) {
 		if !d.Act {
 			return d, nil
 		}
-		c.Found.Pod = now.Found.Pod // its containers may be named by now
-		if try == 0 {
+		c.Found.Pod = now.Found.Pod                     // its containers may be named by now
+		annotated := now.Found.Pod.Kill() == c.Event.ID // and only its condition is missing
+		if try == 0 && !annotated {
 			if refused, err := a.claim(ctx, c); err != nil || refused.Result != "" {
 				return refused, err
 			}
 		}
-		patch, err := a.patch(c.Event, now.Found.Pod, read.ResourceVersion)
-		if err != nil {
-			return Decision{}, err
+		if !annotated {
+			var patch []byte
+			if patch, err = a.patch(c.Event, now.Found.Pod, read.ResourceVersion); err != nil {
+				return Decision{}, err
+			}
+			if read, err = a.API.Patch(ctx, known.Namespace, known.Name, patch); err == nil {
+				annotated = true
+			}
 		}
-		_, err = a.API.Patch(ctx, known.Namespace, known.Name, patch)
+		// The annotation goes first: it is what says whose mark this is, and who takes it away takes back all of it.
+		if annotated && a.Terms.Condition != "" {
+			var patch []byte
+			if patch, err = statusPatch(read, a.condition(c.Event.ID)); err != nil {
+				return Decision{}, err
+			}
+			_, err = a.API.PatchStatus(ctx, known.Namespace, known.Name, patch)
+		}
 		switch {
-		case err == nil:
+		case err == nil, annotated && apierrors.IsNotFound(err): // it left at once, as it should
 			return d, nil
 		case apierrors.IsNotFound(err):
 			return skip(event.ReasonGone), nil
@@ -402,6 +421,26 @@ func (a *Annotator) patch(e *event.Event, p *pods.Pod, resourceVersion string) (
 	}})
 	if err != nil {
 		return nil, fmt.Errorf("write the patch: %w", err)
+	}
+	return patch, nil
+}
+
+// condition says in a pod's status for which kill it is marked.
+func (a *Annotator) condition(kill string) map[string]any {
+	return map[string]any{
+		"type": a.Terms.Condition, "status": corev1.ConditionTrue, "reason": eventReason, "message": kill,
+		"lastTransitionTime": metav1.NewTime(a.Now()),
+	}
+}
+
+// statusPatch is a strategic merge patch of one condition, for one state of one pod.
+func statusPatch(read *corev1.Pod, condition map[string]any) ([]byte, error) {
+	patch, err := json.Marshal(map[string]any{
+		"metadata": map[string]any{"uid": read.UID, "resourceVersion": read.ResourceVersion},
+		"status":   map[string]any{"conditions": []any{condition}},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("write the patch of a condition: %w", err)
 	}
 	return patch, nil
 }

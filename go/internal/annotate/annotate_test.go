@@ -41,6 +41,7 @@ type world struct {
 	getErr  []error     // what the next ones answer; nil: as it should
 	patches []string
 	patched []error // likewise
+	status  []error // likewise
 	find    error
 	stale   error
 	full    error // of the outlet
@@ -120,7 +121,23 @@ func (w *world) Patch(_ context.Context, namespace, name string, patch []byte) (
 	if err := next(&w.patched); err != nil {
 		return nil, err
 	}
+	var p struct {
+		Metadata struct{ Annotations map[string]string }
+	}
+	if err := json.Unmarshal(patch, &p); err != nil {
+		return nil, err
+	}
+	w.pod = w.pod.DeepCopy()
+	w.pod.Annotations = p.Metadata.Annotations
+	w.pod.ResourceVersion += "1"
 	return w.pod, nil
+}
+
+func (w *world) PatchStatus(_ context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.patches = append(w.patches, "status "+string(patch))
+	return w.pod, next(&w.status)
 }
 
 func (w *world) Enqueue(m bus.Msg) error {
@@ -210,6 +227,81 @@ func TestHandleMarks(t *testing.T) {
 	}
 	if diff := cmp.Diff([]string{"boot-1-2 annotated"}, w.events); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
+	}
+}
+
+// With a condition a mark is two patches. Whatever comes between them, it is the same mark, of the same right.
+func TestHandleCondition(t *testing.T) {
+	const (
+		condition = `status {"metadata":{"resourceVersion":"%s","uid":"uid-1"},"status":{"conditions":[{"lastTransitionTime":"1970-01-01T00:16:41Z",` +
+			`"message":"boot-1-2","reason":"OOMKilled","status":"True","type":"example.com/evict"}]}}`
+	)
+	conflict := apierrors.NewConflict(resource, "cart", errors.New("changed"))
+	forbidden := fmt.Errorf("patch pods/status: %w", apierrors.NewForbidden(resource, "cart", errors.New("no")))
+	for _, tt := range []struct {
+		name          string
+		change        func(w *world)
+		want, settled string
+		versions      string // of the pod, at each patch of its status
+		annotations   int    // how often it is annotated
+		claims        int
+	}{
+		{"all goes well", func(w *world) {}, "annotated/marked", "ack", "71", 1, 1},
+		{"another condition changes", func(w *world) { w.status = []error{conflict} }, "annotated/marked", "ack", "71 71", 1, 1},
+		{"left at once", func(w *world) { w.status = []error{apierrors.NewNotFound(resource, "cart")} }, "annotated/marked", "ack", "71", 1, 1},
+		{"no right", func(w *world) { w.status = []error{forbidden} }, "none", "retry", "71", 1, 1},
+		{"no right for long", func(w *world) {
+			w.status, w.now = []error{forbidden}, time.Unix(1031, 0)
+		}, "failed/forbidden", "ack", "71", 1, 1},
+		{"a replica before got no further than the annotation", func(w *world) {
+			w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+		}, "annotated/marked", "ack", "7", 0, 0},
+		{"and it was taken back since", func(w *world) {
+			w.pod.Annotations = map[string]string{w.Terms.Summary: `{"event":"boot-1-2"}`}
+		}, "annotated/marked", "ack", "", 0, 0},
+		{"and it leaves", func(w *world) {
+			w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+			w.pod.DeletionTimestamp = &metav1.Time{Time: w.now}
+		}, "annotated/marked", "ack", "", 0, 0},
+		{"done before", func(w *world) {
+			w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+			w.pod.Status.Conditions = []corev1.PodCondition{{Type: "example.com/evict", Status: corev1.ConditionTrue, Message: "boot-1-2"}}
+		}, "annotated/marked", "ack", "", 0, 0},
+		{"one of a kill before is there", func(w *world) {
+			w.pod.Status.Conditions = []corev1.PodCondition{{Type: "example.com/evict", Status: corev1.ConditionTrue, Message: "boot-1-1"}}
+		}, "annotated/marked", "ack", "71", 1, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld()
+			w.Policy.Condition, w.Terms.Condition = "example.com/evict", "example.com/evict"
+			tt.change(w)
+			w.want(t, w.handle(t, kill()), tt.want, tt.settled)
+			annotations := 0
+			var got, want []string
+			for _, p := range w.patches {
+				if strings.HasPrefix(p, "status ") {
+					got = append(got, p)
+				} else {
+					annotations++
+				}
+			}
+			for _, version := range strings.Fields(tt.versions) {
+				want = append(want, strings.ReplaceAll(fmt.Sprintf(condition, version), "1970-01-01T00:16:41Z", w.now.UTC().Format(time.RFC3339)))
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("patches of the status (-want +got):\n%s", diff)
+			}
+			if annotations != tt.annotations || len(w.claims) != tt.claims {
+				t.Errorf("annotated %d times, %d claims; want %d, %d", annotations, len(w.claims), tt.annotations, tt.claims)
+			}
+		})
+	}
+	// Who marks nothing sets no condition.
+	w := newWorld()
+	cfg := config.Default()
+	cfg.Policy.Annotation, cfg.Policy.Condition = "", "example.com/evict"
+	if w.Terms = Terms(&cfg); w.Terms.Condition != "" {
+		t.Errorf("terms %+v", w.Terms)
 	}
 }
 

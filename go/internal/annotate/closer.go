@@ -9,11 +9,13 @@ import (
 	"sync"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 const (
@@ -25,11 +27,21 @@ const (
 	maxLeaving = 10_000
 )
 
-// Marks knows the marked pods; see pods.Store.
+// Marks knows the pods that were marked; see pods.Store.
 type Marks interface {
-	Marked() []*pods.Pod
+	Hit() []*pods.Pod
 	Has(uid string) bool
 }
+
+// CloserAPI is what is asked of the API server.
+type CloserAPI interface {
+	API
+	Events(ctx context.Context, namespace, uid, reason string) ([]corev1.Event, error)
+}
+
+// evictionFailed is the reason of the Events that say why a pod was not evicted: of RemoveAnnotated, and of any descheduler
+// whose policy has evictionFailureEventNotification (EvictPod in its pkg/descheduler/evictions).
+const evictionFailed = "EvictionFailed"
 
 // Closer says what became of the pods that were marked: the last word on their kills. Every replica sees what
 // there is to see, and the stream keeps one word of them. It works on nothing but the pods, so that what one
@@ -37,7 +49,8 @@ type Marks interface {
 type Closer struct {
 	Terms    pods.Terms
 	Lifetime time.Duration // of a mark, from its kill on
-	API      API
+	Memory   time.Duration // how long after its kill the end of a mark is looked for; more than Lifetime
+	API      CloserAPI
 	Marks    Marks
 	Told     Told
 	Outlet   Outlet
@@ -74,7 +87,7 @@ func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
 	for i := range outcomes {
 		o := &outcomes[i]
 		if o.Pod != nil && !c.Marks.Has(o.Pod.UID) {
-			c.close(ctx, o.Kill, o.Node, o.Time, o.Pod, event.ResultEvicted, event.ReasonLeft)
+			c.close(ctx, o.Kill, o.Node, o.Time, o.Pod, left(false))
 		}
 	}
 	tick := time.NewTicker(200 * time.Millisecond)
@@ -82,16 +95,12 @@ func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
 	next := c.Now()
 	for {
 		c.mu.Lock()
-		left := c.leaving
+		all := c.leaving
 		c.leaving = nil
 		c.mu.Unlock()
-		for _, l := range left {
-			reason := event.ReasonLeft
-			if l.pod.Evicted {
-				reason = event.ReasonEvicted
-			}
+		for _, l := range all {
 			// Where that does not come the mark is not of these annotators: another cluster's NATS, another hand.
-			if !c.close(ctx, l.pod.Mark.Kill, l.pod.Node, l.pod.Mark.Time, ref(l.pod), event.ResultEvicted, reason) && c.Now().Sub(l.heard) < closeWait {
+			if !c.closePod(ctx, l.pod, left(l.pod.Evicted)) && c.Now().Sub(l.heard) < closeWait {
 				c.mu.Lock()
 				c.leaving = append(c.leaving, l)
 				c.mu.Unlock()
@@ -99,10 +108,8 @@ func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
 		}
 		if now := c.Now(); !now.Before(next) {
 			next = now.Add(closeInterval)
-			for _, p := range c.Marks.Marked() {
-				if now.Sub(p.Mark.Time) > c.Lifetime && !p.Finished {
-					c.expire(ctx, p)
-				}
+			for _, p := range c.Marks.Hit() {
+				c.look(ctx, p, now)
 			}
 		}
 		select {
@@ -113,23 +120,49 @@ func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
 	}
 }
 
-func ref(p *pods.Pod) *event.PodRef {
-	return &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}
+// look does what is due to a pod that was marked and is still there.
+func (c *Closer) look(ctx context.Context, p *pods.Pod, now time.Time) {
+	age := now.Sub(p.Mark.Time)
+	switch {
+	case p.Finished, c.Terms.Mark == "": // whoever only observes does not see whether it is marked
+	case p.Marked:
+		if age > c.Lifetime {
+			c.expire(ctx, p)
+		}
+	case p.Condition != "" && p.Condition == p.Mark.Kill:
+		// Somebody has taken the annotation back, or who did so at the end of its time got no further.
+		c.uncondition(ctx, p)
+	case age > c.Lifetime && age < c.Memory:
+		c.closePod(ctx, p, c.over(ctx, p)) // likewise
+	}
+}
+
+// end finds out how a mark ended.
+type end func() (event.Result, event.Reason, string)
+
+func left(evicted bool) end {
+	return func() (event.Result, event.Reason, string) {
+		if evicted {
+			return event.ResultEvicted, event.ReasonEvicted, ""
+		}
+		return event.ResultEvicted, event.ReasonLeft, ""
+	}
+}
+
+func (c *Closer) closePod(ctx context.Context, p *pods.Pod, how end) bool {
+	return c.close(ctx, p.Mark.Kill, p.Node, p.Mark.Time, &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}, how)
 }
 
 // close tells what became of a pod, unless that is told. It returns false where that cannot be done now, and for a kill
 // of which the stream does not say that its pod was annotated.
-func (c *Closer) close(ctx context.Context, kill, node string, since time.Time, pod *event.PodRef, result event.Result, reason event.Reason) bool {
+func (c *Closer) close(ctx context.Context, kill, node string, since time.Time, pod *event.PodRef, how end) bool {
 	c.mu.Lock()
 	_, done := c.closed[kill]
 	c.mu.Unlock()
 	if done {
 		return true
 	}
-	o := &event.Outcome{
-		Schema: event.Schema, ID: event.OutcomeID(kill, event.StageClose), Kill: kill, Stage: event.StageClose, Time: c.Now().UTC(),
-		Result: result, Reason: reason, Node: node, Pod: pod,
-	}
+	id := event.OutcomeID(kill, event.StageClose)
 	since = since.Add(-c.Lifetime) // the clocks of a node and of NATS need not agree
 	// As of a second ago: marks by another hand, which may be many, must not have the stream read for each look.
 	ours, err := c.Told.Has(ctx, event.OutcomeID(kill, event.StageAnnotate), since, time.Second)
@@ -138,10 +171,17 @@ func (c *Closer) close(ctx context.Context, kill, node string, since time.Time, 
 	}
 	told := false
 	if err == nil {
-		told, err = c.Told.Has(ctx, o.ID, since, closeInterval) // read a moment ago
+		told, err = c.Told.Has(ctx, id, since, closeInterval) // read a moment ago
 	}
 	if err == nil && !told {
-		err = c.publish(o, since)
+		o := &event.Outcome{
+			Schema: event.Schema, ID: id, Kill: kill, Stage: event.StageClose, Time: c.Now().UTC(), Node: node, Pod: pod,
+		}
+		o.Result, o.Reason, o.Detail = how()
+		o.Detail = cut(text.Printable(o.Detail), maxDetail)
+		if err = ctx.Err(); err == nil { // what was found out on the way down may be wrong
+			err = c.publish(o, since)
+		}
 	}
 	if err != nil {
 		if ctx.Err() == nil {
@@ -169,7 +209,7 @@ func (c *Closer) publish(o *event.Outcome, killed time.Time) error {
 	}
 	return c.Outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Tag: tag{settle: func() {}, killed: killed, stored: func() {
 		c.Metrics.closed(o)
-		c.Log.Info("mark is closed", "id", o.Kill, "pod", podName(o.Pod), "result", string(o.Result), "reason", string(o.Reason))
+		c.Log.Info("mark is closed", "id", o.Kill, "pod", podName(o.Pod), "result", string(o.Result), "reason", string(o.Reason), "detail", o.Detail)
 	}}})
 }
 
@@ -193,15 +233,74 @@ func (c *Closer) expire(ctx context.Context, p *pods.Pod) {
 		if err != nil {
 			return fmt.Errorf("write the patch: %w", err)
 		}
-		_, err = c.API.Patch(ctx, p.Namespace, p.Name, patch)
+		if read, err = c.API.Patch(ctx, p.Namespace, p.Name, patch); err == nil && now.Condition == p.Mark.Kill {
+			c.removeCondition(ctx, read)
+		}
 		return err
 	}()
 	switch {
 	case err == nil:
-		c.close(ctx, p.Mark.Kill, p.Node, p.Mark.Time, ref(p), event.ResultExpired, event.ReasonLifetime)
+		c.closePod(ctx, p, c.over(ctx, p))
 	case errors.Is(err, errChanged), apierrors.IsNotFound(unwrap(err)), apierrors.IsConflict(unwrap(err)), ctx.Err() != nil:
 		// Another replica, or it leaves: the watch tells.
 	default:
 		c.Log.Warn("a mark whose time is over cannot be removed yet", "pod", p.Namespace+"/"+p.Name, "error", err)
+	}
+}
+
+// over is the end of a mark whose time is over and whose pod is still there: refused, if somebody said why it had to stay.
+func (c *Closer) over(ctx context.Context, p *pods.Pod) end {
+	return func() (event.Result, event.Reason, string) {
+		events, err := c.API.Events(ctx, p.Namespace, p.UID, evictionFailed)
+		if err != nil {
+			return event.ResultExpired, event.ReasonLifetime, "whether a descheduler refused is not known: " + err.Error()
+		}
+		var last *corev1.Event
+		for i := range events {
+			if e := &events[i]; seen(e).After(p.Mark.Time) && (last == nil || seen(e).After(seen(last))) {
+				last = e
+			}
+		}
+		if last == nil {
+			return event.ResultExpired, event.ReasonLifetime, ""
+		}
+		return event.ResultRefused, event.ReasonEvictor, last.Message
+	}
+}
+
+// seen is when an Event was seen last. Which field says so depends on who wrote it, and with which API.
+func seen(e *corev1.Event) time.Time {
+	last := e.LastTimestamp.Time
+	if at := e.EventTime.Time; at.After(last) {
+		last = at
+	}
+	if e.Series != nil && e.Series.LastObservedTime.After(last) {
+		last = e.Series.LastObservedTime.Time
+	}
+	return last
+}
+
+// uncondition takes the condition from a pod that has no annotation any more.
+func (c *Closer) uncondition(ctx context.Context, p *pods.Pod) {
+	read, err := c.API.Get(ctx, p.Namespace, p.Name)
+	if err != nil {
+		if !apierrors.IsNotFound(err) && ctx.Err() == nil {
+			c.Log.Warn("a condition without its annotation cannot be removed yet", "pod", p.Namespace+"/"+p.Name, "error", err)
+		}
+		return
+	}
+	if now := c.Terms.Read(read); now.UID == p.UID && !now.Marked && now.Condition == p.Mark.Kill {
+		c.removeCondition(ctx, read)
+	}
+}
+
+// removeCondition takes the condition from a pod as it was read. Where that fails it is seen at the next look.
+func (c *Closer) removeCondition(ctx context.Context, read *corev1.Pod) {
+	patch, err := statusPatch(read, map[string]any{"type": c.Terms.Condition, "$patch": "delete"})
+	if err == nil {
+		_, err = c.API.PatchStatus(ctx, read.Namespace, read.Name, patch)
+	}
+	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) && ctx.Err() == nil {
+		c.Log.Warn("a condition without its annotation cannot be removed yet", "pod", read.Namespace+"/"+read.Name, "error", err)
 	}
 }

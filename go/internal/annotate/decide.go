@@ -50,7 +50,10 @@ func Decide(policy *config.Policy, c *Case) Decision {
 	case errors.Is(c.Err, pods.ErrAmbiguous):
 		return skip(event.ReasonAmbiguous)
 	case pod != nil && !c.Found.Gone && pod.Kill() == e.ID:
-		return marked // by an attempt before this one, whatever holds now
+		// By an attempt before this one, whatever holds now; it may have come no further than the annotation.
+		d := marked
+		d.Act = policy.Condition != "" && pod.Marked && !pod.Finished && pod.Condition != e.ID
+		return d
 	}
 	// What happened.
 	switch limit := e.Limit; {

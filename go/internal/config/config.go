@@ -99,6 +99,9 @@ type Policy struct {
 	// Annotation is what marks a pod: key=value, or a key, whose value is then "true". Empty: nothing is
 	// marked. See Mark.
 	Annotation string `yaml:"annotation"`
+	// Condition is the type of a pod condition that a marked pod has as well, for as long: for the unmodified
+	// descheduler, whose PodLifeTime evicts by it. Empty: none is set. Without Annotation it means nothing.
+	Condition string `yaml:"condition"`
 	// MaxEventAge is 1 s .. 24 h. Older events are recorded only.
 	MaxEventAge time.Duration `yaml:"max_event_age"`
 	// Scopes and Levels are event.Scope and event.LimitLevel.

@@ -122,7 +122,7 @@ func TestEveryKeyIsRead(t *testing.T) {
 			Stream:   Stream{MaxAge: 90 * time.Minute, MaxBytes: 512 << 20, Replicas: 3, DedupWindow: 90 * time.Second},
 		},
 		Policy: Policy{
-			Annotation: "example.com/evict=now", MaxEventAge: time.Hour, Scopes: []string{"cpuset"}, Levels: []string{"pod", "container"},
+			Annotation: "example.com/evict=now", Condition: "example.com/evict", MaxEventAge: time.Hour, Scopes: []string{"cpuset"}, Levels: []string{"pod", "container"},
 			InferredLimits: true,
 			Namespaces:     Namespaces{Include: []string{"shop", "web-1"}, Exclude: []string{"kube-system"}},
 			Selector:       map[string]string{"app.kubernetes.io/name": "cart", "tier": ""}, OptOutAnnotation: "example.com/stay",

@@ -39,6 +39,13 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 			clash("policy.annotation", "policy.opt_out_annotation", "has the key of policy.opt_out_annotation")
 		}
 	}
+	if p.Condition != "" {
+		if err := checkKey(p.Condition); err != nil {
+			bad("policy.condition", "must be a domain, a slash and a name, or empty: it %v", err)
+		} else if !strings.Contains(p.Condition, "/") { // Ready, DisruptionTarget, ...: the kubelet's and the control plane's
+			bad("policy.condition", "must be a domain, a slash and a name, or empty, not %s: types without a domain are Kubernetes' own", show(p.Condition))
+		}
+	}
 	if p.MaxEventAge < time.Second || p.MaxEventAge > 24*time.Hour {
 		bad("policy.max_event_age", "must be from 1s to 24h, not %s", p.MaxEventAge)
 	}

@@ -9,6 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
@@ -23,6 +24,7 @@ const (
 	queriesAtOnce    = 200
 	requestTimeout   = 5 * time.Second // of one request that is not a watch
 	listTimeout      = 30 * time.Second
+	maxEvents        = 500 // on one pod, for one reason
 )
 
 // Client speaks with the API server about pods and the Events on them. Its errors name the verb of RBAC
@@ -95,6 +97,31 @@ func (c *Client) Patch(ctx context.Context, namespace, name string, patch []byte
 		return nil, explain("patch", "pods", err)
 	}
 	return pod, nil
+}
+
+// PatchStatus applies a strategic merge patch to the status of one pod: of the conditions it changes those that it names.
+func (c *Client) PatchStatus(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	pod := &corev1.Pod{}
+	err := c.rest.Patch(types.StrategicMergePatchType).Resource("pods").SubResource("status").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
+	if err != nil {
+		return nil, explain("patch", "pods/status", err)
+	}
+	return pod, nil
+}
+
+// Events lists the Events of a reason on the pod of a UID.
+func (c *Client) Events(ctx context.Context, namespace, uid, reason string) ([]corev1.Event, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	list := &corev1.EventList{}
+	o := &metav1.ListOptions{FieldSelector: fields.Set{"involvedObject.uid": uid, "reason": reason}.String(), Limit: maxEvents}
+	err := c.rest.Get().Resource("events").Namespace(namespace).VersionedParams(o, c.params).MaxRetries(0).Do(ctx).Into(list)
+	if err != nil {
+		return nil, explain("list", "events", err)
+	}
+	return list.Items, nil
 }
 
 // CreateEvent makes an Event.

@@ -58,6 +58,8 @@ type Pod struct {
 	Request int64
 	// Mark is what the pod was marked for; nil: nothing.
 	Mark *Mark
+	// Condition is the ID of the event that the condition of the policy names, empty where that is not true.
+	Condition string
 
 	Mirror    bool // stands for a static pod
 	DaemonSet bool
@@ -91,10 +93,12 @@ type Container struct {
 
 // Terms are the names in the configuration that decide how a pod is read.
 type Terms struct {
-	Mark     string // the key of the annotation of the policy; empty: there is none
-	Summary  string // the key of the annotation with a Summary
-	OptOut   string // the key of the annotation that protects; empty: there is none
-	Selector map[string]string
+	Mark    string // the key of the annotation of the policy; empty: there is none
+	Summary string // the key of the annotation with a Summary
+	// Condition is the type of the condition that goes with Mark; empty: there is none.
+	Condition corev1.PodConditionType
+	OptOut    string // the key of the annotation that protects; empty: there is none
+	Selector  map[string]string
 }
 
 // Summary is the annotation that says, in JSON, which kill a pod was marked for. It is for people, and for
@@ -158,6 +162,9 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 		// Set by the eviction subresource (addConditionAndDeletePod in pkg/registry/core/pod/storage/eviction.go).
 		c := &in.Status.Conditions[i]
 		p.Evicted = p.Evicted || c.Type == corev1.DisruptionTarget && c.Status == corev1.ConditionTrue && c.Reason == "EvictionByEvictionAPI"
+		if c.Type == t.Condition && c.Status == corev1.ConditionTrue && t.Condition != "" {
+			p.Condition = c.Message
+		}
 	}
 	for _, statuses := range [][]corev1.ContainerStatus{
 		in.Status.InitContainerStatuses, in.Status.ContainerStatuses, in.Status.EphemeralContainerStatuses,

@@ -100,12 +100,12 @@ func (s *Store) leaves(p *Pod) {
 	}
 }
 
-// Marked lists the pods that carry the annotation of the policy and say what for.
-func (s *Store) Marked() (all []*Pod) {
+// Hit lists the pods that say which kill they were marked for, marked still or not.
+func (s *Store) Hit() (all []*Pod) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	for _, p := range s.byUID {
-		if p.Marked && p.Mark != nil {
+		if p.Mark != nil {
 			all = append(all, p)
 		}
 	}
