@@ -153,6 +153,10 @@ user: {{ .user | quote }}
 {{- if not .Values.dryRun }}{{ dig "policy" "annotation" "" .Values.config | splitList "=" | first }}{{ end }}
 {{- end }}
 
+{{- define "oom.condition" -}}
+{{- if include "oom.annotation" . }}{{ dig "policy" "condition" "" .Values.config }}{{ end }}
+{{- end }}
+
 {{- define "oom.owner" -}}
 {{- if or (eq .Values.nats.mode "cluster") (and (eq .Values.nats.mode "external") .Values.nats.external.setup) }}true{{ end }}
 {{- end }}

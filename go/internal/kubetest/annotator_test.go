@@ -59,6 +59,116 @@ func TestAnnotatorRights(t *testing.T) {
 	t.Run("Verbs", func(t *testing.T) { testVerbs(t, c.In(t), client) })
 }
 
+// TestConditionRights: with policy.condition the annotator may set and remove that condition, and touch nothing else of
+// a pod's status.
+func TestConditionRights(t *testing.T) {
+	c := Start(t)
+	c.Node("node-1")
+	c.Namespace("shop")
+	web := c.Pod("shop", "web", "node-1", func(pod *corev1.Pod) {
+		pod.Annotations, pod.Labels = map[string]string{"team": "shop"}, map[string]string{"app": "web"}
+		pod.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}, {Type: "example.com/gate", Status: corev1.ConditionFalse}}
+		pod.Status.PodIP, pod.Status.PodIPs = "10.1.2.3", []corev1.PodIP{{IP: "10.1.2.3"}}
+	})
+	client := newClient(t, c.ConditionAnnotator(evictMe))
+	ours := `{"type":"` + evictMe + `","status":"True","reason":"OOMKilled","message":"boot-1-2","lastTransitionTime":"2026-01-02T03:04:05Z"}`
+	set := `{"status":{"conditions":[` + ours + `]}}`
+	remove := `{"status":{"conditions":[{"type":"` + evictMe + `","$patch":"delete"}]}}`
+	find := func() (found *corev1.PodCondition) {
+		pod := c.GetPod("shop", "web")
+		for i := range pod.Status.Conditions {
+			if pod.Status.Conditions[i].Type == evictMe {
+				found = &pod.Status.Conditions[i]
+			}
+		}
+		if n := len(pod.Status.Conditions); found == nil && n != 2 || found != nil && n != 3 || len(pod.Status.ContainerStatuses) != 1 {
+			t.Fatalf("status %+v", pod.Status)
+		}
+		return found
+	}
+	// On a pod without a status too; and one that is as large as they get.
+	c.Pod("shop", "pending", "")
+	if _, err := c.Client.CoreV1().Pods("shop").Patch(t.Context(), "pending", types.MergePatchType, []byte(`{"status":null}`), metav1.PatchOptions{}, "status"); err != nil {
+		t.Fatal(err)
+	}
+	c.Pod("shop", "large", "node-1", func(pod *corev1.Pod) {
+		pod.Spec.Containers = nil
+		for i := range 100 {
+			pod.Spec.Containers = append(pod.Spec.Containers, corev1.Container{Name: fmt.Sprintf("c%d", i), Image: "example.com/c:1"})
+		}
+		for i := range 100 {
+			pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{
+				Type: corev1.PodConditionType(fmt.Sprintf("example.com/gate-%d", i)), Status: corev1.ConditionTrue, Message: strings.Repeat("m", 500),
+			})
+		}
+	})
+	for _, name := range []string{"web", "pending", "large"} {
+		for range 2 { // the second changes nothing
+			if err := patch(client, "shop", name, types.StrategicMergePatchType, set, "status"); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+	if got := find(); got == nil || got.Status != corev1.ConditionTrue || got.Message != "boot-1-2" {
+		t.Errorf("condition %+v", got)
+	}
+	before := c.GetPod("shop", "web")
+	for _, test := range []struct {
+		name string
+		kind types.PatchType
+		body string
+		want string
+	}{
+		{"phase", types.MergePatchType, `{"status":{"phase":"Failed"}}`, "nothing of a pod's status but its own condition"},
+		{"reason added", types.MergePatchType, `{"status":{"reason":"Evicted"}}`, "nothing of a pod's status but its own condition"},
+		{"address", types.MergePatchType, `{"status":{"podIP":"10.9.9.9","podIPs":[{"ip":"10.9.9.9"}]}}`, "nothing of a pod's status but its own condition"},
+		{"address removed", types.MergePatchType, `{"status":{"podIP":null,"podIPs":null}}`, "nothing of a pod's status but its own condition"},
+		{"containers", types.StrategicMergePatchType, `{"status":{"containerStatuses":[{"name":"main","ready":false}]}}`, "nothing of a pod's status but its own condition"},
+		{"a field that is new in Kubernetes", types.MergePatchType, `{"status":{"observedGeneration":7}}`, "nothing of a pod's status but its own condition"},
+		{"Ready", types.StrategicMergePatchType, `{"status":{"conditions":[{"type":"Ready","status":"False"}]}}`, "no condition of a pod but its own"},
+		{"Ready beside its own", types.StrategicMergePatchType, `{"status":{"conditions":[{"type":"Ready","status":"False"},` + ours + `]}}`, "no condition of a pod but its own"},
+		{"a gate", types.StrategicMergePatchType, `{"status":{"conditions":[{"type":"example.com/gate","status":"True"}]}}`, "no condition of a pod but its own"},
+		{"DisruptionTarget", types.StrategicMergePatchType, `{"status":{"conditions":[{"type":"DisruptionTarget","status":"True"}]}}`, "no condition of a pod but its own"},
+		{"the others removed", types.MergePatchType, `{"status":{"conditions":[` + ours + `]}}`, "no condition of a pod but its own"},
+		{"all removed", types.MergePatchType, `{"status":{"conditions":null}}`, "no condition of a pod but its own"},
+		{"a label through the status", types.MergePatchType, `{"metadata":{"labels":{"x":"y"}}}`, "may not change a pod's labels"},
+		{"an annotation through the status", types.MergePatchType, `{"metadata":{"annotations":{"team":"other"}}}`, "may not change the annotation team"},
+	} {
+		if err := patch(client, "shop", "web", test.kind, test.body, "status"); !apierrors.IsInvalid(err) ||
+			!strings.Contains(err.Error(), "ValidatingAdmissionPolicy 'oom-annotator'") || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: got %v, want the policy's refusal: %s", test.name, err, test.want)
+		}
+	}
+	if after := c.GetPod("shop", "web"); after.ResourceVersion != before.ResourceVersion {
+		t.Errorf("the pod was changed:\n%v\n%v", before, after)
+	}
+	for _, name := range []string{"web", "pending", "large"} {
+		if err := patch(client, "shop", name, types.StrategicMergePatchType, remove, "status"); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if got := find(); got != nil {
+		t.Errorf("condition %+v", got)
+	}
+	// The annotation goes the other way as before, and the spec is as closed.
+	if err := annotate(client, "shop", "web", web.UID, map[string]*string{evictMe: value("true")}); err != nil {
+		t.Error(err)
+	}
+	if err := patch(client, "shop", "web", types.MergePatchType, `{"spec":{"activeDeadlineSeconds":1}}`); !denied(err, "may not change a pod's spec") {
+		t.Errorf("spec: %v", err)
+	}
+	for name, do := range map[string]func() error{
+		"evict": func() error {
+			return client.CoreV1().Pods("shop").EvictV1(t.Context(), &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
+		},
+		"delete": func() error { return client.CoreV1().Pods("shop").Delete(t.Context(), "web", metav1.DeleteOptions{}) },
+	} {
+		if err := do(); !apierrors.IsForbidden(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func newClient(t *testing.T, cfg *rest.Config) kubernetes.Interface {
 	t.Helper()
 	cfg = rest.CopyConfig(cfg)
@@ -310,7 +420,7 @@ func testForbidden(t *testing.T, client kubernetes.Interface) {
 		"read a secret":     func() error { _, err := core.Secrets("shop").Get(t.Context(), "x", metav1.GetOptions{}); return err },
 		"list nodes":        func() error { _, err := core.Nodes().List(t.Context(), metav1.ListOptions{}); return err },
 		"list namespaces":   func() error { _, err := core.Namespaces().List(t.Context(), metav1.ListOptions{}); return err },
-		"read events":       func() error { _, err := core.Events("shop").List(t.Context(), metav1.ListOptions{}); return err },
+		"read an event":     func() error { _, err := core.Events("shop").Get(t.Context(), "x", metav1.GetOptions{}); return err },
 		"delete an event":   func() error { return core.Events("shop").Delete(t.Context(), "x", metav1.DeleteOptions{}) },
 		"evict a pod": func() error {
 			return core.Pods("shop").EvictV1(t.Context(), &policyv1.Eviction{ObjectMeta: metav1.ObjectMeta{Name: "web"}})
@@ -342,7 +452,7 @@ func testForbidden(t *testing.T, client kubernetes.Interface) {
 		}
 		rules = append(rules, fmt.Sprint(rule.APIGroups, rule.Resources, rule.Verbs))
 	}
-	if want := []string{"[] [pods] [get list watch patch]", "[] [events] [create patch]"}; !slices.Equal(rules, want) {
+	if want := []string{"[] [pods] [get list watch patch]", "[] [events] [create patch list]"}; !slices.Equal(rules, want) {
 		t.Errorf("may %q, want %q", rules, want)
 	}
 }
@@ -399,6 +509,10 @@ func testVerbs(t *testing.T, c *Cluster, client kubernetes.Interface) {
 		},
 		"patch pods":    func() error { return annotate(client, "shop", "web", "", map[string]*string{evictMe: value("true")}) },
 		"create events": create,
+		"list events": func() error {
+			_, err := events.List(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.uid=x,reason=EvictionFailed"})
+			return err
+		},
 		"patch events": func() error {
 			_, err := events.Patch(t.Context(), "web.1", types.MergePatchType, []byte(`{"count":2}`), metav1.PatchOptions{})
 			return err

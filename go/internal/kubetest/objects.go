@@ -2,6 +2,7 @@ package kubetest
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
@@ -9,8 +10,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -27,6 +30,8 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/restmapper"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
 // Node makes a node that is ready, with room for pods and without a taint: all that a scheduler or descheduler
@@ -182,16 +187,21 @@ func (c *Cluster) ContainerID(pod *corev1.Pod, container string) string {
 // Eventually.
 func (c *Cluster) Apply(files ...string) {
 	c.t.Helper()
-	client, mapper := c.dynamic()
 	for _, file := range files {
 		objects, err := Manifests(file)
 		if err != nil {
 			c.t.Fatal(err)
 		}
-		for _, object := range objects {
-			if err := c.apply(client, mapper, object, metav1.PatchOptions{}); err != nil {
-				c.t.Fatalf("apply %s: %s %s: %v", file, object.GetKind(), object.GetName(), err)
-			}
+		c.applyAll(objects)
+	}
+}
+
+func (c *Cluster) applyAll(objects []*unstructured.Unstructured) {
+	c.t.Helper()
+	client, mapper := c.dynamic()
+	for _, object := range objects {
+		if err := c.apply(client, mapper, object, metav1.PatchOptions{}); err != nil {
+			c.t.Fatalf("apply %s %s: %v", object.GetKind(), object.GetName(), err)
 		}
 	}
 }
@@ -247,7 +257,15 @@ func Manifests(file string) ([]*unstructured.Unstructured, error) {
 		return nil, err
 	}
 	defer f.Close()
-	documents := yaml.NewYAMLReader(bufio.NewReader(f))
+	objects, err := parse(f)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", file, err)
+	}
+	return objects, nil
+}
+
+func parse(r io.Reader) ([]*unstructured.Unstructured, error) {
+	documents := yaml.NewYAMLReader(bufio.NewReader(r))
 	var objects []*unstructured.Unstructured
 	for {
 		document, err := documents.Read()
@@ -255,16 +273,45 @@ func Manifests(file string) ([]*unstructured.Unstructured, error) {
 			return objects, nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("read %s: %w", file, err)
+			return nil, err
 		}
 		object := &unstructured.Unstructured{}
 		if err := yaml.UnmarshalStrict(document, &object.Object); err != nil {
-			return nil, fmt.Errorf("read %s: %w", file, err)
+			return nil, fmt.Errorf("%w in:\n%s", err, document)
 		}
 		if object.Object != nil { // nil: nothing but comments
 			objects = append(objects, object)
 		}
 	}
+}
+
+// Chart renders the chart with these values (key=value) and returns the objects of some of its templates.
+func Chart(t testing.TB, values []string, templates ...string) []*unstructured.Unstructured {
+	t.Helper()
+	chart, err := Path("deploy/chart")
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"template", "oom-tracer", chart, "--namespace", "oom-tracer", "--kube-version", "1.36.3"}
+	for _, v := range values {
+		args = append(args, "--set", v)
+	}
+	for _, name := range templates {
+		args = append(args, "--show-only", "templates/"+name)
+	}
+	cmd := exec.CommandContext(t.Context(), filepath.Join(scratchtest.Program(t, "deploy"), "helm"), args...)
+	cmd.Env = []string{"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	text, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("render the chart: %v: %s", err, stderr.Bytes())
+	}
+	objects, err := parse(bytes.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return objects
 }
 
 // Path finds a file of the repository, by its name from the root of it. The test runs somewhere below.
@@ -293,6 +340,19 @@ func Path(file string) (string, error) {
 func (c *Cluster) Annotator() *rest.Config {
 	c.t.Helper()
 	c.Apply("deploy/manifests/00-namespace.yaml", "deploy/manifests/rbac.yaml", "deploy/manifests/admission.yaml")
+	return c.annotator()
+}
+
+// ConditionAnnotator is Annotator with what the chart gives it where policy.condition is set.
+func (c *Cluster) ConditionAnnotator(condition string) *rest.Config {
+	c.t.Helper()
+	c.Namespace("oom-tracer")
+	c.applyAll(Chart(c.t, []string{"config.policy.condition=" + condition}, "rbac.yaml", "admission.yaml"))
+	return c.annotator()
+}
+
+func (c *Cluster) annotator() *rest.Config {
+	c.t.Helper()
 	cfg := c.ServiceAccount("oom-tracer", "oom-annotator")
 	client, err := kubernetes.NewForConfig(cfg)
 	if err != nil {
