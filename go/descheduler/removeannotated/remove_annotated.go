@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"time"
 
@@ -12,11 +13,13 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/klog/v2"
 
 	"sigs.k8s.io/descheduler/pkg/api"
 	"sigs.k8s.io/descheduler/pkg/descheduler/evictions"
 	podutil "sigs.k8s.io/descheduler/pkg/descheduler/pod"
+	"sigs.k8s.io/descheduler/pkg/framework/pluginregistry"
 	frameworktypes "sigs.k8s.io/descheduler/pkg/framework/types"
 )
 
@@ -33,10 +36,19 @@ type RemoveAnnotated struct {
 	namespaces     api.Namespaces
 	selector       labels.Selector
 	minAge, maxAge time.Duration // 0: no bound
+	reasons        *Reasons
+	speaker        speaker
 }
 
-// New builds the plugin from args that were validated and have their defaults.
-func New(ctx context.Context, args runtime.Object, handle frameworktypes.Handle) (frameworktypes.Plugin, error) {
+// Builder builds the plugin from args that were validated and have their defaults. What reasons has heard it says of
+// the pods that it may not evict.
+func Builder(reasons *Reasons) pluginregistry.PluginBuilder {
+	return func(ctx context.Context, args runtime.Object, handle frameworktypes.Handle) (frameworktypes.Plugin, error) {
+		return newPlugin(ctx, args, handle, reasons)
+	}
+}
+
+func newPlugin(ctx context.Context, args runtime.Object, handle frameworktypes.Handle, reasons *Reasons) (*RemoveAnnotated, error) {
 	removeAnnotatedArgs, ok := args.(*RemoveAnnotatedArgs)
 	if !ok {
 		return nil, fmt.Errorf("want args to be of type RemoveAnnotatedArgs, got %T", args)
@@ -46,6 +58,8 @@ func New(ctx context.Context, args runtime.Object, handle frameworktypes.Handle)
 		handle:   handle,
 		args:     removeAnnotatedArgs,
 		selector: labels.Everything(),
+		reasons:  reasons,
+		speaker:  speaker{instance: instance(), now: time.Now, pods: map[types.UID]*said{}},
 	}
 	if removeAnnotatedArgs.Namespaces != nil {
 		d.namespaces = *removeAnnotatedArgs.Namespaces
@@ -74,7 +88,9 @@ func (d *RemoveAnnotated) Deschedule(ctx context.Context, nodes []*v1.Node) *fra
 	for _, node := range nodes {
 		logger.V(2).Info("Processing node", "node", klog.KObj(node))
 		// Pods that have ended are not listed: they hold no memory any more.
-		pods, err := podutil.ListPodsOnANode(node.Name, d.handle.GetPodsAssignedToNodeFunc(), d.marked)
+		pods, err := podutil.ListPodsOnANode(node.Name, d.handle.GetPodsAssignedToNodeFunc(), func(pod *v1.Pod) bool {
+			return d.marked(pod) && pod.DeletionTimestamp == nil
+		})
 		if err != nil {
 			errs = append(errs, fmt.Errorf("list the pods of node %s: %w", node.Name, err))
 			continue
@@ -84,18 +100,25 @@ func (d *RemoveAnnotated) Deschedule(ctx context.Context, nodes []*v1.Node) *fra
 
 	// Where a limit does not let all of them go, those of the lowest priority go first.
 	podutil.SortPodsBasedOnPriorityLowToHigh(marked)
-	for i, pod := range marked {
-		err := d.evict(ctx, pod)
+	var total *evictions.EvictionTotalLimitError
+	for _, pod := range marked {
+		var err error = total
+		if total == nil {
+			err = d.evict(ctx, pod)
+		}
 		if err == nil {
 			continue
 		}
+		errors.As(err, &total)
 		logger.V(1).Info("Marked pod stays", "pod", klog.KObj(pod), "node", pod.Spec.NodeName, "why", err.Error())
-		var total *evictions.EvictionTotalLimitError
-		if errors.As(err, &total) {
-			logger.V(1).Info("Marked pods wait for the next cycle", "pods", klog.KObjSlice(marked[i:]))
-			break
+		if errors.As(err, new(passing)) || ctx.Err() != nil {
+			continue
+		}
+		if err := d.speaker.say(ctx, d.handle.ClientSet(), pod, err.Error()); err != nil {
+			logger.Error(err, "Why a marked pod stays cannot be told", "pod", klog.KObj(pod))
 		}
 	}
+	d.speaker.endCycle()
 	return &frameworktypes.Status{Err: errors.Join(errs...)}
 }
 
@@ -108,6 +131,20 @@ func (d *RemoveAnnotated) marked(pod *v1.Pod) bool {
 	return ok && slices.Contains(d.args.Values, value)
 }
 
+// passing is why a pod stays for now, which is no news to those who wait for it to go.
+type passing string
+
+func (p passing) Error() string { return string(p) }
+
+// instance names this process where several run.
+func instance() string {
+	host, err := os.Hostname()
+	if err != nil {
+		return "oom-descheduler"
+	}
+	return host[:min(len(host), 128)] // ReportingInstanceLengthLimit
+}
+
 // evict evicts a pod, or says why it stays.
 func (d *RemoveAnnotated) evict(ctx context.Context, pod *v1.Pod) error {
 	if err := d.check(pod, time.Now()); err != nil {
@@ -118,11 +155,11 @@ func (d *RemoveAnnotated) evict(ctx context.Context, pod *v1.Pod) error {
 	now, err := d.handle.ClientSet().CoreV1().Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
 	switch {
 	case err != nil:
-		return fmt.Errorf("read it anew: %w", err)
+		return passing("read it anew: " + err.Error())
 	case now.UID != pod.UID:
-		return errors.New("another pod has its name now")
+		return passing("another pod has its name now")
 	case !d.marked(now):
-		return errors.New("its mark is gone")
+		return passing("its mark is gone")
 	}
 	return d.handle.Evictor().Evict(ctx, now, evictions.EvictOptions{StrategyName: PluginName, Reason: d.args.AnnotationKey})
 }
@@ -141,11 +178,14 @@ func (d *RemoveAnnotated) check(pod *v1.Pod, now time.Time) error {
 	if err := d.checkAge(pod, now); err != nil {
 		return err
 	}
-	switch evictor := d.handle.Evictor(); {
-	case !evictor.Filter(pod):
-		return errors.New("refused by an evictor plugin's filter (DefaultEvictor logs its reason at --v=4)")
-	case !evictor.PreEvictionFilter(pod):
-		return errors.New("refused by an evictor plugin's filter before the eviction (DefaultEvictor logs its reason)")
+	evictor := d.handle.Evictor()
+	for _, filter := range []func(*v1.Pod) bool{evictor.Filter, evictor.PreEvictionFilter} {
+		if why, ok := d.reasons.hear(func() bool { return filter(pod) }); !ok {
+			if why == "" { // of a plugin that does not say
+				why = "no reason given"
+			}
+			return fmt.Errorf("refused by an evictor plugin's filter: %s", why)
+		}
 	}
 	return nil
 }
@@ -172,9 +212,9 @@ func (d *RemoveAnnotated) checkAge(pod *v1.Pod, now time.Time) error {
 	case age < 0: // nor would it ever be too old
 		return fmt.Errorf("hit in the future, at %s: the clock of its node is ahead of this one", summary.Time.Format(time.RFC3339Nano))
 	case age < d.minAge:
-		return fmt.Errorf("hit %s ago, less than minAge, %s", age.Round(time.Millisecond), d.minAge)
+		return passing(fmt.Sprintf("hit %s ago, less than minAge, %s", age.Round(time.Millisecond), d.minAge))
 	case d.maxAge > 0 && age > d.maxAge:
-		return fmt.Errorf("hit %s ago, more than maxAge, %s", age.Round(time.Millisecond), d.maxAge)
+		return fmt.Errorf("hit at %s, longer ago than maxAge, %s", summary.Time.Format(time.RFC3339), d.maxAge)
 	}
 	return nil
 }

@@ -46,12 +46,12 @@ func TestNodeFails(t *testing.T) {
 	}
 	args := &RemoveAnnotatedArgs{}
 	SetDefaultsRemoveAnnotatedArgs(args)
-	plugin, err := New(t.Context(), args, h)
+	plugin, err := newPlugin(t.Context(), args, h, &Reasons{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	nodes := []*v1.Node{{ObjectMeta: metav1.ObjectMeta{Name: "node-1"}}, {ObjectMeta: metav1.ObjectMeta{Name: "node-2"}}}
-	status := plugin.(*RemoveAnnotated).Deschedule(t.Context(), nodes)
+	status := plugin.Deschedule(t.Context(), nodes)
 	if status == nil || status.Err == nil || !strings.Contains(status.Err.Error(), "node node-1: no such index") {
 		t.Errorf("status %v", status)
 	}

@@ -12,6 +12,7 @@ import (
 	"k8s.io/component-base/cli"
 	"sigs.k8s.io/descheduler/cmd/descheduler/app"
 	"sigs.k8s.io/descheduler/pkg/framework/pluginregistry"
+	"sigs.k8s.io/descheduler/pkg/framework/plugins/defaultevictor"
 
 	"github.com/oom-tracer/oom-tracer/go/descheduler/removeannotated"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
@@ -35,7 +36,12 @@ func newCommand(out io.Writer) *cobra.Command {
 			return err
 		}
 		// After it, for it makes the registry anew.
-		pluginregistry.Register(removeannotated.PluginName, removeannotated.New,
+		reasons := &removeannotated.Reasons{}
+		if evictor, ok := pluginregistry.PluginRegistry[defaultevictor.PluginName]; ok {
+			evictor.PluginBuilder = reasons.Listen(evictor.PluginBuilder)
+			pluginregistry.PluginRegistry[defaultevictor.PluginName] = evictor
+		}
+		pluginregistry.Register(removeannotated.PluginName, removeannotated.Builder(reasons),
 			&removeannotated.RemoveAnnotated{}, &removeannotated.RemoveAnnotatedArgs{},
 			removeannotated.ValidateRemoveAnnotatedArgs, removeannotated.SetDefaultsRemoveAnnotatedArgs,
 			pluginregistry.PluginRegistry)

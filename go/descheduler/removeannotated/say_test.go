@@ -1,0 +1,131 @@
+package removeannotated
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr"
+	"github.com/go-logr/logr/funcr"
+	v1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
+	"k8s.io/klog/v2"
+
+	frameworktypes "sigs.k8s.io/descheduler/pkg/framework/types"
+)
+
+// The passing of time and what a server forgets; what a real one takes is in ../e2e.
+func TestSpeaker(t *testing.T) {
+	client := fake.NewClientset()
+	now := time.Unix(1000, 0)
+	s := speaker{instance: "host-1", now: func() time.Time { return now }, pods: map[types.UID]*said{}}
+	web := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: strings.Repeat("w", 253), UID: "1"}}
+	cart := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart", UID: "2"}}
+	say := func(pod *v1.Pod, why string) {
+		t.Helper()
+		if err := s.say(t.Context(), client, pod, why); err != nil {
+			t.Fatal(err)
+		}
+		now = now.Add(time.Minute)
+	}
+	// count is how many Events there are, and how many requests it took.
+	count := func(events, writes int) []eventsv1.Event {
+		t.Helper()
+		n := len(client.Actions())
+		list, err := client.EventsV1().Events("shop").List(t.Context(), metav1.ListOptions{})
+		if err != nil || len(list.Items) != events || n != writes {
+			t.Errorf("%d events, %d writes, %v; want %d, %d", len(list.Items), n, err, events, writes)
+		}
+		client.ClearActions()
+		return list.Items
+	}
+	say(web, strings.Repeat("x", 2000))
+	say(cart, "a budget")
+	for _, e := range count(2, 2) {
+		if len(e.Name) > 253 || len(e.Note) > maxNote || !strings.HasPrefix(e.Note, "marked pod stays: ") || e.Regarding.UID != "1" && e.Regarding.UID != "2" {
+			t.Errorf("event %+v", e)
+		}
+	}
+	s.endCycle()
+	// The same for long is one Event, which is kept from being forgotten. Another reason is another one.
+	for range 12 {
+		say(cart, "a budget")
+	}
+	if e := count(2, 1)[0]; e.Series == nil || e.Series.Count != 11 {
+		t.Errorf("series %+v", e.Series)
+	}
+	say(cart, "a filter")
+	say(cart, "a budget")
+	count(4, 2)
+	// The server has forgotten it.
+	now = now.Add(time.Hour)
+	if err := client.Tracker().Delete(eventsv1.SchemeGroupVersion.WithResource("events"), "shop", s.pods["2"].name); err != nil {
+		t.Fatal(err)
+	}
+	say(cart, "a budget")
+	count(4, 2)
+	// A pod that nothing was said of is forgotten after that cycle, and so is nothing else.
+	s.endCycle()
+	if s.pods["1"] != nil || s.pods["2"] == nil {
+		t.Errorf("remembered %v", s.pods)
+	}
+	s.endCycle()
+	if len(s.pods) != 0 {
+		t.Errorf("remembered %v", s.pods)
+	}
+	client.PrependReactor("create", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
+		return true, nil, errors.New("no")
+	})
+	if err := s.say(t.Context(), client, cart, "a budget"); err == nil || s.pods["2"] != nil {
+		t.Errorf("error %v, remembered %v", err, s.pods)
+	}
+}
+
+type talker struct{ logger klog.Logger }
+
+func (talker) Name() string { return "talker" }
+
+// What a filter says is heard at any verbosity, and nobody else hears more than before.
+func TestReasons(t *testing.T) {
+	var shown []string
+	sink := funcr.New(func(_, args string) { shown = append(shown, args) }, funcr.Options{Verbosity: 1}).GetSink()
+	reasons := &Reasons{}
+	build := reasons.Listen(func(ctx context.Context, args runtime.Object, handle frameworktypes.Handle) (frameworktypes.Plugin, error) {
+		return talker{klog.FromContext(ctx).WithValues("plugin", "talker").WithName("x")}, nil
+	})
+	plugin, err := build(klog.NewContext(t.Context(), logr.New(sink)), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	logger := plugin.(talker).logger
+	for _, test := range []struct {
+		filter func() bool
+		ok     bool
+		why    string
+	}{
+		{func() bool { return false }, false, ""},
+		{func() bool {
+			logger.V(4).Info("Pod fails the following checks", "pod", "web", "checks", "[it is a mirror pod, it is static]")
+			return false
+		}, false, "it is a mirror pod, it is static"},
+		{func() bool { logger.Info("pod does not fit", "pod", "web"); return false }, false, "pod does not fit"},
+		{func() bool { logger.Error(errors.New("no index"), "unable to list"); return false }, false, "unable to list: no index"},
+		{func() bool { logger.Info("all is well"); return true }, true, ""},
+		{func() bool { return false }, false, ""}, // what was said before is not its reason
+	} {
+		if why, ok := reasons.hear(test.filter); why != test.why || ok != test.ok {
+			t.Errorf("%t, %q, want %t, %q", ok, why, test.ok, test.why)
+		}
+	}
+	if len(shown) != 3 || !strings.Contains(shown[0], "does not fit") || !strings.Contains(fmt.Sprint(shown), `"plugin"="talker"`) {
+		t.Errorf("shown: %q", shown)
+	}
+}
