@@ -58,7 +58,7 @@ func TestDemoCluster(t *testing.T) {
 	r.connect()
 	r.tail()
 	r.ready()
-	startDescheduler(t, c, "5s")
+	startDescheduler(t, c, "oom-descheduler", "deploy/descheduler/policy.yaml", "5s")
 
 	say("==> a container allocates, until all pods of %s together are at their limit of 48 MiB\n", node)
 	kubepods := scratchtest.Child(t, root, "kubepods", 48<<20)

@@ -220,8 +220,9 @@ func yamlOf(c config.Config) map[string]any {
 		"nats":   map[string]any{"url": c.NATS.URL, "stream": map[string]any{"dedup_window": c.NATS.Stream.DedupWindow.String()}, "embedded": map[string]any{"listen": c.NATS.Embedded.Listen, "dir": c.NATS.Embedded.Dir, "sync_always": false}},
 		"policy": map[string]any{
 			"annotation": c.Policy.Annotation, "max_event_age": c.Policy.MaxEventAge.String(), "inferred_limits": c.Policy.InferredLimits,
-			"mark_lifetime": c.Policy.MarkLifetime.String(),
-			"protections":   map[string]any{"static": c.Policy.Protections.Static},
+			"mark_lifetime": c.Policy.MarkLifetime.String(), "condition": c.Policy.Condition,
+			"namespaces":  map[string]any{"exclude": c.Policy.Namespaces.Exclude},
+			"protections": map[string]any{"static": c.Policy.Protections.Static},
 			"budgets": map[string]any{
 				"window": c.Policy.Budgets.Window.String(), "node": c.Policy.Budgets.Node, "owner": c.Policy.Budgets.Owner,
 				"cluster": c.Policy.Budgets.Cluster, "cooldown": c.Policy.Budgets.Cooldown.String(),

@@ -27,17 +27,57 @@ const descheduler = "system:serviceaccount:oom-tracer:oom-descheduler"
 // TestLoop: from the kill to the eviction and to the last word on it. These tests run as TestEndToEnd does, with
 // build/oom-descheduler under the shipped policy, role and account.
 func TestLoop(t *testing.T) {
+	c := startLoop(t)
+	account := c.Annotator()
+	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
+		"RealKill": func(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+			testLoop(t, c, account, keep, "oom-descheduler", "deploy/descheduler/policy.yaml")
+		},
+		"Refused": func(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+			testStays(t, c, account, keep, "oom-descheduler", "deploy/descheduler/policy.yaml", "marked pod stays: refused by an evictor plugin's filter: pod does not have any ownerRefs")
+		},
+		"Expired": testExpired, "Left": testLeft, "Unsaid": testUnsaid,
+	} {
+		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
+	}
+}
+
+// TestCondition is TestLoop with the unmodified descheduler, which evicts by the condition that the annotator sets as
+// well, and with the rights for that.
+func TestCondition(t *testing.T) {
+	c := startLoop(t)
+	account := c.ConditionAnnotator(evictMe)
+	condition := func(cfg *config.Config) { cfg.Policy.Condition = evictMe }
+	t.Run("RealKill", func(t *testing.T) {
+		testLoop(t, c.In(t), account, condition, "descheduler", "deploy/descheduler/policy-upstream.yaml")
+	})
+	t.Run("Refused", func(t *testing.T) {
+		// What its DefaultEvictor refuses it keeps to itself.
+		testStays(t, c.In(t), account, condition, "descheduler", "deploy/descheduler/policy-upstream.yaml", "")
+	})
+	t.Run("TakenBack", func(t *testing.T) { testTakenBack(t, c.In(t), account, condition) })
+	t.Run("NoRight", func(t *testing.T) { testNoRight(t, c.In(t), condition) })
+}
+
+func startLoop(t *testing.T) *kubetest.Cluster {
+	t.Helper()
 	c := kubetest.Start(t)
 	c.Node(node)
 	c.Node("worker-2")
 	c.Namespace("shop")
-	account := c.Annotator()
+	c.Namespace("bank")
 	c.Apply("deploy/descheduler/rbac.yaml")
-	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
-		"RealKill": testLoop, "Expired": testExpired, "Left": testLeft,
-	} {
-		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
+	return c
+}
+
+// conditionOf is the condition of a pod that evicts it, nil if there is none.
+func conditionOf(pod *corev1.Pod) *corev1.PodCondition {
+	for i := range pod.Status.Conditions {
+		if pod.Status.Conditions[i].Type == evictMe {
+			return &pod.Status.Conditions[i]
+		}
 	}
+	return nil
 }
 
 // replicaSet makes a pod one that a descheduler may evict.
@@ -47,14 +87,14 @@ func replicaSet(p *corev1.Pod) {
 }
 
 // startDescheduler runs the descheduler in an interval until the test ends.
-func startDescheduler(t *testing.T, c *kubetest.Cluster, interval string) {
+func startDescheduler(t *testing.T, c *kubetest.Cluster, program, policy, interval string) {
 	t.Helper()
-	policy, err := kubetest.Path("deploy/descheduler/policy.yaml")
+	policy, err := kubetest.Path(policy)
 	if err != nil {
 		t.Fatal(err)
 	}
 	out := &output{}
-	cmd := exec.Command(scratchtest.Program(t, "oom-descheduler"), "--policy-config-file", policy,
+	cmd := exec.Command(scratchtest.Program(t, program), "--policy-config-file", policy,
 		"--kubeconfig", c.Kubeconfig(c.ServiceAccount("oom-tracer", "oom-descheduler")), "--secure-port", "0", "--descheduling-interval", interval, "--v", "1")
 	cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = out, out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -71,13 +111,9 @@ func startDescheduler(t *testing.T, c *kubetest.Cluster, interval string) {
 	})
 }
 
-// testLoop: a real kill at the limit of all pods together. Tracer, annotator and descheduler run as they ship: the pod
-// is evicted through the eviction subresource, and that is told. Those that must stay, stay.
-func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
-	root := scratchtest.New(t, 512<<20)
-	hit := c.Pod("shop", "hit", node, replicaSet)
-	c.Pod("shop", "bystander", node, replicaSet)
-	guarded := c.Pod("shop", "guarded", node, replicaSet, func(p *corev1.Pod) { p.Labels["app"] = "guarded" })
+// guard makes a PodDisruptionBudget without a disruption left for the pods of app: guarded, as its controller would.
+func guard(t *testing.T, c *kubetest.Cluster) {
+	t.Helper()
 	pdbs := c.Client.PolicyV1().PodDisruptionBudgets("shop")
 	pdb, err := pdbs.Create(t.Context(), &policyv1.PodDisruptionBudget{
 		ObjectMeta: metav1.ObjectMeta{Name: "guarded"},
@@ -90,12 +126,46 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	if _, err := pdbs.UpdateStatus(t.Context(), pdb, metav1.UpdateOptions{}); err != nil {
 		t.Fatal(err)
 	}
+	ctx := context.WithoutCancel(t.Context())
+	t.Cleanup(func() {
+		if err := pdbs.Delete(ctx, "guarded", metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func guarded(p *corev1.Pod) { p.Labels["app"] = "guarded" }
+
+// bare makes a pod one that DefaultEvictor protects: nothing would make a new one.
+func bare(p *corev1.Pod) { p.OwnerReferences = nil }
+
+// testLoop: real kills at the limit of all pods together. Tracer, annotator and descheduler run as they ship: the pod
+// is evicted through the eviction subresource, and that is told. Those that must stay, stay.
+func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func(*config.Config), program, policy string) {
+	root := scratchtest.New(t, 512<<20)
+	hit := c.Pod("shop", "hit", node, replicaSet)
+	c.Pod("shop", "bystander", node, replicaSet)
+	// Hit as well, before it: these stay, and why.
+	kills := map[*corev1.Pod]string{
+		c.Pod("shop", "guarded", node, replicaSet, guarded): "annotated/marked",
+		c.Pod("shop", "bare", node, replicaSet, bare):       "annotated/marked",
+		c.Pod("bank", "elsewhere", node, replicaSet):        "skipped/namespace",
+	}
+	guard(t, c)
+	defer func() {
+		for _, name := range []string{"shop/hit", "shop/bystander", "shop/guarded", "shop/bare", "bank/elsewhere"} {
+			namespace, name, _ := strings.Cut(name, "/")
+			c.DeletePod(namespace, name)
+		}
+	}()
 	audited := len(c.Audit())
 
 	r := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
 	r.cfg, r.configPath = newConfig(t, func(cfg *config.Config) {
 		cfg.Node.CgroupRoot = root.Path()
 		cfg.Policy.InferredLimits = true // not every machine that runs the tests permits hooks
+		cfg.Policy.Namespaces.Exclude = []string{"bank"}
+		change(cfg)
 	})
 	start(t, "oom-tracer", "--config", r.configPath, "--node-name", node)
 	r.start()
@@ -105,16 +175,20 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	kubepods := scratchtest.Child(t, root, "kubepods", 16<<20)
 	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
 	began := time.Now()
-	for _, pod := range []*corev1.Pod{hit, guarded} {
+	kill := func(pod *corev1.Pod, want string) {
 		group := scratchtest.Child(t, burstable, "pod"+string(pod.UID), scratch.Unlimited)
 		if killed := scratchtest.Storm(t, scratchtest.Child(t, group, c.ContainerID(pod, "main"), scratch.Unlimited), 1, 32, "plain"); len(killed) != 1 {
 			t.Fatalf("%d were killed", len(killed))
 		}
-		if o := r.outcome(); o.Result != event.ResultAnnotated || o.Pod == nil || o.Pod.Name != pod.Name {
+		if o := r.outcome(); string(o.Result)+"/"+string(o.Reason) != want || o.Pod == nil || o.Pod.Name != pod.Name {
 			t.Fatalf("outcome %+v, pod %+v", o, o.Pod)
 		}
 	}
-	startDescheduler(t, c, "1s")
+	for pod, want := range kills {
+		kill(pod, want)
+	}
+	kill(hit, "annotated/marked")
+	startDescheduler(t, c, program, policy, "1s")
 	o := r.last()
 	if o.Result != event.ResultEvicted || o.Reason != event.ReasonEvicted || o.Stage != event.StageClose || o.ID != o.Kill+"/close" ||
 		o.Pod == nil || o.Pod.UID != string(hit.UID) || o.Node != node {
@@ -146,13 +220,144 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	if evicted != 1 {
 		t.Errorf("%d evictions", evicted)
 	}
-	for name, going := range map[string]bool{"hit": true, "bystander": false, "guarded": false} {
-		if pod := c.GetPod("shop", name); (pod.DeletionTimestamp != nil) != going {
+	for name, going := range map[string]bool{"shop/hit": true, "shop/bystander": false, "shop/guarded": false, "shop/bare": false, "bank/elsewhere": false} {
+		namespace, pod, _ := strings.Cut(name, "/")
+		if pod := c.GetPod(namespace, pod); (pod.DeletionTimestamp != nil) != going {
 			t.Errorf("%s goes: %t", name, !going)
 		}
 	}
 	if _, body := r.get("/metrics"); !strings.Contains(body, `oom_tracer_marked_victims_total{reason="eviction",stage="evicted"} 1`) {
 		t.Errorf("metrics:\n%s", body)
+	}
+}
+
+// testStays: a descheduler comes for marked pods and may not evict them. Their marks go when their time is over, and the
+// last word has the reason, where it was told: why is that of a pod without an owner.
+func testStays(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func(*config.Config), program, policy, why string) {
+	r := newRig(t, c, account, func(cfg *config.Config) {
+		cfg.Policy.MarkLifetime = time.Minute
+		change(cfg)
+	})
+	r.ready()
+	guard(t, c)
+	pods := map[string]*corev1.Pod{"guarded": c.Pod("shop", "guarded", node, replicaSet, guarded), "bare": c.Pod("shop", "bare", node, replicaSet, bare)}
+	startDescheduler(t, c, program, policy, "1s")
+	want, kills := map[string]string{}, map[string]string{}
+	for name, pod := range pods {
+		defer c.DeletePod("shop", name)
+		e := r.killOf(pod, "")
+		e.Time = time.Now().Add(-r.cfg.Policy.MarkLifetime + 10*time.Second).UTC()
+		kills[e.ID] = name
+		r.publish(e)
+		r.want(e.ID, "annotated/marked")
+	}
+	want["guarded"] = "refused/evictor: Cannot evict pod as it would violate the pod's disruption budget."
+	want["bare"] = "expired/lifetime: "
+	if why != "" {
+		want["bare"] = "refused/evictor: " + why
+	}
+	for range pods {
+		o := r.last()
+		name := kills[o.Kill]
+		got := fmt.Sprintf("%s/%s: %s", o.Result, o.Reason, o.Detail)
+		if result, detail, _ := strings.Cut(want[name], ": "); !strings.HasPrefix(got, result+": ") || !strings.Contains(got, detail) || o.Pod == nil || o.Pod.Name != name {
+			t.Errorf("%s: %s, want %s; %+v", name, got, want[name], o.Pod)
+		}
+		delete(want, name)
+		now := c.GetPod("shop", name)
+		if _, ok := now.Annotations[evictMe]; ok || now.Annotations[lastKill] == "" || now.DeletionTimestamp != nil {
+			t.Errorf("%s has the annotations %v, deletion %v", name, now.Annotations, now.DeletionTimestamp)
+		}
+		eventually(t, "its condition goes too", func() error {
+			if got := conditionOf(c.GetPod("shop", name)); got != nil {
+				return fmt.Errorf("condition %+v", got)
+			}
+			return nil
+		})
+	}
+	if _, body := r.get("/metrics"); !strings.Contains(body, `oom_tracer_marked_victims_total{reason="evictor",stage="refused"}`) {
+		t.Errorf("metrics:\n%s", body)
+	}
+}
+
+// testTakenBack: with a condition a mark is two things on the pod; who takes the annotation away has taken all of it.
+func testTakenBack(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func(*config.Config)) {
+	r := newRig(t, c, account, change)
+	r.ready()
+	pod := c.Pod("shop", "pardoned", node, replicaSet, func(p *corev1.Pod) { p.Status.Message = "by the kubelet" })
+	other := c.Pod("shop", "byhand", node, replicaSet, func(p *corev1.Pod) {
+		p.Status.Conditions = append(p.Status.Conditions, corev1.PodCondition{Type: evictMe, Status: corev1.ConditionTrue, Message: "I say so"})
+	})
+	defer c.DeletePod("shop", "pardoned")
+	defer c.DeletePod("shop", "byhand")
+	e := r.killOf(pod, "")
+	r.publish(e)
+	r.want(e.ID, "annotated/marked")
+	now := c.GetPod("shop", "pardoned")
+	got := conditionOf(now)
+	if got == nil || got.Status != corev1.ConditionTrue || got.Reason != "OOMKilled" || got.Message != e.ID || time.Since(got.LastTransitionTime.Time) > time.Minute ||
+		now.Status.Message != "by the kubelet" || len(now.Status.Conditions) != 2 || len(now.Status.ContainerStatuses) != 1 {
+		t.Fatalf("status %+v", now.Status)
+	}
+	c.Eventually("the annotation is taken back", func() error {
+		pod := c.GetPod("shop", "pardoned")
+		delete(pod.Annotations, evictMe)
+		_, err := c.Client.CoreV1().Pods("shop").Update(t.Context(), pod, metav1.UpdateOptions{})
+		return err
+	})
+	eventually(t, "the condition goes too", func() error {
+		if got := conditionOf(c.GetPod("shop", "pardoned")); got != nil {
+			return fmt.Errorf("condition %+v", got)
+		}
+		return nil
+	})
+	if now := c.GetPod("shop", "pardoned"); now.Status.Message != "by the kubelet" || len(now.Status.Conditions) != 1 {
+		t.Errorf("status %+v", now.Status)
+	}
+	if got := conditionOf(c.GetPod("shop", "byhand")); got == nil || c.GetPod("shop", "byhand").ResourceVersion != other.ResourceVersion {
+		t.Errorf("the condition of another hand: %+v", got)
+	}
+}
+
+// testNoRight: the condition is asked for, and the role of the plain manifests does not give it. That is told.
+func testNoRight(t *testing.T, c *kubetest.Cluster, change func(*config.Config)) {
+	account := c.ConditionAnnotator(evictMe)
+	c.Apply("deploy/manifests/rbac.yaml")
+	r := newRig(t, c, account, func(cfg *config.Config) {
+		cfg.Policy.MaxEventAge = 5 * time.Second
+		change(cfg)
+	})
+	r.ready()
+	pod := c.Pod("shop", "half", node, replicaSet)
+	defer c.DeletePod("shop", "half")
+	e := r.killOf(pod, "")
+	r.publish(e)
+	o := r.want(e.ID, "failed/forbidden")
+	if !strings.Contains(o.Detail, `the verb "patch" on pods/status is missing`) {
+		t.Errorf("detail %q", o.Detail)
+	}
+}
+
+// testUnsaid: a replica dies after it has taken an expired mark away and before it has said so: the next one says it.
+func testUnsaid(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, func(cfg *config.Config) { cfg.Policy.MarkLifetime = time.Minute })
+	r.ready()
+	pod := c.Pod("shop", "unsaid", node)
+	defer c.DeletePod("shop", "unsaid")
+	e := r.killOf(pod, "")
+	e.Time = time.Now().Add(-r.cfg.Policy.MarkLifetime + 10*time.Second).UTC()
+	r.publish(e)
+	r.want(e.ID, "annotated/marked")
+	r.annotator.stop(t)
+	now := c.GetPod("shop", "unsaid")
+	delete(now.Annotations, evictMe)
+	if _, err := c.Client.CoreV1().Pods("shop").Update(t.Context(), now, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	r.ready()
+	if o := r.last(); o.Kill != e.ID || o.Result != event.ResultExpired || o.Reason != event.ReasonLifetime || o.Pod == nil || o.Pod.Name != "unsaid" {
+		t.Errorf("outcome %+v", o)
 	}
 }
 
