@@ -49,7 +49,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	metrics := annotate.NewMetrics()
 
 	w := &works{log: log, watcher: watcher, closer: &annotate.Closer{
-		Terms: terms, Lifetime: cfg.Policy.MarkLifetime, Memory: memory(&cfg), API: client, Marks: store, Metrics: metrics, Log: log, Now: time.Now,
+		Terms: terms, Lifetime: cfg.Policy.MarkLifetime, Memory: markMemory(&cfg), API: client, Marks: store, Metrics: metrics, Log: log, Now: time.Now,
 	}}
 	store.OnLeave = w.closer.Leave
 	events := annotate.NewEvents(client, hostname(), log)
@@ -223,14 +223,14 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	return errors.Join(err, <-published)
 }
 
-// memory is how long after its kill the end of a mark is looked for.
-func memory(cfg *config.Config) time.Duration {
+// markMemory is how long after its kill the end of a mark is looked for.
+func markMemory(cfg *config.Config) time.Duration {
 	return 2*cfg.Policy.MarkLifetime + cfg.Policy.MaxEventAge
 }
 
 // close says what becomes of marked pods until ctx ends. It begins with those that left while nobody watched.
 func (w *works) close(ctx context.Context, conn *bus.Conn, cfg config.Config) {
-	since := time.Now().Add(-memory(&cfg))
+	since := time.Now().Add(-markMemory(&cfg))
 	for {
 		open := map[string]event.Outcome{}
 		err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{"oom.v1." + string(event.KindOutcome) + ".>"}, Since: since}, func(m bus.Stored) error {

@@ -6,10 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -208,9 +210,7 @@ func TestBenchMemory(t *testing.T) {
 }
 
 // TestBenchLatency: from real kills, each in a pod of its own and by the limit of all pods, to the annotation as a
-// watcher of the real API server sees it. It begins at the time that the kernel gave the kill. Tracer and
-// annotator run as they ship, but that inferred limits count, for not every machine permits hooks, and that a
-// thousand pods may be marked.
+// watcher of the real API server sees it. It begins at the time that the kernel gave the kill.
 func TestBenchLatency(t *testing.T) {
 	c := kubetest.Start(t)
 	c.Node(node)
@@ -221,27 +221,7 @@ func TestBenchLatency(t *testing.T) {
 	for i := range kills {
 		all = append(all, c.Pod("shop", fmt.Sprint("pod-", i), node))
 	}
-	root := scratchtest.New(t, 512<<20)
-	dir := t.TempDir()
-	r := &rig{t: t, kubeconfig: c.Kubeconfig(account), configPath: filepath.Join(dir, "config.yaml")}
-	// The tests' own places, and nothing else.
-	err := os.WriteFile(r.configPath, fmt.Appendf(nil, `
-node: {cgroup_root: %q, state_file: %s/state.json}
-kernel: {pin_dir: %s/oom-tracer}
-nats: {embedded: {listen: %q, dir: %s/nats}}
-policy: {inferred_limits: true, budgets: {window: 1m, node: 0, owner: 0, cluster: 1000, cooldown: 0s}}
-annotator: {listen: %q}
-metrics: {listen: ""}
-`, root.Path(), dir, scratchtest.BPFFS(t), freePort(t), dir, freePort(t)), 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if r.cfg, err = config.Load(r.configPath); err != nil {
-		t.Fatal(err)
-	}
-	start(t, "oom-tracer", "--config", r.configPath, "--node-name", node)
-	r.start()
-	r.ready()
+	r, burstable := benchRig(t, c, account)
 
 	w, err := c.Client.CoreV1().Pods("shop").Watch(t.Context(), metav1.ListOptions{ResourceVersion: all[kills-1].ResourceVersion})
 	if err != nil {
@@ -262,8 +242,6 @@ metrics: {listen: ""}
 		}
 		took <- seen
 	}()
-	kubepods := scratchtest.Child(t, root, "kubepods", 16<<20)
-	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
 	for _, pod := range all {
 		killIn(t, burstable, pod, c.ContainerID(pod, "main"))
 		time.Sleep(10 * time.Millisecond)
@@ -287,6 +265,94 @@ metrics: {listen: ""}
 		t.Fatal(err)
 	}
 	percentiles(t, "of_this_kill_to_jetstream", stored)
+}
+
+// TestBenchLoop: from real kills to the eviction, by the clocks of the kernel and of the API server's audit log: with a
+// descheduler that looks without a pause, which is what all parts take together, and with one that comes every 10 s.
+// All runs as it ships, but that the policies let a hundred pods go at once.
+func TestBenchLoop(t *testing.T) {
+	path, err := kubetest.Path("deploy/descheduler/policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shipped, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy := filepath.Join(t.TempDir(), "policy.yaml")
+	if err := os.WriteFile(policy, regexp.MustCompile(`(?m)^maxNoOf.*\n`).ReplaceAll(shipped, nil), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, bench := range []struct {
+		name, interval string
+	}{{"no_interval", "100ms"}, {"interval_10s", "10s"}} {
+		t.Run(bench.name, func(t *testing.T) {
+			c := startLoop(t)
+			account := c.Annotator()
+			const kills = 120
+			var all []*corev1.Pod
+			for i := range kills {
+				all = append(all, c.Pod("shop", fmt.Sprint("pod-", i), node, replicaSet))
+			}
+			_, burstable := benchRig(t, c, account)
+			startDescheduler(t, c, "oom-descheduler", policy, bench.interval)
+			for _, pod := range all {
+				killIn(t, burstable, pod, c.ContainerID(pod, "main"))
+				time.Sleep(rand.N(time.Second)) // not in step with the descheduler
+			}
+			marks, took := map[string]time.Time{}, []time.Duration{}
+			eventually(t, "all are evicted", func() error {
+				took = took[:0]
+				for _, e := range c.Audit() {
+					if e.User.Username != descheduler || e.ResponseStatus.Code != http.StatusCreated {
+						continue
+					}
+					if marks[e.ObjectRef.Name].IsZero() {
+						marks[e.ObjectRef.Name] = summary(t, c.GetPod("shop", e.ObjectRef.Name)).Time
+					}
+					took = append(took, e.RequestReceivedTimestamp.Sub(marks[e.ObjectRef.Name]))
+				}
+				if len(marks) < kills {
+					return fmt.Errorf("%d of %d", len(marks), kills)
+				}
+				return nil
+			})
+			figure(t, "kills_evicted_"+bench.name, fmt.Sprintf("%d of %d", len(marks), kills))
+			if len(took) > kills {
+				t.Errorf("%d evictions of %d pods", len(took), kills)
+			}
+			percentiles(t, "kill_to_eviction_"+bench.name, took)
+		})
+	}
+}
+
+// benchRig starts a tracer and an annotator as they ship, but that inferred limits count, for not every machine permits
+// hooks, and that a thousand pods may be marked. It returns the cgroup for pods, whose parent's limit is soon reached.
+func benchRig(t *testing.T, c *kubetest.Cluster, account *rest.Config) (*rig, *scratch.Cgroup) {
+	t.Helper()
+	root := scratchtest.New(t, 512<<20)
+	dir := t.TempDir()
+	r := &rig{t: t, kubeconfig: c.Kubeconfig(account), configPath: filepath.Join(dir, "config.yaml")}
+	// The tests' own places, and nothing else.
+	err := os.WriteFile(r.configPath, fmt.Appendf(nil, `
+node: {cgroup_root: %q, state_file: %s/state.json}
+kernel: {pin_dir: %s/oom-tracer}
+nats: {embedded: {listen: %q, dir: %s/nats}}
+policy: {inferred_limits: true, budgets: {window: 1m, node: 0, owner: 0, cluster: 1000, cooldown: 0s}}
+annotator: {listen: %q}
+metrics: {listen: ""}
+`, root.Path(), dir, scratchtest.BPFFS(t), freePort(t), dir, freePort(t)), 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.cfg, err = config.Load(r.configPath); err != nil {
+		t.Fatal(err)
+	}
+	start(t, "oom-tracer", "--config", r.configPath, "--node-name", node)
+	r.start()
+	r.ready()
+	kubepods := scratchtest.Child(t, root, "kubepods", 16<<20)
+	return r, scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
 }
 
 // killIn has a container of a pod killed.

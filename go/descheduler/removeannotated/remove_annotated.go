@@ -160,6 +160,8 @@ func (d *RemoveAnnotated) evict(ctx context.Context, pod *v1.Pod) error {
 		return passing("another pod has its name now")
 	case !d.marked(now):
 		return passing("its mark is gone")
+	case now.DeletionTimestamp != nil:
+		return passing("it is on its way out")
 	}
 	return d.handle.Evictor().Evict(ctx, now, evictions.EvictOptions{StrategyName: PluginName, Reason: d.args.AnnotationKey})
 }
