@@ -29,12 +29,18 @@ ENV GOTOOLCHAIN=local GOFLAGS=-buildvcs=false
 COPY Makefile go.mod go.sum ./
 COPY --from=modules . ./
 COPY go ./go
-# A further program without cgo: its name here, and a stage at the end. (The descheduler, when it is there, is
-# build/descheduler and a copy of the last stage.)
+# A further program without cgo: its name here, and a stage at the end.
 RUN --mount=type=cache,target=/root/.cache/go-build \
 	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/oom-annotator build/oom-tap
 RUN install -d -m 1777 /out/tmp && install -d /out/etc/ssl/certs && \
 	cp /etc/ssl/certs/ca-certificates.crt /out/etc/ssl/certs/
+
+# Its own module, and minutes of work: nobody else waits for it.
+FROM go AS descheduler
+ARG TARGETARCH
+ARG VERSION REVISION DATE
+RUN --mount=type=cache,target=/root/.cache/go-build \
+	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} DATE=${DATE} build/oom-descheduler
 
 # The only one that depends on a kernel.
 FROM go AS bpf
@@ -66,3 +72,8 @@ FROM base AS oom-tap
 USER 65532:65532
 COPY --from=go /src/build/oom-tap /oom-tap
 ENTRYPOINT ["/oom-tap"]
+
+FROM base AS oom-descheduler
+USER 65532:65532
+COPY --from=descheduler /src/build/oom-descheduler /oom-descheduler
+ENTRYPOINT ["/oom-descheduler"]

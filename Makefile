@@ -143,7 +143,7 @@ IMAGE_PREFIX ?= localhost/
 IMAGE_TAG ?= $(VERSION)
 BASE ?= debian:bookworm
 image_env = CONTAINER_TOOL='$(CONTAINER_TOOL)' ARCH=$(IMAGE_ARCH) PREFIX='$(IMAGE_PREFIX)' TAG='$(IMAGE_TAG)' BASE='$(BASE)' \
-	KERNEL_BTF='$(KERNEL_BTF)' VERSION='$(VERSION)' REVISION='$(REVISION)' GO='$(GO)' CACHE='$(CACHE)'
+	KERNEL_BTF='$(KERNEL_BTF)' VERSION='$(VERSION)' REVISION='$(REVISION)' DATE='$(DATE)' GO='$(GO)' CACHE='$(CACHE)'
 
 .PHONY: image
 image: ## build the images (CONTAINER_TOOL=, IMAGE_ARCH=, BASE=, IMAGE_PREFIX=, IMAGE_TAG=; KERNEL_BTF=file: for that kernel)
@@ -273,7 +273,7 @@ build/deploy: tools/deploy/go.mod tools/deploy/build.sh
 	$(Q)dir=$$(tools/deploy/build.sh) && ln -sfnT "$$dir" $@ && touch $@
 
 .PHONY: test-deploy
-test-deploy: build build/nats-server build/kube build/deploy ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
+test-deploy: build build/nats-server build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname --jsonfile build/test-deploy.json -- -race -count=1 ./go/internal/deploy
 	$(Q)tools/no-skips.sh build/test-deploy.json
 

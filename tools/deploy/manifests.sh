@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Renders deploy/chart into a directory, a file for each template, as deploy/manifests has them.
+# Renders deploy/chart into a directory, a file for each template, as deploy/manifests has them; the descheduler into
+# one below it, which kubectl apply -f DIR leaves out.
 #
 #   tools/deploy/manifests.sh DIR
 set -euo pipefail
 
 cd "$(dirname "$0")/../.."
-target=$1
+target=$(realpath -m "$1")
 helm=$(tools/deploy/build.sh)/helm
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$helm" template oom-tracer deploy/chart --namespace oom-tracer --kube-version 1.30.0 \
-	--values deploy/manifests-values.yaml --output-dir "$work" >/dev/null
-mkdir -p "$target"
-rm -f "$target"/*.yaml
-for file in "$work"/oom-tracer/templates/*.yaml; do
-	name=${file##*/}
+	--values deploy/manifests-values.yaml --set descheduler.enabled=true --output-dir "$work" >/dev/null
+mkdir -p "$target/descheduler"
+rm -f "$target"/*.yaml "$target"/descheduler/*.yaml
+cd "$work/oom-tracer/templates"
+for file in *.yaml descheduler/*.yaml; do
+	name=$file
 	# kubectl apply -f DIR goes by name, and the others stand in the namespace.
 	[[ $name != namespace.yaml ]] || name=00-namespace.yaml
 	{

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the images of Dockerfile.builder. `make image` calls it.
 #
-# From the environment: ARCH, PREFIX and TAG of the names, BASE, VERSION, REVISION, GO, CACHE, CONTAINER_TOOL,
+# From the environment: ARCH, PREFIX and TAG of the names, BASE, VERSION, REVISION, DATE (of the commit, YYYYMMDD), GO, CACHE, CONTAINER_TOOL,
 # and KERNEL_BTF: a kernel's BTF, vmlinux, vmlinuz or package. Then oom-tracer alone is built, for that kernel,
 # as TAG-btf-DIGEST, and only if the program fits it: the others have nothing to do with a kernel.
 set -euo pipefail
@@ -52,7 +52,7 @@ for image in "${images[@]}"; do
 	echo "==> $name (with $CONTAINER_TOOL, after $SECONDS s)"
 	engine_build -f Dockerfile.builder --target "$image" -t "$name" "${stamp[@]}" \
 		--platform "linux/$ARCH" --build-arg "BUILDPLATFORM=linux/$("$GO" env GOHOSTARCH)" --build-arg "BASE=$BASE" \
-		--build-arg "VERSION=$VERSION" --build-arg "REVISION=$REVISION" \
+		--build-arg "VERSION=$VERSION" --build-arg "REVISION=$REVISION" --build-arg "DATE=$DATE" \
 		"${labels[@]}" \
 		--build-context "goroot=$("$GO" env GOROOT)" --build-context "modules=$temp/modules" \
 		--build-context "kernel=$kernel" .

@@ -40,7 +40,7 @@ func TestDemoCluster(t *testing.T) {
 	c.Node("worker-2")
 	c.Namespace("shop")
 	account := c.Annotator()
-	c.Apply("deploy/descheduler/rbac.yaml")
+	c.Apply("deploy/manifests/descheduler/rbac.yaml")
 	pod, other := c.Pod("shop", "cart-5d4f-x7", node, replicaSet), c.Pod("shop", "web-5d4f-k2", node, replicaSet)
 	audited := len(c.Audit())
 

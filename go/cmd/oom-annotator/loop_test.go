@@ -66,7 +66,8 @@ func startLoop(t *testing.T) *kubetest.Cluster {
 	c.Node("worker-2")
 	c.Namespace("shop")
 	c.Namespace("bank")
-	c.Apply("deploy/descheduler/rbac.yaml")
+	c.Namespace("oom-tracer")
+	c.Apply("deploy/manifests/descheduler/rbac.yaml")
 	return c
 }
 

@@ -78,10 +78,11 @@ func TestEndToEnd(t *testing.T) {
 	}
 }
 
-// descheduler applies deploy/descheduler/rbac.yaml and returns the client configuration of its service account, once
+// descheduler applies deploy/manifests/descheduler/rbac.yaml and returns the client configuration of its service account, once
 // the server obeys what was applied.
 func descheduler(c *kubetest.Cluster) *rest.Config {
-	c.Apply("deploy/descheduler/rbac.yaml")
+	c.Namespace("oom-tracer")
+	c.Apply("deploy/manifests/descheduler/rbac.yaml")
 	account := c.ServiceAccount("oom-tracer", "oom-descheduler")
 	client, err := kubernetes.NewForConfig(account)
 	if err != nil {

@@ -153,14 +153,16 @@ var examples = map[string]struct {
 	values string // "" is the default
 	pods   []string
 }{
-	"default":       {"", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"manifests":     {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"single-node":   {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"embedded":      {"deploy/examples/embedded.yaml", []string{"oom-tracer"}},
-	"own-nats":      {"deploy/examples/own-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"existing-nats": {"deploy/examples/existing-nats.yaml", []string{"oom-annotator", "oom-tracer"}},
-	"observe-only":  {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"act":           {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"default":              {"", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"manifests":            {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"single-node":          {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"embedded":             {"deploy/examples/embedded.yaml", []string{"oom-tracer"}},
+	"own-nats":             {"deploy/examples/own-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"existing-nats":        {"deploy/examples/existing-nats.yaml", []string{"oom-annotator", "oom-tracer"}},
+	"observe-only":         {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"act":                  {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"evict":                {"deploy/examples/evict.yaml", []string{"oom-annotator", "oom-descheduler", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"upstream-descheduler": {"deploy/examples/upstream-descheduler.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
 }
 
 // TestExamples: what each documented file of values renders is taken by a real API server, kinds of the
@@ -179,7 +181,7 @@ func TestExamples(t *testing.T) {
 		if _, err := c.Client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		for _, account := range []string{"default", "oom-tracer", "oom-annotator"} {
+		for _, account := range []string{"default", "oom-tracer", "oom-annotator", "oom-descheduler"} {
 			c.ServiceAccount(name, account)
 		}
 	}
@@ -222,7 +224,7 @@ func TestExamples(t *testing.T) {
 					t.Errorf("the tracer's class is %s", created.Status.QOSClass)
 				}
 				token := slices.ContainsFunc(created.Spec.Volumes, func(v corev1.Volume) bool { return v.Projected != nil && strings.HasPrefix(v.Name, "kube-api-access") })
-				if token != (name == "oom-annotator") {
+				if token != (name == "oom-annotator" || name == "oom-descheduler") {
 					t.Errorf("%s has an API token: %v", name, token)
 				}
 			}
@@ -335,22 +337,94 @@ func TestAdmissionFollowsConfig(t *testing.T) {
 // TestRefused: values that cannot work are refused, by name.
 func TestRefused(t *testing.T) {
 	for set, want := range map[string]string{
-		"tracer.privileged=true":      "privileged",
-		"tracr.image=x":               "tracr",
-		"dryRun=perhaps":              "/dryRun",
-		"nats.mode=none":              "/nats/mode",
-		"nats.mode=external":          "/config",
-		"nats.replicas=2":             "/nats/replicas",
-		"config.nats.url=nats://x:1":  "/config/nats/url",
-		"nats.nodeKeys.node-1=SUAXYZ": "/nats/nodeKeys/node-1",
-		"annotator.replicas=0":        "/annotator/replicas",
-		"tracer.resources.cpu=null":   "/tracer/resources",
-		"tracer.statePath=relative":   "/tracer/statePath",
+		"tracer.privileged=true":                             "privileged",
+		"tracr.image=x":                                      "tracr",
+		"dryRun=perhaps":                                     "/dryRun",
+		"nats.mode=none":                                     "/nats/mode",
+		"nats.mode=external":                                 "/config",
+		"nats.replicas=2":                                    "/nats/replicas",
+		"config.nats.url=nats://x:1":                         "/config/nats/url",
+		"nats.nodeKeys.node-1=SUAXYZ":                        "/nats/nodeKeys/node-1",
+		"annotator.replicas=0":                               "/annotator/replicas",
+		"tracer.resources.cpu=null":                          "/tracer/resources",
+		"tracer.statePath=relative":                          "/tracer/statePath",
+		"descheduler.interval=0s":                            "/descheduler/interval",
+		"descheduler.policy.profils=x":                       "/descheduler/policy",
+		"descheduler.enabled=true,config.policy.annotation=": "descheduler.enabled: config.policy.annotation is empty",
+		"descheduler.enabled=true,nats.mode=embedded":        "descheduler.enabled: with nats.mode embedded there is no annotator",
 	} {
 		_, err := helm(t, "template", "x", chart, "--kube-version", "1.36.3", "--set", set)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want it to name %s", set, err, want)
 		}
+	}
+}
+
+// TestDescheduler: its policy goes by the annotator's config, and is one that the program takes.
+func TestDescheduler(t *testing.T) {
+	render := func(t *testing.T, set ...string) (args []string, policy string) {
+		t.Helper()
+		objects := render(t, append([]string{"--set", "descheduler.enabled=true"}, set...)...)
+		template := get[appsv1.Deployment](t, objects, "Deployment", "oom-descheduler").Spec.Template
+		return template.Spec.Containers[0].Args, get[corev1.ConfigMap](t, objects, "ConfigMap", "oom-descheduler").Data["policy.yaml"]
+	}
+	c := kubetest.Start(t)
+	c.Node("node-1")
+	c.Node("node-2")
+	// take runs one cycle with it.
+	take := func(t *testing.T, args []string, policy string) ([]byte, error) {
+		t.Helper()
+		file := filepath.Join(t.TempDir(), "policy.yaml")
+		if err := os.WriteFile(file, []byte(policy), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		args = append(slices.Clone(args), "--policy-config-file="+file, "--kubeconfig="+c.In(t).Kubeconfig(c.Admin),
+			"--secure-port=0", "--leader-elect=false", "--descheduling-interval=0")
+		return exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-descheduler"), args...).CombinedOutput()
+	}
+	for name, test := range map[string]struct {
+		set  []string
+		want []string // in the policy
+		args []string
+	}{
+		"default": {nil, []string{"annotationKey: oom-tracer.alpha.kubernetes.io/evict-me\n", "summaryAnnotationKey: oom-tracer.alpha.kubernetes.io/last-kill\n", "maxAge: 1h\n"},
+			[]string{"--descheduling-interval=1m"}},
+		"keys": {[]string{"--set", "config.policy.annotation=example.com/go=now", "--set", "config.annotator.summary_annotation=example.com/kill", "--set", "config.policy.mark_lifetime=30m"},
+			[]string{"annotationKey: example.com/go\n", "summaryAnnotationKey: example.com/kill\n", "maxAge: 30m\n"}, nil},
+		"dry run":  {[]string{"--set", "dryRun=true"}, []string{"annotationKey: oom-tracer.alpha.kubernetes.io/evict-me\n"}, []string{"--dry-run"}},
+		"replicas": {[]string{"--set", "descheduler.replicas=2", "--set", "descheduler.interval=10s"}, nil, []string{"--descheduling-interval=10s", "--leader-elect", "--leader-elect-resource-namespace=oom-tracer"}},
+		"extra":    {[]string{"--set", "descheduler.extraArgs={--v=4}"}, nil, []string{"--v=4"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			args, policy := render(t, test.set...)
+			for _, want := range test.want {
+				if !strings.Contains(policy, want) {
+					t.Errorf("the policy has no %q:\n%s", want, policy)
+				}
+			}
+			for _, want := range test.args {
+				if !slices.Contains(args, want) {
+					t.Errorf("args %q, want %s", args, want)
+				}
+			}
+			if dry := slices.Contains(args, "--dry-run"); dry != (name == "dry run") {
+				t.Errorf("args %q", args)
+			}
+			if out, err := take(t, args, policy); err != nil || !bytes.Contains(out, []byte(`"Number of evictions/requests" totalEvicted=0`)) {
+				t.Errorf("%v: the program says:\n%s\nof\n%s", err, out, policy)
+			}
+		})
+	}
+	// Rubbish is seen by this; and a policy of one's own stands there as it is.
+	args, policy := render(t, values(t, `
+descheduler:
+  policy:
+    apiVersion: descheduler/v1alpha2
+    kind: DeschedulerPolicy
+    profiles: [{name: mine, pluginConfig: [{name: RemoveAnnotated, args: {maxage: 1h}}], plugins: {deschedule: {enabled: [RemoveAnnotated]}}}]
+`)...)
+	if out, err := take(t, args, policy); err == nil || !bytes.Contains(out, []byte("maxage")) || !strings.Contains(policy, "name: mine") {
+		t.Errorf("%v: the program says:\n%s\nof\n%s", err, out, policy)
 	}
 }
 
