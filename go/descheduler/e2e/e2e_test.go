@@ -24,7 +24,9 @@ import (
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	schedulingv1 "k8s.io/api/scheduling/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -67,7 +69,7 @@ func TestEndToEnd(t *testing.T) {
 		// What the README says of the two.
 		"PodLifeTimeInOurs": func(r *rig) { testPods(r, "oom-descheduler", upstream, condition) },
 		"Args":              testArgs, "Limits": testLimits, "DryRun": testDryRun, "Refused": testRefused, "Stale": testStale,
-		"Interval": testInterval, "OneNode": testOneNode,
+		"Interval": testInterval, "OneNode": testOneNode, "Rights": testRights,
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := &rig{T: t, c: c.In(t), account: account, began: time.Now()}
@@ -680,6 +682,102 @@ func testInterval(r *rig) {
 		r.Errorf("it lacks a right:\n%s", out)
 	}
 	r.want([]string{"shop/web-1", "shop/web-2"}, nil)
+}
+
+// testRights takes each verb out of the role in turn: then something is forbidden, and says so. The policy uses all that
+// DefaultEvictor and RemoveAnnotated can ask for.
+func testRights(r *rig) {
+	roles, objects := r.c.Client.RbacV1(), map[string]func(change func([]rbacv1.PolicyRule)) error{}
+	objects["ClusterRole"] = func(change func([]rbacv1.PolicyRule)) error {
+		role, err := roles.ClusterRoles().Get(r.Context(), "oom-descheduler", metav1.GetOptions{})
+		if err == nil {
+			change(role.Rules)
+			_, err = roles.ClusterRoles().Update(r.Context(), role, metav1.UpdateOptions{})
+		}
+		return err
+	}
+	objects["Role"] = func(change func([]rbacv1.PolicyRule)) error {
+		role, err := roles.Roles("oom-tracer").Get(r.Context(), "oom-descheduler", metav1.GetOptions{})
+		if err == nil {
+			change(role.Rules)
+			_, err = roles.Roles("oom-tracer").Update(r.Context(), role, metav1.UpdateOptions{})
+		}
+		return err
+	}
+	policy := filepath.Join(r.TempDir(), "policy.yaml")
+	if err := os.WriteFile(policy, []byte(`apiVersion: descheduler/v1alpha2
+kind: DeschedulerPolicy
+evictionFailureEventNotification: true
+profiles:
+  - name: oom
+    pluginConfig:
+      - name: DefaultEvictor
+        args:
+          nodeFit: true
+          namespaceLabelSelector: {matchExpressions: [{key: kubernetes.io/metadata.name, operator: Exists}]}
+          priorityThreshold: {name: high}
+          podProtections: {extraEnabled: [PodsWithPVC], config: {PodsWithPVC: {protectedStorageClasses: [{name: fast}]}}}
+      - {name: RemoveAnnotated, args: {}}
+    plugins: {deschedule: {enabled: [RemoveAnnotated]}}
+`), 0o600); err != nil {
+		r.Fatal(err)
+	}
+	for _, name := range []string{"web-1", "web-2"} {
+		r.pod("shop", name, "node-1", marked, func(pod *corev1.Pod) { pod.Labels["app"] = "web" })
+	}
+	r.budget("shop", "web", 0)
+	manifest, err := kubetest.Manifests("deploy/manifests/descheduler/rbac.yaml")
+	if err != nil {
+		r.Fatal(err)
+	}
+	leases := r.c.Client.CoordinationV1().Leases("oom-tracer")
+	verbs := 0
+	for _, object := range manifest {
+		update := objects[object.GetKind()]
+		if update == nil {
+			continue
+		}
+		for i, rule := range object.Object["rules"].([]any) {
+			rule := rule.(map[string]any)
+			for _, resource := range rule["resources"].([]any) {
+				for _, verb := range rule["verbs"].([]any) {
+					verbs++
+					want := fmt.Sprintf("cannot %s resource %q", verb, resource)
+					err := update(func(rules []rbacv1.PolicyRule) {
+						rules[i].Verbs[slices.Index(rules[i].Verbs, verb.(string))] = "none" // a rule must have one
+					})
+					if err != nil {
+						r.Fatal(err)
+					}
+					if err := leases.Delete(r.Context(), "descheduler", metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+						r.Fatal(err)
+					}
+					// Of a server that streams what there is, it lists nothing.
+					r.Setenv("KUBE_FEATURE_WatchListClient", fmt.Sprint(verb != "list"))
+					r.said(policy, want)
+					r.c.Apply("deploy/manifests/descheduler/rbac.yaml")
+				}
+			}
+		}
+	}
+	r.Logf("%d verbs", verbs)
+}
+
+// said runs the descheduler until it says something.
+func (r *rig) said(policy, want string) {
+	r.Helper()
+	ctx, cancel := context.WithTimeout(r.Context(), 6*time.Second)
+	defer cancel()
+	cmd, out := start(ctx, r.T, "oom-descheduler", append(r.args(r.account, policy), "--descheduling-interval", "200ms",
+		"--leader-elect", "--leader-elect-resource-namespace", "oom-tracer")...)
+	for !strings.Contains(strings.ReplaceAll(out.String(), `\"`, `"`), want) && ctx.Err() == nil {
+		time.Sleep(20 * time.Millisecond)
+	}
+	if ctx.Err() != nil {
+		r.Errorf("nothing says: %s", want)
+	}
+	cancel()
+	_ = cmd.Wait()
 }
 
 // testOneNode: where a pod could only come back to, nothing is evicted, and the log says so.
