@@ -754,7 +754,11 @@ profiles:
 					}
 					// Of a server that streams what there is, it lists nothing.
 					r.Setenv("KUBE_FEATURE_WatchListClient", fmt.Sprint(verb != "list"))
-					r.said(policy, want)
+					var flags []string
+					if verb != "get" && (resource == "priorityclasses" || resource == "poddisruptionbudgets") {
+						flags = append(flags, "--dry-run")
+					}
+					r.said(policy, want, flags...)
 					r.c.Apply("deploy/manifests/descheduler/rbac.yaml")
 				}
 			}
@@ -764,12 +768,12 @@ profiles:
 }
 
 // said runs the descheduler until it says something.
-func (r *rig) said(policy, want string) {
+func (r *rig) said(policy, want string, flags ...string) {
 	r.Helper()
 	ctx, cancel := context.WithTimeout(r.Context(), 6*time.Second)
 	defer cancel()
-	cmd, out := start(ctx, r.T, "oom-descheduler", append(r.args(r.account, policy), "--descheduling-interval", "200ms",
-		"--leader-elect", "--leader-elect-resource-namespace", "oom-tracer")...)
+	flags = append(flags, "--descheduling-interval", "200ms", "--leader-elect", "--leader-elect-resource-namespace", "oom-tracer")
+	cmd, out := start(ctx, r.T, "oom-descheduler", append(r.args(r.account, policy), flags...)...)
 	for !strings.Contains(strings.ReplaceAll(out.String(), `\"`, `"`), want) && ctx.Err() == nil {
 		time.Sleep(20 * time.Millisecond)
 	}
