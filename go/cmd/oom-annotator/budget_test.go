@@ -486,7 +486,7 @@ func testChaos(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		cmd    *exec.Cmd
 	}
 	var running [replicas]replica
-	out := &output{}
+	out := &scratchtest.Output{}
 	begin := func(i int) {
 		cmd := exec.Command(scratchtest.Program(t, "oom-annotator"), "--config", running[i].config, "--kubeconfig", r.kubeconfig)
 		cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = out, out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

@@ -67,28 +67,10 @@ func TestEndToEnd(t *testing.T) {
 	t.Run("Outage", func(t *testing.T) { testOutage(t, c.In(t), account) })
 }
 
-// output keeps what a process says, and shows it when the test fails.
-type output struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
-}
-
 // process is a program as it ships.
 type process struct {
 	cmd  *exec.Cmd
-	out  *output
+	out  *scratchtest.Output
 	done chan struct{} // closed when it has ended
 	err  error         // then
 
@@ -98,7 +80,7 @@ type process struct {
 // start runs build/<program> until the test ends.
 func start(t *testing.T, program string, args ...string) *process {
 	t.Helper()
-	p := &process{out: &output{}, done: make(chan struct{})}
+	p := &process{out: &scratchtest.Output{}, done: make(chan struct{})}
 	p.cmd = exec.Command(scratchtest.Program(t, program), args...)
 	return p.start(t)
 }
@@ -1211,7 +1193,7 @@ func testRun(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &process{out: &output{}, done: make(chan struct{}), cmd: exec.Command(filepath.Join(root, "tools/run.sh"), r.configPath)}
+	p := &process{out: &scratchtest.Output{}, done: make(chan struct{}), cmd: exec.Command(filepath.Join(root, "tools/run.sh"), r.configPath)}
 	p.cmd.Dir = root
 	p.cmd.Env = append(os.Environ(), "KUBECONFIG="+r.kubeconfig, "NODE_NAME="+node)
 	r.annotator = p.start(t)

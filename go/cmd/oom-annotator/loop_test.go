@@ -94,7 +94,7 @@ func startDescheduler(t *testing.T, c *kubetest.Cluster, program, policy, interv
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := &output{}
+	out := &scratchtest.Output{}
 	cmd := exec.Command(scratchtest.Program(t, program), "--policy-config-file", policy,
 		"--kubeconfig", c.Kubeconfig(c.ServiceAccount("oom-tracer", "oom-descheduler")), "--secure-port", "0", "--descheduling-interval", interval, "--client-connection-qps", "50", "--client-connection-burst", "100", "--v", "1")
 	cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = out, out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

@@ -30,7 +30,7 @@ func startNATSServer(t *testing.T, more string) (addr string) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p := (&process{out: &output{}, done: make(chan struct{}), cmd: exec.Command(scratchtest.Program(t, "nats-server"), "-c", file)}).start(t)
+	p := (&process{out: &scratchtest.Output{}, done: make(chan struct{}), cmd: exec.Command(scratchtest.Program(t, "nats-server"), "-c", file)}).start(t)
 	eventually(t, "nats-server is ready", func() error {
 		select {
 		case <-p.done:

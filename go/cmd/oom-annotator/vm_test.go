@@ -190,7 +190,7 @@ func startMachine(t *testing.T, kernel, params string) *machine {
 		cgroup = "v1" // so that both are seen
 	}
 	// Why these: tools/vm/test-vm.sh.
-	m := &machine{dir: dir, process: &process{out: &output{}, done: make(chan struct{}), cmd: exec.Command("qemu-system-x86_64",
+	m := &machine{dir: dir, process: &process{out: &scratchtest.Output{}, done: make(chan struct{}), cmd: exec.Command("qemu-system-x86_64",
 		"-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", "1", "-m", "512",
 		"-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot",
 		"-serial", "file:"+filepath.Join(dir, "console.log"), "-serial", "file:"+filepath.Join(dir, "output.log"),

@@ -6,7 +6,6 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -171,28 +170,10 @@ func condition(pod *corev1.Pod, value string) {
 
 func marked(pod *corev1.Pod) { annotate(pod, "true") }
 
-// output keeps what a process says.
-type output struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.buf.String()
-}
-
 // start runs a program until ctx ends, and then gives it time to end well.
-func start(ctx context.Context, t *testing.T, program string, args ...string) (*exec.Cmd, *output) {
+func start(ctx context.Context, t *testing.T, program string, args ...string) (*exec.Cmd, *scratchtest.Output) {
 	t.Helper()
-	out := &output{}
+	out := &scratchtest.Output{}
 	cmd := exec.CommandContext(ctx, scratchtest.Program(t, program), args...)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -509,7 +490,7 @@ func testArgs(r *rig) {
 			r.want(evicted, nil)
 			for _, pod := range test.pods {
 				switch {
-				case strings.HasPrefix(pod.why, "less than minAge"):
+				case strings.HasPrefix(pod.why, "less than minAge"), strings.HasPrefix(pod.why, "its "):
 					r.staysForNow(log, pod.name, pod.why)
 				case pod.why != "" && pod.why != "unmarked":
 					r.stays(log, pod.name, pod.why)

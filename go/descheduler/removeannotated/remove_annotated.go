@@ -131,7 +131,8 @@ func (d *RemoveAnnotated) marked(pod *v1.Pod) bool {
 	return ok && slices.Contains(d.args.Values, value)
 }
 
-// passing is why a pod stays for now, which is no news to those who wait for it to go.
+// passing is why a pod stays that is no news to those who wait for it to go: it is so for now, or it may be the pod of
+// another profile.
 type passing string
 
 func (p passing) Error() string { return string(p) }
@@ -171,11 +172,11 @@ func (d *RemoveAnnotated) check(pod *v1.Pod, now time.Time) error {
 	include, exclude := d.namespaces.Include, d.namespaces.Exclude
 	switch {
 	case len(include) > 0 && !slices.Contains(include, pod.Namespace):
-		return errors.New("its namespace is not included")
+		return passing("its namespace is not included")
 	case slices.Contains(exclude, pod.Namespace):
-		return errors.New("its namespace is excluded")
+		return passing("its namespace is excluded")
 	case !d.selector.Matches(labels.Set(pod.Labels)):
-		return errors.New("its labels do not match")
+		return passing("its labels do not match")
 	}
 	if err := d.checkAge(pod, now); err != nil {
 		return err

@@ -3,6 +3,7 @@ package removeannotated
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	v1 "k8s.io/api/core/v1"
@@ -44,7 +45,7 @@ type speaker struct {
 // say tells why a pod stays.
 func (s *speaker) say(ctx context.Context, client kubernetes.Interface, pod *v1.Pod, why string) error {
 	note := "marked pod stays: " + why
-	note = note[:min(len(note), maxNote)]
+	note = strings.ToValidUTF8(note[:min(len(note), maxNote)], "")
 	now := s.now()
 	last := s.pods[pod.UID]
 	if last != nil {
@@ -68,7 +69,7 @@ func (s *speaker) say(ctx context.Context, client kubernetes.Interface, pod *v1.
 	}
 	event := &eventsv1.Event{
 		// As client-go's recorders name theirs. The API server has no UID of it to offer before it exists.
-		ObjectMeta:          metav1.ObjectMeta{Namespace: pod.Namespace, Name: fmt.Sprintf("%s.%x", pod.Name[:min(len(pod.Name), 200)], now.UnixNano())},
+		ObjectMeta:          metav1.ObjectMeta{Namespace: pod.Namespace, Name: fmt.Sprintf("%s.%x", strings.TrimRight(pod.Name[:min(len(pod.Name), 200)], "-."), now.UnixNano())},
 		EventTime:           metav1.NewMicroTime(now),
 		ReportingController: "oom-descheduler",
 		ReportingInstance:   s.instance,

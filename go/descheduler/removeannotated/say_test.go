@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/go-logr/logr"
 	"github.com/go-logr/logr/funcr"
@@ -15,6 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
 	"k8s.io/klog/v2"
@@ -27,7 +29,7 @@ func TestSpeaker(t *testing.T) {
 	client := fake.NewClientset()
 	now := time.Unix(1000, 0)
 	s := speaker{instance: "host-1", now: func() time.Time { return now }, pods: map[types.UID]*said{}}
-	web := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: strings.Repeat("w", 253), UID: "1"}}
+	web := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: strings.Repeat("w-", 126) + "w", UID: "1"}}
 	cart := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart", UID: "2"}}
 	say := func(pod *v1.Pod, why string) {
 		t.Helper()
@@ -47,10 +49,10 @@ func TestSpeaker(t *testing.T) {
 		client.ClearActions()
 		return list.Items
 	}
-	say(web, strings.Repeat("x", 2000))
+	say(web, strings.Repeat("é", 1000))
 	say(cart, "a budget")
 	for _, e := range count(2, 2) {
-		if len(e.Name) > 253 || len(e.Note) > maxNote || !strings.HasPrefix(e.Note, "marked pod stays: ") || e.Regarding.UID != "1" && e.Regarding.UID != "2" {
+		if len(validation.IsDNS1123Subdomain(e.Name)) > 0 || !utf8.ValidString(e.Note) || len(e.Note) > maxNote || !strings.HasPrefix(e.Note, "marked pod stays: ") || e.Regarding.UID != "1" && e.Regarding.UID != "2" {
 			t.Errorf("event %+v", e)
 		}
 	}

@@ -3,11 +3,8 @@
 package deploy
 
 import (
-	"bufio"
 	"bytes"
-	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
 	"os/exec"
@@ -25,7 +22,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
-	"k8s.io/apimachinery/pkg/util/yaml"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
@@ -39,49 +35,22 @@ const (
 	namespace = "oom-tracer"
 )
 
-// helm runs helm, with a home of its own.
-func helm(t *testing.T, args ...string) (string, error) {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), filepath.Join(scratchtest.Program(t, "deploy"), "helm"), args...)
-	home := t.TempDir()
-	cmd.Env = []string{"HOME=" + home, "PATH=" + os.Getenv("PATH")}
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return "", errors.New(stdout.String() + stderr.String())
-	}
-	return stdout.String(), nil
-}
-
 // render renders the chart, strictly read, and checks that helm's lint has nothing to say.
 func render(t *testing.T, args ...string) []*unstructured.Unstructured {
 	t.Helper()
 	args = append(args, "--namespace", namespace, "--kube-version", "1.36.3")
-	if _, err := helm(t, append([]string{"lint", "--strict", chart}, args...)...); err != nil {
+	if _, err := kubetest.Helm(t, append([]string{"lint", "--strict", chart}, args...)...); err != nil {
 		t.Fatalf("lint: %v", err)
 	}
-	text, err := helm(t, append([]string{"template", "oom-tracer", chart}, args...)...)
+	text, err := kubetest.Helm(t, append([]string{"template", "oom-tracer", chart}, args...)...)
 	if err != nil {
 		t.Fatalf("template: %v", err)
 	}
-	var objects []*unstructured.Unstructured
-	documents := yaml.NewYAMLReader(bufio.NewReader(strings.NewReader(text)))
-	for {
-		document, err := documents.Read()
-		if errors.Is(err, io.EOF) {
-			return objects
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		object := &unstructured.Unstructured{}
-		if err := yaml.UnmarshalStrict(document, &object.Object); err != nil {
-			t.Fatalf("%v in:\n%s", err, document)
-		}
-		if object.Object != nil {
-			objects = append(objects, object)
-		}
+	objects, err := kubetest.Parse(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
 	}
+	return objects
 }
 
 // values writes values into a file and returns the arguments that name it.
@@ -319,7 +288,7 @@ func TestDryRun(t *testing.T) {
 
 // TestAdmissionFollowsConfig: the policy allows the keys of the config, and those only.
 func TestAdmissionFollowsConfig(t *testing.T) {
-	text, err := helm(t, "template", "x", chart, "--namespace", "elsewhere", "--kube-version", "1.36.3", "--show-only", "templates/admission.yaml",
+	text, err := kubetest.Helm(t, "template", "x", chart, "--namespace", "elsewhere", "--kube-version", "1.36.3", "--show-only", "templates/admission.yaml",
 		"--set", "config.policy.annotation=example.com/evict=now", "--set", "config.annotator.summary_annotation=example.com/kill")
 	if err != nil {
 		t.Fatal(err)
@@ -353,7 +322,7 @@ func TestRefused(t *testing.T) {
 		"descheduler.enabled=true,config.policy.annotation=": "descheduler.enabled: config.policy.annotation is empty",
 		"descheduler.enabled=true,nats.mode=embedded":        "descheduler.enabled: with nats.mode embedded there is no annotator",
 	} {
-		_, err := helm(t, "template", "x", chart, "--kube-version", "1.36.3", "--set", set)
+		_, err := kubetest.Helm(t, "template", "x", chart, "--kube-version", "1.36.3", "--set", set)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want it to name %s", set, err, want)
 		}

@@ -257,14 +257,15 @@ func Manifests(file string) ([]*unstructured.Unstructured, error) {
 		return nil, err
 	}
 	defer f.Close()
-	objects, err := parse(f)
+	objects, err := Parse(f)
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", file, err)
 	}
 	return objects, nil
 }
 
-func parse(r io.Reader) ([]*unstructured.Unstructured, error) {
+// Parse reads objects from a stream of YAML documents, strictly.
+func Parse(r io.Reader) ([]*unstructured.Unstructured, error) {
 	documents := yaml.NewYAMLReader(bufio.NewReader(r))
 	var objects []*unstructured.Unstructured
 	for {
@@ -299,19 +300,28 @@ func Chart(t testing.TB, values []string, templates ...string) []*unstructured.U
 	for _, name := range templates {
 		args = append(args, "--show-only", "templates/"+name)
 	}
-	cmd := exec.CommandContext(t.Context(), filepath.Join(scratchtest.Program(t, "deploy"), "helm"), args...)
-	cmd.Env = []string{"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	text, err := cmd.Output()
+	text, err := Helm(t, args...)
 	if err != nil {
-		t.Fatalf("render the chart: %v: %s", err, stderr.Bytes())
+		t.Fatalf("render the chart: %v", err)
 	}
-	objects, err := parse(bytes.NewReader(text))
+	objects, err := Parse(strings.NewReader(text))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return objects
+}
+
+// Helm runs helm, with a home of its own, and returns what it says; where it fails, all of that is the error.
+func Helm(t testing.TB, args ...string) (string, error) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), filepath.Join(scratchtest.Program(t, "deploy"), "helm"), args...)
+	cmd.Env = []string{"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return "", errors.New(stdout.String() + stderr.String())
+	}
+	return stdout.String(), nil
 }
 
 // Path finds a file of the repository, by its name from the root of it. The test runs somewhere below.
