@@ -1,0 +1,170 @@
+package annotate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+)
+
+// What a Closer makes of a real API server and its Events is in go/cmd/oom-annotator.
+
+// record is a stream that knows what was told, and how often that is read.
+type record struct {
+	told  map[string]bool
+	reads int // at most one for each call that wants it fresher than a second
+	out   []event.Outcome
+}
+
+func (r *record) Has(_ context.Context, id string, _ time.Time, fresh time.Duration) (bool, error) {
+	if fresh < time.Second {
+		r.reads++
+	}
+	return r.told[id], nil
+}
+
+func (r *record) Enqueue(m bus.Msg) error {
+	o, err := event.ParseOutcome(m.Data)
+	r.out = append(r.out, o)
+	return err
+}
+
+// ward is the pods of a cluster.
+type ward struct{ hit []*pods.Pod }
+
+func (w *ward) Hit() []*pods.Pod { return w.hit }
+func (w *ward) Has(uid string) bool {
+	for _, p := range w.hit {
+		if p.UID == uid {
+			return true
+		}
+	}
+	return false
+}
+
+func newCloser() (*Closer, *record, *ward, *bulletin) {
+	cfg := config.Default()
+	cfg.Policy.Condition = "example.com/evict"
+	r, w, b := &record{told: map[string]bool{}}, &ward{}, &bulletin{world: newWorld()}
+	return &Closer{
+		Terms: Terms(&cfg), Lifetime: time.Hour, Memory: 3 * time.Hour, API: b, Marks: w, Told: r, Outlet: r,
+		Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: time.Now,
+	}, r, w, b
+}
+
+// bulletin is an API server with Events on one pod.
+type bulletin struct {
+	*world
+	events []corev1.Event
+	asked  int
+	err    error
+}
+
+func (b *bulletin) Events(_ context.Context, namespace, uid, reason string) ([]corev1.Event, error) {
+	b.asked++
+	if reason != evictionFailed || namespace != "shop" {
+		return nil, fmt.Errorf("asked for %s in %s", reason, namespace)
+	}
+	return b.events, b.err
+}
+
+// run runs a Closer for a time.
+func run(t *testing.T, c *Closer, lasts time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), lasts)
+	defer cancel()
+	c.Run(ctx, nil)
+}
+
+// Marks of another hand are asked about for a while, never so that the stream is read for each of them.
+func TestCloserForeign(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, r, _, b := newCloser()
+		for i := range 100 {
+			c.Leave(&pods.Pod{Namespace: "shop", Name: "x", UID: fmt.Sprint(i), Node: "node-1", Mark: &pods.Mark{Kill: fmt.Sprintf("boot-1-%d", i), Time: time.Now()}})
+		}
+		run(t, c, closeWait+time.Second)
+		if r.reads > 0 || len(r.out) > 0 || len(c.leaving) > 0 || b.asked > 0 {
+			t.Errorf("%d reads, outcomes %v, %d wait still, Events asked for %d times", r.reads, r.out, len(c.leaving), b.asked)
+		}
+	})
+}
+
+// How a mark ended whose time is over: which Event counts, and what is said where none can be read.
+func TestCloserOver(t *testing.T) {
+	// As a bubble's clock stands when it begins.
+	killed := time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC).Add(-90 * time.Minute)
+	at := func(after time.Duration) metav1.Time { return metav1.NewTime(killed.Add(after)) }
+	micro := func(after time.Duration) metav1.MicroTime { return metav1.NewMicroTime(killed.Add(after)) }
+	for _, tt := range []struct {
+		name   string
+		age    time.Duration // of the kill
+		change func(p *pods.Pod)
+		events []corev1.Event
+		err    error
+		want   string
+	}{
+		{name: "none", want: "expired/lifetime: "},
+		{name: "of a kill before", events: []corev1.Event{{Message: "old", LastTimestamp: at(-time.Minute)}, {Message: "older", EventTime: micro(-time.Hour)}}, want: "expired/lifetime: "},
+		{name: "the last one", events: []corev1.Event{
+			{Message: "first", LastTimestamp: at(time.Minute)},
+			{Message: "last", EventTime: micro(-time.Hour), Series: &corev1.EventSeries{LastObservedTime: micro(3 * time.Minute)}},
+			{Message: "second", EventTime: micro(2 * time.Minute)},
+		}, want: "refused/evictor: last"},
+		{name: "escapes", events: []corev1.Event{{Message: "\x1b[31mred", EventTime: micro(time.Minute)}}, want: `refused/evictor: \x1b[31mred`},
+		{name: "not known", err: errors.New("no"), want: "expired/lifetime: whether a descheduler refused is not known: no"},
+		{name: "young", age: 30 * time.Minute},
+		{name: "of long ago", age: 4 * time.Hour},
+		{name: "ended", change: func(p *pods.Pod) { p.Finished = true }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, r, w, b := newCloser()
+				b.events, b.err = tt.events, tt.err
+				when := killed
+				if tt.age > 0 {
+					when = time.Now().Add(-tt.age)
+				}
+				p := &pods.Pod{Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Mark: &pods.Mark{Kill: "boot-1-2", Time: when}}
+				if tt.change != nil {
+					tt.change(p)
+				}
+				w.hit = []*pods.Pod{p}
+				r.told["boot-1-2/annotate"] = true
+				run(t, c, 3*closeInterval)
+				var got string
+				for _, o := range r.out {
+					got += fmt.Sprintf("%s/%s: %s", o.Result, o.Reason, o.Detail)
+				}
+				if got != tt.want || b.asked > 1 {
+					t.Errorf("told %q, want %q; Events asked for %d times", got, tt.want, b.asked)
+				}
+			})
+		})
+	}
+}
+
+// Who only observes does not see what is marked.
+func TestCloserObserves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, r, w, _ := newCloser()
+		c.Terms.Mark, c.Terms.Condition = "", ""
+		w.hit = []*pods.Pod{{Namespace: "shop", Name: "cart", UID: "uid-1", Mark: &pods.Mark{Kill: "boot-1-2", Time: time.Now().Add(-90 * time.Minute)}}}
+		r.told["boot-1-2/annotate"] = true
+		run(t, c, 3*closeInterval)
+		if len(r.out) > 0 {
+			t.Errorf("outcomes %v", r.out)
+		}
+	})
+}
