@@ -160,7 +160,7 @@ func TestCloserObserves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, r, w, _ := newCloser()
 		c.Terms.Mark, c.Terms.Condition = "", ""
-		w.hit = []*pods.Pod{{Namespace: "shop", Name: "cart", UID: "uid-1", Mark: &pods.Mark{Kill: "boot-1-2", Time: time.Now().Add(-90 * time.Minute)}}}
+		w.hit = []*pods.Pod{{Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Mark: &pods.Mark{Kill: "boot-1-2", Time: time.Now().Add(-90 * time.Minute)}}}
 		r.told["boot-1-2/annotate"] = true
 		run(t, c, 3*closeInterval)
 		if len(r.out) > 0 {
