@@ -152,14 +152,14 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config, change fu
 		c.Pod("shop", "bare", node, replicaSet, bare):       "annotated/marked",
 		c.Pod("bank", "elsewhere", node, replicaSet):        "skipped/namespace",
 	}
+	born := c.Pod("shop", "reborn", node, replicaSet)
 	guard(t, c)
 	defer func() {
-		for _, name := range []string{"shop/hit", "shop/bystander", "shop/guarded", "shop/bare", "bank/elsewhere"} {
+		for _, name := range []string{"shop/hit", "shop/bystander", "shop/guarded", "shop/bare", "shop/reborn", "bank/elsewhere"} {
 			namespace, name, _ := strings.Cut(name, "/")
 			c.DeletePod(namespace, name)
 		}
 	}()
-	audited := len(c.Audit())
 
 	r := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
 	r.cfg, r.configPath = newConfig(t, func(cfg *config.Config) {
@@ -188,6 +188,14 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config, change fu
 	for pod, want := range kills {
 		kill(pod, want)
 	}
+	// Marked, and then another pod of the same name, as a StatefulSet makes it.
+	kill(born, "annotated/marked")
+	c.DeletePod("shop", "reborn")
+	c.Pod("shop", "reborn", node, replicaSet)
+	if o := r.last(); o.Result != event.ResultEvicted || o.Reason != event.ReasonLeft || o.Pod == nil || o.Pod.UID != string(born.UID) {
+		t.Errorf("outcome %+v, pod %+v", o, o.Pod)
+	}
+	audited := len(c.Audit())
 	kill(hit, "annotated/marked")
 	startDescheduler(t, c, program, policy, "1s")
 	o := r.last()
@@ -221,7 +229,7 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config, change fu
 	if evicted != 1 {
 		t.Errorf("%d evictions", evicted)
 	}
-	for name, going := range map[string]bool{"shop/hit": true, "shop/bystander": false, "shop/guarded": false, "shop/bare": false, "bank/elsewhere": false} {
+	for name, going := range map[string]bool{"shop/hit": true, "shop/bystander": false, "shop/guarded": false, "shop/bare": false, "shop/reborn": false, "bank/elsewhere": false} {
 		namespace, pod, _ := strings.Cut(name, "/")
 		if pod := c.GetPod(namespace, pod); (pod.DeletionTimestamp != nil) != going {
 			t.Errorf("%s goes: %t", name, !going)
