@@ -95,7 +95,8 @@ type Container struct {
 type Terms struct {
 	Mark    string // the key of the annotation of the policy; empty: there is none
 	Summary string // the key of the annotation with a Summary
-	// Condition is the type of the condition that goes with Mark; empty: there is none.
+	// Condition is the type of the condition that goes with Mark; empty: there is none. The kubelet leaves a type that is
+	// not its own as it is (mergePodStatus in pkg/kubelet/status/status_manager.go).
 	Condition corev1.PodConditionType
 	OptOut    string // the key of the annotation that protects; empty: there is none
 	Selector  map[string]string
