@@ -1047,10 +1047,25 @@ func testVerbs(t *testing.T, c *kubetest.Cluster, _ *rest.Config) {
 			}
 		}
 	}
-	if len(verbs) != 2 || len(verbs["pods"]) != 4 || len(verbs["events"]) != 2 {
+	if len(verbs) != 2 || len(verbs["pods"]) != 4 || !slices.Equal(verbs["events"], []string{"create", "patch", "list"}) {
 		t.Fatalf("verbs %v", verbs)
 	}
-	for _, missing := range verbs["events"] {
+	t.Run("events-list", func(t *testing.T) {
+		t.Parallel()
+		c := c.In(t)
+		account := withoutVerb(t, c, "without-events-list", verbs, "events", "list")
+		pod := c.Pod("shop", "without-events-list", node)
+		r := newRig(t, c, account, func(cfg *config.Config) { cfg.Policy.MarkLifetime = time.Minute })
+		r.ready()
+		e := r.killOf(pod, "")
+		e.Time = time.Now().Add(-50 * time.Second).UTC()
+		r.publish(e)
+		r.want(e.ID, "annotated/marked")
+		if o := r.last(); o.Kill != e.ID || o.Result != event.ResultExpired || !strings.Contains(o.Detail, `the verb "list" on events is missing`) {
+			t.Errorf("outcome %+v", o)
+		}
+	})
+	for _, missing := range []string{"create", "patch"} {
 		t.Run("events-"+missing, func(t *testing.T) {
 			t.Parallel()
 			c := c.In(t)
