@@ -6,6 +6,8 @@
 # Then, by the tracer of the image: every stock kernel that the cache has fits the program, and a build for a
 # kernel that lacks one field that is read is refused with the field named.
 #
+# The descheduler runs as in its pod, up to where it would need an API server.
+#
 #   tools/image/test.sh HOG             (make test-image builds the images and calls it; needs root)
 #
 # From the environment: PREFIX, TAG, VERSION, REVISION, CACHE, CONTAINER_TOOL as for build.sh.
@@ -266,6 +268,40 @@ check 'make image for this kernel' image_for /sys/kernel/btf/vmlinux
 digest=$(sha256sum /sys/kernel/btf/vmlinux | cut -d' ' -f1)
 tag+=-btf-${digest:0:12}
 check 'oom-tracer: label of that kernel' label oom-tracer oom-tracer.kernel.btf "sha256:$digest"
+
+# --- the descheduler
+
+mkdir -p "$temp"/oom-descheduler{.etc,/etc/oom-descheduler}
+cp "$here/../../deploy/descheduler/policy.yaml" "$temp/oom-descheduler.etc"
+sed 's/maxAge:/maxage:/' "$temp/oom-descheduler.etc/policy.yaml" >"$temp/oom-descheduler.etc/mistyped.yaml"
+cat >"$temp/oom-descheduler.etc/kubeconfig" <<'END'
+{apiVersion: v1, kind: Config, current-context: a, contexts: [{name: a, context: {cluster: a, user: a}}],
+ clusters: [{name: a, cluster: {server: "http://127.0.0.1:1"}}], users: [{name: a, user: {}}]}
+END
+# descheduler ARGUMENT... runs it as nobody, without a capability, with a root that cannot be written to, and without
+# a network.
+descheduler() {
+	# shellcheck disable=SC2016 # the inner shell expands them
+	timeout 60 unshare --mount --net --propagation private bash -euc '
+		root=$1
+		shift
+		mount --bind "$root" "$root"
+		mount --bind "$root.etc" "$root/etc/oom-descheduler"
+		mount -o remount,bind,ro "$root"
+		if touch "$root/written" 2>/dev/null; then exit 99; fi
+		exec capsh --chroot="$root" --inh= --drop=all --no-new-privs --gid=65532 --groups=65532 --uid=65532 \
+			--shell=/oom-descheduler -- "$@"
+	' bash "$temp/oom-descheduler" "$@"
+}
+descheduler_with() {
+	descheduler --kubeconfig=/etc/oom-descheduler/kubeconfig --policy-config-file="/etc/oom-descheduler/$1" \
+		--descheduling-interval=1m --v=1
+}
+check 'oom-descheduler: says which descheduler it is' grep -E 'descheduler v0\.[0-9]+\.[0-9]+$' <(descheduler --version)
+check 'it refuses a policy that is not there, and names it' refused 'failed to read policy config file .*/nowhere.yaml' descheduler_with nowhere.yaml
+check 'it refuses a key that is none, and names it' refused 'unknown field .*maxage' descheduler_with mistyped.yaml
+check 'it takes the policy that is shipped, and asks for the API server' refused 'dial tcp 127.0.0.1:1:.* unreachable' descheduler_with policy.yaml
+check 'it serves its metrics meanwhile' grep -F 'Serving securely on [::]:10258' "$temp/refused"
 
 echo "$passed passed, $failed failed (after $SECONDS s)"
 ((passed > 0 && failed == 0))

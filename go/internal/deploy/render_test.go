@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
@@ -326,74 +325,6 @@ func TestRefused(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want it to name %s", set, err, want)
 		}
-	}
-}
-
-// TestDescheduler: its policy goes by the annotator's config, and is one that the program takes.
-func TestDescheduler(t *testing.T) {
-	render := func(t *testing.T, set ...string) (args []string, policy string) {
-		t.Helper()
-		objects := render(t, append([]string{"--set", "descheduler.enabled=true"}, set...)...)
-		template := get[appsv1.Deployment](t, objects, "Deployment", "oom-descheduler").Spec.Template
-		return template.Spec.Containers[0].Args, get[corev1.ConfigMap](t, objects, "ConfigMap", "oom-descheduler").Data["policy.yaml"]
-	}
-	c := kubetest.Start(t)
-	c.Node("node-1")
-	c.Node("node-2")
-	// take runs one cycle with it.
-	take := func(t *testing.T, args []string, policy string) ([]byte, error) {
-		t.Helper()
-		file := filepath.Join(t.TempDir(), "policy.yaml")
-		if err := os.WriteFile(file, []byte(policy), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		args = append(slices.Clone(args), "--policy-config-file="+file, "--kubeconfig="+c.In(t).Kubeconfig(c.Admin),
-			"--secure-port=0", "--leader-elect=false", "--descheduling-interval=0")
-		return exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-descheduler"), args...).CombinedOutput()
-	}
-	for name, test := range map[string]struct {
-		set  []string
-		want []string // in the policy
-		args []string
-	}{
-		"default": {nil, []string{"annotationKey: oom-tracer.alpha.kubernetes.io/evict-me\n", "summaryAnnotationKey: oom-tracer.alpha.kubernetes.io/last-kill\n", "maxAge: 1h\n"},
-			[]string{"--descheduling-interval=1m"}},
-		"keys": {[]string{"--set", "config.policy.annotation=example.com/go=now", "--set", "config.annotator.summary_annotation=example.com/kill", "--set", "config.policy.mark_lifetime=30m"},
-			[]string{"annotationKey: example.com/go\n", "summaryAnnotationKey: example.com/kill\n", "maxAge: 30m\n"}, nil},
-		"dry run":  {[]string{"--set", "dryRun=true"}, []string{"annotationKey: oom-tracer.alpha.kubernetes.io/evict-me\n"}, []string{"--dry-run"}},
-		"replicas": {[]string{"--set", "descheduler.replicas=2", "--set", "descheduler.interval=10s"}, nil, []string{"--descheduling-interval=10s", "--leader-elect", "--leader-elect-resource-namespace=oom-tracer"}},
-		"extra":    {[]string{"--set", "descheduler.extraArgs={--v=4}"}, nil, []string{"--v=4"}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			args, policy := render(t, test.set...)
-			for _, want := range test.want {
-				if !strings.Contains(policy, want) {
-					t.Errorf("the policy has no %q:\n%s", want, policy)
-				}
-			}
-			for _, want := range test.args {
-				if !slices.Contains(args, want) {
-					t.Errorf("args %q, want %s", args, want)
-				}
-			}
-			if dry := slices.Contains(args, "--dry-run"); dry != (name == "dry run") {
-				t.Errorf("args %q", args)
-			}
-			if out, err := take(t, args, policy); err != nil || !bytes.Contains(out, []byte(`"Number of evictions/requests" totalEvicted=0`)) {
-				t.Errorf("%v: the program says:\n%s\nof\n%s", err, out, policy)
-			}
-		})
-	}
-	// Rubbish is seen by this; and a policy of one's own stands there as it is.
-	args, policy := render(t, values(t, `
-descheduler:
-  policy:
-    apiVersion: descheduler/v1alpha2
-    kind: DeschedulerPolicy
-    profiles: [{name: mine, pluginConfig: [{name: RemoveAnnotated, args: {maxage: 1h}}], plugins: {deschedule: {enabled: [RemoveAnnotated]}}}]
-`)...)
-	if out, err := take(t, args, policy); err == nil || !bytes.Contains(out, []byte("maxage")) || !strings.Contains(policy, "name: mine") {
-		t.Errorf("%v: the program says:\n%s\nof\n%s", err, out, policy)
 	}
 }
 
