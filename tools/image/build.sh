@@ -48,7 +48,8 @@ for image in "${images[@]}"; do
 	[[ $ARCH == "$("$GO" env GOHOSTARCH)" ]] || name+=-$ARCH
 	labels=(--label "org.opencontainers.image.title=$image" --label "org.opencontainers.image.version=$VERSION"
 		--label "org.opencontainers.image.revision=$REVISION")
-	[[ $image != oom-tracer ]] || labels+=(--label "oom-tracer.kernel.btf=$label")
+	# Said of each, for buildah keeps the labels of an image that was built before in the layers that they share.
+	if [[ $image == oom-tracer ]]; then labels+=(--label "oom-tracer.kernel.btf=$label"); else labels+=(--label oom-tracer.kernel.btf=none); fi
 	echo "==> $name (with $CONTAINER_TOOL, after $SECONDS s)"
 	engine_build -f Dockerfile.builder --target "$image" -t "$name" "${stamp[@]}" \
 		--platform "linux/$ARCH" --build-arg "BUILDPLATFORM=linux/$("$GO" env GOHOSTARCH)" --build-arg "BASE=$BASE" \

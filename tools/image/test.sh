@@ -143,6 +143,7 @@ for image in "${images[@]}"; do
 done
 check 'oom-tracer: label of the kernel' label oom-tracer oom-tracer.kernel.btf portable
 for image in "${images[@]:1}"; do
+	check "$image: label of no kernel" label "$image" oom-tracer.kernel.btf none
 	check "$image: runs as a user that is nobody" chroot --userspec=65532:65532 "$temp/$image" "/$image" --version
 done
 
