@@ -116,6 +116,10 @@ func testPermissions(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 			r.neighbours(e, event.PodMemory{PodUID: e.Container.PodUID, Usage: 1 << 30})
 			if missing == "$JS.API.STREAM.MSG.GET.OOM" {
 				r.want(e.ID, "annotated/marked")
+				second := r.killOf(c.Pod("shop", name+"-2", node), "") // the first one reads all outcomes
+				second.ID = event.VictimID(name, 1, 2)
+				r.publish(second)
+				r.want(second.ID, "annotated/marked")
 				time.Sleep(6 * time.Second) // it would be told by then
 				if len(r.named) > 0 {
 					t.Errorf("it works without %s: %+v", missing, <-r.named)

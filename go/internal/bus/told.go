@@ -3,15 +3,26 @@ package bus
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
 
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
 	"github.com/oom-tracer/oom-tracer/go/event"
 )
 
-// readTime bounds one reading of the outcomes.
-const readTime = 30 * time.Second
+const (
+	// readTime bounds one reading of the outcomes.
+	readTime = 30 * time.Second
+	// few is how many new outcomes are read one by one. A consumer, which reads many, is several round trips and some work
+	// of the server before the first one comes.
+	few = 32
+	// outcomes is where they are.
+	outcomes = "oom.v1." + string(event.KindOutcome) + ".>"
+)
 
 // Told knows which outcomes the stream holds. The stream itself forgets that it has a message after its dedup
 // window. Nothing is read before it is asked, and then only what has come since it was asked last.
@@ -21,7 +32,7 @@ type Told struct {
 	mu      sync.Mutex
 	ids     map[[16]byte]struct{} // of the outcomes from a time on up to last
 	from    time.Time
-	last    uint64
+	last    uint64    // a sequence, not always that of an outcome
 	read    time.Time // when that was
 	created time.Time // which stream of that name it was
 }
@@ -41,30 +52,65 @@ func (t *Told) Has(ctx context.Context, id string, since time.Time, fresh time.D
 	if now := time.Now(); earlier || now.Sub(t.read) >= fresh && !t.read.After(asked) {
 		ctx, cancel := context.WithTimeout(ctx, readTime)
 		defer cancel()
-		info, err := streamInfo(ctx, t.conn, event.StreamName)
+		var s jetstream.Stream
+		err := t.conn.call(ctx, "$JS.API.STREAM.INFO."+event.StreamName, func(ctx context.Context) (err error) {
+			s, err = t.conn.js.Stream(ctx, event.StreamName)
+			return err
+		})
 		if err != nil {
 			return false, fmt.Errorf("read the outcomes: %w", err)
 		}
+		info := s.CachedInfo()
 		if !t.created.Equal(info.Created) {
 			t.created, t.last = info.Created, 0 // made anew, it counts anew
 		}
 		if earlier {
 			t.from, t.last = since, 0
 		}
-		o := TailOptions{Subjects: []string{"oom.v1." + string(event.KindOutcome) + ".>"}, Since: t.from, After: t.last}
-		err = Tail(ctx, t.conn, o, func(m Stored) error {
-			t.ids[short(m.ID)] = struct{}{}
-			t.last = m.Seq
-			return nil
-		})
+		all := false
+		if t.last > 0 {
+			all, err = t.readFew(ctx, s)
+		}
+		// Who may not read one by one reads with a consumer.
+		if !all && (err == nil || errors.Is(err, nats.ErrPermissionViolation)) {
+			o := TailOptions{Subjects: []string{outcomes}, Since: t.from, After: t.last}
+			err = Tail(ctx, t.conn, o, func(m Stored) error {
+				t.note(m.ID, m.Seq)
+				return nil
+			})
+		}
 		if err != nil {
 			t.read = time.Time{} // what of it was read is not known: none of it
 			return false, fmt.Errorf("read the outcomes: %w", err)
 		}
-		t.read = now
+		t.read, t.last = now, max(t.last, info.State.LastSeq) // up to there it has seen everything
 	}
 	_, ok := t.ids[short(id)]
 	return ok, nil
+}
+
+func (t *Told) note(id string, seq uint64) {
+	t.ids[short(id)] = struct{}{}
+	t.last = seq
+}
+
+// readFew reads the outcomes after last, unless there are more than a few.
+func (t *Told) readFew(ctx context.Context, s jetstream.Stream) (all bool, err error) {
+	for range few {
+		var m *jetstream.RawStreamMsg
+		err := t.conn.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
+			m, err = s.GetMsg(ctx, t.last+1, jetstream.WithGetMsgSubject(outcomes))
+			return err
+		})
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+			return true, nil
+		case err != nil:
+			return false, err
+		}
+		t.note(m.Header.Get(jetstream.MsgIDHeader), m.Sequence)
+	}
+	return false, nil
 }
 
 // short is an ID in little space.

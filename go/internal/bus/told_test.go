@@ -56,6 +56,20 @@ func TestTold(t *testing.T) {
 	tell(ctx, t, c, "c")
 	has("c", begun, time.Hour, false)
 	has("c", begun, 0, true)
+	// However many there are.
+	for _, n := range []int{1, 31, 32, 33, 100} {
+		for i := range n {
+			tell(ctx, t, c, fmt.Sprintf("%d of %d", i, n))
+			if i == n/2 {
+				_, err := c.JetStream().Publish(ctx, "oom.v1.kill.global."+node, []byte("{}"))
+				check(t, err)
+			}
+		}
+		for i := range n {
+			has(fmt.Sprintf("%d of %d", i, n), begun, time.Duration(i)*time.Hour, true)
+		}
+		has("none", begun, 0, false)
+	}
 	// Doubles, that the server no longer takes for such.
 	tell(ctx, t, c, "a")
 	has("a", begun, 0, true)
