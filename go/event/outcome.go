@@ -70,7 +70,7 @@ const (
 const (
 	ReasonEvicted  Reason = "eviction" // through the API's eviction subresource, as a descheduler does
 	ReasonLeft     Reason = "left"     // it was deleted or has ended otherwise, or nobody saw how
-	ReasonEvictor  Reason = "evictor"  // a descheduler's, or the API server, did not let it go: Detail has the words
+	ReasonEvictor  Reason = "evictor"  // a descheduler or the API server did not let it go: Detail has its words
 	ReasonLifetime Reason = "lifetime" // policy.mark_lifetime is over
 )
 

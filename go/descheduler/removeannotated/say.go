@@ -68,7 +68,7 @@ func (s *speaker) say(ctx context.Context, client kubernetes.Interface, pod *v1.
 		}
 	}
 	event := &eventsv1.Event{
-		// As client-go's recorders name theirs. The API server has no UID of it to offer before it exists.
+		// As client-go's recorders name theirs.
 		ObjectMeta:          metav1.ObjectMeta{Namespace: pod.Namespace, Name: fmt.Sprintf("%s.%x", strings.TrimRight(pod.Name[:min(len(pod.Name), 200)], "-."), now.UnixNano())},
 		EventTime:           metav1.NewMicroTime(now),
 		ReportingController: "oom-descheduler",

@@ -22,9 +22,11 @@ import (
 	"k8s.io/klog/v2"
 
 	frameworktypes "sigs.k8s.io/descheduler/pkg/framework/types"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 )
 
-// The passing of time and what a server forgets; what a real one takes is in ../e2e.
+// The passing of time and what a server forgets.
 func TestSpeaker(t *testing.T) {
 	client := fake.NewClientset()
 	now := time.Unix(1000, 0)
@@ -88,6 +90,30 @@ func TestSpeaker(t *testing.T) {
 	})
 	if err := s.say(t.Context(), client, cart, "a budget"); err == nil || s.pods["2"] != nil {
 		t.Errorf("error %v, remembered %v", err, s.pods)
+	}
+}
+
+// A real server takes both: the Event, and that it goes on.
+func TestSpeakerServer(t *testing.T) {
+	c := kubetest.Start(t)
+	c.Namespace("shop")
+	pod := c.Pod("shop", "web", "node-1")
+	now := time.Now()
+	s := speaker{instance: "host-1", now: func() time.Time { return now }, pods: map[types.UID]*said{}}
+	for range 3 {
+		if err := s.say(t.Context(), c.Client, pod, "a budget"); err != nil {
+			t.Fatal(err)
+		}
+		now = now.Add(refresh)
+	}
+	list, err := c.Client.EventsV1().Events("shop").List(t.Context(), metav1.ListOptions{FieldSelector: "reason=EvictionFailed"})
+	if err != nil || len(list.Items) != 1 {
+		t.Fatalf("%d events, %v", len(list.Items), err)
+	}
+	e := list.Items[0]
+	if e.Note != "marked pod stays: a budget" || e.Regarding.UID != pod.UID || e.Series == nil || e.Series.Count != 3 ||
+		!e.Series.LastObservedTime.Equal(&metav1.MicroTime{Time: now.Add(-refresh).Truncate(time.Microsecond)}) {
+		t.Errorf("event %+v", e)
 	}
 }
 
