@@ -92,6 +92,7 @@ func descheduler(c *kubetest.Cluster) *rest.Config {
 	for _, ask := range []authorizationv1.ResourceAttributes{
 		{Verb: "create", Resource: "pods", Subresource: "eviction"},
 		{Verb: "create", Group: "coordination.k8s.io", Resource: "leases", Namespace: "oom-tracer"},
+		{Verb: "update", Group: "coordination.k8s.io", Resource: "leases", Namespace: "oom-tracer", Name: "descheduler"},
 	} {
 		c.Eventually("the descheduler has its rights", func() error {
 			review := &authorizationv1.SelfSubjectAccessReview{Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &ask}}
@@ -580,11 +581,13 @@ func testRefused(r *rig) {
 	r.staysForNow(out.String(), "shop/c", "read it anew: the test's proxy answers 403")
 }
 
-// testStale: between the list and the eviction a pod is replaced by one of the same name, and another loses its mark.
+// testStale: between the list and the eviction a pod is replaced by one of the same name, another loses its mark, and
+// another begins to leave.
 func testStale(r *rig) {
 	r.pod("shop", "db-0", "node-1", marked)
 	r.pod("shop", "pardoned", "node-1", marked)
 	r.pod("shop", "gone", "node-1", marked)
+	r.pod("shop", "leaving", "node-1", marked)
 	born := r.c.Pod("bank", "spare", "node-2") // not looked at
 	r.begin = len(r.c.Audit())
 
@@ -595,6 +598,9 @@ func testStale(r *rig) {
 			once.Do(func() {
 				r.c.DeletePod("shop", "db-0")
 				r.c.DeletePod("shop", "gone")
+				if err := r.c.Client.CoreV1().Pods("shop").Delete(context.Background(), "leaving", metav1.DeleteOptions{}); err != nil {
+					r.Error(err)
+				}
 				born = r.pod("shop", "db-0", "node-1", marked)
 				pod := r.c.GetPod("shop", "pardoned")
 				delete(pod.Annotations, evictMe)
@@ -617,6 +623,7 @@ func testStale(r *rig) {
 	r.staysForNow(log, "shop/db-0", "another pod has its name now")
 	r.staysForNow(log, "shop/pardoned", "its mark is gone")
 	r.staysForNow(log, "shop/gone", "not found")
+	r.staysForNow(log, "shop/leaving", "it is on its way out")
 }
 
 // testInterval: as it is deployed, with a lease: a pod that is marked later goes too, an Event says so, and it ends well.
@@ -711,7 +718,17 @@ profiles:
 	if err != nil {
 		r.Fatal(err)
 	}
-	leases := r.c.Client.CoordinationV1().Leases("oom-tracer")
+	// Who lacks a right may not give the lease back either.
+	unlease := func() {
+		err := r.c.Client.CoordinationV1().Leases("oom-tracer").Delete(r.Context(), "descheduler", metav1.DeleteOptions{})
+		if err != nil && !apierrors.IsNotFound(err) {
+			r.Fatal(err)
+		}
+	}
+	defer func() {
+		unlease()
+		descheduler(r.c) // the next test has all of them again
+	}()
 	verbs := 0
 	for _, object := range manifest {
 		update := objects[object.GetKind()]
@@ -730,9 +747,7 @@ profiles:
 					if err != nil {
 						r.Fatal(err)
 					}
-					if err := leases.Delete(r.Context(), "descheduler", metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
-						r.Fatal(err)
-					}
+					unlease()
 					// Of a server that streams what there is, it lists nothing.
 					r.Setenv("KUBE_FEATURE_WatchListClient", fmt.Sprint(verb != "list"))
 					var flags []string
