@@ -237,6 +237,21 @@ test-vm-annotate: build build/static/oom-tracer build/hog build/nats-server buil
 		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm -count=1 -timeout 20m -run '^TestVM' ./go/cmd/oom-annotator
 	$(Q)tools/no-skips.sh build/test-vm-annotate.json
 
+node_deps = debootstrap ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
+node_parts = build/kube build/kube-node build/deploy build/nats-server build/coredns build/pod build/node build/oom-tap
+
+# The images are those of make image, under a tag of this tree; containerd finds them on a disk of its own.
+.PHONY: node-images
+node-images: BASE := localhost/debian:bookworm
+node-images: $(node_parts) base-image image
+	$(Q)$(image_env) tools/node/images.sh build/node build/node-images.img '$(IMAGE_TAG)' build/nats-server build/coredns build/pod
+
+.PHONY: test-node
+test-node: node-images ## a cluster of one real node (QEMU, containerd, kubelet) with the chart: from real kills to the pods that replace their victims (needs root)
+	$(Q)OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_TAG='$(IMAGE_TAG)' CGO_ENABLED=0 unshare --net -- \
+		$(go_tool) gotestsum --format testname --jsonfile build/test-node.json -- -tags node -count=1 -timeout 60m ./go/internal/nodetest
+	$(Q)tools/no-skips.sh build/test-node.json
+
 .PHONY: bench
 bench: build build/hog ## latency, loss and cost over at least 1,000 real kills (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
@@ -266,6 +281,24 @@ build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
 build/kube: tools/kube/go.mod tools/kube/build.sh
 	@mkdir -p build
 	$(Q)dir=$$(tools/kube/build.sh) && ln -sfnT "$$dir" $@ && touch $@
+
+# The rest of a cluster, of the same module.
+build/kube-node: tools/kube/go.mod tools/kube/build.sh
+	@mkdir -p build
+	$(Q)dir=$$(tools/kube/build.sh node) && ln -sfnT "$$dir" $@ && touch $@
+
+build/coredns: tools/node/go.mod tools/node/coredns.sh
+	@mkdir -p build
+	$(Q)binary=$$(tools/node/coredns.sh) && ln -sfn "$$binary" $@
+
+build/pod: tools/node/pod.c build/.deps
+	$(say) CC $@
+	$(Q)gcc -O2 -Wall -Wextra -Werror -static $< -o $@
+
+# A directory with the disk and the kernel of a node.
+build/node: build/kube-node tools/node/root.sh tools/node/init.sh $(shell find tools/node/files -type f)
+	@tools/install-deps.sh $(LIBBPF) $(node_deps)
+	$(Q)dir=$$(tools/node/root.sh "$$(readlink -f build/kube-node)") && ln -sfnT "$$dir" $@ && touch $@
 
 # A directory with helm, promtool and CRDs, of the module tools/deploy.
 build/deploy: tools/deploy/go.mod tools/deploy/build.sh

@@ -12,12 +12,15 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
+	"maps"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -47,13 +50,32 @@ type Cluster struct {
 	Admin  *rest.Config         // of the group system:masters, without a rate limit
 	Client kubernetes.Interface // Admin's
 
+	// Dir holds what the server was started with: sa.key (of service accounts) and certs/apiserver.crt among it.
+	Dir string
+
 	t        testing.TB
-	api      *process
+	api      *Process
 	auditLog string
+}
+
+// Options change what Start starts.
+type Options struct {
+	// Tokens are further lines of the token file: token,user,uid,"group,group".
+	Tokens []string
+	// AuditPolicy is in the place of the one that Audit goes by.
+	AuditPolicy string
+	// Args of the API server are in the place of those of the same name, or further ones.
+	Args map[string]string
 }
 
 // Start starts an API server and waits until it is ready.
 func Start(t testing.TB) *Cluster {
+	t.Helper()
+	return StartWith(t, Options{AuditPolicy: auditPolicy})
+}
+
+// StartWith is Start with other options.
+func StartWith(t testing.TB, opts Options) *Cluster {
 	t.Helper()
 	programs := scratchtest.Program(t, "kube")
 	if _, err := os.Stat(filepath.Join(programs, "kube-apiserver")); err != nil {
@@ -62,10 +84,10 @@ func Start(t testing.TB) *Cluster {
 	dir := t.TempDir()
 	client, peer, secure := freeAddr(t), freeAddr(t), freeAddr(t)
 
-	etcd := &process{
-		path: filepath.Join(programs, "etcd"),
-		log:  filepath.Join(dir, "etcd.log"),
-		args: []string{
+	etcd := &Process{
+		Path: filepath.Join(programs, "etcd"),
+		Log:  filepath.Join(dir, "etcd.log"),
+		Args: []string{
 			"--data-dir", filepath.Join(dir, "etcd"),
 			"--listen-client-urls", "http://" + client, "--advertise-client-urls", "http://" + client,
 			"--listen-peer-urls", "http://" + peer, "--initial-advertise-peer-urls", "http://" + peer,
@@ -73,9 +95,9 @@ func Start(t testing.TB) *Cluster {
 			"--unsafe-no-fsync",
 		},
 	}
-	t.Cleanup(func() { etcd.end(t) })
-	etcd.start(t)
-	etcd.wait(t, func(ctx context.Context) error { return get(ctx, http.DefaultClient, "http://"+client+"/readyz") })
+	t.Cleanup(func() { etcd.End(t) })
+	etcd.Start(t)
+	etcd.Wait(t, func(ctx context.Context) error { return get(ctx, http.DefaultClient, "http://"+client+"/readyz") })
 
 	// Nothing but the key of the service accounts is made here: the server writes its own certificate.
 	token := rand.Text()
@@ -83,37 +105,39 @@ func Start(t testing.TB) *Cluster {
 	saPub := filepath.Join(dir, "sa.pub")
 	writeServiceAccountKey(t, saKey, saPub)
 	tokens := filepath.Join(dir, "tokens.csv")
-	if err := os.WriteFile(tokens, []byte(token+",admin,admin-uid,system:masters\n"), 0o600); err != nil {
+	lines := append([]string{token + ",admin,admin-uid,system:masters"}, opts.Tokens...)
+	if err := os.WriteFile(tokens, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	auditPolicyFile, auditLog := filepath.Join(dir, "audit-policy.yaml"), filepath.Join(dir, "audit.log")
-	if err := os.WriteFile(auditPolicyFile, []byte(auditPolicy), 0o600); err != nil {
+	if err := os.WriteFile(auditPolicyFile, []byte(opts.AuditPolicy), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	_, port, err := net.SplitHostPort(secure)
 	if err != nil {
 		t.Fatal(err)
 	}
-	api := &process{
-		path: filepath.Join(programs, "kube-apiserver"),
-		log:  filepath.Join(dir, "kube-apiserver.log"),
-		args: []string{
-			"--etcd-servers=http://" + client,
-			"--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--secure-port=" + port,
-			"--cert-dir=" + filepath.Join(dir, "certs"),
-			"--token-auth-file=" + tokens, "--anonymous-auth=false", "--authorization-mode=RBAC",
-			"--service-account-issuer=https://kubernetes.default.svc",
-			"--service-account-key-file=" + saPub, "--service-account-signing-key-file=" + saKey,
-			"--service-cluster-ip-range=10.0.0.0/24", "--endpoint-reconciler-type=none",
-			"--allow-privileged=true", "--enable-priority-and-fairness=false", "--profiling=false",
-			"--audit-policy-file=" + auditPolicyFile, "--audit-log-path=" + auditLog,
-		},
+	args := map[string]string{
+		"etcd-servers": "http://" + client,
+		"bind-address": "127.0.0.1", "advertise-address": "127.0.0.1", "secure-port": port,
+		"cert-dir":        filepath.Join(dir, "certs"),
+		"token-auth-file": tokens, "anonymous-auth": "false", "authorization-mode": "RBAC",
+		"service-account-issuer":   "https://kubernetes.default.svc",
+		"service-account-key-file": saPub, "service-account-signing-key-file": saKey,
+		"service-cluster-ip-range": "10.0.0.0/24", "endpoint-reconciler-type": "none",
+		"allow-privileged": "true", "enable-priority-and-fairness": "false", "profiling": "false",
+		"audit-policy-file": auditPolicyFile, "audit-log-path": auditLog,
 	}
-	c := &Cluster{t: t, api: api, auditLog: auditLog}
-	t.Cleanup(func() { api.end(t) })
-	api.start(t)
+	maps.Copy(args, opts.Args)
+	api := &Process{Path: filepath.Join(programs, "kube-apiserver"), Log: filepath.Join(dir, "kube-apiserver.log")}
+	for _, name := range slices.Sorted(maps.Keys(args)) {
+		api.Args = append(api.Args, "--"+name+"="+args[name])
+	}
+	c := &Cluster{Dir: dir, t: t, api: api, auditLog: auditLog}
+	t.Cleanup(func() { api.End(t) })
+	api.Start(t)
 	cert := filepath.Join(dir, "certs", "apiserver.crt")
-	api.wait(t, func(context.Context) error {
+	api.Wait(t, func(context.Context) error {
 		_, err := os.Stat(cert)
 		return err
 	})
@@ -144,14 +168,14 @@ func (c *Cluster) In(t testing.TB) *Cluster {
 // Stop ends the API server and leaves etcd: an outage.
 func (c *Cluster) Stop() {
 	c.t.Helper()
-	c.api.end(c.t)
+	c.api.End(c.t)
 }
 
 // Start starts the API server again after Stop, at the same address and with the same data, and waits until
 // it is ready.
 func (c *Cluster) Start() {
 	c.t.Helper()
-	c.api.start(c.t)
+	c.api.Start(c.t)
 	c.waitReady()
 }
 
@@ -161,7 +185,7 @@ func (c *Cluster) waitReady() {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	c.api.wait(c.t, func(ctx context.Context) error { return get(ctx, client, c.Admin.Host+"/readyz") })
+	c.api.Wait(c.t, func(ctx context.Context) error { return get(ctx, client, c.Admin.Host+"/readyz") })
 }
 
 // ServiceAccount makes a service account, if it is not there, and returns a client configuration with a new
@@ -198,26 +222,27 @@ func (c *Cluster) Kubeconfig(cfg *rest.Config) string {
 	return file
 }
 
-// process is a child that can be ended and started again. Not for several goroutines.
-type process struct {
-	path string
-	args []string
-	log  string // the file that takes its output
+// Process is a child that can be ended and started again. Not for several goroutines.
+type Process struct {
+	Path string
+	Args []string
+	Log  string // the file that takes its output
 
 	cmd    *exec.Cmd     // nil unless it was started
 	exited chan struct{} // closed when it is gone
 }
 
-func (p *process) name() string { return filepath.Base(p.path) }
+func (p *Process) name() string { return filepath.Base(p.Path) }
 
-func (p *process) start(t testing.TB) {
+// Start starts it; it goes with this process, however that ends.
+func (p *Process) Start(t testing.TB) {
 	t.Helper()
-	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	log, err := os.OpenFile(p.Log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer log.Close()
-	cmd := exec.Command(p.path, p.args...)
+	cmd := exec.Command(p.Path, p.Args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	// A test binary that is killed, by its own timeout too, leaves nothing behind.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -232,8 +257,8 @@ func (p *process) start(t testing.TB) {
 	p.cmd, p.exited = cmd, exited
 }
 
-// end ends the process, if there is one, and waits until it is gone.
-func (p *process) end(t testing.TB) {
+// End ends the process, if there is one, and waits until it is gone.
+func (p *Process) End(t testing.TB) {
 	t.Helper()
 	if p.cmd == nil {
 		return
@@ -248,8 +273,8 @@ func (p *process) end(t testing.TB) {
 	p.cmd = nil
 }
 
-// wait waits until ready returns nil, or fails the test with the end of the process's log.
-func (p *process) wait(t testing.TB, ready func(context.Context) error) {
+// Wait waits until ready returns nil, or fails the test with the end of the process's log.
+func (p *Process) Wait(t testing.TB, ready func(context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), startTimeout)
 	defer cancel()
@@ -260,16 +285,17 @@ func (p *process) wait(t testing.TB, ready func(context.Context) error) {
 		}
 		select {
 		case <-p.exited:
-			t.Fatalf("%s ended before it was ready:\n%s", p.name(), p.tail())
+			t.Fatalf("%s ended before it was ready:\n%s", p.name(), p.Tail())
 		case <-ctx.Done():
-			t.Fatalf("%s is not ready: %v\n%s", p.name(), err, p.tail())
+			t.Fatalf("%s is not ready: %v\n%s", p.name(), err, p.Tail())
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
 
-func (p *process) tail() []byte {
-	log, err := os.ReadFile(p.log)
+// Tail is the end of its output.
+func (p *Process) Tail() []byte {
+	log, err := os.ReadFile(p.Log)
 	if err != nil {
 		return []byte(err.Error())
 	}

@@ -1,0 +1,323 @@
+//go:build node
+
+// Package nodetest runs a cluster of one real node for tests: a virtual machine with a stock Debian kernel, systemd,
+// containerd and a kubelet, and on this machine the rest of Kubernetes. make test-node runs its tests, in a
+// network namespace of their own. tools/node builds what it needs.
+package nodetest
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+)
+
+// nodeName is the node's. Its address and images do not depend on it.
+const nodeName = "node-1"
+
+// auditPolicy has the server log what changes the pods of the test and what is written about them.
+const auditPolicy = `apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+  - level: Request
+    verbs: [create, update, patch, delete, deletecollection]
+    resources:
+      - {group: "", resources: [pods, pods/status, pods/eviction, events]}
+      - {group: events.k8s.io, resources: [events]}
+  - level: None
+`
+
+// Lab is the cluster.
+type Lab struct {
+	*kubetest.Cluster
+	Machine *Machine
+
+	t          testing.TB
+	kubeconfig string // the administrator's
+}
+
+// start brings the cluster up, until the node is ready.
+func start(t testing.TB) *Lab {
+	t.Helper()
+	ownNetwork(t)
+	dir := t.TempDir()
+	token := map[string]string{}
+	var tokens []string
+	for user, group := range map[string]string{
+		"system:node:" + nodeName: "system:nodes", "system:kube-controller-manager": "", "system:kube-scheduler": "", "system:kube-proxy": "",
+	} {
+		token[user] = rand.Text()
+		tokens = append(tokens, fmt.Sprintf("%s,%s,%s,%q", token[user], user, user, group))
+	}
+	certificate, key := clientCertificate(t, "kube-apiserver-kubelet-client", "system:masters")
+	kubeletCert, kubeletKey := filepath.Join(dir, "kubelet-client.crt"), filepath.Join(dir, "kubelet-client.key")
+	write(t, kubeletCert, certificate)
+	write(t, kubeletKey, key)
+	l := &Lab{t: t}
+	l.Cluster = kubetest.StartWith(t, kubetest.Options{
+		Tokens: tokens, AuditPolicy: auditPolicy,
+		Args: map[string]string{
+			"advertise-address": hostIP, "endpoint-reconciler-type": "lease", "service-cluster-ip-range": "10.96.0.0/16",
+			"authorization-mode": "Node,RBAC", "enable-admission-plugins": "NodeRestriction", "enable-priority-and-fairness": "true",
+			"kubelet-client-certificate": kubeletCert, "kubelet-client-key": kubeletKey, "kubelet-preferred-address-types": "InternalIP",
+		},
+	})
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(l.Admin.Host, "https://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := l.Admin.CAData
+	l.kubeconfig = l.Kubeconfig(l.Admin)
+
+	programs := scratchtest.Program(t, "kube-node")
+	for name, args := range map[string][]string{
+		"kube-controller-manager": {
+			"--use-service-account-credentials", "--service-account-private-key-file=" + filepath.Join(l.Dir, "sa.key"),
+			"--root-ca-file=" + filepath.Join(l.Dir, "certs", "apiserver.crt"), "--leader-elect=false", "--bind-address=127.0.0.1",
+			"--cluster-cidr=10.244.0.0/16", "--controllers=*,-node-ipam-controller,-node-route-controller,-cloud-node-lifecycle-controller,-service-lb-controller",
+		},
+		"kube-scheduler": {"--leader-elect=false", "--bind-address=127.0.0.1"},
+	} {
+		file := filepath.Join(dir, name+".kubeconfig")
+		write(t, file, kubeconfig(t, l.Admin.Host, ca, token["system:"+name]))
+		p := &kubetest.Process{
+			Path: filepath.Join(programs, name), Log: filepath.Join(dir, name+".log"),
+			Args: append(args, "--kubeconfig="+file, "--authentication-kubeconfig="+file, "--authorization-kubeconfig="+file),
+		}
+		t.Cleanup(func() {
+			p.End(t)
+			if t.Failed() {
+				t.Logf("%s:\n%s", name, p.Tail())
+			}
+		})
+		p.Start(t)
+	}
+
+	server := "https://" + net.JoinHostPort(hostIP, port)
+	settings := filepath.Join(dir, "settings.tar")
+	write(t, settings, archive(t, map[string][]byte{
+		"etc/kubernetes/kubelet.kubeconfig":    kubeconfig(t, server, ca, token["system:node:"+nodeName]),
+		"etc/kubernetes/kube-proxy.kubeconfig": kubeconfig(t, server, ca, token["system:kube-proxy"]),
+		"etc/kubernetes/kubelet-client-ca.crt": certificate,
+		"usr/local/bin/pod":                    read(t, scratchtest.Program(t, "pod")),
+		// What the chart ships, and what CRI-O has (Debian's golang-github-containers-common).
+		"var/lib/kubelet/seccomp/oom-tracer.json": read(t, repository(l, "deploy/seccomp/oom-tracer.json")),
+		"var/lib/kubelet/seccomp/crio.json":       read(t, "/usr/share/containers/seccomp.json"),
+	}))
+	booted := time.Now()
+	l.Machine = boot(t, scratchtest.Program(t, "node"), scratchtest.Program(t, "node-images.img"), settings, nodeName)
+	l.await("the node is ready", 10*time.Minute, func() error {
+		node, err := l.Client.CoreV1().Nodes().Get(t.Context(), nodeName, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		for _, c := range node.Status.Conditions {
+			if c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue {
+				return nil
+			}
+		}
+		return errors.New("its Ready condition is not true")
+	})
+	l.logf("boot to node ready: %.0f s", time.Since(booted).Seconds())
+	return l
+}
+
+// ownNetwork makes the node's address one of this network namespace, for the API server connects to the kubelet there,
+// and refuses to do so in one where others are.
+func ownNetwork(t testing.TB) {
+	t.Helper()
+	links, err := net.Interfaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(links) != 1 {
+		t.Fatal("the test changes the network of the namespace that it runs in: run it with make test-node")
+	}
+	for _, args := range [][]string{
+		{"link", "set", "lo", "up"},
+		{"addr", "add", nodeIP + "/32", "dev", "lo"},
+		// QEMU forwards only what comes from the loopback's own address.
+		{"route", "replace", "local", nodeIP, "dev", "lo", "table", "local", "proto", "kernel", "scope", "host", "src", "127.0.0.1"},
+	} {
+		if out, err := exec.CommandContext(t.Context(), "ip", args...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s: %v: %s", strings.Join(args, " "), err, out)
+		}
+	}
+}
+
+// await waits until try returns nil. Where it does not in time, the test ends with what the node has to say.
+func (l *Lab) await(what string, patience time.Duration, try func() error) {
+	l.t.Helper()
+	deadline := time.Now().Add(patience)
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) || l.t.Context().Err() != nil {
+			l.diagnose()
+			l.t.Fatalf("%s: not after %s: %v", what, patience, err)
+		}
+		time.Sleep(250 * time.Millisecond)
+	}
+}
+
+// diagnose prints what is wrong with the node and its pods.
+func (l *Lab) diagnose() {
+	l.t.Helper()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(l.t.Context()), 3*time.Minute)
+	defer cancel()
+	for _, args := range [][]string{
+		{"get", "nodes", "-o", "wide"}, {"get", "pods", "-A", "-o", "wide"}, {"get", "events", "-A", "--sort-by=.lastTimestamp"},
+	} {
+		out, err := l.kubectl(ctx, "", args...)
+		l.t.Logf("kubectl %s: %v\n%s", strings.Join(args, " "), err, lastLines(out, 40))
+	}
+	pods, err := l.Client.CoreV1().Pods("").List(ctx, metav1.ListOptions{})
+	if err != nil {
+		l.t.Log(err)
+	} else {
+		for _, pod := range pods.Items {
+			for _, status := range append(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses...) {
+				if status.Ready && status.RestartCount == 0 || pod.Namespace == "shop" {
+					continue
+				}
+				for _, previous := range []string{"--previous=true", "--previous=false"} {
+					out, err := l.kubectl(ctx, "", "logs", "-n", pod.Namespace, pod.Name, "-c", status.Name, "--tail=20", previous)
+					l.t.Logf("log of %s/%s %s (%s): %v\n%s", pod.Namespace, pod.Name, status.Name, previous, err, out)
+				}
+			}
+		}
+	}
+	out, err := l.Machine.Run(ctx, "journalctl -u kubelet -u containerd -u node-setup -n 60 --no-pager -o cat; free -m; systemctl --failed --no-pager")
+	l.t.Logf("the node's journal: %v\n%s", err, out)
+}
+
+// kubectl runs it as the administrator. It returns what it prints on both streams.
+func (l *Lab) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(scratchtest.Program(l.t, "kube-node"), "kubectl"), args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+l.kubeconfig)
+	cmd.Stdin = strings.NewReader(stdin)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// helm runs it as the administrator, or fails the test.
+func (l *Lab) helm(args ...string) string {
+	l.t.Helper()
+	cmd := exec.CommandContext(l.t.Context(), filepath.Join(scratchtest.Program(l.t, "deploy"), "helm"), args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+l.kubeconfig, "HOME="+l.t.TempDir())
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		l.diagnose()
+		l.t.Fatalf("helm %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+func (l *Lab) logf(format string, args ...any) {
+	fmt.Printf("%s  %s\n", time.Now().UTC().Format("15:04:05.000"), fmt.Sprintf(format, args...))
+}
+
+func lastLines(s string, n int) string {
+	lines := strings.SplitAfter(s, "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "")
+}
+
+func read(t testing.TB, file string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func write(t testing.TB, file string, data []byte) {
+	t.Helper()
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func kubeconfig(t testing.TB, server string, ca []byte, token string) []byte {
+	t.Helper()
+	config := clientcmdapi.NewConfig()
+	config.Clusters["lab"] = &clientcmdapi.Cluster{Server: server, CertificateAuthorityData: ca}
+	config.AuthInfos["lab"] = &clientcmdapi.AuthInfo{Token: token}
+	config.Contexts["lab"] = &clientcmdapi.Context{Cluster: "lab", AuthInfo: "lab"}
+	config.CurrentContext = "lab"
+	data, err := clientcmd.Write(*config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// clientCertificate makes a certificate that is its own authority, in PEM.
+func clientCertificate(t testing.TB, name, group string) (certificate, key []byte) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name, Organization: []string{group}},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &private.PublicKey, private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret})
+}
+
+// archive is a tar archive of these files, for a disk: a whole number of its sectors.
+func archive(t testing.TB, files map[string][]byte) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for name, data := range files {
+		err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(data)), ModTime: time.Now()})
+		if err == nil {
+			_, err = w.Write(data)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return append(b.Bytes(), make([]byte, -b.Len()&511)...)
+}
