@@ -182,15 +182,13 @@ func TestExamples(t *testing.T) {
 					where = namespace
 					checkTracer(t, template)
 				}
-				pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: template.Labels}, Spec: *template.Spec.DeepCopy()}
+				pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: template.Labels, Annotations: template.Annotations}, Spec: *template.Spec.DeepCopy()}
 				created, err := c.Client.CoreV1().Pods(where).Create(t.Context(), pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 				if err != nil {
 					t.Errorf("pod of %s: %v", name, err)
 					continue
 				}
-				if name == "oom-tracer" && created.Status.QOSClass != corev1.PodQOSGuaranteed {
-					t.Errorf("the tracer's class is %s", created.Status.QOSClass)
-				}
+				checkSpared(t, created)
 				token := slices.ContainsFunc(created.Spec.Volumes, func(v corev1.Volume) bool { return v.Projected != nil && strings.HasPrefix(v.Name, "kube-api-access") })
 				if token != (name == "oom-annotator" || name == "oom-descheduler") {
 					t.Errorf("%s has an API token: %v", name, token)
@@ -314,7 +312,12 @@ func TestRefused(t *testing.T) {
 		"config.nats.url=nats://x:1":                         "/config/nats/url",
 		"nats.nodeKeys.node-1=SUAXYZ":                        "/nats/nodeKeys/node-1",
 		"annotator.replicas=0":                               "/annotator/replicas",
-		"tracer.resources.cpu=null":                          "/tracer/resources",
+		"tracer.resources.cpu=200m":                          "/tracer/resources",
+		"tracer.resources.limits.memory=lots":                "/tracer/resources/limits/memory",
+		"tracer.resources.limits.memory=1Xi":                 "tracer.resources.limits.memory: 1Xi is not a size",
+		"tracer.seccompProfile.type=Localhost":               "/tracer/seccompProfile",
+		"nats.storage.size=1Gi":                              "nats.storage.size: 1Gi is too small: the streams need 1104 MiB",
+		"config.nats.stream.max_bytes=4GiB":                  "Set nats.storage.size to at least 4913Mi, or lower config.nats.stream.max_bytes",
 		"tracer.statePath=relative":                          "/tracer/statePath",
 		"descheduler.interval=0s":                            "/descheduler/interval",
 		"descheduler.policy.profils=x":                       "/descheduler/policy",
