@@ -417,6 +417,11 @@ func TestSharedTracer(t *testing.T) {
 			}
 		}
 	}
+	// The user of helm test.
+	cmd := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), "await", "--timeout", "20s", "--pod-uid", e.Container.PodUID, "--config", s.config("tap"))
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "ok: pod "+e.Container.PodUID+" was killed") {
+		t.Errorf("oom-tap await: %v\n%s", err, out)
+	}
 	tap := s.connect("oom-tap", nats.UserInfo("oom-tap", s.passwords["tap"]))
 	tap.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1", "$JS.API.STREAM.DELETE.OOM", "$JS.API.STREAM.PURGE.OOM", "$JS.API.STREAM.UPDATE.OOM",
 		"$JS.API.STREAM.MSG.DELETE.OOM", "$JS.API.CONSUMER.DELETE.OOM.oom-annotator", "$JS.API.CONSUMER.CREATE.OOM.oom-annotator",

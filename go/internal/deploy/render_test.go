@@ -109,6 +109,9 @@ func templates(t *testing.T, objects []*unstructured.Unstructured) map[string]co
 				}})
 			}
 			pods[o.GetName()] = set.Spec.Template
+		case "Pod":
+			pod := get[corev1.Pod](t, objects, "Pod", o.GetName())
+			pods[o.GetName()] = corev1.PodTemplateSpec{ObjectMeta: pod.ObjectMeta, Spec: pod.Spec}
 		case "Job":
 			pods["oom-tracer-setup"] = get[batchv1.Job](t, objects, "Job", o.GetName()).Spec.Template
 		}
@@ -121,16 +124,16 @@ var examples = map[string]struct {
 	values string // "" is the default
 	pods   []string
 }{
-	"default":              {"", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"manifests":            {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"single-node":          {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"default":              {"", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"manifests":            {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"single-node":          {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 	"embedded":             {"deploy/examples/embedded.yaml", []string{"oom-tracer"}},
-	"own-nats":             {"deploy/examples/own-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"existing-nats":        {"deploy/examples/existing-nats.yaml", []string{"oom-annotator", "oom-tracer"}},
-	"observe-only":         {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"act":                  {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"evict":                {"deploy/examples/evict.yaml", []string{"oom-annotator", "oom-descheduler", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"upstream-descheduler": {"deploy/examples/upstream-descheduler.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"own-nats":             {"deploy/examples/own-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"existing-nats":        {"deploy/examples/existing-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-test"}},
+	"observe-only":         {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"act":                  {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"evict":                {"deploy/examples/evict.yaml", []string{"oom-annotator", "oom-descheduler", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"upstream-descheduler": {"deploy/examples/upstream-descheduler.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 }
 
 // TestExamples: what each documented file of values renders is taken by a real API server, kinds of the
@@ -254,7 +257,7 @@ func TestEveryKey(t *testing.T) {
 	}
 	indented := "config:\n  " + strings.ReplaceAll(strings.TrimSpace(string(text)), "\n", "\n  ")
 	objects := render(t, values(t, indented+"\nnats: {mode: external, external: {tlsSecret: tls, clientCertificate: true,\n"+
-		"  tracer: {secret: a, user: tracer}, annotator: {secret: a, user: tracer}, owner: {secret: a, user: tracer}}}\n")...)
+		"  tracer: {secret: a, user: tracer}, annotator: {secret: a, user: tracer}, owner: {secret: a, user: tracer}, tap: {secret: a, user: tracer}}}\n")...)
 	for who, got := range configs(t, objects) {
 		want := want
 		want.Node.StateFile, want.Kernel.PinDir = "/var/lib/oom-tracer/state.json", "/run/oom-tracer/bpf/oom-tracer"
@@ -263,6 +266,38 @@ func TestEveryKey(t *testing.T) {
 		want.Metrics.Listen, want.Annotator.Listen, want.Annotator.Kubeconfig = ":9105", ":9106", ""
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%s:\n%+v\nwant:\n%+v", who, got, want)
+		}
+	}
+}
+
+// TestHelmTest: what helm test runs is a hook and no part of the release, in each mode that has a stream; it waits for an
+// outcome where somebody makes one.
+func TestHelmTest(t *testing.T) {
+	for set, want := range map[string][]string{
+		"nats.mode=cluster":       {"await", "--config=/etc/oom-tracer/config/config.yaml", "--pod-uid=$(POD_UID)", "--outcome"},
+		"annotator.enabled=false": {"await", "--config=/etc/oom-tracer/config/config.yaml", "--pod-uid=$(POD_UID)"},
+		"nats.mode=external,config.nats.url=nats://x:4222,nats.external.tap.secret=s,nats.external.tap.user=reader": {
+			"await", "--config=/etc/oom-tracer/config/config.yaml", "--pod-uid=$(POD_UID)", "--outcome"},
+		"nats.mode=embedded": nil,
+	} {
+		objects := render(t, "--set", set)
+		pod := get[corev1.Pod](t, objects, "Pod", "oom-tracer-test")
+		if (pod == nil) != (want == nil) {
+			t.Errorf("%s: pod %v", set, pod)
+		}
+		if pod == nil {
+			continue
+		}
+		if pod.Annotations["helm.sh/hook"] != "test" || !slices.Equal(pod.Spec.Containers[0].Args, want) {
+			t.Errorf("%s: annotations %v, arguments %q", set, pod.Annotations, pod.Spec.Containers[0].Args)
+		}
+		victim, all := pod.Spec.InitContainers[0].Resources.Limits.Memory(), pod.Spec.Containers[0].Resources.Limits.Memory()
+		if victim.Value() > 32<<20 || all.Cmp(*victim) <= 0 {
+			t.Errorf("%s: the victim's limit is %s, the pod's %s", set, victim, all)
+		}
+		reader := configs(t, objects)["tap"].NATS
+		if user := map[bool]string{true: "reader", false: "oom-tap"}[strings.Contains(set, "external")]; reader.User != user || reader.PasswordFile == "" {
+			t.Errorf("%s: user %q, password in %q", set, reader.User, reader.PasswordFile)
 		}
 	}
 }
