@@ -52,7 +52,7 @@ type waiting struct {
 	kills    map[string]bool // of the pod, by ID
 	others   int             // kills of other pods
 	outcomes map[string]string
-	failing  error           // the last time that the stream could not be read
+	failing  error // the last time that the stream could not be read
 }
 
 // await waits for the kill of a pod to be published, and with --outcome for what oom-annotator made of it. It fails when
