@@ -18,6 +18,71 @@ imagePullSecrets: {{ toJson . }}
 {{- end }}
 {{- end }}
 
+{{- /* The annotations of a pod: ours is protected from our own marks, and "more" goes before it. */ -}}
+{{- define "oom.annotations" -}}
+{{- $ours := dict }}
+{{- with dig "policy" "opt_out_annotation" "oom-tracer.alpha.kubernetes.io/opt-out" .root.Values.config }}
+{{- $_ := set $ours . "true" }}
+{{- end }}
+{{- with merge (dict) (.more | default dict) $ours }}
+{{- toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* Resources with the requests written out: what has no request of its own requests its limit, as the API server has it. */ -}}
+{{- define "oom.resources" -}}
+{{- $limits := .limits | default dict }}
+{{- toYaml (dict "requests" (merge (dict) (.requests | default dict) $limits) "limits" $limits) }}
+{{- end }}
+
+{{- /* The bytes of a quantity of Kubernetes (256Mi, 1G, 1e9) or of a size of config.yaml (1GiB). */ -}}
+{{- define "oom.bytes" -}}
+{{- $text := toString .size }}
+{{- $units := dict "" 1 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "P" 1e15 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "Pi" 1125899906842624 }}
+{{- $number := regexFind "^[0-9]+(\\.[0-9]+)?([eE][+-]?[0-9]+)?" $text }}
+{{- $unit := trimPrefix $number $text | trimSuffix "B" }}
+{{- if or (not $number) (not (hasKey $units $unit)) }}
+{{- fail (printf "%s: %s is not a size such as 256Mi" .name $text) }}
+{{- end }}
+{{- mulf (float64 $number) (get $units $unit) | int64 }}
+{{- end }}
+
+{{- /* Go's soft limit, at 85% of the memory limit: the rest is for what Go does not count (the program's text, C, the kernel's
+page cache and maps). Without a memory limit, and where env has its own GOMEMLIMIT, there is none. */ -}}
+{{- define "oom.goMemLimit" -}}
+{{- $own := false }}
+{{- range .env }}{{ if eq .name "GOMEMLIMIT" }}{{ $own = true }}{{ end }}{{ end }}
+{{- with dig "limits" "memory" "" .resources }}
+{{- if not $own -}}
+- name: GOMEMLIMIT
+  value: {{ div (include "oom.bytes" (dict "size" . "name" (printf "%s.resources.limits.memory" $.name)) | int64 | mul 85) 100 | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* The probes of our programs on their metrics' port. /healthz asks only for what a restart cures; NATS or the API
+server being away is not. The times are those of a node in trouble: while a node runs out of memory it thrashes for
+minutes, and a program that is restarted then is missing when it is needed. The start may take ten minutes; a
+program that hangs is restarted after five. */ -}}
+{{- define "oom.probes" -}}
+{{- $scheme := .scheme | default "HTTP" -}}
+startupProbe:
+  httpGet: {path: /healthz, port: metrics, scheme: {{ $scheme }}}
+  periodSeconds: 5
+  timeoutSeconds: 10
+  failureThreshold: 120
+livenessProbe:
+  httpGet: {path: /healthz, port: metrics, scheme: {{ $scheme }}}
+  periodSeconds: 30
+  timeoutSeconds: 20
+  failureThreshold: 10
+readinessProbe:
+  httpGet: {path: {{ .ready | default "/readyz" }}, port: metrics, scheme: {{ $scheme }}}
+  periodSeconds: 10
+  timeoutSeconds: 10
+  failureThreshold: 3
+{{- end }}
+
 {{- define "oom.natsHost" -}}
 oom-tracer-nats.{{ .Release.Namespace }}.svc
 {{- end }}

@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -151,10 +150,6 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 		return err
 	}
 	defer bounded(conn.Close) // it may wait for a server that does not answer
-	if cfg.NATS.URL != "" {
-		// The embedded server's are its tracer's.
-		go w.ensureStreams(ctx, conn, cfg.NATS.Stream)
-	}
 	publisher, err := bus.NewPublisher(conn, cfg.NATS.Buffer, a.Hooks(), w.log)
 	if err != nil {
 		return fmt.Errorf("make the publisher: %w", err)
@@ -280,26 +275,6 @@ func (w *works) connect(ctx context.Context, cfg config.NATS) (*bus.Conn, error)
 		case <-time.After(500 * time.Millisecond):
 		case <-ctx.Done():
 			return nil, nil
-		}
-	}
-}
-
-// ensureStreams makes the streams, unless that is somebody else's to do.
-func (w *works) ensureStreams(ctx context.Context, conn *bus.Conn, cfg config.Stream) {
-	for {
-		err := bus.EnsureStreams(ctx, conn, cfg)
-		switch {
-		case err == nil || ctx.Err() != nil:
-			return
-		case errors.Is(err, nats.ErrPermissionViolation):
-			w.log.Info("streams are left to their owner", "error", err)
-			return
-		}
-		w.log.Warn("streams cannot be made, will try again", "error", err)
-		select {
-		case <-time.After(10 * time.Second):
-		case <-ctx.Done():
-			return
 		}
 	}
 }

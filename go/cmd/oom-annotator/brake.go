@@ -2,13 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync/atomic"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/budget"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 )
 
 // brakeInterval is how often the shared state is looked at to say what holds. Whoever is about to mark a pod
@@ -35,7 +38,7 @@ type reading struct {
 func (b *brake) follow(ctx context.Context, ledger *budget.Ledger, log *slog.Logger) {
 	tick := time.NewTicker(brakeInterval)
 	defer tick.Stop()
-	failing := ""
+	failing, known := "", false
 	for paused := false; ; {
 		state, err := ledger.State(ctx)
 		switch {
@@ -43,12 +46,17 @@ func (b *brake) follow(ctx context.Context, ledger *budget.Ledger, log *slog.Log
 			return
 		case err != nil:
 			b.now.Store(nil)
-			if err.Error() != failing {
+			switch {
+			case err.Error() == failing:
+			case !known && errors.Is(err, jetstream.ErrBucketNotFound):
+				// On a first install its owner may come later.
+				log.Info("waiting for the bucket of budgets and pause, which oom-tap setup makes", "bucket", bus.BucketName)
+			default:
 				log.Warn("budgets and pause cannot be read, nothing is marked", "error", err)
 			}
 			failing = err.Error()
 		default:
-			failing = ""
+			failing, known = "", true
 			now := time.Now()
 			p := state.Paused(now)
 			b.now.Store(&reading{p != nil, len(state.Since(now.Add(-ledger.Limits.Window))), ledger.Limits.Cluster})

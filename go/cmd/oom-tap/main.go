@@ -38,8 +38,12 @@ Usage:
   oom-tap resume [flags]   go on
   oom-tap setup [flags]    make or update streams and bucket on the NATS of the config
   oom-tap keys DIR NODE... make an nkey for each node that has none in DIR, print the public ones for the chart
+  oom-tap await [flags]    wait for a kill of the pod with --pod-uid to be published
+  oom-tap victim FILE      use up the memory limit of this container, unless FILE exists: the victim of helm test
 
 Installed as kubectl-oom it is also: kubectl oom pod NAME
+
+Exit status: 0 done; 1 failed, or what await waits for did not come in time; 2 the command line is wrong.
 
 Flags of %s:
 `
@@ -88,6 +92,10 @@ type options struct {
 	// Of outcomes and pod alone.
 	namespace string
 	pod       string
+	// Of await alone.
+	podUID  string
+	outcome bool
+	timeout time.Duration
 	// Of pause alone.
 	reason   string
 	duration time.Duration
@@ -166,8 +174,11 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
 		command, args = args[0], args[1:]
 	}
-	if command == "keys" {
+	switch command {
+	case "keys":
 		return keys(args, stdout)
+	case "victim":
+		return victim(args, stdout)
 	}
 	o := options{output: "text", color: "auto"}
 	flags := flag.NewFlagSet("oom-tap", flag.ContinueOnError)
@@ -190,6 +201,12 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
 			o.pod, args = args[0], args[1:]
 		}
+	case "await":
+		o.since, o.timeout = 10*time.Minute, 2*time.Minute
+		flags.StringVar(&o.podUID, "pod-uid", "", "the `UID` of the pod, metadata.uid")
+		flags.BoolVar(&o.outcome, "outcome", false, "wait for what oom-annotator made of the kill, too")
+		durationFlag(flags, &o.since, "since", "a kill that was published up to this `duration` ago counts (default 10m)")
+		durationFlag(flags, &o.timeout, "timeout", "wait for this `duration` at most (default 2m)")
 	case "pause":
 		flags.StringVar(&o.reason, "reason", "", "why, in a `sentence`; every kill's outcome shows it")
 		durationFlag(flags, &o.duration, "for", "go on by itself after this `duration`")
@@ -220,6 +237,8 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	case o.version:
 	case command == "pod" && o.pod == "":
 		return usageError{errors.New("pod needs the pod's name")}
+	case command == "await" && o.podUID == "":
+		return usageError{errors.New("await needs --pod-uid")}
 	case command == "pause" && strings.TrimSpace(o.reason) == "":
 		return usageError{errors.New("pause needs --reason: who is paged meanwhile will ask")}
 	case len(o.reason) > maxReason:
@@ -240,7 +259,8 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	if err != nil {
 		return err
 	}
-	conn, err := bus.Connect(ctx, cfg.NATS, bus.Options{Name: "oom-tap"}, log)
+	// await bounds its own time, in which NATS may come.
+	conn, err := bus.Connect(ctx, cfg.NATS, bus.Options{Name: "oom-tap", Background: command == "await"}, log)
 	if err != nil {
 		return err
 	}
@@ -255,6 +275,8 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	switch command {
 	case "nodes":
 		return nodes(ctx, conn, o, stdout, stderr)
+	case "await":
+		return await(ctx, conn, o, stdout, stderr)
 	case "pod":
 		return pod(ctx, conn, o, stdout, stderr)
 	case "pause", "resume", "status":

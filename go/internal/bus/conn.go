@@ -347,16 +347,20 @@ func (c *Conn) attemptFailed(err error) {
 // once logs a warning unless key was used since the connection's state changed, and no more than a few
 // different ones: error texts carry port numbers.
 func (c *Conn) once(key, msg string, args ...any) {
-	c.mu.Lock()
-	_, again := c.said[key]
-	again = again || len(c.said) >= 32
-	if !again {
-		c.said[key] = struct{}{}
-	}
-	c.mu.Unlock()
-	if !again {
+	if c.isNews(key) {
 		c.log.Warn(msg, args...)
 	}
+}
+
+// isNews tells whether key was not used since the connection's state changed, and there were only a few others.
+func (c *Conn) isNews(key string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, again := c.said[key]; again || len(c.said) >= 32 {
+		return false
+	}
+	c.said[key] = struct{}{}
+	return true
 }
 
 // asyncError takes what the server says without being asked.

@@ -66,6 +66,7 @@ type Consumer struct {
 	mu        sync.Mutex
 	undecided map[uint64]*Delivery // by Stored.Seq
 	failing   error
+	consumed  bool  // there was a stream to consume
 	unsettled error // why nothing can be settled
 }
 
@@ -91,6 +92,22 @@ func (c *Consumer) setFailing(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.failing = err
+	c.consumed = c.consumed || err == nil
+}
+
+// report logs why consuming fails, once. A stream that was not made yet is no fault: on a first install its owner
+// may come later.
+func (c *Consumer) report(err error) {
+	c.mu.Lock()
+	consumed := c.consumed
+	c.mu.Unlock()
+	if !consumed && errors.Is(err, jetstream.ErrStreamNotFound) {
+		if c.conn.isNews("waiting for " + event.StreamName) {
+			c.conn.log.Info("waiting for the stream, which oom-tap setup makes", "consumer", c.o.Name, "stream", event.StreamName)
+		}
+		return
+	}
+	c.conn.once("consume"+err.Error(), "consuming is interrupted, will go on", "consumer", c.o.Name, "stream", event.StreamName, "error", err)
 }
 
 func (c *Consumer) setUnsettled(err error) {
@@ -150,7 +167,7 @@ func (c *Consumer) sessions(ctx context.Context, work chan<- *Delivery) error {
 			return fmt.Errorf("consume %s: %w", c.o.Name, err)
 		}
 		c.setFailing(err)
-		c.conn.once("consume"+err.Error(), "consuming is interrupted, will go on", "consumer", c.o.Name, "stream", event.StreamName, "error", err)
+		c.report(err)
 		failures++
 		pause := time.NewTimer(backoff(failures))
 		select {

@@ -222,7 +222,7 @@ func TestConsumeServerKilled(t *testing.T) {
 	}
 }
 
-// Whoever comes before the stream waits for it, and says so.
+// Whoever comes before the stream waits for it, and says so without a warning. A stream that is deleted later is one.
 func TestConsumeNoStream(t *testing.T) {
 	ctx := begin(t)
 	cfg, _ := startEmbedded(t)
@@ -230,12 +230,16 @@ func TestConsumeNoStream(t *testing.T) {
 	c := connect(ctx, t, cfg, bus.Options{}, log)
 	seen := newHandled()
 	consumer, _ := consume(t, c, 1, func(_ context.Context, d *bus.Delivery) { seen.note(d); d.Ack() })
-	for !strings.Contains(logged.String(), "consuming is interrupted") {
-		if ctx.Err() != nil {
-			t.Fatal("nothing is said")
+	says := func(what string) {
+		t.Helper()
+		for !strings.Contains(logged.String(), what) {
+			if ctx.Err() != nil {
+				t.Fatalf("nothing is said of %q:\n%s", what, logged)
+			}
+			time.Sleep(5 * time.Millisecond)
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
+	says("waiting for the stream")
 	wantError(t, consumer.Failing(), "make consumer", "stream not found")
 	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	p, _ := publisher(t, c, 10, bus.Hooks{}, log)
@@ -244,6 +248,11 @@ func TestConsumeNoStream(t *testing.T) {
 	if err := consumer.Failing(); err != nil {
 		t.Error(err)
 	}
+	if strings.Contains(logged.String(), "level=WARN") {
+		t.Errorf("a warning:\n%s", logged)
+	}
+	check(t, c.JetStream().DeleteStream(ctx, event.StreamName))
+	says("consuming is interrupted")
 }
 
 // What a replica leaves undone when it ends, another does at once.

@@ -23,6 +23,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
@@ -32,11 +33,32 @@ type servers struct {
 	objects   []*unstructured.Unstructured
 	urls      []string
 	passwords map[string]string
+	logs      []string // files
 }
 
-// startServers starts as many servers as the chart would, on loopback. The rest of their configuration, and of
-// their environment, is as rendered.
+// startServers starts the servers, and makes the streams as the owner's Job does.
 func startServers(t *testing.T, args ...string) *servers {
+	t.Helper()
+	s := newServers(t, args...)
+	s.setup()
+	return s
+}
+
+// setup runs the owner's Job, as rendered but for the addresses.
+func (s *servers) setup() {
+	s.t.Helper()
+	eventually(s.t, "oom-tap setup", func() error {
+		out, err := exec.Command(scratchtest.Program(s.t, "oom-tap"), "setup", "--config", s.config("owner")).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
+}
+
+// newServers starts as many servers as the chart would, on loopback. The rest of their configuration, and of
+// their environment, is as rendered.
+func newServers(t *testing.T, args ...string) *servers {
 	t.Helper()
 	s := &servers{t: t, objects: render(t, args...), passwords: map[string]string{}}
 	for name, value := range get[corev1.Secret](t, s.objects, "Secret", "oom-tracer-nats").Data {
@@ -73,30 +95,41 @@ func startServers(t *testing.T, args ...string) *servers {
 		}
 		cmd := exec.Command(scratchtest.Program(t, "nats-server"), "--config", filepath.Join(dir, "nats.conf"))
 		cmd.Env = append([]string{fmt.Sprintf("POD_NAME=oom-tracer-nats-%d", i)}, env...)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		var out bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &out
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait()
-			if t.Failed() {
-				t.Logf("nats-server %d:\n%s", i, out.Bytes())
-			}
-		})
+		s.logs = append(s.logs, startLogged(t, cmd))
 		s.urls = append(s.urls, "nats://"+addr)
 	}
-	// The owner's Job, as rendered but for the addresses.
-	eventually(t, "oom-tap setup", func() error {
-		out, err := exec.Command(scratchtest.Program(t, "oom-tap"), "setup", "--config", s.config("owner")).CombinedOutput()
-		if err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
-		return nil
-	})
 	return s
+}
+
+// startLogged starts a program, and returns the file that it logs to.
+func startLogged(t *testing.T, cmd *exec.Cmd) string {
+	t.Helper()
+	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = log, log, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if t.Failed() {
+			t.Logf("%q logged:\n%s", cmd.Args, readFile(t, log.Name()))
+		}
+	})
+	return log.Name()
+}
+
+func readFile(t *testing.T, file string) string {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }
 
 func replaced(t *testing.T, needed bool, text, old, with string) string {
@@ -292,6 +325,48 @@ func TestNodeKeys(t *testing.T) {
 	}
 }
 
+// TestFirstInstall: the annotator is there before the streams, in the smallest volume that the chart takes. It waits for
+// them, asks for nothing that is not its own, and nobody logs a warning.
+func TestFirstInstall(t *testing.T) {
+	c := kubetest.Start(t)
+	s := newServers(t, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.storage.size=1299Mi")
+	eventually(t, "the server listens", func() error {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.urls[0], "nats://"))
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	file := s.config("annotator")
+	text := replaced(t, true, readFile(t, file), "listen: :9106", "listen: "+freeAddr(t))
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	annotator := startLogged(t, exec.Command(scratchtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator())))
+	for _, line := range []string{"waiting for the stream", "waiting for the bucket"} {
+		eventually(t, line, func() error {
+			if !strings.Contains(readFile(t, annotator), line) {
+				return errors.New("not logged")
+			}
+			return nil
+		})
+	}
+	s.setup()
+	owner := s.connect("oom-tap", nats.UserInfo("oom-owner", s.passwords["owner"]))
+	eventually(t, "the annotator consumes", func() error {
+		_, err := owner.js.Consumer(t.Context(), event.StreamName, "oom-annotator")
+		return err
+	})
+	for _, log := range append(s.logs, annotator) {
+		for line := range strings.Lines(readFile(t, log)) {
+			// The passwords come from a Secret, and are in no file.
+			if !strings.Contains(line, "Plaintext passwords detected") && strings.Contains(line, "[WRN]") || strings.Contains(line, "[ERR]") || strings.Contains(line, "level=WARN") || strings.Contains(line, "level=ERROR") {
+				t.Errorf("logged: %s", line)
+			}
+		}
+	}
+}
+
 // TestSharedTracer: with one user for all tracers, on one server: it publishes for every node, and reads and
 // changes nothing. And what those may who are no tracers.
 func TestSharedTracer(t *testing.T) {
@@ -341,6 +416,11 @@ func TestSharedTracer(t *testing.T) {
 				t.Errorf("oom-tap %v as %s: %v\n%s", args, who, err, out)
 			}
 		}
+	}
+	// The user of helm test.
+	cmd := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), "await", "--timeout", "20s", "--pod-uid", e.Container.PodUID, "--config", s.config("tap"))
+	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "ok: pod "+e.Container.PodUID+" was killed") {
+		t.Errorf("oom-tap await: %v\n%s", err, out)
 	}
 	tap := s.connect("oom-tap", nats.UserInfo("oom-tap", s.passwords["tap"]))
 	tap.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1", "$JS.API.STREAM.DELETE.OOM", "$JS.API.STREAM.PURGE.OOM", "$JS.API.STREAM.UPDATE.OOM",

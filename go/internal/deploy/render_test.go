@@ -109,6 +109,9 @@ func templates(t *testing.T, objects []*unstructured.Unstructured) map[string]co
 				}})
 			}
 			pods[o.GetName()] = set.Spec.Template
+		case "Pod":
+			pod := get[corev1.Pod](t, objects, "Pod", o.GetName())
+			pods[o.GetName()] = corev1.PodTemplateSpec{ObjectMeta: pod.ObjectMeta, Spec: pod.Spec}
 		case "Job":
 			pods["oom-tracer-setup"] = get[batchv1.Job](t, objects, "Job", o.GetName()).Spec.Template
 		}
@@ -121,16 +124,16 @@ var examples = map[string]struct {
 	values string // "" is the default
 	pods   []string
 }{
-	"default":              {"", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"manifests":            {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"single-node":          {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"default":              {"", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"manifests":            {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"single-node":          {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 	"embedded":             {"deploy/examples/embedded.yaml", []string{"oom-tracer"}},
-	"own-nats":             {"deploy/examples/own-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"existing-nats":        {"deploy/examples/existing-nats.yaml", []string{"oom-annotator", "oom-tracer"}},
-	"observe-only":         {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"act":                  {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"evict":                {"deploy/examples/evict.yaml", []string{"oom-annotator", "oom-descheduler", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
-	"upstream-descheduler": {"deploy/examples/upstream-descheduler.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup"}},
+	"own-nats":             {"deploy/examples/own-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"existing-nats":        {"deploy/examples/existing-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-test"}},
+	"observe-only":         {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"act":                  {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"evict":                {"deploy/examples/evict.yaml", []string{"oom-annotator", "oom-descheduler", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"upstream-descheduler": {"deploy/examples/upstream-descheduler.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 }
 
 // TestExamples: what each documented file of values renders is taken by a real API server, kinds of the
@@ -182,15 +185,13 @@ func TestExamples(t *testing.T) {
 					where = namespace
 					checkTracer(t, template)
 				}
-				pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: template.Labels}, Spec: *template.Spec.DeepCopy()}
+				pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: template.Labels, Annotations: template.Annotations}, Spec: *template.Spec.DeepCopy()}
 				created, err := c.Client.CoreV1().Pods(where).Create(t.Context(), pod, metav1.CreateOptions{DryRun: []string{metav1.DryRunAll}})
 				if err != nil {
 					t.Errorf("pod of %s: %v", name, err)
 					continue
 				}
-				if name == "oom-tracer" && created.Status.QOSClass != corev1.PodQOSGuaranteed {
-					t.Errorf("the tracer's class is %s", created.Status.QOSClass)
-				}
+				checkSpared(t, created)
 				token := slices.ContainsFunc(created.Spec.Volumes, func(v corev1.Volume) bool { return v.Projected != nil && strings.HasPrefix(v.Name, "kube-api-access") })
 				if token != (name == "oom-annotator" || name == "oom-descheduler") {
 					t.Errorf("%s has an API token: %v", name, token)
@@ -256,7 +257,7 @@ func TestEveryKey(t *testing.T) {
 	}
 	indented := "config:\n  " + strings.ReplaceAll(strings.TrimSpace(string(text)), "\n", "\n  ")
 	objects := render(t, values(t, indented+"\nnats: {mode: external, external: {tlsSecret: tls, clientCertificate: true,\n"+
-		"  tracer: {secret: a, user: tracer}, annotator: {secret: a, user: tracer}, owner: {secret: a, user: tracer}}}\n")...)
+		"  tracer: {secret: a, user: tracer}, annotator: {secret: a, user: tracer}, owner: {secret: a, user: tracer}, tap: {secret: a, user: tracer}}}\n")...)
 	for who, got := range configs(t, objects) {
 		want := want
 		want.Node.StateFile, want.Kernel.PinDir = "/var/lib/oom-tracer/state.json", "/run/oom-tracer/bpf/oom-tracer"
@@ -265,6 +266,38 @@ func TestEveryKey(t *testing.T) {
 		want.Metrics.Listen, want.Annotator.Listen, want.Annotator.Kubeconfig = ":9105", ":9106", ""
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%s:\n%+v\nwant:\n%+v", who, got, want)
+		}
+	}
+}
+
+// TestHelmTest: what helm test runs is a hook and no part of the release, in each mode that has a stream; it waits for an
+// outcome where somebody makes one.
+func TestHelmTest(t *testing.T) {
+	for set, want := range map[string][]string{
+		"nats.mode=cluster":       {"await", "--config=/etc/oom-tracer/config/config.yaml", "--pod-uid=$(POD_UID)", "--outcome"},
+		"annotator.enabled=false": {"await", "--config=/etc/oom-tracer/config/config.yaml", "--pod-uid=$(POD_UID)"},
+		"nats.mode=external,config.nats.url=nats://x:4222,nats.external.tap.secret=s,nats.external.tap.user=reader": {
+			"await", "--config=/etc/oom-tracer/config/config.yaml", "--pod-uid=$(POD_UID)", "--outcome"},
+		"nats.mode=embedded": nil,
+	} {
+		objects := render(t, "--set", set)
+		pod := get[corev1.Pod](t, objects, "Pod", "oom-tracer-test")
+		if (pod == nil) != (want == nil) {
+			t.Errorf("%s: pod %v", set, pod)
+		}
+		if pod == nil {
+			continue
+		}
+		if pod.Annotations["helm.sh/hook"] != "test" || !slices.Equal(pod.Spec.Containers[0].Args, want) {
+			t.Errorf("%s: annotations %v, arguments %q", set, pod.Annotations, pod.Spec.Containers[0].Args)
+		}
+		victim, all := pod.Spec.InitContainers[0].Resources.Limits.Memory(), pod.Spec.Containers[0].Resources.Limits.Memory()
+		if victim.Value() > 32<<20 || all.Cmp(*victim) <= 0 {
+			t.Errorf("%s: the victim's limit is %s, the pod's %s", set, victim, all)
+		}
+		reader := configs(t, objects)["tap"].NATS
+		if user := map[bool]string{true: "reader", false: "oom-tap"}[strings.Contains(set, "external")]; reader.User != user || reader.PasswordFile == "" {
+			t.Errorf("%s: user %q, password in %q", set, reader.User, reader.PasswordFile)
 		}
 	}
 }
@@ -314,7 +347,12 @@ func TestRefused(t *testing.T) {
 		"config.nats.url=nats://x:1":                         "/config/nats/url",
 		"nats.nodeKeys.node-1=SUAXYZ":                        "/nats/nodeKeys/node-1",
 		"annotator.replicas=0":                               "/annotator/replicas",
-		"tracer.resources.cpu=null":                          "/tracer/resources",
+		"tracer.resources.cpu=200m":                          "/tracer/resources",
+		"tracer.resources.limits.memory=lots":                "/tracer/resources/limits/memory",
+		"tracer.resources.limits.memory=1Xi":                 "tracer.resources.limits.memory: 1Xi is not a size",
+		"tracer.seccompProfile.type=Localhost":               "/tracer/seccompProfile",
+		"nats.storage.size=1Gi":                              "nats.storage.size: 1Gi is too small: the streams need 1104 MiB",
+		"config.nats.stream.max_bytes=4GiB":                  "Set nats.storage.size to at least 4913Mi, or lower config.nats.stream.max_bytes",
 		"tracer.statePath=relative":                          "/tracer/statePath",
 		"descheduler.interval=0s":                            "/descheduler/interval",
 		"descheduler.policy.profils=x":                       "/descheduler/policy",
