@@ -407,8 +407,8 @@ __noinline __u32 frame_of(__u64 address)
 /* stack_frames tells as a set of bits which known functions led here, up to the one that decides. */
 static __always_inline __u32 stack_frames(void *ctx, struct scratch *s)
 {
-	const __u32 deciding =
-		1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ | 1U << OOM_FRAME_PAGE_ALLOC;
+	const __u32 deciding = 1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ |
+			       1U << OOM_FRAME_PAGE_ALLOC | 1U << OOM_FRAME_KSWAPD;
 	long bytes = bpf_get_stack(ctx, s->frames, sizeof(s->frames), 0);
 	__u32 seen = 0;
 
@@ -602,7 +602,10 @@ static __always_inline bool read_stack(struct oom_event *e, __u32 frames)
 		e->scope = OOM_SCOPE_CGROUP;
 	else if (has(frames, OOM_FRAME_SYSRQ))
 		e->scope = OOM_SCOPE_SYSRQ;
-	/* constrained_alloc()'s answer is not on the stack. */
+	/* It hands over no zonelist, and constrained_alloc() then binds to nothing. */
+	else if (has(frames, OOM_FRAME_KSWAPD))
+		e->scope = OOM_SCOPE_GLOBAL;
+	/* Here constrained_alloc()'s answer is not on the stack. */
 	else if (has(frames, OOM_FRAME_PAGE_ALLOC) && oom_one_memory_node)
 		e->scope = OOM_SCOPE_GLOBAL;
 	e->outcome = outcome_of(false, frames);

@@ -255,8 +255,9 @@ enum oom_frame {
 	OOM_FRAME_OOM = 3,	    /* out_of_memory */
 	OOM_FRAME_MEMCG = 4,	    /* mem_cgroup_out_of_memory */
 	OOM_FRAME_SYSRQ = 5,	    /* moom_callback */
-	OOM_FRAME_PAGE_ALLOC = 6,   /* the page allocator's slow path, or a page fault without memory */
-	OOM_FRAMES = 7,
+	OOM_FRAME_PAGE_ALLOC = 6,   /* the page allocator, or a page fault without memory */
+	OOM_FRAME_KSWAPD = 7,	    /* kswapd: the lru_gen's min_ttl_ms cannot be kept */
+	OOM_FRAMES = 8,
 };
 
 struct oom_symbol {

@@ -22,12 +22,11 @@ type confinement struct {
 // chartCapabilities are those that the chart gives to the tracer.
 var chartCapabilities = []uintptr{unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYSLOG, unix.CAP_SYS_RESOURCE}
 
-// asInChart leaves the capabilities of the chart, but for some. What the tests themselves need for their files stays.
+// asInChart leaves the capabilities of the chart, but for some.
 func asInChart(without ...uintptr) []uintptr {
-	keep := append(slices.Clone(chartCapabilities), unix.CAP_DAC_OVERRIDE, unix.CAP_DAC_READ_SEARCH)
 	var drop []uintptr
 	for bit := uintptr(0); bit <= unix.CAP_LAST_CAP; bit++ {
-		if !slices.Contains(keep, bit) || slices.Contains(without, bit) {
+		if !slices.Contains(chartCapabilities, bit) || slices.Contains(without, bit) {
 			drop = append(drop, bit)
 		}
 	}

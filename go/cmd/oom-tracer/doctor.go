@@ -534,7 +534,7 @@ func (x *examiner) memlock() finding {
 		}
 		return f
 	}
-	if x.countsBPF() && soft != noLimit && !x.has(unix.CAP_SYS_RESOURCE) {
+	if x.countsBPF() {
 		return warn(check, fmt.Sprintf("limit %s, and this kernel, before 5.11, counts the program's maps against it", limit),
 			remedy+"give CAP_SYS_RESOURCE")
 	}
@@ -581,9 +581,12 @@ func (x *examiner) onlineCPUs() int {
 	return n
 }
 
-// countsBPF reports whether the kernel counts BPF memory against RLIMIT_MEMLOCK, as it did before 5.11.
-// It is told as libbpf tells it (probe_memcg_account()): by a helper that came with the change.
+// countsBPF reports whether the kernel counts BPF memory against the limit that this process has, as it did before
+// 5.11. It is told as libbpf tells it (probe_memcg_account()): by a helper that came with the change.
 func (x *examiner) countsBPF() bool {
+	if soft, err := x.memlockLimit(); err != nil || soft == noLimit || x.has(unix.CAP_SYS_RESOURCE) {
+		return false
+	}
 	var helpers *btf.Enum
 	if x.kernelErr != nil || x.kernel.TypeByName("bpf_func_id", &helpers) != nil {
 		return false
@@ -639,6 +642,8 @@ func (x *examiner) hooks(earlier []string) finding {
 		return ok(check, "%s works", x.hook)
 	case len(earlier) > 0:
 		return x.degraded(check, "none", "see "+strings.Join(earlier, ", "))
+	case x.wants(loader.TierAuto) && x.programErr != nil:
+		return x.degraded(check, "none", "see program")
 	default:
 		remedy := "use a kernel with kprobes (CONFIG_KPROBE_EVENTS=y), or one that permits fentry (CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS=y)"
 		if x.needsPerf {
@@ -738,7 +743,10 @@ func (x *examiner) program(earlier []string) finding {
 	if !x.securityfs() {
 		remedy = "see on the host that " + x.sysfs + "/kernel/security/lockdown is not [confidentiality]; else " + remedy
 	}
-	if errors.Is(err, fs.ErrPermission) {
+	switch {
+	case errors.Is(err, fs.ErrPermission) && x.countsBPF():
+		remedy = "see memlock"
+	case errors.Is(err, fs.ErrPermission):
 		_, remedy = x.refusal("bpf", "BPF", unix.CAP_BPF, errno(err))
 	}
 	return fail(check, detail, remedy)

@@ -791,6 +791,15 @@ func TestDoctorProgram(t *testing.T) {
 			none(""),
 			{"program", statusFail, "operation not permitted", "a security module (SELinux, AppArmor) may refuse it"},
 		}},
+		{"the memory of its maps, before 5.11", func(p *patient) {
+			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
+			p.lacks(unix.CAP_SYS_RESOURCE)
+			p.nothing(denied(unix.EPERM))
+		}, []finding{
+			{"memlock", statusWarn, "counts the program's maps against it", ""},
+			none("see program"),
+			{"program", statusFail, "operation not permitted", "see memlock"},
+		}},
 		{"nothing else but a seccomp filter", func(p *patient) { p.nothing(denied(unix.EPERM)); p.filtered() }, []finding{
 			none(""),
 			{"program", statusFail, "operation not permitted", "use a seccomp profile that permits bpf"},
@@ -1186,10 +1195,6 @@ func confinedDoctor(t *testing.T, cfg config.Config, shell string, c confinement
 		t.Fatalf("%v\n%s\n%s", err, &out, &said)
 	}
 	return got, command, said.String()
-}
-
-func findingOf(findings []finding, check string) finding {
-	return findings[slices.IndexFunc(findings, func(f finding) bool { return f.Check == check })]
 }
 
 func readSysctl(t *testing.T, name string) int {

@@ -574,6 +574,22 @@ var scenarios = []scenario{
 		}
 		o.expect(t, 1, truth{scope: event.ScopeSysrq, trigger: "kworker*", victim: victim.Process.Pid})
 	}},
+	{"kswapd", func(t *testing.T, o *observer) {
+		kswapdKills(t)
+		group := scratchtest.New(t, scratch.Unlimited)
+		// Whoever asks for memory meanwhile may come first, this test too.
+		for try := 1; ; try++ {
+			hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
+			e := o.expect(t, 1, truth{scope: event.ScopeGlobal, limit: event.LevelNode})
+			if t.Failed() || len(e) == 1 && strings.HasPrefix(e[0].Trigger.Comm, "kswapd") {
+				return
+			}
+			if try == 5 {
+				t.Fatalf("five times it was another who killed, now %s", e[0].Trigger.Comm)
+			}
+			o.begin(t)
+		}
+	}},
 	{"innocent-trigger", func(t *testing.T, o *observer) {
 		root := scratchtest.New(t, scratch.Unlimited)
 		a := scratchtest.Child(t, root, "innocent", scratch.Unlimited)
@@ -683,6 +699,30 @@ var scenarios = []scenario{
 			}
 		}
 	}},
+}
+
+// kswapdKills makes kswapd the one that runs out of memory: the multi-generational LRU does not reclaim what was
+// used in the last hour, and so nothing (Documentation/admin-guide/mm/multigen_lru.rst).
+func kswapdKills(t *testing.T) {
+	t.Helper()
+	const dir = "/sys/kernel/mm/lru_gen/"
+	for file, value := range map[string]string{"enabled": "y", "min_ttl_ms": "3600000"} {
+		before, err := os.ReadFile(dir + file)
+		if errors.Is(err, os.ErrNotExist) {
+			panic(errNotHere("no multi-generational LRU before Linux 6.1"))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(dir+file, []byte(value), 0); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := os.WriteFile(dir+file, bytes.TrimSpace(before), 0); err != nil {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 // freeMiB is what can still be had.

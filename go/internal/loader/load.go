@@ -111,7 +111,11 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 		return nil, err
 	}
 	if why != nil {
-		opts.Log.Warn("kills are not notified by a perf buffer", "notify", string(notifier.way), "reason", why)
+		level := slog.LevelInfo // nothing is missed, and nothing comes late
+		if notifier.way == NotifyPoll {
+			level = slog.LevelWarn
+		}
+		opts.Log.Log(ctx, level, "kills are not notified by a perf buffer", "notify", string(notifier.way), "reason", why)
 	}
 	o := opening{opts: opts, ground: g, prototype: prototype, notifier: notifier}
 	o.symbols, o.stackErr = StackSymbols("/proc")

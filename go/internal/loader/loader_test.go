@@ -213,6 +213,10 @@ ffffffff815981f0 T next
 ffffffff8161e720 t __alloc_pages_slowpath.constprop.0
 ffffffff8161f000 d not_text
 ffffffff8161f720 t after
+ffffffff81620000 T __alloc_pages_noprof
+ffffffff81620100 t end_of_that
+ffffffff81630000 t kswapd
+ffffffff81630100 t end_of_kswapd
 ffffffff8168bab0 t mem_cgroup_out_of_memory
 ffffffff8168bbb0 t end
 ffffffffc0000000 t out_of_memory	[evil]
@@ -228,6 +232,8 @@ ffffffffc0000000 t out_of_memory	[evil]
 		{0xffffffff815974b0, 0xffffffff81597ce0, frameGroup, 0},
 		{0xffffffff81597ce0, 0xffffffff815981f0, frameOOM, 0},
 		{0xffffffff8161e720, 0xffffffff8161f720, framePageAlloc, 0},
+		{0xffffffff81620000, 0xffffffff81620100, framePageAlloc, 0},
+		{0xffffffff81630000, 0xffffffff81630100, frameKswapd, 0},
 		{0xffffffff8168bab0, 0xffffffff8168bbb0, frameMemcg, 0},
 	} {
 		found := false
@@ -247,6 +253,9 @@ ffffffffc0000000 t out_of_memory	[evil]
 	for _, tt := range []struct{ name, text, want string }{
 		{"inlined", strings.Replace(whole, "t __oom_kill_process\n", "t x\n", 1), ""}, // the .cold part is still one
 		{"missing", strings.ReplaceAll(whole, "__oom_kill_process", "x"), "no __oom_kill_process"},
+		{"slow path inlined", strings.ReplaceAll(whole, "__alloc_pages_slowpath", "x"), ""}, // into __alloc_pages_noprof
+		{"no page allocator", strings.NewReplacer("__alloc_pages_slowpath", "x", "__alloc_pages_noprof", "x").Replace(whole), "no __alloc_pages_slowpath and what it is inlined into"},
+		{"two missing", strings.NewReplacer("T out_of_memory", "T x", "__oom_kill_process", "x").Replace(whole), "no __oom_kill_process, no out_of_memory"},
 		{"no memcg", strings.ReplaceAll(whole, "mem_cgroup_out", "x"), "no mem_cgroup_out_of_memory"},
 		{"hidden", regexp.MustCompile(`(?m)^[0-9a-f]{16}`).ReplaceAllString(whole, "0000000000000000"), "hides"},
 		{"empty", "", "no __oom_kill_process"},
