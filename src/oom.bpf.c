@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /*
- * Reports every task that the kernel's OOM killer marks, global or cgroup, through a perf buffer.
+ * Records every task that the kernel's OOM killer marks, global or cgroup, in a journal that its reader
+ * maps, and notifies the reader.
  *
  * One source of truth: the mark_victim tracepoint in mark_oom_victim() (mm/oom_kill.c). It fires once
  * per victim and under oom_lock, so the program never runs twice at a time: seq, the incident and the
@@ -28,6 +29,7 @@
 
 /* Written by the loader before the program is loaded. */
 const volatile __u32 oom_tier;
+const volatile __u32 oom_notify;	  /* enum oom_notify */
 const volatile __u32 oom_nr_cpus;	  /* possible CPUs */
 const volatile __u32 oom_one_memory_node; /* no cpuset or mempolicy can bind on such a machine */
 const volatile __u64 oom_generation;	  /* of this load: it speaks while the state says the same */
@@ -35,11 +37,17 @@ const volatile __u32 oom_journal_slots;	  /* a power of two */
 const volatile __u32 oom_symbol_count;
 const volatile struct oom_symbol oom_symbols[OOM_SYMBOLS_MAX];
 
+/* The ways to notify: the reader makes the one that it uses, the other one does not exist. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY);
 	__type(key, __u32);
 	__type(value, __u32);
-} oom_events SEC(".maps");
+} oom_perf SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 0); /* its size, a power of two and a multiple of the page */
+} oom_ringbuf SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -48,7 +56,7 @@ struct {
 	__type(value, struct oom_stats);
 } oom_stats SEC(".maps");
 
-/* The write-ahead journal. Both are mapped by the reader, which so needs no system call to look. */
+/* The records, and how far they have come. The reader maps both, and needs no system call to look. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -399,8 +407,8 @@ __noinline __u32 frame_of(__u64 address)
 /* stack_frames tells as a set of bits which known functions led here, up to the one that decides. */
 static __always_inline __u32 stack_frames(void *ctx, struct scratch *s)
 {
-	const __u32 deciding =
-		1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ | 1U << OOM_FRAME_PAGE_ALLOC;
+	const __u32 deciding = 1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ |
+			       1U << OOM_FRAME_PAGE_ALLOC | 1U << OOM_FRAME_KSWAPD;
 	long bytes = bpf_get_stack(ctx, s->frames, sizeof(s->frames), 0);
 	__u32 seen = 0;
 
@@ -594,7 +602,10 @@ static __always_inline bool read_stack(struct oom_event *e, __u32 frames)
 		e->scope = OOM_SCOPE_CGROUP;
 	else if (has(frames, OOM_FRAME_SYSRQ))
 		e->scope = OOM_SCOPE_SYSRQ;
-	/* constrained_alloc()'s answer is not on the stack. */
+	/* It hands over no zonelist, and constrained_alloc() then binds to nothing. */
+	else if (has(frames, OOM_FRAME_KSWAPD))
+		e->scope = OOM_SCOPE_GLOBAL;
+	/* Here constrained_alloc()'s answer is not on the stack. */
 	else if (has(frames, OOM_FRAME_PAGE_ALLOC) && oom_one_memory_node)
 		e->scope = OOM_SCOPE_GLOBAL;
 	e->outcome = outcome_of(false, frames);
@@ -663,9 +674,14 @@ static __always_inline void count(struct oom_event *e, struct oom_state *st, boo
 }
 
 /*
- * put_journal makes the record durable before anybody is told: it outlives the reader. head names it
- * only now that it is whole. (On a weakly ordered machine another CPU may see head first, for a moment:
- * the reader waits longer than that before it looks.)
+ * put_journal writes the record into its slot. head names it only now that it is whole.
+ *
+ * The barrier is for the compiler alone: BPF has none for the CPU that every supported kernel knows. On
+ * a weakly ordered CPU the reader may see head, and not yet the record, until the kernel's next
+ * barrier. Both ways to notify have one before the reader can see the notification:
+ * perf_output_put_handle() and bpf_ringbuf_commit(). A reader that goes by head has to wait for a
+ * moment before it reads the slot. When a slot is written again, this head has long been visible:
+ * oom_lock was released and taken in between.
  */
 static __always_inline void put_journal(struct oom_event *e, struct oom_state *st, __u32 size)
 {
@@ -680,6 +696,28 @@ static __always_inline void put_journal(struct oom_event *e, struct oom_state *s
 	st->told.tid = e->victim.tid;
 	barrier();
 	*(volatile __u64 *)&st->head = e->seq;
+}
+
+/* notify wakes the reader with the seq of the record. A notification that is refused costs time, no
+ * record. */
+static __always_inline void notify(void *ctx, __u64 seq, struct oom_stats *stats)
+{
+	long refused;
+
+	switch (oom_notify) {
+	case OOM_NOTIFY_PERF:
+		refused = bpf_perf_event_output(ctx, &oom_perf, BPF_F_CURRENT_CPU, &seq, sizeof(seq));
+		break;
+	case OOM_NOTIFY_RINGBUF:
+		refused = bpf_ringbuf_output(&oom_ringbuf, &seq, sizeof(seq), 0);
+		break;
+	default:
+		return;
+	}
+	if (refused)
+		stats->refused++;
+	else
+		stats->sent++;
 }
 
 SEC("tp_btf/mark_victim")
@@ -806,10 +844,7 @@ int oom_mark_victim(__u64 *ctx)
 	e->size = size;
 	put_journal(e, st, size);
 	count(e, st, c->saw_kill);
-	if (bpf_perf_event_output(ctx, &oom_events, BPF_F_CURRENT_CPU, e, size))
-		stats->refused++;
-	else
-		stats->sent++;
+	notify(ctx, e->seq, stats);
 	return 0;
 }
 

@@ -42,6 +42,13 @@ enum oom_tier {
 	OOM_TIER_FENTRY = 3,
 };
 
+/* How the reader learns of a record: by a sample of eight bytes, the record's seq. */
+enum oom_notify {
+	OOM_NOTIFY_POLL = 0, /* not at all: it looks at oom_state.head */
+	OOM_NOTIFY_PERF = 1,
+	OOM_NOTIFY_RINGBUF = 2,
+};
+
 enum oom_scope {
 	OOM_SCOPE_UNKNOWN = 0,
 	OOM_SCOPE_GLOBAL = 1,
@@ -167,13 +174,13 @@ _Static_assert(OOM_HEADER_SIZE == 312, "oom_event header");
 _Static_assert(sizeof(struct oom_event) == 4024, "oom_event");
 
 /*
- * What happened to the records of one load of the program, counted per CPU where it happened. A
- * refused record stands in the journal all the same.
+ * What one load of the program has counted, per CPU. Each record stands in the journal, whatever became
+ * of its notification.
  */
 struct oom_stats {
-	__u64 seen; /* marks: sent + refused */
-	__u64 sent;
-	__u64 refused; /* bpf_perf_event_output() failed: buffer full, or no reader on that CPU */
+	__u64 seen;    /* marks */
+	__u64 sent;    /* notifications */
+	__u64 refused; /* notifications: the buffer was full, or had no reader on that CPU */
 };
 
 _Static_assert(sizeof(struct oom_stats) == 24, "oom_stats");
@@ -248,8 +255,9 @@ enum oom_frame {
 	OOM_FRAME_OOM = 3,	    /* out_of_memory */
 	OOM_FRAME_MEMCG = 4,	    /* mem_cgroup_out_of_memory */
 	OOM_FRAME_SYSRQ = 5,	    /* moom_callback */
-	OOM_FRAME_PAGE_ALLOC = 6,   /* the page allocator's slow path, or a page fault without memory */
-	OOM_FRAMES = 7,
+	OOM_FRAME_PAGE_ALLOC = 6,   /* the page allocator, or a page fault without memory */
+	OOM_FRAME_KSWAPD = 7,	    /* kswapd: the lru_gen's min_ttl_ms cannot be kept */
+	OOM_FRAMES = 8,
 };
 
 struct oom_symbol {

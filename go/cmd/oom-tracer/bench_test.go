@@ -91,7 +91,7 @@ func TestBench(t *testing.T) {
 		fmt.Fprintf(table, "%s\t%s\n", name, fmt.Sprintf(format, args...))
 	}
 	row("kernel", "%s", f.Kernel)
-	row("kills", "%d, samples refused %d, read from the journal %d, %.0f bytes a sample", f.Kills, f.Refused, f.CaughtUp, f.SampleBytes)
+	row("kills", "%d, notifications refused %d, records read without one %d, %.0f bytes a record", f.Kills, f.Refused, f.CaughtUp, f.SampleBytes)
 	row("kernel -> handed to Go", "p50 %s  p99 %s  max %s", f.Handed.P50, f.Handed.P99, f.Handed.Max)
 	row("kernel -> acked by JetStream", "p50 %s  p99 %s  max %s", f.Acked.P50, f.Acked.P99, f.Acked.Max)
 	row("kills a second", "%.0f; untraced %.0f, ratio %.2f", f.KillsPerSecond, f.KillsPerSecond0, f.KillsPerSecond/f.KillsPerSecond0)

@@ -75,7 +75,10 @@ func fail(check, detail, remedy string) finding { return finding{check, statusFa
 
 // doctor says what this kernel and this process can do. It fails when tracing cannot work.
 func doctor(ctx context.Context, cfg config.Config, node, output string, stdout io.Writer) error {
-	x := examiner{cfg: cfg, node: node, procfs: "/proc", sysfs: "/sys", load: tryLoad}
+	x := examiner{
+		cfg: cfg, node: node, procfs: "/proc", sysfs: "/sys",
+		checkBPF: loader.CheckBPF, checkPerf: loader.CheckPerfEvents, load: tryLoad,
+	}
 	return tell(x.examine(ctx), node, "here", output, stdout)
 }
 
@@ -167,8 +170,10 @@ type examiner struct {
 	sysfs  string
 	// btfFile is where the kernel's types are, if not in sysfs.
 	btfFile string
+	// checkBPF and checkPerf ask whether the kernel takes these system calls from this process.
+	checkBPF, checkPerf func() error
 	// load loads and attaches what a run would, and takes it away again.
-	load func(loader.Options) (loader.Tier, error)
+	load func(loader.Options) (loaded, error)
 
 	// What several checks need; see look.
 	process    procfs.ProcStatus
@@ -177,16 +182,28 @@ type examiner struct {
 	kernelErr  error
 	shown      bool // kallsyms shows addresses
 	shownErr   error
+	bpfErr     error
+	perfErr    error
 	running    bool        // a tracer of this config runs on this node
+	loaded     loaded      // what a run would use; empty if programErr
+	programErr error       // why nothing can be loaded
+	said       complaints  // about that
 	hook       loader.Tier // the tier with hooks that a run would use; empty when there is none
-	unhooked   []string    // why those before it are not to be had
+	unhooked   []string    // why those before it are not available
+	needsPerf  bool        // that of kprobe is that perf events are refused
+}
+
+// loaded is what a load of the program came to use.
+type loaded struct {
+	tier   loader.Tier
+	notify loader.Notify
 }
 
 // examine makes all checks: first what the kernel program needs, each before what depends on it, then
 // that program itself, then what is around it.
 func (x *examiner) examine(ctx context.Context) []finding {
 	x.look(ctx)
-	findings := []finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.memlock(), x.btf(), x.markVictim()}
+	findings := []finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.bpf(), x.notify(), x.memlock(), x.btf(), x.markVictim()}
 	findings = append(findings, x.hooks(failures(findings)), x.kallsyms(), x.stack())
 	findings = append(findings, x.program(failures(findings)))
 	findings = append(findings, x.cgroup(), x.bpffs(), x.tracer(ctx))
@@ -200,15 +217,20 @@ func (x *examiner) look(ctx context.Context) {
 	}
 	x.kernel, x.kernelErr = btf.LoadSpec(x.sysfs + "/kernel/btf/vmlinux")
 	x.shown, x.shownErr = addressesShown(x.procfs)
+	x.bpfErr, x.perfErr = x.checkBPF(), x.checkPerf()
 	x.running = tracerRunning(ctx, x.cfg.Metrics.Listen)
 	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe} {
 		if x.wants(loader.TierAuto, tier) && x.hook == "" {
-			if _, err := x.tryTier(tier, &complaints{}); err != nil {
+			if l, err := x.tryTier(tier, &complaints{}); err != nil {
 				x.unhooked = append(x.unhooked, strings.TrimPrefix(err.Error(), "use tier "))
+				x.needsPerf = tier == loader.TierKprobe && x.perfErr != nil && errors.Is(err, errno(x.perfErr))
 			} else {
-				x.hook = tier
+				x.loaded, x.hook = l, tier
 			}
 		}
+	}
+	if x.hook == "" {
+		x.loaded, x.programErr = x.tryTier(loader.Tier(x.cfg.Kernel.Tier), &x.said)
 	}
 }
 
@@ -223,12 +245,10 @@ func (x *examiner) needsStack() bool {
 }
 
 // tryTier loads and attaches what a run with that tier would.
-func (x *examiner) tryTier(tier loader.Tier, said *complaints) (loader.Tier, error) {
-	pages := x.cfg.Kernel.PerfPages
-	if x.running {
-		pages = 1 // the tracer that runs has locked what this user may lock
-	}
-	return x.load(loader.Options{Tier: tier, PerfPages: pages, JournalSlots: x.cfg.Kernel.JournalSlots, Log: slog.New(said)})
+func (x *examiner) tryTier(tier loader.Tier, said *complaints) (loaded, error) {
+	return x.load(loader.Options{
+		Tier: tier, Notify: loader.Notify(x.cfg.Kernel.Notify), JournalSlots: x.cfg.Kernel.JournalSlots, Log: slog.New(said),
+	})
 }
 
 // thisProcess is this one, as proc shows it.
@@ -406,12 +426,90 @@ func (x *examiner) securityfs() bool {
 	return err == nil && len(entries) > 0
 }
 
+// filtered reports whether a seccomp filter is in force (SECCOMP_MODE_FILTER in proc_pid_status(5)).
+func (x *examiner) filtered() bool {
+	data, err := os.ReadFile(x.procfs + "/self/status")
+	return err == nil && slices.ContainsFunc(strings.Split(string(data), "\n"), func(line string) bool {
+		name, mode, _ := strings.Cut(line, ":")
+		return name == "Seccomp" && strings.TrimSpace(mode) == "2"
+	})
+}
+
+// refusal says why the kernel refuses a system call to this process, and what to do about it. The call takes a
+// capability, or CAP_SYS_ADMIN.
+func (x *examiner) refusal(call, capability string, bit uint, err error) (cause, remedy string) {
+	admin := x.has(unix.CAP_SYS_ADMIN)
+	switch paranoid := x.sysctl("kernel/perf_event_paranoid", 2); {
+	case !errors.Is(err, fs.ErrPermission):
+		return fmt.Sprintf("%s: %v", call, err), "report this kernel, with what is said here"
+	case !x.has(bit) && !admin:
+		return fmt.Sprintf("%s is refused (%v): this process lacks CAP_%s", call, err, capability), "see capabilities"
+	// The kernel itself answers EACCES (perf_allow_cpu()).
+	case bit == unix.CAP_PERFMON && paranoid > 2 && !admin && !errors.Is(err, unix.EPERM):
+		return fmt.Sprintf("kernel.perf_event_paranoid is %d, a level that Debian and Ubuntu have added: the kernel then demands CAP_SYS_ADMIN for %s, CAP_%s does not count",
+			paranoid, call, capability), "sysctl kernel.perf_event_paranoid=2 on the node"
+	case x.filtered():
+		return fmt.Sprintf("the seccomp filter of this process refuses %s (%v, although it has CAP_%s; Seccomp is 2 in %s/self/status)", call, err, capability, x.procfs),
+			fmt.Sprintf("use a seccomp profile that permits %s to a process with CAP_%s: RuntimeDefault of containerd 1.7 and Docker 23 or later does, that of CRI-O and of older ones does not "+
+				"(Kubernetes: securityContext.seccompProfile)", call, capability)
+	default:
+		return fmt.Sprintf("%s is refused (%v), although this process has CAP_%s and no seccomp filter", call, err, capability),
+			"see the audit log of the node: a security module (SELinux, AppArmor) may refuse it"
+	}
+}
+
+// bpf says whether bpf(2) can be used at all.
+func (x *examiner) bpf() finding {
+	const check = "bpf"
+	if x.bpfErr == nil {
+		return ok(check, "the bpf system call is permitted")
+	}
+	cause, remedy := x.refusal("bpf", "BPF", unix.CAP_BPF, errno(x.bpfErr))
+	return fail(check, cause, remedy)
+}
+
+// errno is the error of a system call without what is around it.
+func errno(err error) error {
+	var number unix.Errno
+	if errors.As(err, &number) {
+		return number
+	}
+	return err
+}
+
+// notify says how the tracer learns of a kill. Perf events are the usual way, and not needed.
+func (x *examiner) notify() finding {
+	const check = "notify"
+	way, known := map[loader.Notify]string{
+		loader.NotifyPerf: "a perf buffer", loader.NotifyRingbuf: "a ring buffer", loader.NotifyPoll: "polling, every 200 ms",
+	}[x.loaded.notify]
+	switch want := loader.Notify(x.cfg.Kernel.Notify); {
+	case x.bpfErr != nil:
+		return warn(check, "not known without bpf", "see bpf")
+	case x.perfErr != nil && want != loader.NotifyRingbuf && want != loader.NotifyPoll:
+		cause, remedy := x.refusal("perf_event_open", "PERFMON", unix.CAP_PERFMON, errno(x.perfErr))
+		if want == loader.NotifyPerf {
+			return fail(check, "kernel.notify is perf: "+cause, remedy+"; or set kernel.notify to auto")
+		}
+		if !known {
+			return warn(check, "no perf events: "+cause, "perf events are not needed; to have them: "+remedy)
+		}
+		return warn(check, fmt.Sprintf("kills are notified by %s, all are reported; no perf events: %s", way, cause), "perf events are not needed; to have them: "+remedy)
+	case !known:
+		return ok(check, "not known: the program cannot be loaded")
+	case x.loaded.notify == loader.NotifyPerf || want != loader.NotifyAuto:
+		return ok(check, "kills are notified by %s", way)
+	default:
+		return warn(check, fmt.Sprintf("kills are notified by %s, all are reported", way), "see memlock, and the tracer's log for the reason")
+	}
+}
+
 // memlock holds the perf buffers against the memory that this user may lock: beyond
 // kernel.perf_event_mlock_kb for each CPU, which is all its processes' together, it counts against
 // RLIMIT_MEMLOCK (perf_mmap() in kernel/events/core.c).
 func (x *examiner) memlock() finding {
 	const check = "memlock"
-	const remedy = "raise the limit (systemd: LimitMEMLOCK=infinity; shell: ulimit -l), "
+	const remedy = "raise the limit (systemd: LimitMEMLOCK=infinity; shell: ulimit -l), or "
 	soft, err := x.memlockLimit()
 	if err != nil {
 		return warn(check, err.Error(), "mount proc at "+x.procfs)
@@ -421,18 +519,27 @@ func (x *examiner) memlock() finding {
 		limit = kib(soft)
 	}
 	cpus := uint64(x.onlineCPUs())
-	need := uint64(x.cfg.Kernel.PerfPages+1) * uint64(os.Getpagesize()) * cpus // one page each for the kernel
+	need := 2 * uint64(os.Getpagesize()) * cpus // one page each for the kernel
 	free := uint64(x.sysctl("kernel/perf_event_mlock_kb", 512+os.Getpagesize()>>10)) << 10 * cpus
 	paranoid := x.sysctl("kernel/perf_event_paranoid", 2)
 	buffers := fmt.Sprintf("the perf buffers of %d CPUs lock %s", cpus, kib(need))
 
-	if need > free && need-free > soft && paranoid > -1 && !x.has(unix.CAP_IPC_LOCK) {
-		return fail(check, fmt.Sprintf("%s; %s are free to each user, and the rest exceeds the limit of %s", buffers, kib(free), limit),
-			remedy+"give CAP_IPC_LOCK, or lower kernel.perf_pages in the config")
+	want := loader.Notify(x.cfg.Kernel.Notify)
+	buffered := want == loader.NotifyPerf || want == loader.NotifyAuto && x.perfErr == nil
+	if buffered && need > free && need-free > soft && paranoid > -1 && !x.has(unix.CAP_IPC_LOCK) {
+		f := warn(check, fmt.Sprintf("%s; %s are free to each user, and the rest exceeds the limit of %s", buffers, kib(free), limit),
+			remedy+"give CAP_IPC_LOCK; a ring buffer is used instead")
+		if want == loader.NotifyPerf {
+			f.Status, f.Remedy = statusFail, remedy+"give CAP_IPC_LOCK, or set kernel.notify to auto"
+		}
+		return f
 	}
-	if x.countsBPF() && soft != noLimit && !x.has(unix.CAP_SYS_RESOURCE) {
-		return warn(check, fmt.Sprintf("limit %s, and this kernel, before 5.11, counts the program's maps against it; %s", limit, buffers),
-			remedy+"or give CAP_SYS_RESOURCE")
+	if x.countsBPF() {
+		return warn(check, fmt.Sprintf("limit %s, and this kernel, before 5.11, counts the program's maps against it", limit),
+			remedy+"give CAP_SYS_RESOURCE")
+	}
+	if !buffered {
+		return ok(check, "limit %s; no perf buffers", limit)
 	}
 	return ok(check, "limit %s; %s, %s are free to each user", limit, buffers, kib(free))
 }
@@ -474,9 +581,12 @@ func (x *examiner) onlineCPUs() int {
 	return n
 }
 
-// countsBPF reports whether the kernel counts BPF memory against RLIMIT_MEMLOCK, as it did before 5.11.
-// It is told as libbpf tells it (probe_memcg_account()): by a helper that came with the change.
+// countsBPF reports whether the kernel counts BPF memory against the limit that this process has, as it did before
+// 5.11. It is told as libbpf tells it (probe_memcg_account()): by a helper that came with the change.
 func (x *examiner) countsBPF() bool {
+	if soft, err := x.memlockLimit(); err != nil || soft == noLimit || x.has(unix.CAP_SYS_RESOURCE) {
+		return false
+	}
 	var helpers *btf.Enum
 	if x.kernelErr != nil || x.kernel.TypeByName("bpf_func_id", &helpers) != nil {
 		return false
@@ -532,9 +642,15 @@ func (x *examiner) hooks(earlier []string) finding {
 		return ok(check, "%s works", x.hook)
 	case len(earlier) > 0:
 		return x.degraded(check, "none", "see "+strings.Join(earlier, ", "))
+	case x.wants(loader.TierAuto) && x.programErr != nil:
+		return x.degraded(check, "none", "see program")
 	default:
-		return x.degraded(check, "none; the owner of a limit is inferred, and what was to be allocated is not known ("+why+")",
-			"use a kernel with kprobes (CONFIG_KPROBE_EVENTS=y), or one that permits fentry (CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS=y)")
+		remedy := "use a kernel with kprobes (CONFIG_KPROBE_EVENTS=y), or one that permits fentry (CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS=y)"
+		if x.needsPerf {
+			_, permit := x.refusal("perf_event_open", "PERFMON", unix.CAP_PERFMON, errno(x.perfErr))
+			remedy = "permit perf events, which kprobes need on this kernel: " + permit + "; or " + remedy
+		}
+		return x.degraded(check, "none; the owner of a limit is inferred, and what was to be allocated is not known ("+why+")", remedy)
 	}
 }
 
@@ -603,40 +719,35 @@ func (x *examiner) memoryNodes() string {
 }
 
 // tryLoad is the proof, and leaves nothing behind.
-func tryLoad(o loader.Options) (loader.Tier, error) {
+func tryLoad(o loader.Options) (loaded, error) {
 	l, err := loader.Open(context.Background(), o)
 	if err != nil {
-		return "", err
+		return loaded{}, err
 	}
 	defer l.Close()
-	return l.Tier(), nil
+	return loaded{l.Tier(), l.Notify()}, nil
 }
 
-// program loads and attaches what a run would. earlier are the checks that have failed.
+// program says whether what a run would load and attach does. earlier are the checks that have failed.
 func (x *examiner) program(earlier []string) finding {
 	const check = "program"
-	said := &complaints{}
-	tier, err := x.hook, error(nil)
-	if tier == "" {
-		tier, err = x.tryTier(loader.Tier(x.cfg.Kernel.Tier), said)
-	}
+	err := x.programErr
 	if err == nil {
-		return ok(check, "loads and attaches; tier %s", tier)
+		return ok(check, "loads and attaches; tier %s", x.loaded.tier)
 	}
 	if len(earlier) > 0 {
 		return fail(check, err.Error(), "see "+strings.Join(earlier, ", "))
 	}
-	detail := err.Error() + said.String()
+	detail := err.Error() + x.said.String()
 	remedy := "report this kernel, with what is said here"
 	if !x.securityfs() {
 		remedy = "see on the host that " + x.sysfs + "/kernel/security/lockdown is not [confidentiality]; else " + remedy
 	}
-	switch paranoid := x.sysctl("kernel/perf_event_paranoid", 2); {
-	case errors.Is(err, unix.EACCES) && paranoid > 2 && !x.has(unix.CAP_SYS_ADMIN):
-		// Debian and Ubuntu added levels above 2, which ask for more than CAP_PERFMON.
-		remedy = fmt.Sprintf("sysctl kernel.perf_event_paranoid=2 (it is %d, a level of this distribution's own), or give CAP_SYS_ADMIN", paranoid)
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		remedy = "something beside the capabilities forbids it: a seccomp profile (it must allow bpf and perf_event_open), SELinux or AppArmor (see the audit log)"
+	switch {
+	case errors.Is(err, fs.ErrPermission) && x.countsBPF():
+		remedy = "see memlock"
+	case errors.Is(err, fs.ErrPermission):
+		_, remedy = x.refusal("bpf", "BPF", unix.CAP_BPF, errno(err))
 	}
 	return fail(check, detail, remedy)
 }

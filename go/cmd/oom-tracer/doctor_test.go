@@ -50,7 +50,9 @@ type patient struct {
 	// refuse is what loading comes to, by tier, and said what libbpf has to say of each refusal.
 	refuse map[loader.Tier]error
 	said   []string
-	loaded []loader.Options
+	loads  []loader.Options
+	// noBPF and noPerf are why the system calls are refused.
+	noBPF, noPerf error
 }
 
 func newPatient(t *testing.T) *patient {
@@ -62,8 +64,10 @@ func newPatient(t *testing.T) *patient {
 	cfg.NATS.Stream.MaxBytes = 1 << 20
 	cfg.Kernel.PinDir = ""
 	p := &patient{t: t, examiner: &examiner{cfg: cfg, node: "node-1", procfs: t.TempDir(), sysfs: t.TempDir()}, refuse: map[loader.Tier]error{}}
-	p.load = func(o loader.Options) (loader.Tier, error) {
-		p.loaded = append(p.loaded, o)
+	p.checkBPF = func() error { return p.noBPF }
+	p.checkPerf = func() error { return p.noPerf }
+	p.load = func(o loader.Options) (loaded, error) {
+		p.loads = append(p.loads, o)
 		o.Log.Info("not a complaint")
 		tried := []loader.Tier{o.Tier}
 		if o.Tier == loader.TierAuto {
@@ -73,14 +77,21 @@ func newPatient(t *testing.T) *patient {
 		for _, tier := range tried {
 			refusal := p.refuse[tier]
 			if refusal == nil {
-				return tier, nil
+				way := o.Notify
+				if way == loader.NotifyAuto {
+					way = loader.NotifyPerf
+					if p.noPerf != nil {
+						way = loader.NotifyRingbuf
+					}
+				}
+				return loaded{tier, way}, nil
 			}
 			err = fmt.Errorf("use tier %s: %w", tier, refusal)
 		}
 		for _, line := range p.said {
 			o.Log.Warn("libbpf", "message", line)
 		}
-		return "", err
+		return loaded{}, err
 	}
 
 	must(t, os.Symlink("77", p.procfs+"/self"))
@@ -136,6 +147,20 @@ func (p *patient) memlockLimitIs(soft string) {
 	p.t.Helper()
 	p.proc("77/limits", fmt.Sprintf("%-25s %-20s %-20s %-10s\n%-25s %-20s %-20s %-10s\n",
 		"Limit", "Soft Limit", "Hard Limit", "Units", "Max locked memory", soft, "unlimited", "bytes"))
+}
+
+// free is what perf events may lock beside the limit, in KiB for each CPU.
+func (p *patient) free(kib int) {
+	p.t.Helper()
+	p.proc("sys/kernel/perf_event_mlock_kb", fmt.Sprintln(kib))
+}
+
+// filtered has a seccomp filter in force.
+func (p *patient) filtered() {
+	p.t.Helper()
+	data, err := os.ReadFile(p.procfs + "/77/status")
+	must(p.t, err)
+	p.proc("77/status", string(data)+"NoNewPrivs:\t1\nSeccomp:\t2\nSeccomp_filters:\t1\n")
 }
 
 // mounts has the memory controller at a directory, in a hierarchy of version 1 ("cgroup") or 2.
@@ -228,7 +253,7 @@ func (p *patient) kernelTypes(arguments []btf.FuncParam, helpers ...string) {
 
 // checks are all that doctor makes, in their order.
 var checks = []string{
-	"kernel", "capabilities", "protection", "lockdown", "memlock", "btf", "mark_victim", "hooks", "kallsyms", "stack", "program",
+	"kernel", "capabilities", "protection", "lockdown", "bpf", "notify", "memlock", "btf", "mark_victim", "hooks", "kallsyms", "stack", "program",
 	"cgroup", "bpffs", "tracer", "nats", "jetstream",
 }
 
@@ -285,7 +310,9 @@ func TestDoctorFindings(t *testing.T) {
 			{"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""},
 			{"protection", statusOK, "can have oom_score_adj -998", ""},
 			{"lockdown", statusOK, "integrity", ""},
-			{"memlock", statusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 1040 KiB, 2064 KiB are free to each user", ""},
+			{"memlock", statusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 32 KiB, 2064 KiB are free to each user", ""},
+			{"bpf", statusOK, "is permitted", ""},
+			{"notify", statusOK, "kills are notified by a perf buffer", ""},
 			{"btf", statusOK, "/kernel/btf/vmlinux", ""},
 			{"mark_victim", statusOK, "hands over the task", ""},
 			{"kallsyms", statusOK, "shows the kernel's addresses", ""},
@@ -398,6 +425,107 @@ func TestDoctorFindings(t *testing.T) {
 			{"capabilities", statusFail, "77/status: no such file", "mount proc"},
 		}},
 
+		// The system calls.
+		{"bpf without CAP_BPF", func(p *patient) {
+			p.lacks(unix.CAP_BPF, admin)
+			p.filtered()
+			p.nothing(unix.EPERM)
+			p.noBPF = fmt.Errorf("%w: %w", loader.ErrBPF, unix.EPERM)
+		}, []finding{
+			{"capabilities", statusFail, "lacks CAP_BPF", ""},
+			{"bpf", statusFail, "bpf is refused (operation not permitted): this process lacks CAP_BPF", "see capabilities"},
+			{"notify", statusWarn, "not known without bpf", "see bpf"},
+			{"hooks", statusWarn, "none", "see capabilities, bpf"},
+			{"program", statusFail, "", "see capabilities, bpf"},
+		}},
+		{"bpf and a seccomp filter", func(p *patient) {
+			p.lacks(admin)
+			p.filtered()
+			p.nothing(unix.EPERM)
+			p.noBPF = fmt.Errorf("%w: %w", loader.ErrBPF, unix.EPERM)
+		}, []finding{
+			{"bpf", statusFail, "the seccomp filter of this process refuses bpf (operation not permitted, although it has CAP_BPF; Seccomp is 2", "RuntimeDefault of containerd 1.7 and Docker 23 or later does, that of CRI-O"},
+			{"notify", statusWarn, "not known without bpf", "see bpf"},
+			{"hooks", statusWarn, "none", "see bpf"},
+			{"program", statusFail, "", "see bpf"},
+		}},
+		{"bpf and a security module", func(p *patient) {
+			p.nothing(unix.EACCES)
+			p.noBPF = fmt.Errorf("%w: %w", loader.ErrBPF, unix.EACCES)
+		}, []finding{
+			{"bpf", statusFail, "bpf is refused (permission denied), although this process has CAP_BPF and no seccomp filter", "see the audit log"},
+			{"notify", statusWarn, "", "see bpf"},
+			{"hooks", statusWarn, "none", "see bpf"},
+			{"program", statusFail, "", "see bpf"},
+		}},
+		{"a distribution's own paranoia", func(p *patient) {
+			p.lacks(admin)
+			p.filtered()
+			p.noPerf = unix.EACCES
+			p.proc("sys/kernel/perf_event_paranoid", "4\n")
+		}, []finding{
+			{"notify", statusWarn, "kills are notified by a ring buffer, all are reported; no perf events: kernel.perf_event_paranoid is 4, a level that Debian and Ubuntu have added", "not needed; to have them: sysctl kernel.perf_event_paranoid=2"},
+			{"memlock", statusOK, "no perf buffers", ""},
+			{"hooks", statusOK, "fentry works", ""},
+		}},
+		{"perf and a seccomp filter", func(p *patient) {
+			p.lacks(admin)
+			p.filtered()
+			p.noPerf = unix.EPERM
+		}, []finding{
+			{"notify", statusWarn, "kills are notified by a ring buffer, all are reported; no perf events: the seccomp filter of this process refuses perf_event_open (operation not permitted, although it has CAP_PERFMON", "RuntimeDefault of containerd 1.7"},
+		}},
+		{"perf, a seccomp filter, and a distribution's own paranoia", func(p *patient) {
+			p.lacks(admin)
+			p.filtered()
+			p.noPerf = unix.EPERM
+			p.proc("sys/kernel/perf_event_paranoid", "3\n")
+		}, []finding{{"notify", statusWarn, "the seccomp filter of this process refuses perf_event_open", "RuntimeDefault"}}},
+		{"perf and a security module", func(p *patient) { p.noPerf = unix.EACCES }, []finding{
+			{"notify", statusWarn, "perf_event_open is refused (permission denied), although this process has CAP_PERFMON and no seccomp filter", "audit log"},
+		}},
+		{"perf without CAP_PERFMON", func(p *patient) {
+			p.lacks(unix.CAP_PERFMON, admin)
+			p.noPerf = unix.EACCES
+			p.nothing(unix.EPERM)
+		}, []finding{
+			{"capabilities", statusFail, "lacks CAP_PERFMON", ""},
+			{"notify", statusWarn, "no perf events: perf_event_open is refused (permission denied): this process lacks CAP_PERFMON", "see capabilities"},
+			{"hooks", statusWarn, "none", "see capabilities"},
+			{"program", statusFail, "", "see capabilities"},
+		}},
+		{"perf in no kernel", func(p *patient) { p.noPerf = unix.ENOSYS }, []finding{
+			{"notify", statusWarn, "perf_event_open: function not implemented", "report this kernel"},
+		}},
+		{"perf demanded and refused", func(p *patient) {
+			p.lacks(admin)
+			p.cfg.Kernel.Notify = "perf"
+			p.noPerf = unix.EACCES
+			p.proc("sys/kernel/perf_event_paranoid", "3\n")
+			p.nothing(unix.EACCES)
+		}, []finding{
+			{"notify", statusFail, "kernel.notify is perf: kernel.perf_event_paranoid is 3", "or set kernel.notify to auto"},
+			{"hooks", statusWarn, "none", "see notify"},
+			{"program", statusFail, "", "see notify"},
+		}},
+		{"a ring buffer demanded", func(p *patient) { p.cfg.Kernel.Notify = "ringbuf"; p.noPerf = unix.EACCES }, []finding{
+			{"notify", statusOK, "kills are notified by a ring buffer", ""},
+		}},
+		{"polling demanded", func(p *patient) { p.cfg.Kernel.Notify = "poll" }, []finding{
+			{"notify", statusOK, "kills are notified by polling, every 200 ms", ""},
+		}},
+		{"kprobes need perf events", func(p *patient) {
+			p.lacks(admin)
+			p.noHooks()
+			p.noPerf = unix.EACCES
+			p.proc("sys/kernel/perf_event_paranoid", "3\n")
+			p.refuse[loader.TierKprobe] = fmt.Errorf("perf_event_open: %w; and it has no kprobe.multi links", unix.EACCES)
+		}, []finding{
+			{"notify", statusWarn, "kills are notified by a ring buffer", ""},
+			{"hooks", statusWarn, "kprobe: perf_event_open: permission denied; and it has no kprobe.multi links", "permit perf events, which kprobes need on this kernel: sysctl kernel.perf_event_paranoid=2"},
+			{"program", statusOK, "tier stack", ""},
+		}},
+
 		// Lockdown.
 		{"lockdown none", func(p *patient) { p.sys("kernel/security/lockdown", "[none] integrity confidentiality\n") }, []finding{
 			{"lockdown", statusOK, "none", ""},
@@ -425,40 +553,52 @@ func TestDoctorFindings(t *testing.T) {
 			{"lockdown", statusOK, "not known: securityfs is not mounted at", ""},
 		}},
 
-		// Memory that may be locked. Four CPUs have 2064 KiB free.
-		{"buffers that just fit into what is free", func(p *patient) { p.cfg.Kernel.PerfPages = 128; p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []finding{
-			{"memlock", statusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 2064 KiB, 2064 KiB are free to each user", ""},
+		// Memory that may be locked: the buffers of four CPUs take 32 KiB.
+		{"buffers that just fit into what is free", func(p *patient) { p.free(8); p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []finding{
+			{"memlock", statusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 32 KiB, 32 KiB are free to each user", ""},
 		}},
 		{"buffers that just fit into the limit", func(p *patient) {
-			p.cfg.Kernel.PerfPages = 256 // 257 * 4 * 4 KiB - 2064 KiB = 2048 KiB
-			p.memlockLimitIs("2097152")
+			p.free(4)
+			p.memlockLimitIs("16384")
 			p.lacks(unix.CAP_IPC_LOCK)
-		}, []finding{{"memlock", statusOK, "limit 2048 KiB; the perf buffers of 4 CPUs lock 4112 KiB", ""}}},
+		}, []finding{{"memlock", statusOK, "limit 16 KiB; the perf buffers of 4 CPUs lock 32 KiB", ""}}},
 		{"buffers that do not fit", func(p *patient) {
-			p.cfg.Kernel.PerfPages = 256
-			p.memlockLimitIs("2097151")
+			p.free(4)
+			p.memlockLimitIs("16383")
 			p.lacks(unix.CAP_IPC_LOCK)
-		}, []finding{{"memlock", statusFail, "lock 4112 KiB; 2064 KiB are free to each user, and the rest exceeds the limit of 2047 KiB", "give CAP_IPC_LOCK, or lower kernel.perf_pages"}}},
-		{"CAP_IPC_LOCK lifts the limit", func(p *patient) { p.cfg.Kernel.PerfPages = 1024; p.memlockLimitIs("0") }, []finding{
+		}, []finding{{"memlock", statusWarn, "lock 32 KiB; 16 KiB are free to each user, and the rest exceeds the limit of 15 KiB", "give CAP_IPC_LOCK; a ring buffer is used instead"}}},
+		{"buffers that do not fit, demanded", func(p *patient) {
+			p.cfg.Kernel.Notify = "perf"
+			p.free(4)
+			p.memlockLimitIs("16383")
+			p.lacks(unix.CAP_IPC_LOCK)
+		}, []finding{{"memlock", statusFail, "exceeds the limit of 15 KiB", "give CAP_IPC_LOCK, or set kernel.notify to auto"}}},
+		{"CAP_IPC_LOCK lifts the limit", func(p *patient) { p.free(0); p.memlockLimitIs("0") }, []finding{
 			{"memlock", statusOK, "limit 0 KiB", ""},
 		}},
 		{"but not in a user namespace", func(p *patient) {
-			p.cfg.Kernel.PerfPages = 1024
+			p.free(0)
 			p.memlockLimitIs("0")
 			p.namespace("user", "user:[4026532177]")
-		}, []finding{{"memlock", statusFail, "exceeds the limit of 0 KiB", "ulimit -l"}, {"capabilities", statusFail, "", ""}}},
+		}, []finding{{"memlock", statusWarn, "exceeds the limit of 0 KiB", "ulimit -l"}, {"capabilities", statusFail, "", ""}}},
 		{"a kernel that is not paranoid has no limit", func(p *patient) {
-			p.cfg.Kernel.PerfPages = 1024
+			p.free(0)
 			p.memlockLimitIs("0")
 			p.lacks(unix.CAP_IPC_LOCK)
 			p.proc("sys/kernel/perf_event_paranoid", "-1\n")
 		}, nil},
+		{"no perf buffers, no limit", func(p *patient) {
+			p.cfg.Kernel.Notify = "ringbuf"
+			p.free(0)
+			p.memlockLimitIs("0")
+			p.lacks(unix.CAP_IPC_LOCK)
+		}, []finding{{"memlock", statusOK, "limit 0 KiB; no perf buffers", ""}}},
 		{"unlimited", func(p *patient) {
-			p.cfg.Kernel.PerfPages = 1024
+			p.free(0)
 			p.memlockLimitIs("unlimited")
 			p.lacks(unix.CAP_IPC_LOCK)
 		}, []finding{
-			{"memlock", statusOK, "limit unlimited; the perf buffers of 4 CPUs lock 16400 KiB", ""},
+			{"memlock", statusOK, "limit unlimited; the perf buffers of 4 CPUs lock 32 KiB", ""},
 		}},
 		{"before 5.11", func(p *patient) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
@@ -482,7 +622,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.without("devices/system/cpu/online")
 			p.without("sys/kernel/perf_event_mlock_kb")
 			p.proc("sys/kernel/perf_event_paranoid", "very\n")
-		}, []finding{{"memlock", statusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, %d KiB are free", runtime.NumCPU(), 260*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
+		}, []finding{{"memlock", statusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, %d KiB are free", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
 		{"limits that cannot be read", func(p *patient) { p.without("77/limits") }, []finding{
 			{"memlock", statusWarn, "77/limits: no such file", "mount proc"},
 		}},
@@ -649,21 +789,25 @@ func TestDoctorProgram(t *testing.T) {
 		}},
 		{"nothing else says why", func(p *patient) { p.nothing(denied(unix.EPERM)) }, []finding{
 			none(""),
-			{"program", statusFail, "operation not permitted", "a seccomp profile (it must allow bpf and perf_event_open), SELinux or AppArmor"},
+			{"program", statusFail, "operation not permitted", "a security module (SELinux, AppArmor) may refuse it"},
+		}},
+		{"the memory of its maps, before 5.11", func(p *patient) {
+			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
+			p.lacks(unix.CAP_SYS_RESOURCE)
+			p.nothing(denied(unix.EPERM))
+		}, []finding{
+			{"memlock", statusWarn, "counts the program's maps against it", ""},
+			none("see program"),
+			{"program", statusFail, "operation not permitted", "see memlock"},
+		}},
+		{"nothing else but a seccomp filter", func(p *patient) { p.nothing(denied(unix.EPERM)); p.filtered() }, []finding{
+			none(""),
+			{"program", statusFail, "operation not permitted", "use a seccomp profile that permits bpf"},
 		}},
 		{"lockdown may be the reason", func(p *patient) {
 			p.without("kernel/security/lockdown")
 			p.nothing(denied(unix.EINVAL))
 		}, []finding{none(""), {"program", statusFail, "load the BPF object: invalid argument", "kernel/security/lockdown is not [confidentiality]; else report this kernel"}}},
-		{"a distribution's own paranoia", func(p *patient) {
-			p.lacks(unix.CAP_SYS_ADMIN)
-			p.proc("sys/kernel/perf_event_paranoid", "4\n")
-			p.nothing(fmt.Errorf("open the perf buffer: %w", unix.EACCES))
-		}, []finding{none(""), {"program", statusFail, "permission denied", "sysctl kernel.perf_event_paranoid=2 (it is 4"}}},
-		{"not that, with CAP_SYS_ADMIN", func(p *patient) {
-			p.proc("sys/kernel/perf_event_paranoid", "4\n")
-			p.nothing(fmt.Errorf("open the perf buffer: %w", unix.EACCES))
-		}, []finding{none(""), {"program", statusFail, "permission denied", "seccomp"}}},
 		{"the verifier", func(p *patient) {
 			p.nothing(denied(unix.EINVAL))
 			p.said = []string{"libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG --\n0: R1=ctx()\n", "invalid mem access"}
@@ -684,7 +828,7 @@ func TestDoctorProgram(t *testing.T) {
 	}
 }
 
-// The proof is made with what a run would take, unless one has taken it already, and once for each tier.
+// The proof is made with what a run would take, and once for each tier.
 func TestDoctorProgramOptions(t *testing.T) {
 	for _, tt := range []struct {
 		tier    string
@@ -692,15 +836,15 @@ func TestDoctorProgramOptions(t *testing.T) {
 		running bool
 		want    []string
 	}{
-		{"auto", true, false, []string{"fentry 32"}},
-		{"auto", false, false, []string{"fentry 32", "kprobe 32", "auto 32"}},
-		{"kprobe", true, false, []string{"kprobe 32"}},
-		{"stack", true, false, []string{"stack 32"}},
-		{"none", true, false, []string{"none 32"}},
-		{"stack", true, true, []string{"stack 1"}},
+		{"auto", true, false, []string{"fentry poll"}},
+		{"auto", false, false, []string{"fentry poll", "kprobe poll", "auto poll"}},
+		{"kprobe", true, false, []string{"kprobe poll"}},
+		{"stack", true, false, []string{"stack poll"}},
+		{"none", true, false, []string{"none poll"}},
+		{"stack", true, true, []string{"stack poll"}},
 	} {
 		p := newPatient(t)
-		p.cfg.Kernel.Tier, p.cfg.Kernel.PerfPages = tt.tier, 32
+		p.cfg.Kernel.Tier, p.cfg.Kernel.Notify = tt.tier, "poll"
 		var want []finding
 		if !tt.hooks {
 			p.noHooks()
@@ -712,8 +856,8 @@ func TestDoctorProgramOptions(t *testing.T) {
 		}
 		p.expect(want...)
 		var got []string
-		for _, o := range p.loaded {
-			got = append(got, fmt.Sprint(o.Tier, " ", o.PerfPages))
+		for _, o := range p.loads {
+			got = append(got, fmt.Sprint(o.Tier, " ", o.Notify))
 		}
 		if diff := cmp.Diff(tt.want, got); diff != "" {
 			t.Errorf("%+v: %s", tt, diff)
@@ -1037,37 +1181,20 @@ func TestDoctorHere(t *testing.T) {
 	}
 }
 
-// doctorWithout runs the real program with capabilities taken from its bounding set, which root loses
-// with them, behind a shell command.
-func doctorWithout(t *testing.T, cfg config.Config, shell string, bits ...uintptr) (report, *exec.Cmd, string) {
+// confinedDoctor runs the real program with less than root has, behind a shell command.
+func confinedDoctor(t *testing.T, cfg config.Config, shell string, c confinement) (report, *exec.Cmd, string) {
 	t.Helper()
 	command := exec.Command("sh", "-c", shell+`exec "$0" "$@"`, scratchtest.Program(t, "oom-tracer"),
 		"doctor", "--config", writeConfig(t, cfg), "--node-name", testNode, "--output", "json")
 	var out, said bytes.Buffer
 	command.Stdout, command.Stderr = &out, &said
-	started := make(chan error)
-	go func() {
-		// The set is a thread's own. This one is not unlocked, and so ends with its goroutine.
-		runtime.LockOSThread()
-		for _, bit := range bits {
-			if err := unix.Prctl(unix.PR_CAPBSET_DROP, bit, 0, 0, 0); err != nil {
-				started <- fmt.Errorf("drop capability %d, which needs root: %w", bit, err)
-				return
-			}
-		}
-		started <- command.Start()
-	}()
-	must(t, <-started)
+	c.start(t, command)
 	_ = command.Wait()
 	var got report
 	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
 		t.Fatalf("%v\n%s\n%s", err, &out, &said)
 	}
 	return got, command, said.String()
-}
-
-func findingOf(findings []finding, check string) finding {
-	return findings[slices.IndexFunc(findings, func(f finding) bool { return f.Check == check })]
 }
 
 func readSysctl(t *testing.T, name string) int {
@@ -1082,11 +1209,12 @@ func readSysctl(t *testing.T, name string) int {
 // The real program on this kernel, with less than root has.
 func TestDoctorReducedCapabilities(t *testing.T) {
 	paranoid := readSysctl(t, "perf_event_paranoid")
+	unprivileged := readSysctl(t, "unprivileged_bpf_disabled")
 	shown := readSysctl(t, "kptr_restrict") == 0 && paranoid <= 1
 	// What root gets here: hooks, or the stack.
 	best, hooks := loader.TierStack, finding{"hooks", statusWarn, "none; the owner of a limit is inferred", "CONFIG_KPROBE_EVENTS=y"}
 	for _, tier := range []loader.Tier{loader.TierKprobe, loader.TierFentry} {
-		if _, err := tryLoad(loader.Options{Tier: tier, PerfPages: 1, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)}); err == nil {
+		if _, err := tryLoad(loader.Options{Tier: tier, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)}); err == nil {
 			best, hooks = tier, finding{"hooks", statusOK, string(tier) + " works", ""}
 		}
 	}
@@ -1111,44 +1239,60 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 	// Some machines give it to nobody.
 	resource, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, unix.CAP_SYS_RESOURCE, 0, 0, 0)
 	must(t, err)
-	small := testConfig(t)
-	small.Kernel.PerfPages = 1024
+	perf, ring := testConfig(t), testConfig(t)
+	perf.Kernel.Notify, ring.Kernel.Notify = "perf", "ringbuf"
+	// Where the kernel demands CAP_SYS_ADMIN for perf events, as Debian's do, that must be said.
+	byDefault := finding{"notify", statusOK, "a perf buffer", ""}
+	if paranoid > 2 {
+		byDefault = finding{"notify", statusWarn, "kernel.perf_event_paranoid is ", "sysctl"}
+	}
+	const needless = "perf events are not needed"
+	bySeccomp := func(call string) string { return "the seccomp filter of this process refuses " + call }
 	stack := testConfig(t)
 	stack.Kernel.Tier = "stack"
 	for _, tt := range []struct {
 		name  string
 		cfg   config.Config
 		shell string
-		drop  []uintptr
+		less  confinement
 		want  []finding
 	}{
-		{"all", testConfig(t), "", nil, []finding{hooks, works}},
-		{"no CAP_SYS_ADMIN", testConfig(t), "", []uintptr{unix.CAP_SYS_ADMIN}, []finding{
+		{"all", testConfig(t), "", confinement{}, []finding{hooks, works}},
+		{"no CAP_SYS_ADMIN", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_SYS_ADMIN}}, []finding{
 			{"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""}, hooks, works,
 		}},
-		{"CAP_SYS_ADMIN alone", testConfig(t), "", []uintptr{unix.CAP_BPF, unix.CAP_PERFMON}, []finding{
+		{"CAP_SYS_ADMIN alone", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_BPF, unix.CAP_PERFMON}}, []finding{
 			{"capabilities", statusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON", ""}, hooks, works,
 		}},
-		{"no CAP_BPF", testConfig(t), "", []uintptr{unix.CAP_BPF, unix.CAP_SYS_ADMIN},
+		{"no CAP_BPF", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_BPF, unix.CAP_SYS_ADMIN}},
 			append(refused("capabilities", "operation not permitted"), finding{"capabilities", statusFail, "lacks CAP_BPF to load the program", "BPF"})},
-		{"no CAP_PERFMON", testConfig(t), "", []uintptr{unix.CAP_PERFMON, unix.CAP_SYS_ADMIN},
+		{"no CAP_PERFMON", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_PERFMON, unix.CAP_SYS_ADMIN}},
 			append(refused("capabilities", "operation not permitted"), finding{"capabilities", statusFail, "lacks CAP_PERFMON to attach it", "PERFMON"})},
-		{"no CAP_SYSLOG", testConfig(t), "", []uintptr{unix.CAP_SYSLOG}, withoutSyslog},
-		{"no CAP_SYSLOG, and tier stack demanded", stack, "", []uintptr{unix.CAP_SYSLOG}, demanded},
-		{"little to be locked", small, "ulimit -l 64 && ", nil, []finding{{"memlock", statusOK, "limit 64 KiB", ""}, hooks, works}},
-		{"little to be locked, and no CAP_IPC_LOCK", small, "ulimit -l 64 && ", []uintptr{unix.CAP_IPC_LOCK},
-			append(refused("memlock", "open the perf buffer of 1024 pages per CPU"), finding{"memlock", statusFail, "exceeds the limit of 64 KiB", "CAP_IPC_LOCK"})},
+		{"no CAP_SYSLOG", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_SYSLOG}}, withoutSyslog},
+		{"no CAP_SYSLOG, and tier stack demanded", stack, "", confinement{drop: []uintptr{unix.CAP_SYSLOG}}, demanded},
+		{"little to be locked, and no CAP_IPC_LOCK", testConfig(t), "ulimit -l 64 && ", confinement{drop: []uintptr{unix.CAP_IPC_LOCK}}, []finding{{"memlock", statusOK, "limit 64 KiB", ""}, hooks, works}},
+		{"as in the chart", testConfig(t), "", confinement{drop: asInChart()}, []finding{byDefault, hooks, works}},
+		{"no perf events by seccomp", testConfig(t), "", confinement{drop: asInChart(), refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+			[]finding{{"notify", statusWarn, "kills are notified by a ring buffer, all are reported; no perf events: " + bySeccomp("perf_event_open"), needless}, hooks, works}},
+		{"no perf events by seccomp, but demanded", perf, "", confinement{drop: asInChart(), refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+			append(refused("notify", "perf_event_open: operation not permitted"), finding{"notify", statusFail, bySeccomp("perf_event_open"), "set kernel.notify to auto"})},
+		{"no perf events by seccomp, and not wanted", ring, "", confinement{refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+			[]finding{{"notify", statusOK, "kills are notified by a ring buffer", ""}, hooks, works}},
+		{"no bpf by seccomp", testConfig(t), "", confinement{drop: asInChart(), refuse: []uint32{unix.SYS_BPF}},
+			append(refused("bpf", "the bpf system call is refused"), finding{"bpf", statusFail, bySeccomp("bpf"), "RuntimeDefault"}, finding{"notify", statusWarn, "", "see bpf"})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tt.cfg.NATS.Stream.MaxBytes = 1 << 20
-			got, command, said := doctorWithout(t, tt.cfg, tt.shell, tt.drop...)
+			got, command, said := confinedDoctor(t, tt.cfg, tt.shell, tt.less)
 			want := tt.want
-			if paranoid > 2 && slices.Contains(tt.drop, unix.CAP_SYS_ADMIN) {
-				// A kernel of Debian's or Ubuntu's wants it for every perf buffer: then that must be said.
-				if f := findingOf(got.Findings, "program"); f.Status == statusFail && strings.Contains(f.Remedy, "sysctl kernel.perf_event_paranoid=2") {
-					// The first of a check counts.
-					want = append([]finding{f, findingOf(got.Findings, "hooks")}, want...)
-				}
+			if paranoid > 2 && slices.Contains(tt.less.drop, unix.CAP_SYS_ADMIN) {
+				want = append(want, byDefault) // the first of a check counts
+			}
+			if slices.Contains(tt.less.drop, unix.CAP_BPF) && slices.Contains(tt.less.drop, unix.CAP_SYS_ADMIN) && unprivileged != 0 {
+				want = append(want, finding{"bpf", statusFail, "this process lacks CAP_BPF", "see capabilities"}, finding{"notify", statusWarn, "", "see bpf"})
+			}
+			if slices.Contains(tt.less.drop, unix.CAP_PERFMON) && slices.Contains(tt.less.drop, unix.CAP_SYS_ADMIN) && paranoid > 0 {
+				want = append(want, finding{"notify", statusWarn, "this process lacks CAP_PERFMON", "see capabilities"})
 			}
 			if resource == 0 {
 				want = append(want, finding{"protection", statusWarn, "lacks CAP_SYS_RESOURCE", "SYS_RESOURCE"})

@@ -238,8 +238,8 @@ func TestKilledInStorm(t *testing.T) {
 	}
 }
 
-// TestStopped: while the tracer is stopped (SIGSTOP) the perf buffer overflows. What the journal holds is read
-// from there; what it does not is named by a gap, exactly.
+// TestStopped: while the tracer is stopped (SIGSTOP) nobody reads. What the journal holds is read
+// later; what it does not is named by a gap, exactly.
 func TestStopped(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
@@ -252,7 +252,7 @@ func TestStopped(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := pinnedConfig(t)
-			cfg.Kernel.PerfPages, cfg.Kernel.JournalSlots = 1, tt.slots
+			cfg.Kernel.JournalSlots = tt.slots
 			cfg.Metrics.Listen, cfg.NATS.Embedded.Listen = freeAddr(t), freeAddr(t)
 			tracer := startProcess(t, cfg)
 			until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })

@@ -743,14 +743,14 @@ func writeConfig(t *testing.T, cfg config.Config) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "config.yaml")
 	text := fmt.Sprintf(`node: {state_file: %q, status_interval: %s, cgroup_root: %q}
-kernel: {tier: %s, perf_pages: %d, journal_slots: %d, pin_dir: %q}
+kernel: {tier: %s, notify: %s, journal_slots: %d, pin_dir: %q}
 nats:
   url: %q
   buffer: %d
   embedded: {dir: %q, listen: %q, sync_always: %t}
   stream: {max_bytes: %d}
 metrics: {listen: %q}
-`, cfg.Node.StateFile, cfg.Node.StatusInterval, cfg.Node.CgroupRoot, cfg.Kernel.Tier, cfg.Kernel.PerfPages, cfg.Kernel.JournalSlots, cfg.Kernel.PinDir,
+`, cfg.Node.StateFile, cfg.Node.StatusInterval, cfg.Node.CgroupRoot, cfg.Kernel.Tier, cfg.Kernel.Notify, cfg.Kernel.JournalSlots, cfg.Kernel.PinDir,
 		cfg.NATS.URL, cfg.NATS.Buffer, cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.NATS.Embedded.SyncAlways, cfg.NATS.Stream.MaxBytes, cfg.Metrics.Listen)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)

@@ -35,6 +35,7 @@ type metrics struct {
 // kernelSide is what is shown of a loader.Loader.
 type kernelSide interface {
 	Tier() loader.Tier
+	Notify() loader.Notify
 	Prototype() loader.Prototype
 	Stats() (loader.Stats, error)
 	Received() uint64
@@ -44,8 +45,8 @@ type kernelSide interface {
 
 // The metrics that are read at the scrape.
 var (
-	tierDesc      = desc("tier_info", "Where the context of kills comes from, and what mark_victim hands over; always 1.", "tier", "prototype")
-	samplesDesc   = desc("samples_total", "Records of the kernel program since it was loaded: seen = sent + refused by the perf buffer; received = sent once they are read; caught_up were read from the journal.", "state")
+	tierDesc      = desc("tier_info", "Where the context of kills comes from, how they are notified, and what mark_victim hands over; always 1.", "tier", "notify", "prototype")
+	samplesDesc   = desc("samples_total", "Records of the kernel program since it was loaded (seen), their notifications that a buffer took (sent) or not (refused) and that were read (received), and records that were read without one (caught_up).", "state")
 	seqDesc       = desc("seq", "The sequence number of the kernel's last record, since recording began.")
 	journalDesc   = desc("journal_records", "Records in the kernel's journal that are not acknowledged by JetStream yet.")
 	lostDesc      = desc("lost_records_total", "Records that were lost since recording began; a gap event tells which.")
@@ -142,8 +143,8 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published} {
 		c.Collect(ch)
 	}
-	ch <- prometheus.MustNewConstMetric(tierDesc, prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Prototype()))
-	// Received before sent: a sample that arrives between the two reads must not look like one too many.
+	ch <- prometheus.MustNewConstMetric(tierDesc, prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Notify()), string(m.kernel.Prototype()))
+	// Received before sent: a notification that arrives between the two reads must not look like one too many.
 	received := m.kernel.Received()
 	stats, err := m.kernel.Stats()
 	if err != nil {

@@ -30,6 +30,7 @@ var update = flag.Bool("update", false, "write the golden files anew")
 // fakeSides stands for all that is read at the scrape.
 type fakeSides struct {
 	tier      loader.Tier
+	notify    loader.Notify
 	prototype loader.Prototype
 	stats     loader.Stats
 	statsErr  error
@@ -41,6 +42,7 @@ type fakeSides struct {
 }
 
 func (f *fakeSides) Tier() loader.Tier            { return f.tier }
+func (f *fakeSides) Notify() loader.Notify        { return f.notify }
 func (f *fakeSides) Prototype() loader.Prototype  { return f.prototype }
 func (f *fakeSides) Stats() (loader.Stats, error) { return f.stats, f.statsErr }
 func (f *fakeSides) Received() uint64             { return f.received }
@@ -111,7 +113,7 @@ func golden(t *testing.T, name, got string) {
 
 // Every name, label and help text, from the first scrape on: alerts and dashboards are written to them.
 func TestMetricsExposition(t *testing.T) {
-	m := fakeMetrics(&fakeSides{tier: loader.TierStack, prototype: loader.PrototypeTask, counts: loader.Counts{KernelBase: 42}})
+	m := fakeMetrics(&fakeSides{tier: loader.TierStack, notify: loader.NotifyPerf, prototype: loader.PrototypeTask, counts: loader.Counts{KernelBase: 42}})
 	registry := register(t, m)
 	golden(t, "metrics-start.golden", exposition(t, registry))
 	problems, err := testutil.GatherAndLint(registry)
@@ -126,7 +128,7 @@ func TestMetricsExposition(t *testing.T) {
 // What happens moves the series that it should, and no other.
 func TestMetricsCount(t *testing.T) {
 	m := fakeMetrics(&fakeSides{
-		tier: loader.TierNone, prototype: loader.PrototypePID, connected: true, received: 7, caughtUp: 3,
+		tier: loader.TierNone, notify: loader.NotifyRingbuf, prototype: loader.PrototypePID, connected: true, received: 7, caughtUp: 3,
 		// The kernel's 42 are 32 more than its base. Of 20 kills seen, 2 in groups; 3 exits may have become kills.
 		counts:    loader.Counts{Head: 30, Acked: 26, Lost: 2, Killed: 20, Unknown: 4, Exiting: 3, Groups: 2, Unhooked: 20, KernelBase: 10},
 		stats:     loader.Stats{Seen: 10, Sent: 8, Refused: 2},

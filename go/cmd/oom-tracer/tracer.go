@@ -86,7 +86,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		return nil, err
 	}
 	t.loader, err = loader.Open(ctx, loader.Options{
-		Tier: loader.Tier(cfg.Kernel.Tier), PerfPages: cfg.Kernel.PerfPages, JournalSlots: cfg.Kernel.JournalSlots,
+		Tier: loader.Tier(cfg.Kernel.Tier), Notify: loader.Notify(cfg.Kernel.Notify), JournalSlots: cfg.Kernel.JournalSlots,
 		PinDir: cfg.Kernel.PinDir, Log: log,
 	})
 	if err != nil {
@@ -133,7 +133,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	}
 	log.Info("tracing oom kills",
 		"version", obs.Version().Version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
-		"prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", t.serverName(cfg), "metrics", t.http.Addr())
+		"notify", string(t.loader.Notify()), "prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", t.serverName(cfg), "metrics", t.http.Addr())
 	return t, nil
 }
 
@@ -289,8 +289,8 @@ func (t *tracer) close(deadline time.Time) error {
 	return err
 }
 
-// record takes one sample the whole way to the publisher's buffer. It never blocks, for the kernel's
-// buffer fills meanwhile. It returns false when that buffer is full.
+// record takes one record the whole way to the publisher's buffer. It never blocks, for the journal fills
+// meanwhile. It returns false when that buffer is full.
 func (t *tracer) record(seq uint64, sample []byte) bool {
 	record, err := wire.Decode(sample)
 	if err != nil {

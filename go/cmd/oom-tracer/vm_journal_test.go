@@ -23,7 +23,7 @@ import (
 )
 
 // vmConfig is a config file for oom-tracer with the shipped pin directory; what the kernel killed before is
-// nobody's gap. What a test leaves pinned is unloaded.
+// nobody's gap. What a test leaves pinned is unloaded. The tier may be followed by other keys.
 func vmConfig(t *testing.T, tier string) string {
 	t.Helper()
 	dir := t.TempDir()

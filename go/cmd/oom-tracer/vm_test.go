@@ -53,7 +53,7 @@ type observer struct {
 // observe loads the program with a tier; nil, and why, where this kernel does not have it.
 func observe(t *testing.T, tier loader.Tier) (*observer, error) {
 	t.Helper()
-	l, err := loader.Open(t.Context(), loader.Options{Tier: tier, PerfPages: 64, JournalSlots: 1024, Log: slog.New(slog.DiscardHandler)})
+	l, err := loader.Open(t.Context(), loader.Options{Tier: tier, JournalSlots: 1024, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return nil, err
 	}
@@ -574,6 +574,22 @@ var scenarios = []scenario{
 		}
 		o.expect(t, 1, truth{scope: event.ScopeSysrq, trigger: "kworker*", victim: victim.Process.Pid})
 	}},
+	{"kswapd", func(t *testing.T, o *observer) {
+		kswapdKills(t)
+		group := scratchtest.New(t, scratch.Unlimited)
+		// Whoever asks for memory meanwhile may come first, this test too.
+		for try := 1; ; try++ {
+			hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
+			e := o.expect(t, 1, truth{scope: event.ScopeGlobal, limit: event.LevelNode})
+			if t.Failed() || len(e) == 1 && strings.HasPrefix(e[0].Trigger.Comm, "kswapd") {
+				return
+			}
+			if try == 5 {
+				t.Fatalf("five times it was another who killed, now %s", e[0].Trigger.Comm)
+			}
+			o.begin(t)
+		}
+	}},
 	{"innocent-trigger", func(t *testing.T, o *observer) {
 		root := scratchtest.New(t, scratch.Unlimited)
 		a := scratchtest.Child(t, root, "innocent", scratch.Unlimited)
@@ -685,6 +701,30 @@ var scenarios = []scenario{
 	}},
 }
 
+// kswapdKills makes kswapd the one that runs out of memory: the multi-generational LRU does not reclaim what was
+// used in the last hour, and so nothing (Documentation/admin-guide/mm/multigen_lru.rst).
+func kswapdKills(t *testing.T) {
+	t.Helper()
+	const dir = "/sys/kernel/mm/lru_gen/"
+	for file, value := range map[string]string{"enabled": "y", "min_ttl_ms": "3600000"} {
+		before, err := os.ReadFile(dir + file)
+		if errors.Is(err, os.ErrNotExist) {
+			panic(errNotHere("no multi-generational LRU before Linux 6.1"))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(dir+file, []byte(value), 0); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := os.WriteFile(dir+file, bytes.TrimSpace(before), 0); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // freeMiB is what can still be had.
 func freeMiB(t *testing.T) int {
 	t.Helper()
@@ -769,7 +809,7 @@ func runTier(t *testing.T, tier loader.Tier, scenarios []scenario) {
 
 // TestVMAuto: the best tier is chosen: every stock kernel has fentry.
 func TestVMAuto(t *testing.T) {
-	l, err := loader.Open(t.Context(), loader.Options{Tier: loader.TierAuto, PerfPages: 8, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)})
+	l, err := loader.Open(t.Context(), loader.Options{Tier: loader.TierAuto, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

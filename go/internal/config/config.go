@@ -45,8 +45,8 @@ type Node struct {
 type Kernel struct {
 	// Tier is auto, fentry, kprobe, stack or none.
 	Tier string `yaml:"tier"`
-	// PerfPages is the size of each CPU's perf buffer, in pages; a power of two, 1..1024.
-	PerfPages int `yaml:"perf_pages"`
+	// Notify is how the reader learns of a kill: auto, perf, ringbuf or poll.
+	Notify string `yaml:"notify"`
 	// JournalSlots is how many records the journal holds; a power of two, 64..65536.
 	JournalSlots int `yaml:"journal_slots"`
 	// PinDir is an absolute path in a bpffs, where the program stays while no tracer runs; empty: nowhere.
@@ -178,7 +178,7 @@ type Log struct {
 func Default() Config {
 	return Config{
 		Node:   Node{CgroupRoot: "/", StateFile: "/var/lib/oom-tracer/state.json", StatusInterval: 5 * time.Minute, Neighbours: 5},
-		Kernel: Kernel{Tier: "auto", PerfPages: 64, JournalSlots: 1024, PinDir: "/sys/fs/bpf/oom-tracer"},
+		Kernel: Kernel{Tier: "auto", Notify: "auto", JournalSlots: 1024, PinDir: "/sys/fs/bpf/oom-tracer"},
 		NATS: NATS{
 			Buffer: 10000,
 			Embedded: Embedded{

@@ -113,7 +113,7 @@ func TestEveryKeyIsRead(t *testing.T) {
 	}
 	want := Config{
 		Node:   Node{Name: "worker-1.example.com", CgroupRoot: "/kubelet.slice/kind", StateFile: "/srv/state.json", StatusInterval: 90 * time.Second},
-		Kernel: Kernel{Tier: "stack", PerfPages: 128, JournalSlots: 4096, PinDir: "/run/bpf/oom"},
+		Kernel: Kernel{Tier: "stack", Notify: "ringbuf", JournalSlots: 4096, PinDir: "/run/bpf/oom"},
 		NATS: NATS{
 			URL: "tls://a.example.com:4222, nats://[2001:db8::1]:4222,tls://b", User: "tracer", PasswordFile: "/run/secrets/password",
 			TLS:      TLS{CAFile: "/etc/ca.pem", CertFile: "/etc/cert.pem", KeyFile: "/etc/key.pem"},
@@ -325,7 +325,7 @@ func TestValidate(t *testing.T) {
 func TestBoundsAreAllowed(t *testing.T) {
 	for _, text := range []string{
 		"node: {name: " + strings.Repeat("a.", 126) + "a}",
-		"kernel: {perf_pages: 1}", "kernel: {perf_pages: 1024}",
+		"kernel: {notify: perf}", "kernel: {notify: ringbuf}", "kernel: {notify: poll}",
 		"nats: {buffer: 1}", "nats: {buffer: 1000000}",
 		"nats: {embedded: {listen: '127.8.9.10:0'}}", "nats: {embedded: {listen: '[::1]:65535'}}",
 		"nats: {stream: {max_age: 1m, dedup_window: 1m}}", "nats: {stream: {dedup_window: 1s}}",

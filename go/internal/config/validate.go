@@ -64,10 +64,7 @@ func (c *Config) faults() []fault {
 	}
 
 	oneOf("kernel.tier", c.Kernel.Tier, "auto", "fentry", "kprobe", "stack", "none")
-	if p := c.Kernel.PerfPages; p < 1 || p > 1024 || p&(p-1) != 0 {
-		bad("kernel.perf_pages", "must be a power of two from 1 to 1024, not %d", p)
-	}
-
+	oneOf("kernel.notify", c.Kernel.Notify, "auto", "perf", "ringbuf", "poll")
 	if n := c.Kernel.JournalSlots; n < 64 || n > 65536 || n&(n-1) != 0 {
 		bad("kernel.journal_slots", "must be a power of two from 64 to 65536, not %d", n)
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -111,6 +112,10 @@ func (j *journal) read(seq uint64, head func() uint64) []byte {
 	}
 	size := uint64(binary.NativeEndian.Uint32(slot[sizeOffset:]))
 	record := append([]byte(nil), slot[:min(max(size, recordPrefix), j.stride)]...)
+	// The copy must be done before head is read again: an atomic load alone does not wait for the loads before
+	// it, an atomic addition does.
+	var barrier uint32
+	atomic.AddUint32(&barrier, 1)
 	// The slot may have been written over meanwhile, and head says so late: the record after it may be
 	// under way already.
 	if seq+j.slots <= head()+1 || binary.NativeEndian.Uint64(record[seqOffset:]) != seq {
@@ -121,81 +126,79 @@ func (j *journal) read(seq uint64, head func() uint64) []byte {
 
 func (j *journal) close() { _ = unix.Munmap(j.memory) }
 
-// sequencer puts records into the order of their seq: those of the perf buffers, which come early or
-// late or not at all, and from the journal those that did not come.
-type sequencer struct {
-	next  uint64 // what is to be handed over next
-	seen  uint64 // the head at the look before: what stands at or below it had its time to arrive
-	early map[uint64][]byte
-	bound int // of early, for what is not kept stands in the journal
+// visibleTime is longer than any CPU takes to show what another one has written: once head names a record, it stands
+// in its slot for everybody after this time (see put_journal() in src/oom.bpf.c).
+const visibleTime = 10 * time.Millisecond
+
+// reader reads the journal in the order of seq.
+type reader struct {
+	next uint64        // what is to be handed over next
+	seen uint64        // head at the last look; what it names is visible at the next one
+	due  time.Time     // of the next look
+	idle time.Duration // between looks while nothing waits
+	wait bool          // something was refused: nothing is handed over before the next look
 
 	// stored reads the journal, nil when the record is gone.
 	stored func(seq uint64) []byte
 	// record and lost hand over; false means not now.
-	record func(seq uint64, sample []byte, caughtUp bool) bool
+	record func(seq uint64, record []byte) bool
 	lost   func(first, last uint64) bool
 }
 
-// arrive takes a sample of the perf buffer.
-func (s *sequencer) arrive(sample []byte) {
-	if len(sample) < recordPrefix {
-		return // it has no seq; what was sent in its place stands in the journal
+// notified reads up to the record that a notification names, with which the kernel has made all before it visible.
+// What is lost waits for a look, which knows all of it: it is reported in one piece.
+func (r *reader) notified(seq, head uint64, now time.Time) {
+	if r.wait {
+		return
 	}
-	seq := binary.NativeEndian.Uint64(sample[seqOffset:])
-	switch {
-	case seq < s.next: // read from the journal already
-	case seq == s.next && s.record(seq, sample, false):
-		s.next++
-		s.flush()
-	case len(s.early) < s.bound:
-		s.early[seq] = sample
+	r.advance(seq, false, now)
+	// Something is lost, or the notification of a later one was refused.
+	if soon := now.Add(visibleTime); r.next <= head && !r.wait && soon.Before(r.due) {
+		r.due = soon
 	}
 }
 
-// flush hands over what was early and has its turn now.
-func (s *sequencer) flush() bool {
-	for {
-		sample, ok := s.early[s.next]
-		if !ok {
-			return true
-		}
-		if !s.record(s.next, sample, false) {
-			return false
-		}
-		delete(s.early, s.next)
-		s.next++
+// look reads what is visible for certain, and returns how many records that were which no notification named. (After
+// a refusal nobody knows.)
+func (r *reader) look(head uint64, now time.Time) (unnotified int) {
+	refused := r.wait
+	r.wait = false
+	r.due = now.Add(r.idle)
+	n := r.advance(r.seen, true, now)
+	if r.seen = head; r.next <= head && !r.wait {
+		r.due = now.Add(visibleTime)
 	}
+	if refused {
+		return 0
+	}
+	return n
 }
 
-// look fetches from the journal what has not arrived since the look before, up to head. What the journal
-// does not have either is lost if arrived says that everything that was sent has arrived.
-func (s *sequencer) look(head uint64, arrived func() bool) {
-	until := s.seen
-	s.seen = head
-	for s.flush() && s.next <= until {
-		if sample := s.stored(s.next); sample != nil {
-			if !s.record(s.next, sample, true) {
-				return
+// advance hands over what stands up to a seq, or up to the first one that is lost, and returns how many records that
+// were.
+func (r *reader) advance(until uint64, lost bool, now time.Time) (records int) {
+	for r.next <= until {
+		last := r.next
+		var taken bool
+		if record := r.stored(r.next); record != nil {
+			if taken = r.record(r.next, record); taken {
+				records++
 			}
-			s.next++
-			continue
+		} else if lost {
+			for last < until && r.stored(last+1) == nil {
+				last++
+			}
+			taken = r.lost(r.next, last)
+		} else {
+			return records
 		}
-		if !arrived() {
-			return
+		if !taken {
+			r.wait, r.due = true, now.Add(pollTime)
+			return records
 		}
-		// Once more: it may have come between the two.
-		if _, ok := s.early[s.next]; ok {
-			continue
-		}
-		last := s.next
-		for last < until && s.early[last+1] == nil && s.stored(last+1) == nil {
-			last++
-		}
-		if !s.lost(s.next, last) {
-			return
-		}
-		s.next = last + 1
+		r.next = last + 1
 	}
+	return records
 }
 
 // acks finds up to where everything is settled.

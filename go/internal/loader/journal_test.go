@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -52,33 +53,30 @@ func TestJournalRead(t *testing.T) {
 	}
 }
 
-// follow collects what a sequencer hands over, as "1 2 lost 3-4 5".
+// follow collects what a reader hands over, as "1 2 lost 3-4 5".
 type follow struct {
-	sequencer
+	reader
 	journal map[uint64]bool
 	said    []string
 	refuse  bool
+	now     time.Time
 }
 
-func newFollow(next, head uint64) *follow {
-	f := &follow{journal: map[uint64]bool{}}
-	f.sequencer = sequencer{
-		next: next, seen: head, early: map[uint64][]byte{}, bound: 4,
+func newFollow(next uint64) *follow {
+	f := &follow{journal: map[uint64]bool{}, now: time.Unix(0, 0)}
+	f.reader = reader{
+		next: next, idle: time.Second,
 		stored: func(seq uint64) []byte {
 			if f.journal[seq] {
 				return record(seq)
 			}
 			return nil
 		},
-		record: func(seq uint64, sample []byte, caughtUp bool) bool {
+		record: func(seq uint64, record []byte) bool {
 			if f.refuse {
 				return false
 			}
-			s := fmt.Sprint(binary.NativeEndian.Uint64(sample[seqOffset:]))
-			if caughtUp {
-				s += "j"
-			}
-			f.said = append(f.said, s)
+			f.said = append(f.said, fmt.Sprint(binary.NativeEndian.Uint64(record[seqOffset:])))
 			return true
 		},
 		lost: func(first, last uint64) bool {
@@ -92,80 +90,97 @@ func newFollow(next, head uint64) *follow {
 	return f
 }
 
-func (f *follow) expect(t *testing.T, want ...string) {
+// put writes records into the journal.
+func (f *follow) put(first, last uint64) {
+	for ; first <= last; first++ {
+		f.journal[first] = true
+	}
+}
+
+func (f *follow) expect(t *testing.T, due time.Duration, want ...string) {
 	t.Helper()
 	if diff := cmp.Diff(want, f.said); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 	f.said = nil
+	if got := f.due.Sub(f.now); got != due {
+		t.Errorf("the next look is in %s, want %s", got, due)
+	}
 }
 
-func TestSequencer(t *testing.T) {
-	yes, no := func() bool { return true }, func() bool { return false }
-	f := newFollow(1, 0)
-	for _, seq := range []uint64{1, 3, 2, 2, 1, 4} { // two CPUs' buffers, and doubles
-		f.arrive(record(seq))
+func TestReader(t *testing.T) {
+	f := newFollow(1)
+	f.look(0, f.now)
+	f.expect(t, time.Second)
+	// Two CPUs' notifications, and doubles: each names all before it.
+	f.put(1, 4)
+	for _, seq := range []uint64{1, 3, 2, 2, 1, 4} {
+		f.notified(seq, 4, f.now)
 	}
-	f.expect(t, "1", "2", "3", "4")
+	f.expect(t, visibleTime, "1", "2", "3", "4")
+	f.look(4, f.now)
+	f.expect(t, time.Second)
 
-	// 5 does not come: not before it had its time is it looked for.
-	f.arrive(record(6))
-	f.journal[5], f.journal[6] = true, true
-	f.look(6, yes)
-	f.expect(t)
-	f.look(6, yes)
-	f.expect(t, "5j", "6")
+	// 6 is not notified: it is looked for soon, and read when it is visible for certain.
+	f.put(5, 6)
+	f.notified(5, 6, f.now)
+	f.expect(t, visibleTime, "5")
+	if n := f.look(6, f.now); n != 0 {
+		t.Errorf("read %d that may not be visible yet", n)
+	}
+	f.expect(t, visibleTime)
+	if n := f.look(6, f.now); n != 1 {
+		t.Errorf("read %d without a notification, want 1", n)
+	}
+	f.expect(t, time.Second, "6")
 
-	// What is not in the journal either is lost, but not as long as it may be under way.
-	f.arrive(record(10))
-	f.look(10, no)
-	f.look(10, no)
-	f.expect(t)
-	f.arrive(record(7))
-	f.expect(t, "7")
-	f.look(10, yes)
-	f.expect(t, "lost 8-9", "10")
+	// What is not in the journal any more is lost, in one piece, whatever the notifications name.
+	f.put(7, 7)
+	f.put(10, 10)
+	f.notified(8, 10, f.now)
+	f.notified(10, 10, f.now)
+	f.expect(t, visibleTime, "7")
+	f.look(10, f.now)
+	f.look(10, f.now)
+	f.expect(t, time.Second, "lost 8-9", "10")
 
-	// A full house: nothing is handed over, nothing is forgotten, and little is kept.
+	// What is refused is handed over again, at a look and not at every notification.
 	f.refuse = true
-	for seq := uint64(11); seq <= 30; seq++ {
-		f.arrive(record(seq))
-		f.journal[seq] = seq > 14
-	}
-	f.look(30, yes)
-	f.look(30, yes)
-	if len(f.early) != f.bound {
-		t.Errorf("%d are kept", len(f.early))
-	}
-	f.expect(t)
+	f.put(11, 11)
+	f.put(15, 30)
+	f.notified(11, 30, f.now)
+	f.expect(t, pollTime)
 	f.refuse = false
-	f.look(30, yes)
-	f.expect(t, "11", "12", "13", "14", "15j", "16j", "17j", "18j", "19j", "20j", "21j", "22j", "23j", "24j", "25j", "26j", "27j", "28j", "29j", "30j")
-
-	// Rubbish has no place in the order.
-	f.arrive([]byte{1, 2, 3})
-	f.arrive(nil)
-	f.expect(t)
+	f.notified(30, 30, f.now)
+	f.expect(t, pollTime)
+	f.look(30, f.now)
+	f.expect(t, visibleTime)
+	f.refuse = true
+	f.look(30, f.now)
+	f.expect(t, pollTime)
+	f.refuse = false
+	if n := f.look(30, f.now); n != 0 {
+		t.Errorf("%d count as not notified, after a refusal", n)
+	}
+	f.expect(t, time.Second, "11", "lost 12-14", "15", "16", "17", "18", "19", "20", "21", "22", "23", "24", "25", "26", "27", "28", "29", "30")
 
 	// After a restart: from what was settled on, of which the journal has a part.
-	f = newFollow(5, 12)
-	for seq := uint64(8); seq <= 12; seq++ {
-		f.journal[seq] = true
-	}
-	f.look(12, yes)
-	f.expect(t, "lost 5-7", "8j", "9j", "10j", "11j", "12j")
+	f = newFollow(5)
+	f.put(8, 12)
+	f.look(12, f.now)
+	f.look(12, f.now)
+	f.expect(t, time.Second, "lost 5-7", "8", "9", "10", "11", "12")
 }
 
-// Whatever order samples come in, and whichever do not: each seq is handed over once and in order, or told
-// as lost, and it is lost only if neither way had it.
-func TestSequencerAnyOrder(t *testing.T) {
+// Whatever order notifications come in, and whichever do not: each seq is handed over once and in order, or
+// reported as lost, and it is lost only if the journal does not have it.
+func TestReaderAnyOrder(t *testing.T) {
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 1))
-		f := newFollow(1, 0)
-		f.bound = 64
+		f := newFollow(1)
 		var told []uint64
 		lost := map[uint64]bool{}
-		f.sequencer.record = func(seq uint64, _ []byte, _ bool) bool {
+		f.reader.record = func(seq uint64, _ []byte) bool {
 			if r.IntN(10) == 0 {
 				return false
 			}
@@ -173,6 +188,9 @@ func TestSequencerAnyOrder(t *testing.T) {
 			return true
 		}
 		f.lost = func(first, last uint64) bool {
+			if r.IntN(10) == 0 {
+				return false
+			}
 			for ; first <= last; first++ {
 				lost[first] = true
 				told = append(told, first)
@@ -180,35 +198,35 @@ func TestSequencerAnyOrder(t *testing.T) {
 			return true
 		}
 		const n = 60
-		sent := map[uint64]bool{}
 		var arriving []uint64
 		for seq := uint64(1); seq <= n; seq++ {
 			if r.IntN(3) > 0 {
-				sent[seq] = true
 				arriving = append(arriving, seq)
 			}
 			f.journal[seq] = r.IntN(4) > 0
 		}
-		// Two CPUs: their samples shift against each other.
+		// Two CPUs: their notifications shift against each other.
 		for range 40 {
 			i := r.IntN(len(arriving) - 1)
 			arriving[i], arriving[i+1] = arriving[i+1], arriving[i]
 		}
-		for i, seq := range arriving {
-			f.arrive(record(seq))
+		head := uint64(0)
+		for _, seq := range arriving {
+			head = max(head, seq)
+			f.notified(seq, head, f.now)
 			if r.IntN(5) == 0 {
-				f.look(n, func() bool { return i == len(arriving)-1 })
+				f.look(head, f.now)
 			}
 		}
 		for range 2 * n {
-			f.look(n, func() bool { return true })
+			f.look(n, f.now)
 		}
 		if len(told) != n || !slices.IsSorted(told) {
 			t.Fatalf("seed %d: told %d", seed, told)
 		}
 		for seq := uint64(1); seq <= n; seq++ {
-			if lost[seq] != (!sent[seq] && !f.journal[seq]) {
-				t.Fatalf("seed %d: %d is lost: %t; sent %t, in the journal %t", seed, seq, lost[seq], sent[seq], f.journal[seq])
+			if lost[seq] == f.journal[seq] {
+				t.Fatalf("seed %d: %d is lost: %t; in the journal %t", seed, seq, lost[seq], f.journal[seq])
 			}
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -67,6 +68,7 @@ const (
 	frameMemcg
 	frameSysrq
 	framePageAlloc
+	frameKswapd
 )
 
 // symbol mirrors struct oom_symbol.
@@ -80,8 +82,18 @@ type symbol struct {
 // maxSymbols is OOM_SYMBOLS_MAX.
 const maxSymbols = 32
 
-// stackFunctions are the functions that the stack tier knows, all static or global text of
-// mm/oom_kill.c, mm/memcontrol.c, mm/page_alloc.c and drivers/tty/sysrq.c.
+// stackFunctions are the functions that the stack tier knows. Among them are all those that call
+// out_of_memory() in Linux 5.10 to 7.2, by a name that has an address of its own whatever a compiler inlines:
+//
+//   - mem_cgroup_out_of_memory() (mm/memcontrol.c);
+//   - moom_callback() (drivers/tty/sysrq.c), which is a work function;
+//   - __alloc_pages_may_oom() (mm/page_alloc.c), which is inlined into __alloc_pages_slowpath(), and that on arm64 into
+//     the allocator's entry;
+//   - pagefault_out_of_memory() (mm/oom_kill.c), until v5.16;
+//   - lru_gen_age_node() (mm/vmscan.c) since v6.1, which only kswapd() runs, a thread function. kswapd itself
+//     never runs out of memory (PF_MEMALLOC).
+//
+// The one that is nearest to out_of_memory() decides. A caller that is not among them proves nothing.
 var stackFunctions = map[string]frame{
 	"__oom_kill_process":       frameKill,
 	"oom_kill_process":         frameKillProcess,
@@ -89,14 +101,23 @@ var stackFunctions = map[string]frame{
 	"out_of_memory":            frameOOM,
 	"mem_cgroup_out_of_memory": frameMemcg,
 	"moom_callback":            frameSysrq,
-	"__alloc_pages_slowpath":   framePageAlloc,
-	"__alloc_pages_may_oom":    framePageAlloc,
 	"pagefault_out_of_memory":  framePageAlloc,
+	"kswapd":                   frameKswapd,
+
+	"__alloc_pages_may_oom":       framePageAlloc,
+	"__alloc_pages_slowpath":      framePageAlloc,
+	"__alloc_pages_nodemask":      framePageAlloc, // before v5.13
+	"__alloc_pages":               framePageAlloc, // before v6.10
+	"__alloc_pages_noprof":        framePageAlloc,
+	"__alloc_frozen_pages_noprof": framePageAlloc, // since v6.14
 }
 
 // stackRequired are the functions without which the stack proves nothing: were one of them inlined,
 // its absence from the stack would be taken for a fact.
-var stackRequired = []string{"__oom_kill_process", "oom_kill_process", "out_of_memory", "mem_cgroup_out_of_memory", "__alloc_pages_slowpath"}
+var stackRequired = map[frame]string{
+	frameKill: "__oom_kill_process", frameKillProcess: "oom_kill_process", frameOOM: "out_of_memory",
+	frameMemcg: "mem_cgroup_out_of_memory", framePageAlloc: "__alloc_pages_slowpath and what it is inlined into",
+}
 
 // ErrNoStack is wrapped by the error that says why the stack tier is not available.
 var ErrNoStack = errors.New("the kernel stack cannot be read as proof")
@@ -106,37 +127,36 @@ var ErrNoStack = errors.New("the kernel stack cannot be read as proof")
 func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 	var found []symbol
 	var text []uint64
-	seen := map[string]bool{}
+	missing := maps.Clone(stackRequired)
 	scan := bufio.NewScanner(kallsyms)
 	for scan.Scan() {
-		// address type name [module]
-		fields := strings.Fields(scan.Text())
-		if len(fields) != 3 || !strings.ContainsAny(fields[1], "tTwW") {
+		// address type name, and behind a tab [module]. There are some 200,000 lines.
+		number, rest, _ := bytes.Cut(scan.Bytes(), []byte(" "))
+		kindOf, name, _ := bytes.Cut(rest, []byte(" "))
+		if len(kindOf) != 1 || !bytes.Contains([]byte("tTwW"), kindOf) || bytes.IndexByte(name, '\t') >= 0 {
 			continue
 		}
-		address, err := strconv.ParseUint(fields[0], 16, 64)
+		address, err := strconv.ParseUint(string(number), 16, 64)
 		if err != nil {
 			return nil, fmt.Errorf("read kallsyms: %w", err)
 		}
 		text = append(text, address)
-		name, _, _ := strings.Cut(fields[2], ".")
-		kind, ok := stackFunctions[name]
+		name, _, _ = bytes.Cut(name, []byte("."))
+		kind, ok := stackFunctions[string(name)]
 		if !ok {
 			continue
 		}
 		if address == 0 {
 			return nil, fmt.Errorf("%w: kallsyms hides its addresses (kernel.kptr_restrict; needs CAP_SYSLOG)", ErrNoStack)
 		}
-		seen[name] = true
+		delete(missing, kind)
 		found = append(found, symbol{Start: address, Frame: kind})
 	}
 	if err := scan.Err(); err != nil {
 		return nil, fmt.Errorf("read kallsyms: %w", err)
 	}
-	for _, name := range stackRequired {
-		if !seen[name] {
-			return nil, fmt.Errorf("%w: kallsyms has no %s", ErrNoStack, name)
-		}
+	if len(missing) > 0 {
+		return nil, fmt.Errorf("%w: kallsyms has no %s", ErrNoStack, strings.Join(slices.Sorted(maps.Values(missing)), ", no "))
 	}
 	if len(found) > maxSymbols {
 		return nil, fmt.Errorf("%w: kallsyms has %d parts of the functions, more than %d", ErrNoStack, len(found), maxSymbols)

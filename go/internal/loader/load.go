@@ -2,9 +2,11 @@ package loader
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -17,6 +19,7 @@ import (
 	"github.com/aquasecurity/libbpfgo"
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+	ebpflink "github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
@@ -27,18 +30,17 @@ import (
 
 // tiers are the tiers from the best down. Their values in the program are those of enum oom_tier.
 var tiers = []struct {
-	tier      Tier
-	value     uint32
-	hooks     string   // prefix of the programs that it attaches beside the main one
-	functions []string // of hookFunctions
+	tier  Tier
+	value uint32
+	hooks string // prefix of the programs that it attaches beside the main one
 }{
-	{TierFentry, 3, "fentry_", hookFunctions},
-	{TierFentry, 3, "fentry_", fallbackFunctions},
-	{TierKprobe, 2, "kprobe_", hookFunctions},
-	{TierKprobe, 2, "kprobe_", fallbackFunctions},
-	{TierStack, 1, "", nil},
-	{TierNone, 0, "", nil},
+	{TierFentry, 3, "fentry_"},
+	{TierKprobe, 2, kprobePrefix},
+	{TierStack, 1, ""},
+	{TierNone, 0, ""},
 }
+
+const kprobePrefix = "kprobe_"
 
 // hookFunctions are the functions that fentry and kprobe hook. The last one only where the tracepoint
 // hands over no task.
@@ -83,25 +85,49 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err != nil {
 		return nil, err
 	}
+	// Where bpf(2) is refused, no tier has to be tried.
+	if err := CheckBPF(); err != nil {
+		return nil, err
+	}
 	g, err := prepare(ctx, opts)
 	if err != nil {
 		return nil, err
 	}
 	defer g.close()
+	perfErr := CheckPerfEvents()
+	notifier, why, err := openNotifier(cmp.Or(opts.Notify, NotifyAuto), perfErr)
 	defer func() {
-		if err != nil && g.pins != nil {
+		if err == nil {
+			return
+		}
+		if notifier != nil {
+			notifier.close()
+		}
+		if g.pins != nil {
 			g.pins.close()
 		}
 	}()
-	symbols, stackErr := StackSymbols("/proc")
+	if err != nil {
+		return nil, err
+	}
+	if why != nil {
+		level := slog.LevelInfo // nothing is missed, and nothing comes late
+		if notifier.way == NotifyPoll {
+			level = slog.LevelWarn
+		}
+		opts.Log.Log(ctx, level, "kills are not notified by a perf buffer", "notify", string(notifier.way), "reason", why)
+	}
+	o := opening{opts: opts, ground: g, prototype: prototype, notifier: notifier}
+	o.symbols, o.stackErr = StackSymbols("/proc")
+	o.kprobeMulti, o.kprobeErr = kprobeWay("/sys", kernel, perfErr)
 	for i, t := range tiers {
 		if opts.Tier != TierAuto && opts.Tier != t.tier {
 			continue
 		}
-		l, err := openTier(opts, g, i, prototype, symbols, stackErr)
+		l, err := o.tier(i)
 		if err == nil {
 			if opts.Tier == TierAuto && t.tier == TierNone {
-				opts.Log.Warn("no context for kills: scope, outcome and limit will be unknown", "reason", stackErr)
+				opts.Log.Warn("no context for kills: scope, outcome and limit will be unknown", "reason", o.stackErr)
 			}
 			if err := l.takeOver(g); err != nil {
 				l.Close()
@@ -109,11 +135,10 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 			}
 			return l, nil
 		}
-		last := i+1 == len(tiers) || opts.Tier != TierAuto && tiers[i+1].tier != t.tier
-		if last {
+		if opts.Tier != TierAuto || t.tier == TierNone {
 			return nil, fmt.Errorf("use tier %s: %w", t.tier, err)
 		}
-		opts.Log.Info("tier is not to be had here", "tier", string(t.tier), "hooks", t.functions, "reason", err)
+		opts.Log.Info("tier not available on this kernel, trying the next", "tier", string(t.tier), "reason", err)
 	}
 	return nil, fmt.Errorf("tier %q is not known", opts.Tier)
 }
@@ -172,21 +197,52 @@ func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
 	return g, nil
 }
 
-// openTier loads and attaches what one tier needs, and nothing else. The program is silent as yet.
-func openTier(opts Options, g *ground, tier int, prototype Prototype, symbols []symbol, stackErr error) (_ *Loader, err error) {
-	t := tiers[tier]
-	if t.tier == TierStack && stackErr != nil {
-		return nil, stackErr
+// opening is what Open found before it tries the tiers.
+type opening struct {
+	opts        Options
+	ground      *ground
+	prototype   Prototype
+	notifier    *notifier
+	symbols     []symbol
+	stackErr    error
+	kprobeMulti bool
+	kprobeErr   error
+}
+
+// tier opens one of tiers, with as many hooks as it can.
+func (o *opening) tier(i int) (*Loader, error) {
+	switch t := tiers[i]; {
+	case t.tier == TierStack && o.stackErr != nil:
+		return nil, o.stackErr
+	case t.tier == TierKprobe && o.kprobeErr != nil:
+		return nil, o.kprobeErr
+	case t.hooks == "":
+		return o.load(i, nil)
 	}
+	l, err := o.load(i, hookFunctions)
+	// Fewer hooks help where a function is missing, and not where hooks are forbidden.
+	if err == nil || errors.Is(err, fs.ErrPermission) {
+		return l, err
+	}
+	fewer, fewerErr := o.load(i, fallbackFunctions)
+	if fewerErr == nil {
+		o.opts.Log.Warn("not all hooks available: the outcome of kills comes from the stack", "tier", string(tiers[i].tier), "reason", err)
+		return fewer, nil
+	}
+	return nil, err
+}
+
+// load loads and attaches what one tier needs, and nothing else. The program is silent as yet.
+func (o *opening) load(tier int, functions []string) (_ *Loader, err error) {
+	t, opts, g := tiers[tier], o.opts, o.ground
 	bridgeLog(opts.Log, opts.Tier == TierAuto && t.tier != TierNone)
 	l := &Loader{
-		log:       opts.Log,
-		tier:      t.tier,
-		prototype: prototype,
-		// Room for a burst while the reader's goroutine is not scheduled: libbpfgo's callback blocks
-		// on these, and what it does not take stays in the kernel's buffer.
-		events:     make(chan []byte, 1024),
-		lost:       make(chan uint64, 64),
+		log:        opts.Log,
+		tier:       t.tier,
+		prototype:  o.prototype,
+		notifier:   o.notifier,
+		stuckTime:  stuckTime,
+		opened:     time.Now(),
 		pins:       g.pins,
 		fresh:      g.state == nil,
 		generation: g.generation,
@@ -203,13 +259,13 @@ func openTier(opts Options, g *ground, tier int, prototype Prototype, symbols []
 			l.discard()
 		}
 	}()
-	if err := l.setVariables(opts, t.value, symbols); err != nil {
+	if err := l.setVariables(opts, t.value, o.symbols); err != nil {
 		return nil, err
 	}
 	if err := l.setMaps(opts, g); err != nil {
 		return nil, err
 	}
-	hooks, err := l.chooseHooks(t.hooks, t.functions)
+	hooks, err := l.chooseHooks(t.hooks, functions, o.kprobeMulti)
 	if err != nil {
 		return nil, err
 	}
@@ -218,9 +274,6 @@ func openTier(opts Options, g *ground, tier int, prototype Prototype, symbols []
 	}
 	if err := l.mapMemory(opts); err != nil {
 		return nil, err
-	}
-	if l.perf, err = l.module.InitPerfBuf(eventsMap, l.events, l.lost, opts.PerfPages); err != nil {
-		return nil, fmt.Errorf("open the perf buffer of %d pages per CPU: %w", opts.PerfPages, err)
 	}
 	if err := l.pinMaps(); err != nil {
 		return nil, err
@@ -231,21 +284,23 @@ func openTier(opts Options, g *ground, tier int, prototype Prototype, symbols []
 		if err != nil {
 			return nil, fmt.Errorf("find program %s: %w", hook, err)
 		}
-		attached, err := program.AttachGeneric()
+		multi := o.kprobeMulti && strings.HasPrefix(hook, kprobePrefix)
+		attached, err := attach(program, multi, strings.TrimPrefix(hook, kprobePrefix))
 		if err != nil {
 			return nil, fmt.Errorf("attach %s: %w", hook, err)
 		}
-		l.links = append(l.links, link{BPFLink: attached})
+		l.links = append(l.links, link{bpfLink: attached})
 		if l.pins == nil {
 			continue
 		}
+		byPerf := strings.HasPrefix(hook, kprobePrefix) && !multi
 		switch err := attached.Pin(l.pins.path(strconv.FormatUint(l.generation, 10), hook)); {
 		case err == nil:
 			// bpf_link_perf_detach() of libbpf disables the event, pinned or not.
-			l.links[len(l.links)-1].kept = strings.HasPrefix(hook, "kprobe_")
-		case strings.HasPrefix(hook, "kprobe_"):
+			l.links[len(l.links)-1].kept = byPerf
+		case byPerf:
 			// Before v5.15 (commit b89fbfbb854c) a kprobe was no link that can be pinned.
-			l.log.Warn("hook cannot be pinned: kills while no tracer runs are told without what it knows", "hook", hook, "error", err)
+			l.log.Warn("hook cannot be pinned: kills while no tracer runs are recorded without what it knows", "hook", hook, "error", err)
 		default:
 			return nil, fmt.Errorf("pin %s: %w", hook, err)
 		}
@@ -253,9 +308,44 @@ func openTier(opts Options, g *ground, tier int, prototype Prototype, symbols []
 	return l, nil
 }
 
-// setMaps lets the program use the maps that are there, and sets the size of a new journal.
+// attach attaches a program where its section says, or to a function by a kprobe.multi link, which libbpfgo does not
+// have.
+func attach(program *libbpfgo.BPFProg, multi bool, function string) (bpfLink, error) {
+	if !multi {
+		return program.AttachGeneric()
+	}
+	fd, err := unix.FcntlInt(uintptr(program.FileDescriptor()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	same, err := ebpf.NewProgramFromFD(fd) // takes fd
+	if err != nil {
+		return nil, err
+	}
+	defer same.Close()
+	multiLink, err := ebpflink.KprobeMulti(same, ebpflink.KprobeMultiOptions{Symbols: []string{function}})
+	if err != nil {
+		return nil, err
+	}
+	return kprobeMultiLink{multiLink}, nil
+}
+
+// kprobeMultiLink is one of cilium's as one of libbpfgo's.
+type kprobeMultiLink struct{ ebpflink.Link }
+
+func (l kprobeMultiLink) Destroy() error { return l.Close() }
+
+// setMaps lets the program use the maps that are there, and sets the size of a new journal. What the program does
+// not use is not made.
 func (l *Loader) setMaps(opts Options, g *ground) error {
-	for name, m := range map[string]*ebpf.Map{stateMap: g.state, journalMap: g.journal} {
+	maps := map[string]*ebpf.Map{stateMap: g.state, journalMap: g.journal}
+	for way, name := range notifyMaps {
+		maps[name] = nil
+		if way == l.notifier.way {
+			maps[name] = l.notifier.m
+		}
+	}
+	for name, m := range maps {
 		theirs, err := l.module.GetMap(name)
 		if err != nil {
 			return fmt.Errorf("find map %s: %w", name, err)
@@ -265,6 +355,8 @@ func (l *Loader) setMaps(opts Options, g *ground) error {
 			err = theirs.ReuseFD(m.FD())
 		case name == journalMap:
 			err = theirs.SetMaxEntries(uint32(opts.JournalSlots))
+		case name != stateMap: // of a way to notify that is not used
+			err = theirs.SetAutocreate(false)
 		}
 		if err != nil {
 			return fmt.Errorf("set map %s: %w", name, err)
@@ -419,10 +511,10 @@ func (l *Loader) keepOlder(generation uint64, own uint32, acked, head uint64) (*
 }
 
 // chooseHooks switches off every program that the tier does not need, and returns the names of its
-// hooks.
-func (l *Loader) chooseHooks(prefix string, functions []string) ([]string, error) {
+// hooks. kprobeMulti says how its kprobes will be attached.
+func (l *Loader) chooseHooks(prefix string, functions []string, kprobeMulti bool) ([]string, error) {
 	var wanted []string
-	for _, kind := range []string{"fentry_", "kprobe_"} {
+	for _, kind := range []string{"fentry_", kprobePrefix} {
 		for _, function := range hookFunctions {
 			name := kind + function
 			use := kind == prefix && slices.Contains(functions, function) &&
@@ -430,16 +522,21 @@ func (l *Loader) chooseHooks(prefix string, functions []string) ([]string, error
 			if use && lacks(function) {
 				return nil, fmt.Errorf("hook %s: a fault of the tests", function)
 			}
-			if use {
-				wanted = append(wanted, name)
-				continue
-			}
 			program, err := l.module.GetProgram(name)
 			if err != nil {
 				return nil, fmt.Errorf("find program %s: %w", name, err)
 			}
-			if err := program.SetAutoload(false); err != nil {
-				return nil, fmt.Errorf("leave out program %s: %w", name, err)
+			switch {
+			case !use:
+				err = program.SetAutoload(false)
+			case kind == kprobePrefix && kprobeMulti:
+				err = program.SetExpectedAttachType(libbpfgo.BPFAttachTypeTraceKprobeMulti)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("prepare program %s: %w", name, err)
+			}
+			if use {
+				wanted = append(wanted, name)
 			}
 		}
 	}
@@ -478,6 +575,7 @@ func (l *Loader) setVariables(opts Options, tier uint32, symbols []symbol) error
 	copy(table[:], symbols)
 	for _, v := range append([]variable{
 		{"oom_tier", tier},
+		{"oom_notify", l.notifier.way.value()},
 		{"oom_nr_cpus", uint32(cpus)},
 		{"oom_one_memory_node", map[bool]uint32{true: 1}[one]},
 		{"oom_generation", l.generation},

@@ -1,9 +1,9 @@
-// Package loader loads the kernel program, attaches it and hands its samples on. It is the only
+// Package loader loads the kernel program, attaches it and hands its records on. It is the only
 // package with cgo.
 //
 // Rule of the package: nothing is dropped in silence. Every record has a seq and stands in the journal until
-// it is settled. The perf buffer only brings it sooner; what it does not bring is read from the journal, and
-// what that does not have any more is told as lost.
+// it is settled. It is read from there and from nowhere else, in the order of seq; what was overwritten before
+// it was read is reported as lost. A notification only says that there is something to read.
 package loader
 
 import (
@@ -29,7 +29,6 @@ var object []byte
 // The names of src/oom.bpf.c.
 const (
 	programName = "oom_mark_victim"
-	eventsMap   = "oom_events"
 	statsMap    = "oom_stats"
 	stateMap    = "oom_state"
 	journalMap  = "oom_journal"
@@ -51,8 +50,9 @@ const (
 type Options struct {
 	// Tier is auto, or the one tier to use; one that the kernel does not offer is then an error.
 	Tier Tier
-	// PerfPages is the size of each CPU's perf buffer in pages, a power of two.
-	PerfPages int
+	// Notify is auto (the same as none), or the one way to notify; one that this process may not use is then an
+	// error.
+	Notify Notify
 	// JournalSlots is how many records the journal holds, a power of two from 2 on; of MaxSize bytes each.
 	JournalSlots int
 	// PinDir is a directory in a bpffs in which everything is pinned, so that recording goes on when
@@ -63,17 +63,17 @@ type Options struct {
 
 // Stats are the kernel program's own counts since it was loaded, summed over the CPUs.
 type Stats struct {
-	Seen    uint64 `abi:"seen"`    // marks: sent and refused
-	Sent    uint64 `abi:"sent"`    // taken by the perf buffer
-	Refused uint64 `abi:"refused"` // not taken by it: full, or no reader on that CPU
+	Seen    uint64 `abi:"seen"`    // marks
+	Sent    uint64 `abi:"sent"`    // notifications
+	Refused uint64 `abi:"refused"` // notifications: the buffer was full, or had no reader on that CPU
 }
 
 // Handler takes over what Run reads, one call at a time and in the order of seq. It must not block. A
 // function that returns false has not taken it, and is called with the same again a moment later.
 type Handler struct {
-	// Record gets a sample. It may keep it.
-	Record func(seq uint64, sample []byte) bool
-	// Lost is told of records that are in no buffer and not in the journal any more.
+	// Record gets a record. It may keep it.
+	Record func(seq uint64, record []byte) bool
+	// Lost gets the records that are not in the journal any more.
 	Lost func(first, last uint64) bool
 }
 
@@ -82,10 +82,8 @@ type Loader struct {
 	log       *slog.Logger
 	tier      Tier
 	prototype Prototype
-	perf      *libbpfgo.PerfBuffer
+	notifier  *notifier
 	links     []link // the main program's is the last
-	events    chan []byte
-	lost      chan uint64
 
 	pins       *pins // nil: nothing is pinned
 	fresh      bool
@@ -95,7 +93,10 @@ type Loader struct {
 	running   atomic.Bool
 	received  atomic.Uint64
 	caughtUp  atomic.Uint64
-	arrival   time.Time // of the last sample
+	next      atomic.Uint64 // the seq that Run hands over next
+	turn      atomic.Int64  // when Run last came around, since opened
+	opened    time.Time
+	stuckTime time.Duration
 	closeOnce sync.Once
 
 	mu          sync.Mutex // guards what follows, and the memory against Close
@@ -109,12 +110,25 @@ type Loader struct {
 }
 
 type link struct {
-	*libbpfgo.BPFLink
+	bpfLink
 	kept bool // its destruction would end what is pinned
+}
+
+type bpfLink interface {
+	Pin(path string) error
+	Destroy() error
 }
 
 // Tier is the tier in use.
 func (l *Loader) Tier() Tier { return l.tier }
+
+// Notify is the way in which records are notified now.
+func (l *Loader) Notify() Notify {
+	if l.notifier.polls() {
+		return NotifyPoll
+	}
+	return l.notifier.way
+}
 
 // Prototype is that of the running kernel's mark_victim.
 func (l *Loader) Prototype() Prototype { return l.prototype }
@@ -197,34 +211,24 @@ func (l *Loader) stored(seq uint64) []byte {
 }
 
 const (
-	// lookTime is how often the journal is looked at: a word of memory, without a system call.
-	lookTime = 200 * time.Millisecond
+	// pollTime is how often the journal is looked at where nothing notifies: a word of memory, without a system
+	// call. It is also the pause after the handler has refused a record.
+	pollTime = 200 * time.Millisecond
+	// idleTime is the same where records are notified, for what no notification named.
+	idleTime = time.Second
 	// drainTime bounds how long Run waits, when it is told to end, for what is still to be read.
 	drainTime = 2 * time.Second
-	// silenceTime is how long a sample may take that the perf buffer has accepted.
-	silenceTime = 2 * time.Second
+	// stuckTime is how long Run may hang while records wait.
+	stuckTime = 30 * time.Second
 )
 
 // Run hands everything to h that was not settled before, in the order of seq, until ctx ends; then it
 // detaches the program, unless it is pinned, reads what is left and returns.
 func (l *Loader) Run(ctx context.Context, h Handler) error {
-	l.perf.Poll(int(300 * time.Millisecond / time.Millisecond))
-	l.running.Store(true)
-	defer l.running.Store(false)
-
-	counts := l.Counts()
-	s := sequencer{
-		next: counts.Acked + 1, seen: counts.Head, early: map[uint64][]byte{}, bound: int(l.journal.slots),
+	r := reader{
+		next: l.Counts().Acked + 1, due: time.Now(), idle: idleTime,
 		stored: l.stored,
-		record: func(seq uint64, sample []byte, caughtUp bool) bool {
-			if !h.Record(seq, sample) {
-				return false
-			}
-			if caughtUp {
-				l.caughtUp.Add(1)
-			}
-			return true
-		},
+		record: h.Record,
 		lost: func(first, last uint64) bool {
 			if !h.Lost(first, last) {
 				return false
@@ -235,29 +239,39 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 			return true
 		},
 	}
-	take := func(sample []byte) {
-		l.received.Add(1)
-		l.arrival = time.Now()
-		s.arrive(sample)
+	if l.notifier.polls() {
+		r.idle = pollTime
+	}
+	around := func() {
+		l.next.Store(r.next)
+		l.turn.Store(int64(time.Since(l.opened)))
 	}
 	look := func() {
-		before := l.caughtUp.Load()
-		s.look(l.Counts().Head, l.allArrived)
-		if n := l.caughtUp.Load() - before; n > 0 {
-			l.log.Info("read from the journal what came by no other way", "records", n, "seq", s.next-1)
+		if n := r.look(l.Counts().Head, time.Now()); n > 0 {
+			l.caughtUp.Add(uint64(n))
+			if !l.notifier.polls() {
+				l.log.Info("read records without a notification", "records", n, "seq", r.next-1)
+			}
 		}
+		around()
 	}
-	l.arrival = time.Now()
-	tick := time.NewTicker(lookTime)
-	defer tick.Stop()
+	around()
+	l.running.Store(true)
+	defer l.running.Store(false)
+	defer context.AfterFunc(ctx, l.notifier.interrupt)()
 	for ctx.Err() == nil {
-		select {
-		case sample := <-l.events:
-			take(sample)
-		case <-l.lost: // counted by the program, as refused; and it stands in the journal
-		case <-tick.C:
+		seq, err := l.notifier.wait(ctx, r.due)
+		switch {
+		case err != nil:
+			l.log.Error("kills are not notified any more, the journal is polled", "error", err)
+			r.idle = pollTime
+		case seq > 0:
+			l.received.Add(1)
+			r.notified(seq, l.Counts().Head, time.Now())
+			around()
+		}
+		if !time.Now().Before(r.due) {
 			look()
-		case <-ctx.Done():
 		}
 	}
 
@@ -271,35 +285,16 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		l.links = nil
 	}
 	end := l.Counts().Head
-	tick.Reset(20 * time.Millisecond)
-	deadline := time.NewTimer(drainTime)
-	defer deadline.Stop()
-	for s.next <= end {
-		select {
-		case sample := <-l.events:
-			take(sample)
-		case <-l.lost:
-		case <-tick.C:
-			look()
-		case <-deadline.C:
+	for deadline := time.Now().Add(drainTime); r.next <= end; time.Sleep(visibleTime) {
+		if time.Now().After(deadline) {
 			if l.pins != nil { // the next one reads them
-				l.perf.Stop()
 				return nil
 			}
-			return fmt.Errorf("drain the journal: %d records were not taken over within %s", end+1-s.next, drainTime)
+			return fmt.Errorf("drain the journal: %d records were not taken over within %s", end+1-r.next, drainTime)
 		}
+		look()
 	}
-	l.perf.Stop()
 	return nil
-}
-
-// allArrived reports whether everything has arrived that the perf buffers have taken.
-func (l *Loader) allArrived() bool {
-	if behind, err := l.behind(); err == nil && behind == 0 {
-		return true
-	}
-	// libbpfgo's poller may have died; Alive says so.
-	return time.Since(l.arrival) > silenceTime
 }
 
 // Stats reads the program's counts. After Close it returns the last ones.
@@ -337,43 +332,21 @@ func (l *Loader) stats() (Stats, error) {
 	return sum, nil
 }
 
-// Received is how many samples arrived by the perf buffer.
+// Received is how many notifications were read.
 func (l *Loader) Received() uint64 { return l.received.Load() }
 
-// CaughtUp is how many records were read from the journal, because they did not arrive.
+// CaughtUp is how many records were read without a notification.
 func (l *Loader) CaughtUp() uint64 { return l.caughtUp.Load() }
 
-// behind is how many samples the kernel sent that have not arrived.
-func (l *Loader) behind() (uint64, error) {
-	stats, err := l.Stats()
-	if err != nil {
-		return 0, err
-	}
-	if received := l.received.Load(); received < stats.Sent {
-		return stats.Sent - received, nil
-	}
-	return 0, nil
-}
-
-// Alive reports whether samples are being read: nil, or what is wrong. libbpfgo's polling goroutine
-// ends silently on an error, so that it runs is no proof; that what was sent arrives is. It takes up
-// to a second when something was sent a moment ago.
-func (l *Loader) Alive(ctx context.Context) error {
+// Alive reports whether the journal is being read: nil, or what is wrong. What the handler refuses is read.
+func (l *Loader) Alive(context.Context) error {
 	if !l.running.Load() {
-		return errors.New("the perf buffer is not being read")
+		return errors.New("the journal is not being read")
 	}
-	stats, err := l.Stats()
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	for l.received.Load() < stats.Sent {
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
-			return fmt.Errorf("the kernel sent %d samples and %d arrived", stats.Sent, l.received.Load())
-		}
+	idle := time.Since(l.opened) - time.Duration(l.turn.Load())
+	head, next := l.Counts().Head, l.next.Load()
+	if head >= next && idle > l.stuckTime {
+		return fmt.Errorf("the journal was last read %s ago, and %d records wait", idle.Round(time.Millisecond), head+1-next)
 	}
 	return nil
 }
@@ -395,6 +368,7 @@ func (l *Loader) Close() {
 			}
 		}
 		l.unmap()
+		l.notifier.close()
 		l.module.Close()
 		l.module = nil
 		if l.pins != nil {

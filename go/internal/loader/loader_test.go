@@ -27,9 +27,11 @@ import (
 
 const mib = 1 << 20
 
-func open(t *testing.T, tier Tier, pages int) *Loader {
+func open(t *testing.T, tier Tier) *Loader { return openNotified(t, tier, NotifyAuto) }
+
+func openNotified(t *testing.T, tier Tier, notify Notify) *Loader {
 	t.Helper()
-	l, err := Open(t.Context(), Options{Tier: tier, PerfPages: pages, JournalSlots: 1024, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	l, err := Open(t.Context(), Options{Tier: tier, Notify: notify, JournalSlots: 1024, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,6 +213,10 @@ ffffffff815981f0 T next
 ffffffff8161e720 t __alloc_pages_slowpath.constprop.0
 ffffffff8161f000 d not_text
 ffffffff8161f720 t after
+ffffffff81620000 T __alloc_pages_noprof
+ffffffff81620100 t end_of_that
+ffffffff81630000 t kswapd
+ffffffff81630100 t end_of_kswapd
 ffffffff8168bab0 t mem_cgroup_out_of_memory
 ffffffff8168bbb0 t end
 ffffffffc0000000 t out_of_memory	[evil]
@@ -226,6 +232,8 @@ ffffffffc0000000 t out_of_memory	[evil]
 		{0xffffffff815974b0, 0xffffffff81597ce0, frameGroup, 0},
 		{0xffffffff81597ce0, 0xffffffff815981f0, frameOOM, 0},
 		{0xffffffff8161e720, 0xffffffff8161f720, framePageAlloc, 0},
+		{0xffffffff81620000, 0xffffffff81620100, framePageAlloc, 0},
+		{0xffffffff81630000, 0xffffffff81630100, frameKswapd, 0},
 		{0xffffffff8168bab0, 0xffffffff8168bbb0, frameMemcg, 0},
 	} {
 		found := false
@@ -245,6 +253,9 @@ ffffffffc0000000 t out_of_memory	[evil]
 	for _, tt := range []struct{ name, text, want string }{
 		{"inlined", strings.Replace(whole, "t __oom_kill_process\n", "t x\n", 1), ""}, // the .cold part is still one
 		{"missing", strings.ReplaceAll(whole, "__oom_kill_process", "x"), "no __oom_kill_process"},
+		{"slow path inlined", strings.ReplaceAll(whole, "__alloc_pages_slowpath", "x"), ""}, // into __alloc_pages_noprof
+		{"no page allocator", strings.NewReplacer("__alloc_pages_slowpath", "x", "__alloc_pages_noprof", "x").Replace(whole), "no __alloc_pages_slowpath and what it is inlined into"},
+		{"two missing", strings.NewReplacer("T out_of_memory", "T x", "__oom_kill_process", "x").Replace(whole), "no __oom_kill_process, no out_of_memory"},
 		{"no memcg", strings.ReplaceAll(whole, "mem_cgroup_out", "x"), "no mem_cgroup_out_of_memory"},
 		{"hidden", regexp.MustCompile(`(?m)^[0-9a-f]{16}`).ReplaceAllString(whole, "0000000000000000"), "hides"},
 		{"empty", "", "no __oom_kill_process"},
@@ -286,10 +297,10 @@ func TestOneMemoryNode(t *testing.T) {
 
 func TestOpenFails(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
-	if _, err := Open(t.Context(), Options{Tier: TierAuto, PerfPages: 3, JournalSlots: 64, Log: log}); err == nil || !strings.Contains(err.Error(), "3 pages") {
-		t.Errorf("a perf buffer of three pages: %v", err)
+	if _, err := Open(t.Context(), Options{Tier: TierAuto, Notify: "mail", JournalSlots: 64, Log: log}); err == nil || !strings.Contains(err.Error(), `"mail" is not known`) {
+		t.Errorf("an unknown way to notify: %v", err)
 	}
-	if _, err := Open(t.Context(), Options{Tier: TierAuto, PerfPages: 4, JournalSlots: 48, Log: log}); err == nil || !strings.Contains(err.Error(), "48 records") {
+	if _, err := Open(t.Context(), Options{Tier: TierAuto, JournalSlots: 48, Log: log}); err == nil || !strings.Contains(err.Error(), "48 records") {
 		t.Errorf("a journal of 48 records: %v", err)
 	}
 }
@@ -298,7 +309,7 @@ func TestOpenFails(t *testing.T) {
 func best(t *testing.T) Tier {
 	t.Helper()
 	for _, candidate := range tiers {
-		l, err := Open(t.Context(), Options{Tier: candidate.tier, PerfPages: 1, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)})
+		l, err := Open(t.Context(), Options{Tier: candidate.tier, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)})
 		if err == nil {
 			l.Close()
 			return candidate.tier
@@ -320,7 +331,7 @@ func TestTiers(t *testing.T) {
 		TierNone:  {event.ScopeUnknown, event.OutcomeUnknown, false},
 	} {
 		t.Run(string(tier), func(t *testing.T) {
-			l := open(t, tier, 8)
+			l := open(t, tier)
 			stop := collect(t, l)
 			group := scratchtest.New(t, 16*mib)
 			killed := scratchtest.Storm(t, group, 1, 32, "plain")
@@ -349,11 +360,17 @@ func TestTiers(t *testing.T) {
 	}
 }
 
-// TestSlowReader: nobody reads one page while it overflows; what was refused is counted exactly, and read
-// from the journal, in its place.
+// TestSlowReader: nobody reads the buffer of notifications while it overflows; what was refused is counted exactly,
+// and no record is missed for it.
 func TestSlowReader(t *testing.T) {
-	const kills = 120
-	l := open(t, TierAuto, 1)
+	for _, notify := range []Notify{NotifyPerf, NotifyRingbuf} {
+		t.Run(string(notify), func(t *testing.T) { testSlowReader(t, notify) })
+	}
+}
+
+func testSlowReader(t *testing.T, notify Notify) {
+	const kills = 400 // a page holds 170 notifications, and there may be one for each CPU
+	l := openNotified(t, TierAuto, notify)
 	group := scratchtest.New(t, 8*mib)
 	killed := scratchtest.Storm(t, group, kills, 16, "plain")
 	counted := scratchtest.Kills(t, group)
@@ -375,7 +392,7 @@ func TestSlowReader(t *testing.T) {
 		t.Errorf("%+v, then %+v, of %d kills", before, after, kills)
 	}
 	if uint64(len(records)) != after.Seen || l.CaughtUp() < after.Refused || l.Received() > after.Sent {
-		t.Errorf("read %d of %+v; %d by the perf buffer, %d from the journal", len(records), after, l.Received(), l.CaughtUp())
+		t.Errorf("read %d of %+v; %d notified, %d not", len(records), after, l.Received(), l.CaughtUp())
 	}
 	var ours []int
 	for i, r := range records {
@@ -391,32 +408,191 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-// TestAlive: reading is alive while what the kernel sends arrives, and only then.
+// TestNotify: each way to notify brings a kill in its time, and a storm in order and whole.
+func TestNotify(t *testing.T) {
+	for notify, soon := range map[Notify]time.Duration{
+		NotifyPerf: pollTime / 2, NotifyRingbuf: pollTime / 2, NotifyPoll: 2 * pollTime,
+	} {
+		t.Run(string(notify), func(t *testing.T) {
+			l := openNotified(t, TierAuto, notify)
+			if l.Notify() != notify {
+				t.Fatalf("notified by %s", l.Notify())
+			}
+			arrived := make(chan time.Time, 1024)
+			var seqs []uint64
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() {
+				done <- l.Run(ctx, Handler{
+					Record: func(seq uint64, _ []byte) bool {
+						seqs = append(seqs, seq)
+						arrived <- time.Now()
+						return true
+					},
+					Lost: func(first, last uint64) bool { t.Errorf("%d to %d are lost", first, last); return true },
+				})
+			}()
+			group := scratchtest.New(t, 8*mib)
+			var took []time.Duration
+			for range 5 {
+				time.Sleep(50 * time.Millisecond)
+				for len(arrived) > 0 { // somebody else's
+					<-arrived
+				}
+				scratchtest.Storm(t, group, 1, 16, "plain")
+				killed := time.Now() // or a moment before
+				select {
+				case at := <-arrived:
+					took = append(took, at.Sub(killed))
+				case <-time.After(30 * time.Second):
+					t.Fatal("the kill does not arrive")
+				}
+			}
+			slices.Sort(took)
+			t.Logf("from the victim's end to the handler: %v", took)
+			if took[len(took)/2] > soon+visibleTime {
+				t.Errorf("a kill takes %s", took[len(took)/2])
+			}
+
+			killed := scratchtest.Storm(t, group, 300, 16, "plain")
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			stats, err := l.Stats()
+			if err != nil || len(killed) != 300 || uint64(len(seqs)) != stats.Seen || stats.Seen < 305 {
+				t.Errorf("read %d of %+v: %v", len(seqs), stats, err)
+			}
+			for i, seq := range seqs {
+				if seq != uint64(i+1) {
+					t.Fatalf("record %d has seq %d", i, seq)
+				}
+			}
+			if notify == NotifyPoll && (stats.Sent > 0 || stats.Refused > 0 || l.Received() > 0) ||
+				notify != NotifyPoll && stats.Sent+stats.Refused != stats.Seen {
+				t.Errorf("%+v", stats)
+			}
+		})
+	}
+}
+
+// TestOpenNotifier: where perf events are refused a ring buffer takes their place, and it is said why. What is
+// demanded and refused is an error.
+func TestOpenNotifier(t *testing.T) {
+	refused := fmt.Errorf("perf_event_open: %w", unix.EACCES)
+	n, why, err := openNotifier(NotifyAuto, refused)
+	if err != nil || n.way != NotifyRingbuf || why == nil || why.Error() != "notify by perf: perf_event_open: permission denied" {
+		t.Fatalf("%+v, %v, %v", n, why, err)
+	}
+	n.close()
+	if _, _, err := openNotifier(NotifyPerf, refused); !errors.Is(err, unix.EACCES) || !strings.Contains(err.Error(), "kernel.notify") {
+		t.Errorf("%v", err)
+	}
+	n, why, err = openNotifier(NotifyAuto, nil)
+	if err != nil || n.way != NotifyPerf || why != nil {
+		t.Fatalf("%+v, %v, %v", n, why, err)
+	}
+	n.close()
+}
+
+// TestKprobeWay: by perf events where they are permitted, else by kprobe.multi where the kernel has that.
+func TestKprobeWay(t *testing.T) {
+	types := func(types ...btf.Type) *btf.Spec {
+		b, err := btf.NewBuilder(append(types, &btf.Int{Name: "int", Size: 4}), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := b.Marshal(nil, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		spec, err := btf.LoadSpecFromReader(strings.NewReader(string(raw)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return spec
+	}
+	old, multiKernel := types(), types(&btf.Struct{Name: "bpf_kprobe_multi_link", Size: 8})
+	with, without := t.TempDir(), t.TempDir()
+	if err := os.MkdirAll(filepath.Join(with, "bus/event_source/devices/kprobe/type"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name   string
+		sysfs  string
+		kernel *btf.Spec
+		perf   error
+		multi  bool
+		want   string
+	}{
+		{"all there", with, multiKernel, nil, false, ""},
+		{"refused", with, multiKernel, unix.EPERM, true, ""},
+		{"refused, and an old kernel", with, old, unix.EPERM, false, "operation not permitted; and it has no kprobe.multi links"},
+		{"no kprobes", without, multiKernel, nil, true, ""},
+		{"nothing there", without, old, nil, false, "no kprobe events (CONFIG_KPROBE_EVENTS); and it has no kprobe.multi links"},
+	} {
+		multi, err := kprobeWay(tt.sysfs, tt.kernel, tt.perf)
+		if multi != tt.multi || (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %t, %v", tt.name, multi, err)
+		}
+	}
+}
+
+// TestAlive: the reader is alive while it comes around, even where nothing notifies it any more.
 func TestAlive(t *testing.T) {
+	for _, notify := range []Notify{NotifyPerf, NotifyRingbuf} {
+		t.Run(string(notify), func(t *testing.T) { testAlive(t, notify) })
+	}
+}
+
+func testAlive(t *testing.T, notify Notify) {
 	before := epolls(t)
-	l := open(t, TierAuto, 8)
+	l := openNotified(t, TierAuto, notify)
+	l.stuckTime = 2 * time.Second
 	if err := l.Alive(t.Context()); err == nil {
 		t.Error("alive before Run")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	read := make(chan uint64, 1024)
+	hang := make(chan struct{}, 1)
 	go func() {
-		done <- l.Run(ctx, Handler{Record: func(seq uint64, _ []byte) bool { read <- seq; return true }})
+		done <- l.Run(ctx, Handler{Record: func(seq uint64, _ []byte) bool {
+			read <- seq
+			select {
+			case <-hang:
+				<-hang
+			default:
+			}
+			return true
+		}})
 	}()
 	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, 1, 16, "plain")
-	for deadline := time.Now().Add(30 * time.Second); l.Received() == 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("the kill does not arrive")
+	next := uint64(1)
+	arrives := func() {
+		t.Helper()
+		scratchtest.Storm(t, group, 1, 16, "plain")
+		for head := l.Counts().Head; next <= head; next++ {
+			select {
+			case seq := <-read:
+				if seq != next {
+					t.Errorf("read %d, want %d", seq, next)
+				}
+			case <-time.After(30 * time.Second):
+				t.Fatalf("record %d is not read", next)
+			}
 		}
 	}
+	arrives()
+	if err := l.Alive(t.Context()); err != nil || l.Received() == 0 || l.Notify() != notify {
+		t.Errorf("%v; %d notifications by %s", err, l.Received(), l.Notify())
+	}
+	time.Sleep(l.stuckTime + 500*time.Millisecond)
 	if err := l.Alive(t.Context()); err != nil {
-		t.Error(err)
+		t.Errorf("with nothing to read: %v", err)
 	}
 
-	// libbpfgo's poller ends without a word when its epoll fails. The kernel then sends what nobody
-	// gets. Its descriptor becomes one that cannot be polled.
+	// The notifications fail: their descriptor becomes one that cannot be polled. It is seen at the next wait.
 	null, err := os.Open("/dev/null")
 	if err != nil {
 		t.Fatal(err)
@@ -429,26 +605,24 @@ func TestAlive(t *testing.T) {
 			}
 		}
 	}
-	time.Sleep(400 * time.Millisecond) // one turn of the poller
-	arrived := l.Received()            // more than one, if others killed as well
-	scratchtest.Storm(t, group, 1, 16, "plain")
-	stats, err := l.Stats()
-	if err != nil || stats.Sent <= arrived {
-		t.Fatalf("%+v, %d arrived before the last kill: %v", stats, arrived, err)
+	time.Sleep(2 * idleTime)
+	received := l.Received()
+	arrives()
+	if err := l.Alive(t.Context()); err != nil || l.Received() != received || l.Notify() != NotifyPoll {
+		t.Errorf("%v; %d notifications, then %d by %s", err, received, l.Received(), l.Notify())
 	}
-	if err := l.Alive(t.Context()); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("samples and %d arrived", arrived)) {
-		t.Errorf("with the poller gone: %v", err)
+
+	// The handler hangs.
+	hang <- struct{}{}
+	scratchtest.Storm(t, group, 2, 16, "plain")
+	time.Sleep(l.stuckTime + time.Second)
+	if err := l.Alive(t.Context()); err == nil || !strings.Contains(err.Error(), "records wait") {
+		t.Errorf("with a handler that hangs: %v", err)
 	}
-	// The records are read all the same, from the journal.
-	for want := uint64(1); want <= stats.Sent; want++ {
-		select {
-		case seq := <-read:
-			if seq != want {
-				t.Errorf("read %d, want %d", seq, want)
-			}
-		case <-time.After(30 * time.Second):
-			t.Fatalf("record %d is not read", want)
-		}
+	close(hang)
+	arrives()
+	if err := l.Alive(t.Context()); err != nil {
+		t.Error(err)
 	}
 	cancel()
 	if err := <-done; err != nil {

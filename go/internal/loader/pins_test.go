@@ -22,7 +22,7 @@ import (
 
 func openPinned(t *testing.T, dir string, slots int) *Loader {
 	t.Helper()
-	l, err := Open(t.Context(), Options{Tier: TierAuto, PerfPages: 8, JournalSlots: slots, PinDir: dir, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	l, err := Open(t.Context(), Options{Tier: TierAuto, JournalSlots: slots, PinDir: dir, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,7 +193,7 @@ func ended(t *testing.T) context.Context {
 // TestGeneration: while the state says that another program speaks, this one records nothing, and tells what it
 // records as its own when its turn comes.
 func TestGeneration(t *testing.T) {
-	l := open(t, TierAuto, 8)
+	l := open(t, TierAuto)
 	stop := collect(t, l)
 	group := scratchtest.New(t, 8*mib)
 	before := l.Counts().Head
@@ -240,7 +240,7 @@ func TestWrapped(t *testing.T) {
 func TestStrangePins(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
 	try := func(dir string) (*Loader, error) {
-		return Open(t.Context(), Options{Tier: TierAuto, PerfPages: 8, JournalSlots: 64, PinDir: dir, Log: log})
+		return Open(t.Context(), Options{Tier: TierAuto, JournalSlots: 64, PinDir: dir, Log: log})
 	}
 	t.Run("no bpffs", func(t *testing.T) {
 		l, err := try(filepath.Join(t.TempDir(), "oom"))

@@ -1,0 +1,207 @@
+package loader
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/perf"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+)
+
+// How the reader learns of a new record. The record itself is in the journal.
+
+// Notify is a way to notify the reader.
+type Notify string
+
+// The ways to notify, from the best down.
+const (
+	NotifyAuto    Notify = "auto"    // the best that this process may use
+	NotifyPerf    Notify = "perf"    // a perf buffer, which needs a perf event on each CPU
+	NotifyRingbuf Notify = "ringbuf" // a BPF ring buffer, which needs CAP_BPF only
+	NotifyPoll    Notify = "poll"    // none: the reader looks at the journal
+)
+
+// values are those of enum oom_notify.
+func (n Notify) value() uint32 { return map[Notify]uint32{NotifyPerf: 1, NotifyRingbuf: 2}[n] }
+
+// The maps that carry notifications.
+var notifyMaps = map[Notify]string{NotifyPerf: "oom_perf", NotifyRingbuf: "oom_ringbuf"}
+
+// ErrBPF is wrapped by the error of Open where the kernel refuses bpf(2) itself.
+var ErrBPF = errors.New("the bpf system call is refused")
+
+// CheckBPF reports whether bpf(2) can be used at all: nil, or why not.
+func CheckBPF() error {
+	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrBPF, err)
+	}
+	return m.Close()
+}
+
+// CheckPerfEvents reports whether this process may open perf events for a whole CPU, as a perf buffer and a
+// kprobe need them: nil, or why not. EACCES comes from the kernel (kernel.perf_event_paranoid), EPERM from a
+// seccomp filter or a security module.
+func CheckPerfEvents() error {
+	attr := unix.PerfEventAttr{Type: unix.PERF_TYPE_SOFTWARE, Config: unix.PERF_COUNT_SW_BPF_OUTPUT}
+	attr.Size = uint32(unsafe.Sizeof(attr))
+	fd, err := unix.PerfEventOpen(&attr, -1, 0, -1, unix.PERF_FLAG_FD_CLOEXEC)
+	switch {
+	case errors.Is(err, unix.ENODEV): // CPU 0 is offline
+		return nil
+	case err != nil:
+		return fmt.Errorf("perf_event_open: %w", err)
+	}
+	return unix.Close(fd)
+}
+
+// notifier waits for notifications.
+type notifier struct {
+	way    Notify
+	m      *ebpf.Map // nil: the program sends none
+	perf   *perf.Reader
+	ring   *ringbuf.Reader
+	failed atomic.Bool // there will be no more of them
+
+	perfSample perf.Record
+	ringSample ringbuf.Record
+}
+
+// openNotifier opens the way that is wanted, or the best. perfErr says why perf events cannot be used, if so. why is
+// the reason for each better way that is not used.
+func openNotifier(want Notify, perfErr error) (n *notifier, why error, err error) {
+	for _, way := range []Notify{NotifyPerf, NotifyRingbuf, NotifyPoll} {
+		if want != NotifyAuto && want != way {
+			continue
+		}
+		n := &notifier{way: way}
+		err := n.open(perfErr)
+		if err == nil {
+			return n, why, nil
+		}
+		n.close()
+		err = fmt.Errorf("notify by %s: %w", way, err)
+		if want != NotifyAuto {
+			return nil, nil, fmt.Errorf("%w (set kernel.notify to auto to use another way)", err)
+		}
+		if why == nil {
+			why = err
+		} else {
+			why = fmt.Errorf("%w; %w", why, err)
+		}
+	}
+	return nil, nil, fmt.Errorf("kernel.notify %q is not known", want)
+}
+
+func (n *notifier) open(perfErr error) (err error) {
+	switch n.way {
+	case NotifyPerf:
+		if perfErr != nil {
+			return perfErr
+		}
+		if n.m, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.PerfEventArray}); err != nil {
+			return fmt.Errorf("create the map: %w", err)
+		}
+		if n.perf, err = perf.NewReader(n.m, os.Getpagesize()); err != nil {
+			return fmt.Errorf("open a perf buffer of one page per CPU: %w", err)
+		}
+	case NotifyRingbuf:
+		// The kernel wants a multiple of the page and a power of two, and a page is both.
+		if n.m, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(os.Getpagesize())}); err != nil {
+			return fmt.Errorf("create the map: %w", err)
+		}
+		if n.ring, err = ringbuf.NewReader(n.m); err != nil {
+			return fmt.Errorf("open the ring buffer: %w", err)
+		}
+	}
+	return nil
+}
+
+// wait returns the seq that a notification names, or 0 where none came until the deadline, which must be one, or the
+// end of ctx. After an error it is only a timer.
+func (n *notifier) wait(ctx context.Context, deadline time.Time) (seq uint64, err error) {
+	var sample []byte
+	switch {
+	case n.perf != nil && !n.failed.Load():
+		n.perf.SetDeadline(deadline)
+		err = n.perf.ReadInto(&n.perfSample)
+		sample = n.perfSample.RawSample
+	case n.ring != nil && !n.failed.Load():
+		n.ring.SetDeadline(deadline)
+		err = n.ring.ReadInto(&n.ringSample)
+		sample = n.ringSample.RawSample
+	default:
+		timer := time.NewTimer(time.Until(deadline))
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		return 0, nil
+	}
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, perf.ErrFlushed), errors.Is(err, ringbuf.ErrFlushed):
+		return 0, nil
+	case err != nil:
+		n.failed.Store(true)
+		return 0, fmt.Errorf("read notifications by %s: %w", n.way, err)
+	case len(sample) < 8: // it says that samples were lost; the program has counted them as refused
+		return 0, nil
+	}
+	return binary.NativeEndian.Uint64(sample), nil
+}
+
+// polls reports whether wait is only a timer.
+func (n *notifier) polls() bool { return n.way == NotifyPoll || n.failed.Load() }
+
+// interrupt ends wait.
+func (n *notifier) interrupt() {
+	if n.perf != nil {
+		_ = n.perf.Flush()
+	}
+	if n.ring != nil {
+		_ = n.ring.Flush()
+	}
+}
+
+func (n *notifier) close() {
+	if n.perf != nil {
+		_ = n.perf.Close()
+	}
+	if n.ring != nil {
+		_ = n.ring.Close()
+	}
+	if n.m != nil {
+		_ = n.m.Close()
+	}
+}
+
+// kprobeWay says how kprobes can be attached: by a perf event each, or by a kprobe.multi link (v5.18, commit
+// 0dcac2725406), which needs none.
+func kprobeWay(sysfs string, kernel *btf.Spec, perfErr error) (multi bool, err error) {
+	if perfErr == nil {
+		// Documentation/ABI/testing/sysfs-bus-event_source-devices. It is there with CONFIG_KPROBE_EVENTS.
+		if _, perfErr = os.Stat(sysfs + "/bus/event_source/devices/kprobe/type"); perfErr == nil {
+			return false, nil
+		}
+		if errors.Is(perfErr, fs.ErrNotExist) {
+			perfErr = errors.New("the kernel has no kprobe events (CONFIG_KPROBE_EVENTS)")
+		}
+	}
+	// Defined with CONFIG_FPROBE only.
+	var link *btf.Struct
+	if kernel.TypeByName("bpf_kprobe_multi_link", &link) == nil {
+		return true, nil
+	}
+	return false, fmt.Errorf("%w; and it has no kprobe.multi links (Linux 5.18, CONFIG_FPROBE)", perfErr)
+}
