@@ -330,7 +330,7 @@ func testHang(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	began := make(chan struct{})
 	var patches atomic.Int32
 	proxy.Fault(func(req *http.Request) kubetest.Fault {
-		if req.Method == http.MethodPatch && !strings.Contains(req.URL.Path, "/events") && patches.Add(1) == 1 {
+		if patchesPod(req) && patches.Add(1) == 1 {
 			close(began)
 			return kubetest.Fault{Delay: 3 * time.Second}
 		}
