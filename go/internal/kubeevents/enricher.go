@@ -48,9 +48,9 @@ type Enricher struct {
 
 // waiting is an incident whose message was not there yet.
 type waiting struct {
-	incident    string
+	first       *event.Event
 	kills       []victimKill
-	next, until time.Time
+	next, until time.Time // only Run changes next
 }
 
 type victimKill struct {
@@ -72,7 +72,7 @@ func (n *Enricher) Record(e *event.Event, o *event.Outcome) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, w := range n.waiting {
-		if w.incident == e.Incident.ID {
+		if w.first.Incident.ID == e.Incident.ID {
 			if len(w.kills) < maxKills {
 				w.kills = append(w.kills, victimKill{e, o})
 			}
@@ -84,7 +84,7 @@ func (n *Enricher) Record(e *event.Event, o *event.Outcome) {
 	}
 	now := time.Now()
 	n.waiting = append(n.waiting, &waiting{
-		incident: e.Incident.ID, kills: []victimKill{{e, o}},
+		first: e, kills: []victimKill{{e, o}},
 		next: now.Add(min(max(time.Until(e.Time.Add(firstLook)), 0), firstLook)), until: now.Add(lastLook), // that clock is another node's
 	})
 	select {
@@ -131,21 +131,21 @@ func (n *Enricher) look(ctx context.Context) (next time.Time, ok bool) {
 	answers := map[string]answer{}
 	done := map[*waiting]int{} // how many of its kills
 	for _, w := range due {
-		e := w.kills[0].e
+		e := w.first
 		key := string(e.Scope) + " " + e.Node.Name
 		a, ok := answers[key]
 		if !ok {
 			a.n, a.err = n.read(ctx, e)
 			answers[key] = a
 		}
-		if a.err == nil && a.n.Incident != w.incident {
+		if a.err == nil && a.n.Incident != e.Incident.ID {
 			a.err = errAnother
 		}
 		switch {
 		case a.err == nil:
 			done[w] = n.complete(w, &a.n)
 		case time.Now().After(w.until):
-			n.log.Debug("memory usage of the other pods is unknown", "incident", w.incident, "error", a.err)
+			n.log.Debug("memory usage of the other pods is unknown", "incident", e.Incident.ID, "error", a.err)
 			done[w] = maxKills
 		}
 	}
@@ -196,7 +196,7 @@ func (n *Enricher) complete(w *waiting, m *event.Neighbours) int {
 	if after == "" {
 		return len(kills)
 	}
-	n.recorder.Complete(w.incident, after)
+	n.recorder.Complete(w.first.Incident.ID, after)
 	for _, k := range kills {
 		if k.e.ID == m.Kill { // of the others their replica says nothing: there is one such outcome of an incident
 			n.publish(k, after)

@@ -79,6 +79,8 @@ func TestEnricher(t *testing.T) {
 		var published []event.Outcome
 		n.Find = find
 		n.Last = func(_ context.Context, subject string) ([]byte, error) {
+			s.mu.Lock()
+			defer s.mu.Unlock()
 			if looks++; subject != "oom.v1.neighbours.global.node-1" {
 				t.Errorf("read %s", subject)
 			}
@@ -88,8 +90,15 @@ func TestEnricher(t *testing.T) {
 			return stored, nil
 		}
 		n.Publish = func(o *event.Outcome, _ time.Time) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
 			published = append(published, *o)
 			return nil
+		}
+		looked := func() int {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return looks
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan struct{})
@@ -102,10 +111,13 @@ func TestEnricher(t *testing.T) {
 				Schema: event.Schema, ID: event.NeighboursID(incident), Incident: incident, Kill: kill, Time: time.Now(), Node: event.Node{Name: "node-1"},
 				Scope: event.ScopeGlobal, Pods: []event.PodMemory{{PodUID: "uid-api", Usage: 1 << 30}},
 			}
-			var err error
-			if stored, err = json.Marshal(&m); err != nil {
+			data, err := json.Marshal(&m)
+			if err != nil {
 				t.Fatal(err)
 			}
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			stored = data
 		}
 
 		one, o := nodeKill("cart", 1)
@@ -114,8 +126,8 @@ func TestEnricher(t *testing.T) {
 		store("another", "x")
 		synctest.Wait()
 		const told, after = "1 OOM killer killed java[1] (rss 1.0 MiB) in container main: the node is out of memory; marked for eviction", "; other pods then used: shop/api 1.0 GiB (no request)"
-		if got, want := s.on("cart"), []string{told}; !slices.Equal(got, want) || looks > 0 {
-			t.Errorf("at once there is %q\nwant %q, after %d looks", got, want, looks)
+		if got, want := s.on("cart"), []string{told}; !slices.Equal(got, want) || looked() > 0 {
+			t.Errorf("at once there is %q\nwant %q, after %d looks", got, want, looked())
 		}
 		sleep(1500 * time.Millisecond)
 		n.Record(group(two, o2, 1, event.ReasonBudget))
@@ -124,23 +136,25 @@ func TestEnricher(t *testing.T) {
 		if got, want := s.on("cart"), []string{told + after}; !slices.Equal(got, want) {
 			t.Errorf("then there is %q\nwant %q", got, want)
 		}
+		s.mu.Lock()
 		if len(published) != 1 || published[0].ID != one.ID+"/neighbours" || published[0].Detail != after[2:] || published[0].Pod.Name != "cart" || published[0].Result != event.ResultObserved || published[0].Annotation != "" {
 			t.Errorf("published %+v", published)
 		}
+		s.mu.Unlock()
 		sleep(2 * time.Second)
 		if got := s.on("web"); len(got) != 1 || got[0] != "1 OOM killer killed java[2] (rss 1.0 MiB) in container main: the node is out of memory; not marked for eviction: budget (policy.budgets)"+after {
 			t.Errorf("on the other victim's pod there is %q", got)
 		}
 
 		// Nobody says anything: that is waited for, and not for ever. Nor is anything asked for a pod's own limit.
-		looks = 0
+		before := looked()
 		n.Record(nodeKill("api", 3))
 		n.Record(podKill("api", 4))
 		sleep(time.Hour)
-		if len(n.waiting) > 0 || looks < 3 || looks > 10 {
-			t.Errorf("%d looks, %d are still waited for", looks, len(n.waiting))
-		}
 		cancel()
 		<-done
+		if looks := looked() - before; len(n.waiting) > 0 || looks < 3 || looks > 10 {
+			t.Errorf("%d looks, %d are still waited for", looks, len(n.waiting))
+		}
 	})
 }
