@@ -34,6 +34,8 @@ type PodMemory struct {
 	// PodUID and Static are as in Container.
 	PodUID string `json:"pod_uid"`
 	Static bool   `json:"static,omitempty"`
+	// Victim means that a process in this pod was killed in the incident.
+	Victim bool   `json:"victim,omitempty"`
 	QoS    string `json:"qos,omitempty"`
 	// Usage is memory.current, or memory.usage_in_bytes of version 1. It includes the page cache.
 	Usage uint64 `json:"usage"`

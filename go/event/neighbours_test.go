@@ -19,7 +19,7 @@ func fullNeighbours() event.Neighbours {
 		Time: time.Date(2026, 11, 23, 2, 3, 4, 9, time.UTC), ReadNS: 1_500_000, Node: e.Node, Scope: event.ScopeGlobal, Level: event.LevelNode,
 		Pods: []event.PodMemory{
 			{
-				PodUID: "5b1a7a5e-1c1d-4b6f-8a55-2b7f0c9d1e2f", QoS: "burstable", Usage: 3 << 30, WorkingSet: new(uint64(2 << 30)),
+				Victim: true, PodUID: "5b1a7a5e-1c1d-4b6f-8a55-2b7f0c9d1e2f", QoS: "burstable", Usage: 3 << 30, WorkingSet: new(uint64(2 << 30)),
 				Max: new(uint64(4 << 30)), Low: new(uint64(1 << 20)), Min: new(uint64(2 << 20)), Swap: new(uint64(0)),
 			},
 			{PodUID: "0123456789abcdef0123456789abcdef", Static: true, QoS: "guaranteed", Usage: 1 << 20},

@@ -19,6 +19,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/budget"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/kubeevents"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 )
@@ -51,7 +52,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		Terms: terms, Lifetime: cfg.Policy.MarkLifetime, Memory: markMemory(&cfg), API: client, Marks: store, Metrics: metrics, Log: log, Now: time.Now,
 	}}
 	store.OnLeave = w.closer.Leave
-	events := annotate.NewEvents(client, hostname(), log)
+	events := kubeevents.NewRecorder(client, hostname(), log)
 	registry := obs.NewRegistry(name)
 	registry.MustRegister(metrics, events, &w.brake, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "oom_tracer_known_pods", Help: "Pods of the cluster that the annotator follows.",
@@ -82,7 +83,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		API: client, Finder: store, Stale: watcher.Failing, Metrics: metrics, Log: log, Now: time.Now,
 	}
 	if cfg.Annotator.Events {
-		a.Teller = events
+		w.events = events
 		rest.Go(func() { events.Run(downstream) })
 	}
 	err = w.work(ctx, cfg, a)
@@ -122,6 +123,7 @@ type works struct {
 	log     *slog.Logger
 	watcher *pods.Watcher
 	closer  *annotate.Closer
+	events  *kubeevents.Recorder // nil: none are written
 
 	brake     brake
 	mu        sync.Mutex
@@ -190,15 +192,16 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 		defer close(closing)
 		w.close(ctx, conn, cfg)
 	}()
-	told := make(chan struct{})
-	if a.Teller == nil {
-		close(told)
+	enriched := make(chan struct{})
+	if w.events == nil {
+		close(enriched)
 	} else {
-		onlooker := &annotate.Onlooker{Last: conn.Last, Finder: a.Finder, Outlet: publisher, Next: a.Teller, Log: w.log, Now: time.Now}
-		a.Teller = onlooker
+		enricher := kubeevents.NewEnricher(w.events, w.log)
+		enricher.Last, enricher.Find, enricher.Publish = conn.Last, a.Finder.Find, a.PublishMore
+		a.Events = enricher
 		go func() {
-			defer close(told)
-			onlooker.Run(downstream)
+			defer close(enriched)
+			enricher.Run(downstream)
 		}()
 	}
 	err = consumer.Run(ctx, func(ctx context.Context, d *bus.Delivery) {
@@ -214,7 +217,7 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 		w.log.Info("kills are given back", "count", n)
 	}
 	stop()
-	bounded(func() { <-told })
+	bounded(func() { <-enriched })
 	return errors.Join(err, <-published)
 }
 

@@ -17,7 +17,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
@@ -38,7 +37,7 @@ func TestBrakes(t *testing.T) {
 	c.Namespace("shop")
 	account := c.Annotator()
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
-		"Budgets": testBudgets, "CrashLoop": testCrashLoop, "Pause": testPause, "Events": testEvents, "Hang": testHang, "Chaos": testChaos,
+		"Budgets": testBudgets, "CrashLoop": testCrashLoop, "Pause": testPause, "Hang": testHang, "Chaos": testChaos,
 		"Explain": testExplain,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
@@ -324,79 +323,6 @@ func testPause(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	kills("annotated/marked")
 }
 
-// testEvents: each kill is told of in Kubernetes, whatever is done about it.
-func testEvents(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
-	r := newRig(t, c, account, func(cfg *config.Config) { cfg.Policy.Annotation = "" })
-	r.ready()
-	pod := c.Pod("shop", "told", node)
-	e := r.killOf(pod, c.ContainerID(pod, "main"))
-	e.Victim.Memory = &event.Memory{AnonRSS: 200 << 20}
-	own := r.killOf(pod, c.ContainerID(pod, "main"))
-	own.Scope, own.Limit = event.ScopeCgroup, &event.Limit{Level: event.LevelPod, Max: new(uint64(8 << 20)), Usage: new(uint64(8 << 20))}
-	host := r.killOf(pod, "")
-	host.Container = nil
-	r.publish(e)
-	r.want(e.ID, "observed/observe_only")
-	find := func(kind, message string, count int32) {
-		t.Helper()
-		eventually(t, "the Event on the "+kind, func() error {
-			list, err := c.Client.CoreV1().Events("").List(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=" + kind})
-			if err != nil {
-				return err
-			}
-			var got []string
-			for _, v := range list.Items {
-				if uid := v.InvolvedObject.UID; uid != pod.UID && uid != node {
-					continue
-				}
-				got = append(got, fmt.Sprintf("%d %s", v.Count, v.Message))
-				if v.Message == message && v.Count == count && v.Type == corev1.EventTypeWarning && v.Reason == "OOMKilled" && v.Source.Component == "oom-tracer" {
-					return nil
-				}
-			}
-			return fmt.Errorf("there are %q", got)
-		})
-	}
-	find("Pod", fmt.Sprintf("OOM killer killed java[%d] (rss 200.0 MiB) in container main: the node is out of memory; not marked for eviction: observe only", e.Victim.PID), 1)
-	find("Node", fmt.Sprintf("OOM killer killed java[%d] (rss 200.0 MiB) in container main of pod shop/told: the node is out of memory; not marked for eviction: observe only", e.Victim.PID), 1)
-	r.publish(own, host)
-	r.outcome()
-	r.outcome()
-	// What follows is written with the next one, a minute later, or on the way down.
-	r.annotator.stop(t)
-	find("Pod", fmt.Sprintf("OOM killer killed java[%d] (rss ?) in container main: the pod is at the memory limit of 8.0 MiB, usage 8.0 MiB; not marked for eviction: level", own.Victim.PID), 2)
-	find("Node", fmt.Sprintf("OOM killer killed java[%d] (rss ?): the node is out of memory; not marked for eviction: host", host.Victim.PID), 2)
-
-	// The one that has the memory is named beside the one that was killed, on NATS as well.
-	r.start()
-	r.ready()
-	greedy := c.Pod("shop", "greedy", node, func(p *corev1.Pod) {
-		p.Spec.Containers[0].Resources.Requests = corev1.ResourceList{corev1.ResourceMemory: resource.MustParse("512Mi")}
-	})
-	pod = c.Pod("shop", "small", node)
-	e, other := r.killOf(pod, ""), r.killOf(pod, "")
-	e.Incident, other.Incident = &event.Incident{ID: "incident-1"}, &event.Incident{ID: "incident-2"}
-	r.publish(e)
-	r.neighbours(e, event.PodMemory{PodUID: string(greedy.UID), Usage: 3 << 30}, event.PodMemory{PodUID: string(pod.UID), Usage: 4096}, event.PodMemory{PodUID: "unheard-of", Usage: 1})
-	r.want(e.ID, "observed/observe_only")
-	const said = "then shop/greedy held 3.0 GiB of its 512.0 MiB request, shop/small held 4.0 KiB without a request, pod unheard-of held 1 B"
-	if o := r.others(); o.Kill != e.ID || o.Detail != said || o.Pod == nil || o.Pod.Name != "small" {
-		t.Errorf("outcome %+v", o)
-	}
-	find("Pod", fmt.Sprintf("OOM killer killed java[%d] (rss ?): the node is out of memory; not marked for eviction: observe only; %s", e.Victim.PID, said), 1)
-	find("Node", fmt.Sprintf("OOM killer killed java[%d] (rss ?) of pod shop/small: the node is out of memory; not marked for eviction: observe only; %s", e.Victim.PID, said), 1)
-	// What was told for another incident is not told for this one.
-	r.publish(other)
-	r.want(other.ID, "observed/observe_only")
-	r.annotator.stop(t)
-	find("Pod", fmt.Sprintf("OOM killer killed java[%d] (rss ?): the node is out of memory; not marked for eviction: observe only", other.Victim.PID), 2)
-	select {
-	case o := <-r.named:
-		t.Errorf("one more outcome: %+v", o)
-	default:
-	}
-}
-
 // testHang: a replica hangs in the middle of a patch for longer than NATS waits for it. Another one does its
 // work, with the same right; and when it comes back it does nothing more.
 func testHang(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
@@ -404,7 +330,7 @@ func testHang(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	began := make(chan struct{})
 	var patches atomic.Int32
 	proxy.Fault(func(req *http.Request) kubetest.Fault {
-		if req.Method == http.MethodPatch && !strings.Contains(req.URL.Path, "/events") && patches.Add(1) == 1 {
+		if patchesPod(req) && patches.Add(1) == 1 {
 			close(began)
 			return kubetest.Fault{Delay: 3 * time.Second}
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -60,6 +61,19 @@ func TestDemoCluster(t *testing.T) {
 	r.ready()
 	startDescheduler(t, c, "oom-descheduler", "deploy/descheduler/policy.yaml", "5s")
 
+	events, err := c.Client.CoreV1().Events("shop").Watch(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=Pod,reason=OOMKilled"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	described := make(chan moment, 100)
+	go func() {
+		for e := range events.ResultChan() { // until the test ends
+			if v, ok := e.Object.(*corev1.Event); ok {
+				described <- moment{time.Now(), v.Message} // its own times are in seconds
+			}
+		}
+	}()
+
 	say("==> a container allocates, until all pods of %s together are at their limit of 48 MiB\n", node)
 	kubepods := scratchtest.Child(t, root, "kubepods", 48<<20)
 	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
@@ -88,7 +102,7 @@ func TestDemoCluster(t *testing.T) {
 			t.Fatal("nothing more happens")
 		}
 	}
-	err := bus.Tail(t.Context(), r.conn, bus.TailOptions{Subjects: []string{"oom.v1.kill.>"}, Since: time.Unix(0, 0)}, func(m bus.Stored) (err error) {
+	err = bus.Tail(t.Context(), r.conn, bus.TailOptions{Subjects: []string{"oom.v1.kill.>"}, Since: time.Unix(0, 0)}, func(m bus.Stored) (err error) {
 		if kill, err = event.Parse(m.Data); err == nil {
 			add(kill.Time, "the kernel killed %s[%d], tier %s: limit of the level %s, %d MiB", kill.Victim.Comm, kill.Victim.PID, kill.Node.Tier, kill.Limit.Level, *kill.Limit.Max>>20)
 			add(m.Time, "NATS has the event, on %s", m.Subject)
@@ -103,14 +117,17 @@ func TestDemoCluster(t *testing.T) {
 	}
 	named := r.others()
 	add(named.Time, "%s", named.Detail)
-	eventually(t, "the Event is written", func() error {
-		list, err := c.Client.CoreV1().Events("shop").List(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.kind=Pod,reason=OOMKilled"})
-		if err != nil || len(list.Items) == 0 {
-			return fmt.Errorf("%d Events: %v", len(list.Items), err)
+	for what := "Event on the pod, as kubectl describe shows it"; ; what = "the Event is completed" {
+		select {
+		case m := <-described:
+			add(m.at, "%s: %s", what, m.what)
+		case <-time.After(patience):
+			t.Fatal("no Event, or it is not completed")
 		}
-		add(list.Items[0].CreationTimestamp.Time, "Event on the pod, as kubectl describe shows it: %s", list.Items[0].Message)
-		return nil
-	})
+		if strings.Contains(moments[len(moments)-1].what, named.Detail) {
+			break
+		}
+	}
 	for len(moments) > 0 {
 		first := 0
 		for i, m := range moments {

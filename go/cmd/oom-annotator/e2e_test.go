@@ -517,6 +517,11 @@ func summary(t *testing.T, pod *corev1.Pod) (s pods.Summary) {
 	return s
 }
 
+// patchesPod tells a request to mark a pod from others, such as to update an Event.
+func patchesPod(req *http.Request) bool {
+	return req.Method == http.MethodPatch && strings.Contains(req.URL.Path, "/pods/")
+}
+
 func unprotected(cfg *config.Config) { cfg.Policy.Protections.Static = false }
 
 // testRealKill: a real OOM kill of a process in a cgroup that is laid out as a kubelet's, at the limit of all
@@ -615,7 +620,7 @@ func testReborn(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	})
 	var patches atomic.Int32
 	proxy.Fault(func(req *http.Request) kubetest.Fault {
-		if req.Method == http.MethodPatch {
+		if patchesPod(req) {
 			patches.Add(1)
 			replace()
 		}
@@ -775,7 +780,7 @@ func testHung(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	began := make(chan struct{})
 	var once sync.Once
 	proxy.Fault(func(req *http.Request) kubetest.Fault {
-		if req.Method == http.MethodPatch {
+		if patchesPod(req) {
 			once.Do(func() { close(began) })
 			return kubetest.Fault{Hang: true}
 		}
@@ -921,7 +926,7 @@ func testFaults(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 						}
 						return fault
 					}
-					if req.Method == http.MethodPatch {
+					if patchesPod(req) {
 						served.Add(1)
 					}
 					return kubetest.Fault{}
@@ -1002,7 +1007,7 @@ func testGroup(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	pod := c.Pod("shop", "group", node)
 	r.ready()
 	proxy.Fault(func(req *http.Request) kubetest.Fault {
-		if req.Method == http.MethodPatch {
+		if patchesPod(req) {
 			patched.Add(1)
 		}
 		return kubetest.Fault{}
@@ -1172,7 +1177,7 @@ func testNATS(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	var patches atomic.Int32
 	began, release := make(chan struct{}), make(chan struct{})
 	proxy.Fault(func(req *http.Request) kubetest.Fault {
-		if req.Method == http.MethodPatch && patches.Add(1) == 1 {
+		if patchesPod(req) && patches.Add(1) == 1 {
 			close(began)
 			<-release
 		}

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"net/http"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -37,7 +36,7 @@ func testReplicas(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		_, configPath := newConfig(t, func(cfg *config.Config) { cfg.NATS.Embedded = r.cfg.NATS.Embedded })
 		one := &replica{args: []string{"--config", configPath, "--kubeconfig", c.Kubeconfig(proxy.Config(account))}}
 		proxy.Fault(func(req *http.Request) kubetest.Fault {
-			if req.Method != http.MethodPatch || !strings.Contains(req.URL.Path, "/pods/") {
+			if !patchesPod(req) {
 				return kubetest.Fault{}
 			}
 			one.patches.Add(1)

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -37,27 +38,58 @@ type lookout struct {
 	root   string
 	count  *prometheus.CounterVec
 	log    *slog.Logger
-	wanted chan event.Event
-	before string    // the incident that was seen last
+	wanted chan *sighting
+	latest *sighting // the incident that was seen last
 	last   time.Time // when it was
 }
 
+// sighting is an incident for which the pods are to be read.
+type sighting struct {
+	kill event.Event // its first one
+
+	mu      sync.Mutex
+	victims map[string]struct{} // UIDs of the pods in which a process was killed
+}
+
+func (s *sighting) add(e *event.Event) {
+	if e.Container == nil || e.Container.PodUID == "" {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.victims[e.Container.PodUID] = struct{}{}
+}
+
+// mark marks those of the pods that are victims'.
+func (s *sighting) mark(pods []event.PodMemory) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range pods {
+		_, pods[i].Victim = s.victims[pods[i].PodUID]
+	}
+}
+
 func newLookout(cfg config.Node, count *prometheus.CounterVec, log *slog.Logger) *lookout {
-	return &lookout{top: cfg.Neighbours, root: cfg.CgroupRoot, count: count, log: log, wanted: make(chan event.Event, 1)}
+	return &lookout{top: cfg.Neighbours, root: cfg.CgroupRoot, count: count, log: log, wanted: make(chan *sighting, 1)}
 }
 
 // see takes a kill. Only one goroutine may call it.
 func (l *lookout) see(e *event.Event) {
-	if l.top == 0 || e.Kind() != event.KindKill || !e.BeyondPod() || e.Incident == nil || e.Incident.ID == l.before {
+	if l.top == 0 || e.Kind() != event.KindKill || !e.BeyondPod() || e.Incident == nil {
 		return
 	}
-	l.before = e.Incident.ID
+	if l.latest != nil && l.latest.kill.Incident.ID == e.Incident.ID {
+		l.latest.add(e)
+		return
+	}
+	l.latest = &sighting{kill: *e, victims: map[string]struct{}{}}
+	l.latest.add(e)
 	if now := time.Now(); now.Sub(l.last) < lookPause || now.Sub(e.Time) > lookLate {
 		l.count.WithLabelValues("skipped").Inc()
 		return
 	}
 	select {
-	case l.wanted <- *e:
+	case l.wanted <- l.latest:
 		l.last = time.Now()
 	default: // one takes its time
 		l.count.WithLabelValues("skipped").Inc()
@@ -67,31 +99,32 @@ func (l *lookout) see(e *event.Event) {
 // run reads until ctx ends, and hands on what it has read.
 func (l *lookout) run(ctx context.Context, publish func(*event.Neighbours) error) {
 	for {
-		var e event.Event
+		var s *sighting
 		select {
-		case e = <-l.wanted:
+		case s = <-l.wanted:
 		case <-ctx.Done():
 			return
 		}
 		select {
-		case <-time.After(time.Until(e.Time.Add(lookAfter))):
+		case <-time.After(time.Until(s.kill.Time.Add(lookAfter))):
 		case <-ctx.Done():
 			return
 		}
-		n, err := l.read(ctx, &e)
+		n, err := l.read(ctx, s)
 		if err == nil {
 			err = publish(n)
 		}
 		if err != nil {
 			l.count.WithLabelValues("failed").Inc()
-			l.log.Warn("the memory of the other pods is not known", "kill", e.ID, "error", err)
+			l.log.Warn("the memory of the other pods is not known", "kill", s.kill.ID, "error", err)
 			continue
 		}
 		l.count.WithLabelValues("read").Inc()
 	}
 }
 
-func (l *lookout) read(ctx context.Context, e *event.Event) (*event.Neighbours, error) {
+func (l *lookout) read(ctx context.Context, s *sighting) (*event.Neighbours, error) {
+	e := &s.kill
 	ctx, cancel := context.WithTimeout(ctx, lookTime)
 	defer cancel()
 	began := time.Now()
@@ -107,6 +140,7 @@ func (l *lookout) read(ctx context.Context, e *event.Event) (*event.Neighbours, 
 	for _, err := range r.Errors {
 		l.log.Warn("a pod's memory cannot be read", "error", err)
 	}
+	s.mark(r.Pods)
 	n := &event.Neighbours{
 		Schema: event.Schema, ID: event.NeighboursID(e.Incident.ID), Incident: e.Incident.ID, Kill: e.ID,
 		Time: began.UTC(), ReadNS: uint64(time.Since(began)), Node: e.Node, Scope: e.Scope,

@@ -83,13 +83,16 @@ func TestNeighbours(t *testing.T) {
 		n.PodsSeen != 3 || len(n.Pods) != 3 || n.Incomplete || n.ReadNS == 0 || n.Time.Before(e.Time) {
 		t.Errorf("neighbours %+v of %s", n, e.ID)
 	}
-	if p := n.Pods[0]; p.PodUID != offenderPod || p.Usage < 40*mib || p.Usage > 64*mib || p.QoS != "burstable" || p.Max == nil || *p.Max != 128*mib ||
+	if p := n.Pods[0]; p.PodUID != offenderPod || p.Victim || p.Usage < 40*mib || p.Usage > 64*mib || p.QoS != "burstable" || p.Max == nil || *p.Max != 128*mib ||
 		p.WorkingSet == nil || *p.WorkingSet < 40*mib {
 		t.Errorf("the largest is %+v", p)
 	}
 	for _, p := range n.Pods[1:] {
 		if p.PodUID == victimPod && p.Max != nil {
 			t.Errorf("the victim's pod has no limit: %+v", p)
+		}
+		if p.Victim != (p.PodUID == victimPod) {
+			t.Errorf("pod %+v, the victim is in %s", p, victimPod)
 		}
 	}
 	until(t, "it is counted", func() bool { return count("read") == 1 && count("skipped") == 0 && count("failed") == 0 })

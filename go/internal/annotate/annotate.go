@@ -34,6 +34,9 @@ const (
 	maxContainer = 64               // bytes of a container's ID
 )
 
+// conditionReason is that of the condition of a marked pod.
+const conditionReason = "OOMKilled"
+
 // API is what is asked of the API server.
 type API interface {
 	Get(ctx context.Context, namespace, name string) (*corev1.Pod, error)
@@ -61,9 +64,9 @@ type Told interface {
 	Has(ctx context.Context, id string, since time.Time, fresh time.Duration) (bool, error)
 }
 
-// Teller says in Kubernetes what happened, and what others had to do with it; see Events.
-type Teller interface {
-	Tell(e *event.Event, o *event.Outcome, others string)
+// EventRecorder tells of kills in Kubernetes Events; see kubeevents.Recorder.
+type EventRecorder interface {
+	Record(e *event.Event, o *event.Outcome)
 }
 
 // Settler settles a message; see bus.Delivery.
@@ -94,7 +97,7 @@ type Annotator struct {
 	// Dedup is for how long the stream itself refuses an outcome that it has.
 	Dedup   time.Duration
 	Outlet  Outlet
-	Teller  Teller // nil: nobody
+	Events  EventRecorder // nil: none are written
 	Metrics *Metrics
 	Log     *slog.Logger
 	Now     func() time.Time
@@ -195,8 +198,8 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 	}
 	if a.publish(m, o, tag{settle: m.Settler.Ack, killed: c.Killed}) {
 		a.Metrics.decided(o, repeated, a.Now().Sub(e.Time))
-		if a.Teller != nil {
-			a.Teller.Tell(e, o, "")
+		if a.Events != nil {
+			a.Events.Record(e, o)
 		}
 	}
 }
@@ -262,15 +265,7 @@ func (a *Annotator) outcome(kill, node string, d Decision) *event.Outcome {
 
 // publish sends an outcome, and settles the message once it is stored. It reports whether it was taken.
 func (a *Annotator) publish(m Message, o *event.Outcome, t tag) bool {
-	subject, err := o.Subject()
-	var data []byte
-	if err == nil {
-		data, err = json.Marshal(o)
-	}
-	if err == nil {
-		err = a.Outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Tag: t})
-	}
-	if err != nil {
+	if err := enqueue(a.Outlet, o, t); err != nil {
 		if !errors.Is(err, bus.ErrClosed) { // the next replica's
 			a.Log.Warn("outcome cannot be published now, its message comes again", "id", o.ID, "error", err)
 			a.Metrics.failure("publish")
@@ -281,6 +276,23 @@ func (a *Annotator) publish(m Message, o *event.Outcome, t tag) bool {
 	a.Log.Log(context.Background(), level(o), "kill", "id", o.Kill, "node", o.Node, "result", string(o.Result), "reason", string(o.Reason),
 		"pod", podName(o.Pod), "container", o.Container, "detail", o.Detail)
 	return true
+}
+
+// PublishMore publishes an outcome of a further stage of a kill.
+func (a *Annotator) PublishMore(o *event.Outcome, killed time.Time) error {
+	return enqueue(a.Outlet, o, tag{settle: func() {}, killed: killed})
+}
+
+func enqueue(outlet Outlet, o *event.Outcome, t tag) error {
+	subject, err := o.Subject()
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(o)
+	if err != nil {
+		return fmt.Errorf("write outcome %s: %w", o.ID, err)
+	}
+	return outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Tag: t})
 }
 
 func level(o *event.Outcome) slog.Level {
@@ -428,7 +440,7 @@ func (a *Annotator) patch(e *event.Event, p *pods.Pod, resourceVersion string) (
 // condition says in a pod's status for which kill it is marked.
 func (a *Annotator) condition(kill string) map[string]any {
 	return map[string]any{
-		"type": a.Terms.Condition, "status": corev1.ConditionTrue, "reason": eventReason, "message": kill,
+		"type": a.Terms.Condition, "status": corev1.ConditionTrue, "reason": conditionReason, "message": kill,
 		"lastTransitionTime": metav1.NewTime(a.Now()),
 	}
 }

@@ -64,7 +64,7 @@ func newWorld() *world {
 	w.Annotator = &Annotator{
 		Policy: cfg.Policy, Terms: Terms(&cfg), Wait: 30 * time.Second, API: w, Finder: w, Outlet: w, Metrics: NewMetrics(),
 		Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return w.now },
-		Stale: func() error { return w.stale }, Ledger: w, Told: asker{w}, Dedup: cfg.NATS.Stream.DedupWindow, Teller: w,
+		Stale: func() error { return w.stale }, Ledger: w, Told: asker{w}, Dedup: cfg.NATS.Stream.DedupWindow, Events: w,
 	}
 	return w
 }
@@ -82,8 +82,8 @@ func (w asker) Has(_ context.Context, id string, since time.Time, fresh time.Dur
 	return w.world.told, w.toldErr
 }
 
-func (w *world) Tell(e *event.Event, o *event.Outcome, others string) {
-	w.events = append(w.events, strings.TrimSpace(e.ID+" "+string(o.Result)+" "+others))
+func (w *world) Record(e *event.Event, o *event.Outcome) {
+	w.events = append(w.events, e.ID+" "+string(o.Result))
 }
 
 func (w *world) Find(node, uid, containerID string) (pods.Found, error) {

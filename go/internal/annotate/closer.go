@@ -13,7 +13,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
@@ -199,18 +198,10 @@ func (c *Closer) close(ctx context.Context, kill, node string, since time.Time, 
 }
 
 func (c *Closer) publish(o *event.Outcome, killed time.Time) error {
-	subject, err := o.Subject()
-	if err != nil {
-		return err
-	}
-	data, err := json.Marshal(o)
-	if err != nil {
-		return err
-	}
-	return c.Outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Tag: tag{settle: func() {}, killed: killed, stored: func() {
+	return enqueue(c.Outlet, o, tag{settle: func() {}, killed: killed, stored: func() {
 		c.Metrics.closed(o)
 		c.Log.Info("mark is closed", "id", o.Kill, "pod", podName(o.Pod), "result", string(o.Result), "reason", string(o.Reason), "detail", o.Detail)
-	}}})
+	}})
 }
 
 // errChanged means that the pod is not what it was any more.

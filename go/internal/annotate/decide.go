@@ -67,7 +67,7 @@ func Decide(policy *config.Policy, c *Case) Decision {
 		return skip(event.ReasonNoLimit)
 	case limit.Inferred && !policy.InferredLimits:
 		return skip(event.ReasonInferred)
-	case !slices.Contains(policy.Levels, string(limit.Level)):
+	case !policy.OnLevel(limit.Level):
 		return skip(event.ReasonLevel)
 	}
 	// Whom it hit.

@@ -44,6 +44,9 @@ func TestDecide(t *testing.T) {
 		{"marked", func(in *input) {}, act},
 		{"just young enough", func(in *input) { in.c.Age = 10 * time.Minute }, act},
 		{"kubepods", func(in *input) { in.e.Scope, in.e.Limit.Level = event.ScopeCgroup, event.LevelKubepods }, act},
+		{"its own limit, if asked for", func(in *input) {
+			in.policy.Levels, in.e.Scope, in.e.Limit.Level = []string{"own"}, event.ScopeCgroup, event.LevelPod
+		}, act},
 		{"inferred, if asked for", func(in *input) { in.policy.InferredLimits, in.e.Limit.Inferred = true, true }, act},
 		{"included", func(in *input) { in.policy.Namespaces.Include = []string{"a", "shop"} }, act},
 		{"unprotected", func(in *input) {

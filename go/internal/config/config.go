@@ -104,7 +104,7 @@ type Policy struct {
 	Condition string `yaml:"condition"`
 	// MaxEventAge is 1 s .. 24 h. Older events are recorded only.
 	MaxEventAge time.Duration `yaml:"max_event_age"`
-	// Scopes and Levels are event.Scope and event.LimitLevel.
+	// Scopes are event.Scope, Levels event.LimitLevel or OwnLimit.
 	Scopes []string `yaml:"scopes"`
 	Levels []string `yaml:"levels"`
 	// InferredLimits lets a limit count whose owner is only inferred (event.Limit).

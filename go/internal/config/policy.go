@@ -23,6 +23,20 @@ func (p *Policy) Mark() (key, value string) {
 	return key, value
 }
 
+// OwnLimit is the word of policy.levels for the limits of a pod itself: event.LevelContainer and event.LevelPod. The
+// kubelet gives a pod whose containers all have limits their sum, so that a container that is alone in its pod reaches
+// its limit at either of the two levels.
+const OwnLimit = "own"
+
+// OnLevel tells whether Levels name a level, by itself or as a part of OwnLimit.
+func (p *Policy) OnLevel(level event.LimitLevel) bool {
+	return slices.Contains(p.Levels, string(level)) || ownLimit(string(level)) && slices.Contains(p.Levels, OwnLimit)
+}
+
+func ownLimit(level string) bool {
+	return level == string(event.LevelContainer) || level == string(event.LevelPod)
+}
+
 // policyFaults is the part of faults for the section policy; it reports to bad and clash.
 func (c *Config) policyFaults(bad func(key, format string, args ...any), clash func(key, other, format string, args ...any)) {
 	p := c.Policy
@@ -73,7 +87,12 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 	for _, l := range event.LimitLevels() {
 		levels = append(levels, string(l))
 	}
-	words("policy.levels", p.Levels, levels)
+	words("policy.levels", p.Levels, append(levels, OwnLimit))
+	for _, l := range p.Levels {
+		if ownLimit(l) && slices.Contains(p.Levels, OwnLimit) {
+			bad("policy.levels", "names %s and %s, but %s is a part of %s: delete one of them", OwnLimit, l, l, OwnLimit)
+		}
+	}
 
 	for _, list := range []struct {
 		key    string

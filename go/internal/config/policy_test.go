@@ -1,10 +1,13 @@
 package config
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
 	"k8s.io/apimachinery/pkg/util/validation"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
 )
 
 func TestMark(t *testing.T) {
@@ -17,6 +20,30 @@ func TestMark(t *testing.T) {
 		p := Policy{Annotation: tt.annotation}
 		if key, value := p.Mark(); key != tt.key || value != tt.value {
 			t.Errorf("%q is %q and %q", tt.annotation, key, value)
+		}
+	}
+}
+
+// A container that is alone in its pod reaches its limit at either level: one word means both.
+func TestOwnLimit(t *testing.T) {
+	for _, tt := range []struct {
+		levels []string
+		want   []event.LimitLevel
+	}{
+		{[]string{"own"}, []event.LimitLevel{event.LevelPod, event.LevelContainer}},
+		{[]string{"node", "own"}, []event.LimitLevel{event.LevelNode, event.LevelPod, event.LevelContainer}},
+		{[]string{"container"}, []event.LimitLevel{event.LevelContainer}},
+		{[]string{"node", "kubepods"}, []event.LimitLevel{event.LevelNode, event.LevelKubepods}},
+	} {
+		p := Policy{Levels: tt.levels}
+		var got []event.LimitLevel
+		for _, l := range event.LimitLevels() {
+			if p.OnLevel(l) {
+				got = append(got, l)
+			}
+		}
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("levels %v act on %v, want %v", tt.levels, got, tt.want)
 		}
 	}
 }

@@ -124,26 +124,45 @@ func (c *Client) Events(ctx context.Context, namespace, uid, reason string) ([]c
 	return list.Items, nil
 }
 
-// CreateEvent makes an Event.
-func (c *Client) CreateEvent(ctx context.Context, e *corev1.Event) error {
+// GetEvent reads one Event; nil where there is none. It needs the verb list, which Events needs too, and not get. The
+// server looks it up by its name.
+func (c *Client) GetEvent(ctx context.Context, namespace, name string) (*corev1.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	err := c.rest.Post().Resource("events").Namespace(e.Namespace).Body(e).MaxRetries(0).Do(ctx).Error()
+	list := &corev1.EventList{}
+	o := &metav1.ListOptions{FieldSelector: fields.Set{"metadata.name": name}.String()}
+	err := c.rest.Get().Resource("events").Namespace(namespace).VersionedParams(o, c.params).MaxRetries(0).Do(ctx).Into(list)
 	if err != nil {
-		return explain("create", "events", err)
+		return nil, explain("list", "events", err)
 	}
-	return nil
+	if len(list.Items) == 0 {
+		return nil, nil
+	}
+	return &list.Items[0], nil
+}
+
+// CreateEvent makes an Event.
+func (c *Client) CreateEvent(ctx context.Context, e *corev1.Event) (*corev1.Event, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	made := &corev1.Event{}
+	err := c.rest.Post().Resource("events").Namespace(e.Namespace).Body(e).MaxRetries(0).Do(ctx).Into(made)
+	if err != nil {
+		return nil, explain("create", "events", err)
+	}
+	return made, nil
 }
 
 // PatchEvent applies a JSON merge patch (RFC 7386) to one Event.
-func (c *Client) PatchEvent(ctx context.Context, namespace, name string, patch []byte) error {
+func (c *Client) PatchEvent(ctx context.Context, namespace, name string, patch []byte) (*corev1.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	err := c.rest.Patch(types.MergePatchType).Resource("events").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Error()
+	patched := &corev1.Event{}
+	err := c.rest.Patch(types.MergePatchType).Resource("events").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Into(patched)
 	if err != nil {
-		return explain("patch", "events", err)
+		return nil, explain("patch", "events", err)
 	}
-	return nil
+	return patched, nil
 }
 
 // list reads one page of all pods, from the place where the one before ended.

@@ -141,11 +141,14 @@ func (t *Table) NeighboursLine(n *event.Neighbours) string {
 	var pods []string
 	for i := range n.Pods {
 		p := &n.Pods[i]
-		of := ""
+		hit, of := "", ""
+		if p.Victim {
+			hit = " (victim)"
+		}
 		if p.Max != nil {
 			of = " of " + Size(*p.Max)
 		}
-		pods = append(pods, fmt.Sprintf("pod %s %s%s", Printable(p.PodUID), Size(p.Usage), of))
+		pods = append(pods, fmt.Sprintf("pod %s%s %s%s", Printable(p.PodUID), hit, Size(p.Usage), of))
 	}
 	line := strings.Join(pods, ", ")
 	if line == "" {

@@ -1,0 +1,277 @@
+package kubeevents
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+const (
+	// firstLook is how long after a kill its message of the kind neighbours is looked for: the tracer begins to read
+	// after a second. lastLook is when it is given up: the tracer bounds its reading at two more.
+	firstLook = 1200 * time.Millisecond
+	lastLook  = 4 * time.Second
+	lookAgain = 400 * time.Millisecond
+	// maxWaiting is how many incidents may wait for that, and maxKills how many kills of one are kept. Those above are
+	// not completed.
+	maxWaiting = 1000
+	maxKills   = 100
+	// maxNamed is how many pods are named.
+	maxNamed = 3
+)
+
+// Enricher completes the Events of incidents beyond one pod with what the other pods of the node used after them, and
+// publishes that on NATS too. The victims are not among those others.
+type Enricher struct {
+	// Last reads the last message on a subject of the stream; see bus.Conn.
+	Last func(ctx context.Context, subject string) ([]byte, error)
+	// Find knows the pods; see pods.Store.
+	Find func(node, uid, containerID string) (pods.Found, error)
+	// Publish publishes an outcome of a kill.
+	Publish func(o *event.Outcome, killed time.Time) error
+
+	recorder *Recorder
+	log      *slog.Logger
+	wake     chan struct{} // holds a token when there is something new
+
+	mu      sync.Mutex
+	waiting []*waiting
+}
+
+// waiting is an incident whose message was not there yet.
+type waiting struct {
+	first       *event.Event
+	kills       []victimKill
+	next, until time.Time // only Run changes next
+}
+
+type victimKill struct {
+	e *event.Event
+	o *event.Outcome
+}
+
+// NewEnricher makes an enricher of what a recorder records. Its exported fields are to be set before it is used.
+func NewEnricher(recorder *Recorder, log *slog.Logger) *Enricher {
+	return &Enricher{recorder: recorder, log: log, wake: make(chan struct{}, 1)}
+}
+
+// Record has a kill recorded at once, and completed later. It never blocks.
+func (n *Enricher) Record(e *event.Event, o *event.Outcome) {
+	n.recorder.Record(e, o)
+	if !e.BeyondPod() || e.Incident == nil || o.Reason == event.ReasonTooOld {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, w := range n.waiting {
+		if w.first.Incident.ID == e.Incident.ID {
+			if len(w.kills) < maxKills {
+				w.kills = append(w.kills, victimKill{e, o})
+			}
+			return
+		}
+	}
+	if len(n.waiting) >= maxWaiting {
+		return
+	}
+	now := time.Now()
+	n.waiting = append(n.waiting, &waiting{
+		first: e, kills: []victimKill{{e, o}},
+		next: now.Add(min(max(time.Until(e.Time.Add(firstLook)), 0), firstLook)), until: now.Add(lastLook), // that clock is another node's
+	})
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run completes until ctx ends.
+func (n *Enricher) Run(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-n.wake:
+		case <-timer.C:
+		}
+		if next, ok := n.look(ctx); ok {
+			timer.Reset(time.Until(next))
+		} else {
+			timer.Stop()
+		}
+	}
+}
+
+// look looks for what is due. It returns when to look again, if at all.
+func (n *Enricher) look(ctx context.Context) (next time.Time, ok bool) {
+	now := time.Now()
+	n.mu.Lock()
+	var due []*waiting
+	for _, w := range n.waiting {
+		if !w.next.After(now) {
+			due = append(due, w)
+		}
+	}
+	n.mu.Unlock()
+	// In a storm many wait for the same message.
+	type answer struct {
+		n   event.Neighbours
+		err error
+	}
+	answers := map[string]answer{}
+	done := map[*waiting]int{} // how many of its kills
+	for _, w := range due {
+		e := w.first
+		key := string(e.Scope) + " " + e.Node.Name
+		a, ok := answers[key]
+		if !ok {
+			a.n, a.err = n.read(ctx, e)
+			answers[key] = a
+		}
+		if a.err == nil && a.n.Incident != e.Incident.ID {
+			a.err = errAnother
+		}
+		switch {
+		case a.err == nil:
+			done[w] = n.complete(w, &a.n)
+		case time.Now().After(w.until):
+			n.log.Debug("memory usage of the other pods is unknown", "incident", e.Incident.ID, "error", a.err)
+			done[w] = maxKills
+		}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	left := n.waiting[:0:0]
+	for _, w := range n.waiting {
+		if done[w] >= len(w.kills) {
+			continue
+		}
+		if !w.next.After(now) {
+			w.next = now.Add(lookAgain)
+		}
+		if left = append(left, w); !ok || w.next.Before(next) {
+			next, ok = w.next, true
+		}
+	}
+	n.waiting = left
+	return next, ok
+}
+
+// errAnother means that the last message is of another incident.
+var errAnother = errors.New("the last message is of another incident")
+
+func (n *Enricher) read(ctx context.Context, e *event.Event) (event.Neighbours, error) {
+	want := event.Neighbours{Scope: e.Scope, Node: e.Node}
+	subject, err := want.Subject()
+	if err != nil {
+		return event.Neighbours{}, err
+	}
+	data, err := n.Last(ctx, subject)
+	if err != nil {
+		return event.Neighbours{}, err
+	}
+	m, err := event.ParseNeighbours(data)
+	if err == nil && m.Node.Name != e.Node.Name {
+		err = fmt.Errorf("node.name is %.300q, the subject's node %q", m.Node.Name, e.Node.Name)
+	}
+	return m, err
+}
+
+// complete completes an incident as far as its kills were recorded, and returns how many those are.
+func (n *Enricher) complete(w *waiting, m *event.Neighbours) int {
+	n.mu.Lock()
+	kills := w.kills
+	n.mu.Unlock()
+	after := n.after(kills, m)
+	if after == "" {
+		return len(kills)
+	}
+	n.recorder.Complete(w.first.Incident.ID, after)
+	for _, k := range kills {
+		if k.e.ID == m.Kill { // of the others their replica says nothing: there is one such outcome of an incident
+			n.publish(k, after)
+		}
+	}
+	return len(kills)
+}
+
+// after names the pods that used most after an incident. A pod in which a process was killed is none of the others: what
+// it still uses is told only where it uses more than any other.
+func (n *Enricher) after(kills []victimKill, m *event.Neighbours) string {
+	victims := map[string]bool{} // by UID, that of the cgroup and that of the API
+	pods := map[string]bool{}
+	for _, k := range kills {
+		if k.e.Container != nil && k.e.Container.PodUID != "" {
+			victims[k.e.Container.PodUID] = true
+		}
+		if k.o.Pod != nil {
+			victims[k.o.Pod.UID], pods[k.o.Pod.UID] = true, true
+		}
+	}
+	var others []string
+	own, hit := "", 0
+	for i := range m.Pods {
+		p := &m.Pods[i]
+		f, err := n.Find(m.Node.Name, p.PodUID, "")
+		ours := victims[p.PodUID] || err == nil && victims[f.Pod.UID]
+		if ours || p.Victim {
+			if hit++; i == 0 && ours {
+				own = text.Size(p.Usage) + request(f, err)
+			}
+			continue
+		}
+		name := "pod " + text.Printable(cut(p.PodUID, 36))
+		if err == nil {
+			name = f.Pod.Namespace + "/" + f.Pod.Name
+		}
+		if len(others) < maxNamed {
+			others = append(others, name+" "+text.Size(p.Usage)+request(f, err))
+		}
+	}
+	var said []string
+	if own != "" && hit == 1 && len(pods) == 1 {
+		said = append(said, "its own pod still used "+own)
+	}
+	if others != nil {
+		said = append(said, "other pods then used: "+strings.Join(others, ", "))
+	}
+	if said != nil && m.Incomplete {
+		said = append(said, "not every pod could be read")
+	}
+	return strings.Join(said, "; ")
+}
+
+// request is what a pod requests, in parentheses.
+func request(f pods.Found, err error) string {
+	switch {
+	case err != nil:
+		return ""
+	case f.Pod.Request > 0:
+		return " (request " + text.Size(uint64(f.Pod.Request)) + ")"
+	}
+	return " (no request)"
+}
+
+// publish publishes what the figures mean.
+func (n *Enricher) publish(k victimKill, after string) {
+	o := *k.o
+	o.ID, o.Stage = event.OutcomeID(k.e.ID, event.StageNeighbours), event.StageNeighbours
+	o.Time, o.Result, o.Reason = time.Now().UTC(), event.ResultObserved, event.ReasonNeighbours
+	o.Detail, o.Annotation = cut(after, maxDetail), ""
+	if err := n.Publish(&o, k.e.Time); err != nil {
+		n.log.Warn("could not publish the memory usage of the other pods", "id", k.e.ID, "error", err)
+	}
+}
+
+// maxDetail bounds an outcome's detail, in bytes.
+const maxDetail = 500
