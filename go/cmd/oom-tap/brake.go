@@ -12,6 +12,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/budget"
@@ -57,6 +58,9 @@ func brake(ctx context.Context, conn *bus.Conn, command string, cfg config.Confi
 		if state, err = ledger.State(ctx); err == nil {
 			err = status(stdout, &state, cfg.Policy, o.output, time.Now())
 		}
+	}
+	if errors.Is(err, nats.ErrPermissionViolation) && command != "status" {
+		return fmt.Errorf("%w (user %q may not: give nats.user oom-operator and its password, in the chart's Secret the key operator)", err, cfg.NATS.User)
 	}
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
 		return fmt.Errorf("%w: make it with: oom-tap setup --config %s", err, o.configPath)

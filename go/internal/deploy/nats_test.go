@@ -33,13 +33,14 @@ type servers struct {
 	objects   []*unstructured.Unstructured
 	urls      []string
 	passwords map[string]string
+	seeds     string   // the directory with the nodes' keys; empty: nats.tracers is shared
 	logs      []string // files
 }
 
 // startServers starts the servers, and makes the streams as the owner's Job does.
 func startServers(t *testing.T, args ...string) *servers {
 	t.Helper()
-	s := newServers(t, args...)
+	s := newServers(t, nil, args...)
 	s.setup()
 	return s
 }
@@ -57,8 +58,8 @@ func (s *servers) setup() {
 }
 
 // newServers starts as many servers as the chart would, on loopback. The rest of their configuration, and of
-// their environment, is as rendered.
-func newServers(t *testing.T, args ...string) *servers {
+// their environment, is as rendered, unless edit changes the files.
+func newServers(t *testing.T, edit func(files map[string]string), args ...string) *servers {
 	t.Helper()
 	s := &servers{t: t, objects: render(t, args...), passwords: map[string]string{}}
 	for name, value := range get[corev1.Secret](t, s.objects, "Secret", "oom-tracer-nats").Data {
@@ -66,6 +67,9 @@ func newServers(t *testing.T, args ...string) *servers {
 	}
 	set := get[appsv1.StatefulSet](t, s.objects, "StatefulSet", "oom-tracer-nats")
 	files := get[corev1.ConfigMap](t, s.objects, "ConfigMap", "oom-tracer-nats").Data
+	if edit != nil {
+		edit(files)
+	}
 	var env []string
 	for _, e := range set.Spec.Template.Spec.Containers[0].Env {
 		if e.ValueFrom != nil && e.ValueFrom.SecretKeyRef != nil {
@@ -290,16 +294,13 @@ func TestNodeKeys(t *testing.T) {
 		}
 	}
 	s := startServers(t, values(t, string(printed))...)
+	s.seeds = seeds
 	if cfg := configs(t, s.objects)["tracer"]; cfg.NATS.NKeyFile != "/etc/oom-tracer/node/nats.nk" || cfg.NATS.User != "" {
 		t.Errorf("the tracer's config has %+v", cfg.NATS)
 	}
 
 	for node, other := range map[string]string{"node-1": "node-2_example_com", "node-2_example_com": "node-1"} {
-		key, err := nats.NkeyOptionFromSeed(filepath.Join(seeds, strings.ReplaceAll(node, "_", ".")+".nk"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		c := s.connect("oom-tracer."+node, key)
+		c := s.connect("oom-tracer."+node, s.tracerLogin(strings.ReplaceAll(node, "_", ".")))
 		for _, subject := range []string{"kill.global", "exiting.cgroup", "gap.restart", "node.status"} {
 			c.stores("oom.v1." + subject + "." + node)
 			c.mayNot("oom.v1." + subject + "." + other)
@@ -323,13 +324,19 @@ func TestNodeKeys(t *testing.T) {
 			t.Errorf("stream %s: %+v", name, info.Config)
 		}
 	}
+	// With a stream's leader on another server than the client's.
+	for _, u := range s.attackers() {
+		if got := s.attack(u); len(got) > 0 {
+			t.Errorf("%s stored what it may not:\n%s", u.user, strings.Join(got, "\n"))
+		}
+	}
 }
 
 // TestFirstInstall: the annotator is there before the streams, in the smallest volume that the chart takes. It waits for
 // them, asks for nothing that is not its own, and nobody logs a warning.
 func TestFirstInstall(t *testing.T) {
 	c := kubetest.Start(t)
-	s := newServers(t, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.storage.size=1299Mi")
+	s := newServers(t, nil, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.storage.size=1299Mi")
 	eventually(t, "the server listens", func() error {
 		conn, err := net.Dial("tcp", strings.TrimPrefix(s.urls[0], "nats://"))
 		if err == nil {
@@ -428,6 +435,27 @@ func TestSharedTracer(t *testing.T) {
 		"$JS.API.CONSUMER.CREATE.OOM.oom-annotator.oom.v1.kill.>", "$JS.API.CONSUMER.MSG.NEXT.OOM.oom-annotator", "$JS.ACK.OOM.oom-annotator.1.1.1.1.1", "$KV.OOM_ANNOTATOR.state")
 	owner := s.connect("oom-tap", nats.UserInfo("oom-owner", s.passwords["owner"]))
 	owner.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1")
+	operator := s.connect("oom-tap", nats.UserInfo("oom-operator", s.passwords["operator"]))
+	operator.mayNot("oom.v1.kill.global.node-1", "$JS.API.STREAM.DELETE.OOM", "$JS.API.STREAM.INFO.OOM", "$JS.API.CONSUMER.CREATE.OOM.x", "$KV.OOM_ANNOTATOR.other")
+	for _, try := range []struct {
+		who  string
+		args []string
+		ok   bool
+		out  string
+	}{
+		{"tap", []string{"pause", "--reason", "test"}, false, "oom-operator"},
+		{"tap", []string{"status"}, true, "marking"},
+		{"operator", []string{"pause", "--reason", "test"}, true, "paused by"},
+		{"tap", []string{"status"}, true, "paused by"},
+		{"operator", []string{"status"}, true, "paused by"},
+		{"tap", []string{"resume"}, false, "oom-operator"},
+		{"operator", []string{"resume"}, true, "marking goes on"},
+	} {
+		out, err := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), append(try.args, "--config", s.config(try.who))...).CombinedOutput()
+		if (err == nil) != try.ok || !strings.Contains(string(out), try.out) {
+			t.Errorf("oom-tap %v as %s: %v\n%s", try.args, try.who, err, out)
+		}
+	}
 	annotator := s.connect("oom-annotator", nats.UserInfo("oom-annotator", s.passwords["annotator"]))
 	annotator.mayNot("oom.v1.kill.global.node-1", "oom.v1.gap.restart.node-1", "$JS.API.STREAM.DELETE.OOM", "$JS.API.STREAM.UPDATE.OOM")
 	if _, err := nats.Connect(s.urls[0]); !errors.Is(err, nats.ErrAuthorization) {

@@ -370,7 +370,7 @@ func TestRefused(t *testing.T) {
 func TestSecret(t *testing.T) {
 	objects := render(t)
 	secret := get[corev1.Secret](t, objects, "Secret", "oom-tracer-nats")
-	if len(secret.Data) != 5 {
+	if len(secret.Data) != 6 {
 		t.Fatalf("%d passwords", len(secret.Data))
 	}
 	for _, o := range objects {
