@@ -18,10 +18,14 @@ import (
 // reads it anew in any case.
 const brakeInterval = time.Second
 
+// firstStateTime is how long after the start a state that is absent is not logged: oom-tap setup may be about to write it.
+const firstStateTime = 10 * time.Second
+
 var (
-	pausedDesc = prometheus.NewDesc("oom_tracer_paused", "1 while all marking is paused (oom-tap pause), else 0.", nil, nil)
-	usedDesc   = prometheus.NewDesc("oom_tracer_budget_used", "Pods marked within policy.budgets.window, by all replicas.", nil, nil)
-	limitDesc  = prometheus.NewDesc("oom_tracer_budget_limit", "The bound of that: policy.budgets.cluster.", nil, nil)
+	pausedDesc  = prometheus.NewDesc("oom_tracer_paused", "1 while all marking is paused (oom-tap pause), else 0.", nil, nil)
+	usedDesc    = prometheus.NewDesc("oom_tracer_budget_used", "Pods marked within policy.budgets.window, by all replicas.", nil, nil)
+	refusedDesc = prometheus.NewDesc("oom_tracer_budget_state_refused", "1 while the shared state of budgets and pause is absent or not valid, so that nothing is marked, else 0.", nil, nil)
+	limitDesc   = prometheus.NewDesc("oom_tracer_budget_limit", "The bound of that: policy.budgets.cluster.", nil, nil)
 )
 
 // brake shows the shared state, as it was a moment ago: nothing while it is not known.
@@ -30,6 +34,7 @@ type brake struct {
 }
 
 type reading struct {
+	refused     bool // nothing else is known then
 	paused      bool
 	used, limit int
 }
@@ -38,7 +43,7 @@ type reading struct {
 func (b *brake) follow(ctx context.Context, ledger *budget.Ledger, log *slog.Logger) {
 	tick := time.NewTicker(brakeInterval)
 	defer tick.Stop()
-	failing, known := "", false
+	failing, known, begun := "", false, time.Now()
 	for paused := false; ; {
 		state, err := ledger.State(ctx)
 		switch {
@@ -46,6 +51,13 @@ func (b *brake) follow(ctx context.Context, ledger *budget.Ledger, log *slog.Log
 			return
 		case err != nil:
 			b.now.Store(nil)
+			if errors.Is(err, budget.ErrState) || errors.Is(err, jetstream.ErrBucketNotFound) {
+				b.now.Store(&reading{refused: true})
+			}
+			// The first state follows the bucket in a moment.
+			if !known && errors.Is(err, budget.ErrAbsent) && begun.Add(firstStateTime).After(time.Now()) {
+				break
+			}
 			switch {
 			case err.Error() == failing:
 			case !known && errors.Is(err, jetstream.ErrBucketNotFound):
@@ -59,7 +71,7 @@ func (b *brake) follow(ctx context.Context, ledger *budget.Ledger, log *slog.Log
 			failing, known = "", true
 			now := time.Now()
 			p := state.Paused(now)
-			b.now.Store(&reading{p != nil, len(state.Since(now.Add(-ledger.Limits.Window))), ledger.Limits.Cluster})
+			b.now.Store(&reading{false, p != nil, len(state.Since(now.Add(-ledger.Limits.Window))), ledger.Limits.Cluster})
 			if p != nil && !paused {
 				log.Warn("marking is paused", "by", p.By, "reason", p.Reason, "since", p.Since, "until", p.Until)
 			} else if p == nil && paused {
@@ -78,6 +90,7 @@ func (b *brake) follow(ctx context.Context, ledger *budget.Ledger, log *slog.Log
 // Describe implements prometheus.Collector.
 func (b *brake) Describe(ch chan<- *prometheus.Desc) {
 	ch <- pausedDesc
+	ch <- refusedDesc
 	ch <- usedDesc
 	ch <- limitDesc
 }
@@ -88,7 +101,14 @@ func (b *brake) Collect(ch chan<- prometheus.Metric) {
 	if r == nil {
 		return
 	}
-	paused := 0.0
+	refused, paused := 0.0, 0.0
+	if r.refused {
+		refused = 1
+	}
+	ch <- prometheus.MustNewConstMetric(refusedDesc, prometheus.GaugeValue, refused)
+	if r.refused {
+		return
+	}
 	if r.paused {
 		paused = 1
 	}

@@ -38,7 +38,7 @@ func TestBrakes(t *testing.T) {
 	account := c.Annotator()
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
 		"Budgets": testBudgets, "CrashLoop": testCrashLoop, "Pause": testPause, "Hang": testHang, "Chaos": testChaos,
-		"Explain": testExplain,
+		"Explain": testExplain, "State": testState,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}
@@ -321,6 +321,48 @@ func testPause(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	kills("observed/paused")
 	time.Sleep(time.Until(until))
 	kills("annotated/marked")
+}
+
+// testState: where the shared state was replaced nothing is marked, and log and metric say so. What waited is marked once the state
+// is restored.
+func testState(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	r := newRig(t, c, account, keep)
+	r.ready()
+	first := r.killOf(c.Pod("shop", "refused-1", node), "")
+	r.publish(first)
+	r.want(first.ID, "annotated/marked")
+	cell := r.conn.Cell(budget.Key)
+	// A publisher named the state as the reply subject of its message.
+	if err := cell.Update(t.Context(), func([]byte) ([]byte, error) { return []byte(`{"stream":"OOM","seq":1}`), nil }); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the annotator says that the state is refused", func() error {
+		if _, body := r.get("/metrics"); !strings.Contains(body, "oom_tracer_budget_state_refused 1") || !strings.Contains(r.annotator.out.String(), "oom-tap restore") {
+			return fmt.Errorf("metrics:\n%s", body)
+		}
+		return nil
+	})
+	second := r.killOf(c.Pod("shop", "refused-2", node), "")
+	r.publish(second)
+	time.Sleep(3 * time.Second)
+	if marked(t, c)["refused-2"] {
+		t.Error("a pod was marked")
+	}
+	out, err := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), "restore", "--config", r.configPath).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "restored the state of") {
+		t.Fatalf("oom-tap restore: %v\n%s", err, out)
+	}
+	r.want(second.ID, "annotated/marked")
+	state, err := (&budget.Ledger{Cell: cell}).State(t.Context())
+	if err != nil || len(state.Marks) != 2 {
+		t.Errorf("restored to %+v, %v", state, err)
+	}
+	eventually(t, "the metric is back", func() error {
+		if _, body := r.get("/metrics"); !strings.Contains(body, "oom_tracer_budget_state_refused 0") {
+			return fmt.Errorf("metrics:\n%s", body)
+		}
+		return nil
+	})
 }
 
 // testHang: a replica hangs in the middle of a patch for longer than NATS waits for it. Another one does its

@@ -24,9 +24,10 @@ import (
 // maxReason bounds what one may say, in bytes: it is shared in one message, and shown with every kill.
 const maxReason = 300
 
-// brake runs pause, resume and status.
+// brake runs pause, resume, status and restore.
 func brake(ctx context.Context, conn *bus.Conn, command string, cfg config.Config, o options, stdout io.Writer) error {
-	ledger := &budget.Ledger{Cell: conn.Cell(budget.Key), Limits: cfg.Policy.Budgets, Keep: cfg.Policy.MaxEventAge, Now: time.Now}
+	cell := conn.Cell(budget.Key)
+	ledger := &budget.Ledger{Cell: cell, Limits: cfg.Policy.Budgets, Keep: cfg.Policy.MaxEventAge, Now: time.Now}
 	var err error
 	switch command {
 	case "pause":
@@ -53,19 +54,46 @@ func brake(ctx context.Context, conn *bus.Conn, command string, cfg config.Confi
 				fmt.Fprintf(stdout, "was %s\nmarking goes on\n", paused(before, now))
 			}
 		}
+	case "restore":
+		err = restore(ctx, cell, ledger, o.empty, stdout)
 	default:
 		var state budget.State
 		if state, err = ledger.State(ctx); err == nil {
 			err = status(stdout, &state, cfg.Policy, o.output, time.Now())
 		}
 	}
-	if errors.Is(err, nats.ErrPermissionViolation) && command != "status" {
+	if errors.Is(err, nats.ErrPermissionViolation) && (command == "pause" || command == "resume") {
 		return fmt.Errorf("%w (user %q may not: give nats.user oom-operator and its password, in the chart's Secret the key operator)", err, cfg.NATS.User)
 	}
 	if errors.Is(err, jetstream.ErrBucketNotFound) {
 		return fmt.Errorf("%w: make it with: oom-tap setup --config %s", err, o.configPath)
 	}
 	return err
+}
+
+// restore replaces a state that is refused by the newest revision that is valid, or by an empty one.
+func restore(ctx context.Context, cell *bus.Cell, ledger *budget.Ledger, empty bool, stdout io.Writer) error {
+	revisions, err := cell.History(ctx)
+	if err != nil {
+		return err
+	}
+	if empty {
+		revisions = []budget.Revision{{Data: budget.Initial(), Time: time.Now()}}
+	}
+	from, valid, err := ledger.Restore(ctx, revisions)
+	switch {
+	case err != nil && !empty:
+		return fmt.Errorf("%w (--empty begins anew: no pause, and no budget is used)", err)
+	case err != nil:
+		return err
+	case valid:
+		fmt.Fprintln(stdout, "the state is valid, nothing is changed")
+	case empty:
+		fmt.Fprintln(stdout, "the state is empty: marking is not paused, and no budget is used")
+	default:
+		fmt.Fprintf(stdout, "restored the state of %s; what oom-tap status shows holds now\n", from.Time.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // whoami says who pauses, for people: it proves nothing.

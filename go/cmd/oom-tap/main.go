@@ -36,6 +36,7 @@ Usage:
   oom-tap status [flags]   show whether pods are marked, and what is left of the budgets
   oom-tap pause [flags]    stop all marking, by every replica, at once
   oom-tap resume [flags]   go on
+  oom-tap restore [flags]  replace a state of budgets and pause that is refused by its newest valid revision
   oom-tap setup [flags]    make or update streams and bucket on the NATS of the config
   oom-tap keys DIR NODE... make an nkey for each node that has none in DIR, print the public ones for the chart
   oom-tap await [flags]    wait for a kill of the pod with --pod-uid to be published
@@ -99,6 +100,8 @@ type options struct {
 	// Of pause alone.
 	reason   string
 	duration time.Duration
+	// Of restore alone.
+	empty bool
 
 	output string
 	color  string
@@ -210,6 +213,8 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	case "pause":
 		flags.StringVar(&o.reason, "reason", "", "why, in a `sentence`; every kill's outcome shows it")
 		durationFlag(flags, &o.duration, "for", "go on by itself after this `duration`")
+	case "restore":
+		flags.BoolVar(&o.empty, "empty", false, "where no revision is valid: begin with no pause and no budget used")
 	case "resume", "setup":
 	default:
 		return usageError{fmt.Errorf("unknown command %q", command)}
@@ -279,7 +284,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return await(ctx, conn, o, stdout, stderr)
 	case "pod":
 		return pod(ctx, conn, o, stdout, stderr)
-	case "pause", "resume", "status":
+	case "pause", "resume", "status", "restore":
 		return brake(ctx, conn, command, cfg, o, stdout)
 	}
 	return tail(ctx, conn, o, stdout, stderr)

@@ -8,18 +8,20 @@
 package budget
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"time"
 
-	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 )
 
 // State is what is shared.
 type State struct {
-	Schema string `json:"schema"` // event.Schema
+	Schema string `json:"schema"`
 	Pause  *Pause `json:"pause,omitempty"`
 	// Marks are in the order in which they were claimed.
 	Marks []Mark `json:"marks,omitempty"`
@@ -112,17 +114,41 @@ func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time
 	return true, ""
 }
 
-// Parse reads what is shared; nothing is the state of the beginning.
+// Schema names what is shared. It is that of nothing else on NATS.
+const Schema = "oom-tracer/budgets/v1"
+
+var (
+	// ErrState means that the shared state cannot be used, and nothing may be marked.
+	ErrState = errors.New("the state of budgets and pause is refused, nothing is marked (restore it with oom-tap restore)")
+	// ErrAbsent means that there is none, and wraps ErrState. Setup writes the first one, so that absence is never the beginning.
+	ErrAbsent = fmt.Errorf("%w: it is absent", ErrState)
+)
+
+// Initial is the state of a bucket that nothing was ever stored in.
+func Initial() []byte { return []byte(`{"schema":"` + Schema + `"}`) }
+
+// Parse reads what is shared. It refuses everything that is not exactly that: a state that was emptied or replaced would lift
+// the pause and reset the budgets.
 func Parse(data []byte) (State, error) {
-	s := State{Schema: event.Schema}
 	if len(data) == 0 {
-		return s, nil
+		return State{}, ErrAbsent
 	}
-	if err := json.Unmarshal(data, &s); err != nil {
-		return State{}, fmt.Errorf("read the state of the budgets: %w", err)
+	var s State
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&s); err != nil {
+		return State{}, fmt.Errorf("%w: %w", ErrState, err)
 	}
-	if s.Schema != event.Schema {
-		return State{}, fmt.Errorf("read the state of the budgets: its schema is %.50q, not %q", s.Schema, event.Schema)
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return State{}, fmt.Errorf("%w: something follows it", ErrState)
+	}
+	if s.Schema != Schema {
+		return State{}, fmt.Errorf("%w: its schema is %.50q, not %q", ErrState, s.Schema, Schema)
+	}
+	for i, m := range s.Marks {
+		if m.Kill == "" || m.Node == "" || m.Owner == "" || m.Time.IsZero() {
+			return State{}, fmt.Errorf("%w: mark %d is not complete", ErrState, i)
+		}
 	}
 	return s, nil
 }

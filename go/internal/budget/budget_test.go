@@ -1,6 +1,7 @@
 package budget
 
 import (
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -121,14 +122,41 @@ func TestPaused(t *testing.T) {
 	}
 }
 
+// TestParse: only what is exactly a state is one.
+func TestParse(t *testing.T) {
+	for name, tt := range map[string]struct {
+		data string
+		want error
+	}{
+		"initial":           {string(Initial()), nil},
+		"complete":          {`{"schema":"oom-tracer/budgets/v1","pause":{"reason":"x","by":"y","since":"2026-01-01T00:00:00Z"},"marks":[{"kill":"k","node":"n","owner":"o","time":"2026-01-01T00:00:00Z"}]}`, nil},
+		"absent":            {"", ErrAbsent},
+		"empty object":      {"{}", ErrState},
+		"null":              {"null", ErrState},
+		"acknowledgement":   {`{"stream":"OOM","seq":1038}`, ErrState},
+		"event":             {`{"schema":"oom-tracer/v1","id":"boot-1-2","seq":1}`, ErrState},
+		"state of before":   {`{"schema":"oom-tracer/v1"}`, ErrState},
+		"newer state":       {`{"schema":"oom-tracer/budgets/v1","freeze":true}`, ErrState},
+		"two states":        {string(Initial()) + string(Initial()), ErrState},
+		"mark without time": {`{"schema":"oom-tracer/budgets/v1","marks":[{"kill":"k","node":"n","owner":"o"}]}`, ErrState},
+		"mark without kill": {`{"schema":"oom-tracer/budgets/v1","marks":[{"node":"n","owner":"o","time":"2026-01-01T00:00:00Z"}]}`, ErrState},
+		"no JSON":           {"direct", ErrState},
+	} {
+		if _, err := Parse([]byte(tt.data)); !errors.Is(err, tt.want) {
+			t.Errorf("%s: %v, want %v", name, err, tt.want)
+		}
+	}
+}
+
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(nil))
-	f.Add([]byte(`{"schema":"oom-tracer/v1","pause":{"reason":"x"},"marks":[{"kill":"k","time":"2026-01-01T00:00:00Z"}]}`))
-	f.Add([]byte(`{"schema":"oom-tracer/v2"}`))
+	f.Add(Initial())
+	f.Add([]byte(`{"schema":"oom-tracer/budgets/v1","pause":{"reason":"x","by":"y","since":"2026-01-01T00:00:00Z"},"marks":[{"kill":"k","node":"n","owner":"o","time":"2026-01-01T00:00:00Z"}]}`))
+	f.Add([]byte(`{"schema":"oom-tracer/v1"}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		s, err := Parse(data)
 		if err != nil {
-			if !strings.HasPrefix(err.Error(), "read the state of the budgets: ") {
+			if !errors.Is(err, ErrState) {
 				t.Errorf("error %q", err)
 			}
 			return

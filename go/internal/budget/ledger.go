@@ -19,7 +19,7 @@ const maxClaims = 960 << 10
 
 // Cell holds the state; see bus.Cell.
 type Cell interface {
-	// Load returns nil where there is nothing yet.
+	// Load returns nil where there is nothing.
 	Load(ctx context.Context) ([]byte, error)
 	// Update has change called on the newest value until it is stored. Where change returns nil, or an error,
 	// nothing is stored.
@@ -95,4 +95,30 @@ func (l *Ledger) SetPause(ctx context.Context, p *Pause) (before *Pause, err err
 		return json.Marshal(&s)
 	})
 	return before, err
+}
+
+// Revision is a value that was stored before.
+type Revision struct {
+	Data []byte
+	Time time.Time // when it was stored
+}
+
+// Restore stores the newest of the revisions that is valid, and returns it. It changes nothing where the state is valid as it
+// is, and reports that.
+func (l *Ledger) Restore(ctx context.Context, newestFirst []Revision) (from *Revision, valid bool, err error) {
+	err = l.Cell.Update(ctx, func(data []byte) ([]byte, error) {
+		from = nil
+		if _, err := Parse(data); err == nil {
+			valid = true
+			return nil, nil
+		}
+		for _, r := range newestFirst {
+			if _, err := Parse(r.Data); err == nil {
+				from = &r
+				return r.Data, nil
+			}
+		}
+		return nil, fmt.Errorf("restore the state of budgets and pause: none of the last %d revisions is valid", len(newestFirst))
+	})
+	return from, valid, err
 }

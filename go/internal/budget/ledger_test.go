@@ -155,7 +155,7 @@ func TestLedgerSize(t *testing.T) {
 		fits   bool
 	}{{63, true}, {600, false}} {
 		l := ledgers(t, 1, config.Budgets{Window: time.Hour, Cluster: 1000})[0]
-		state := budget.State{Schema: "oom-tracer/v1"}
+		state := budget.State{Schema: budget.Schema}
 		now := time.Now()
 		for i := range 999 {
 			name := fmt.Sprintf("%d%s", i, strings.Repeat("x", tt.length))
@@ -178,31 +178,77 @@ func TestLedgerSize(t *testing.T) {
 	}
 }
 
-// An operator deletes what is kept, or the bucket.
-func TestLedgerDeleted(t *testing.T) {
+// TestLedgerRefused: where the state was removed or replaced nothing is granted, and setup does not make it anew. Restore brings the
+// last valid one back, with its pause and its marks.
+func TestLedgerRefused(t *testing.T) {
 	c := connections(t, 1)[0]
-	l := &budget.Ledger{Cell: c.Cell(budget.Key), Limits: config.Budgets{Window: time.Hour, Cluster: 1}, Keep: time.Minute, Now: time.Now}
-	claim := func(kill string, granted bool) {
+	cell := c.Cell(budget.Key)
+	l := &budget.Ledger{Cell: cell, Limits: config.Budgets{Window: time.Hour, Cluster: 2}, Keep: time.Minute, Now: time.Now}
+	claim := func(kill string, granted bool, want error) {
 		t.Helper()
 		v, err := l.Claim(t.Context(), kill, "node", "owner", time.Now())
-		if err != nil || (v == budget.Verdict{}) != granted {
-			t.Errorf("%s: %+v, %v", kill, v, err)
+		if !errors.Is(err, want) || err == nil && (v == budget.Verdict{}) != granted {
+			t.Errorf("%s: %+v, %v, want %t, %v", kill, v, err, granted, want)
 		}
 	}
-	claim("1", true)
-	claim("2", false)
+	claim("1", true, nil)
 	kv, err := c.JetStream().KeyValue(t.Context(), bus.BucketName)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := kv.Delete(t.Context(), budget.Key); err != nil {
+	put := func(data string) func() error {
+		return func() error {
+			_, err := kv.PutString(t.Context(), budget.Key, data)
+			return err
+		}
+	}
+	for name, forge := range map[string]func() error{
+		"deleted":         func() error { return kv.Delete(t.Context(), budget.Key) },
+		"acknowledgement": put(`{"stream":"OOM","seq":7}`),
+		"event":           put(`{"schema":"oom-tracer/v1"}`),
+		"empty":           put(""),
+	} {
+		if err := forge(); err != nil {
+			t.Fatal(err)
+		}
+		if err := bus.EnsureStreams(t.Context(), c, config.Default().NATS.Stream); err != nil {
+			t.Fatal(err)
+		}
+		claim(name, false, budget.ErrState)
+		if _, err := l.SetPause(t.Context(), &budget.Pause{Reason: "x", Since: time.Now()}); !errors.Is(err, budget.ErrState) {
+			t.Errorf("%s: pause: %v", name, err)
+		}
+		revisions, err := cell.History(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if from, valid, err := l.Restore(t.Context(), revisions); err != nil || valid || from == nil {
+			t.Fatalf("%s: restored %+v, %t, %v", name, from, valid, err)
+		}
+		if s, err := l.State(t.Context()); err != nil || len(s.Marks) != 1 || s.Marks[0].Kill != "1" {
+			t.Errorf("%s: restored to %+v, %v", name, s, err)
+		}
+		if from, valid, err := l.Restore(t.Context(), revisions); err != nil || !valid || from != nil {
+			t.Errorf("%s: restored again: %+v, %t, %v", name, from, valid, err)
+		}
+	}
+	claim("2", true, nil)
+	claim("3", false, nil) // the first one is not forgotten
+
+	// Nothing to restore from is no reason to begin anew.
+	if err := kv.Purge(t.Context(), budget.Key); err != nil {
 		t.Fatal(err)
 	}
-	claim("3", true)
+	revisions, err := cell.History(t.Context())
+	if err != nil || len(revisions) != 0 {
+		t.Errorf("after a purge: %d revisions, %v", len(revisions), err)
+	}
+	if from, valid, err := l.Restore(t.Context(), revisions); err == nil || valid || from != nil {
+		t.Errorf("restored %+v, %t, %v", from, valid, err)
+	}
+	claim("4", false, budget.ErrAbsent)
 	if err := c.JetStream().DeleteKeyValue(t.Context(), bus.BucketName); err != nil {
 		t.Fatal(err)
 	}
-	if v, err := l.Claim(t.Context(), "4", "node", "owner", time.Now()); !errors.Is(err, jetstream.ErrBucketNotFound) {
-		t.Errorf("without a bucket: %+v, %v", v, err)
-	}
+	claim("5", false, jetstream.ErrBucketNotFound)
 }

@@ -9,11 +9,15 @@ import (
 
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/oom-tracer/oom-tracer/go/internal/budget"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 )
 
 // BucketName is the key-value bucket that the annotators share. JetStream keeps it as the stream KV_<name>.
 const BucketName = "OOM_ANNOTATOR"
+
+// history is how many revisions of each value the bucket keeps, for oom-tap restore.
+const history = 64
 
 // updateTries bounds how often Update begins anew because others were faster.
 const updateTries = 100
@@ -94,31 +98,72 @@ func (c *Cell) Update(ctx context.Context, change func([]byte) ([]byte, error)) 
 	}
 }
 
+// History reads the revisions that the bucket still has, the newest first. A removal is none.
+func (c *Cell) History(ctx context.Context) (all []budget.Revision, err error) {
+	name := "KV_" + BucketName
+	info, err := streamInfo(ctx, c.conn, name)
+	if err != nil {
+		return nil, fmt.Errorf("read the history of bucket %s: %w", BucketName, err)
+	}
+	for seq := info.State.LastSeq; seq > 0 && seq >= info.State.FirstSeq; seq-- {
+		var m *jetstream.RawStreamMsg
+		err := c.conn.call(ctx, "$JS.API.STREAM.", func(ctx context.Context) error {
+			s, err := c.conn.js.Stream(ctx, name)
+			if err != nil {
+				return err
+			}
+			m, err = s.GetMsg(ctx, seq)
+			return err
+		})
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+		case err != nil:
+			return nil, fmt.Errorf("read revision %d of bucket %s: %w", seq, BucketName, err)
+		case m.Subject == "$KV."+BucketName+"."+c.key && m.Header.Get("KV-Operation") == "":
+			all = append(all, budget.Revision{Data: m.Data, Time: m.Time})
+		}
+	}
+	return all, nil
+}
+
 // changed tells that the value is not what it was.
 func changed(err error) bool {
 	return errors.Is(err, jetstream.ErrKeyExists) || errors.Is(err, jetstream.ErrKeyRevisionMismatch)
 }
 
-// ensureBucket makes the bucket, with as many replicas as the streams have.
+// ensureBucket makes the bucket, with as many replicas as the streams have, and writes the first state into a bucket that nothing
+// was ever stored in. A state that was there and is gone is not made anew: see budget.ErrAbsent.
 func ensureBucket(ctx context.Context, c *Conn, cfg config.Stream) error {
-	info, err := streamInfo(ctx, c, "KV_"+BucketName)
-	switch {
-	case errors.Is(err, jetstream.ErrStreamNotFound):
-		err = c.call(ctx, "$JS.API.STREAM.CREATE.KV_"+BucketName, func(ctx context.Context) error {
+	const name = "KV_" + BucketName
+	info, err := streamInfo(ctx, c, name)
+	if errors.Is(err, jetstream.ErrStreamNotFound) {
+		err = c.call(ctx, "$JS.API.STREAM.CREATE."+name, func(ctx context.Context) error {
 			_, err := c.js.CreateKeyValue(ctx, jetstream.KeyValueConfig{
-				Bucket: BucketName, Description: "OOM Tracer: budgets and pause of the annotators", Storage: jetstream.FileStorage, Replicas: cfg.Replicas,
+				Bucket: BucketName, Description: "OOM Tracer: budgets and pause of the annotators", History: history, Storage: jetstream.FileStorage, Replicas: cfg.Replicas,
 			})
 			if errors.Is(err, jetstream.ErrBucketExists) {
 				return nil // somebody was faster
 			}
 			return err
 		})
-	case err == nil && info.Config.Replicas != cfg.Replicas:
+		if err == nil {
+			info, err = streamInfo(ctx, c, name)
+		}
+	}
+	if err == nil && (info.Config.Replicas != cfg.Replicas || info.Config.MaxMsgsPerSubject != history) {
 		want := info.Config
-		want.Replicas = cfg.Replicas
-		err = c.call(ctx, "$JS.API.STREAM.UPDATE.KV_"+BucketName, func(ctx context.Context) error {
+		want.Replicas, want.MaxMsgsPerSubject = cfg.Replicas, history
+		err = c.call(ctx, "$JS.API.STREAM.UPDATE."+name, func(ctx context.Context) error {
 			_, err := c.js.UpdateStream(ctx, want)
 			return err
+		})
+	}
+	if err == nil && info.State.LastSeq == 0 {
+		err = c.Cell(budget.Key).Update(ctx, func(data []byte) ([]byte, error) {
+			if data != nil {
+				return nil, nil // somebody was faster
+			}
+			return budget.Initial(), nil
 		})
 	}
 	if err != nil {

@@ -273,7 +273,7 @@ func TestLedgerSize(t *testing.T) {
 	fill := func(marks int) {
 		t.Helper()
 		var s budget.State
-		s.Schema = "oom-tracer/v1"
+		s.Schema = budget.Schema
 		for i := range marks {
 			s.Marks = append(s.Marks, budget.Mark{
 				Kill: fmt.Sprintf("1dd8105d-ffb3-46fb-940b-dc17365768a7-%d-8011705978461", i),
