@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
 // attacker is one credential, and what its role may store.
@@ -234,7 +236,7 @@ const oneAccount = `authorization {
 }`
 
 // TestStoredSubjects: whoever has one of the credentials that ship stores what its role may store, and nothing else; TestNodeKeys
-// has the same for nodes with keys, on three servers. Where all users share one account, the same attack finds the hole.
+// has the same on three servers. Where all users share one account, the same attack finds the hole.
 func TestStoredSubjects(t *testing.T) {
 	t.Run("accounts", func(t *testing.T) {
 		s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml")
@@ -242,6 +244,18 @@ func TestStoredSubjects(t *testing.T) {
 			if got := s.attack(u); len(got) > 0 {
 				t.Errorf("%s stored what it may not:\n%s", u.user, strings.Join(got, "\n"))
 			}
+		}
+	})
+	t.Run("keys", func(t *testing.T) {
+		seeds := filepath.Join(t.TempDir(), "seeds")
+		printed, err := exec.Command(scratchtest.Program(t, "oom-tap"), "keys", seeds, "node-1", "node-2").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := startServers(t, append(values(t, string(printed)), "--values", root+"/deploy/examples/single-node.yaml")...)
+		s.seeds = seeds
+		if got := s.attack(s.attackers()[0]); len(got) > 0 {
+			t.Errorf("a node stored what it may not:\n%s", strings.Join(got, "\n"))
 		}
 	})
 	t.Run("one account", func(t *testing.T) {
