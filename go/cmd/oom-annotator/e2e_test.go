@@ -59,6 +59,7 @@ func TestEndToEnd(t *testing.T) {
 		"RealKill": testRealKill, "Reborn": testReborn, "Static": testStatic, "Replay": testReplay, "Refused": testRefused,
 		"Faults": testFaults, "Watch": testWatch, "Group": testGroup, "Verbs": testVerbs, "Denied": testDenied,
 		"NATS": testNATS, "Run": testRun, "Replicas": testReplicas, "Permissions": testPermissions,
+		"Accounts":   testAccounts,
 		"Containers": testContainers, "Hung": testHung,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })

@@ -67,6 +67,51 @@ func externalRig(t *testing.T, c *kubetest.Cluster, account *rest.Config, owner 
 	return r
 }
 
+// testAccounts: with the accounts of deploy/nats the annotator does its whole work, also after a restart.
+func testAccounts(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	dir, password := t.TempDir(), filepath.Join(t.TempDir(), "password")
+	files := map[string]string{filepath.Join(dir, "owner.conf"): "", password: "secret"} // the test is the owner, and publishes kills
+	for _, name := range []string{"accounts", "tracers", "tracer", "annotator", "operator", "tap"} {
+		data, err := os.ReadFile(filepath.Join("../../../deploy/nats", name+".conf"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[filepath.Join(dir, name+".conf")] = string(data)
+	}
+	for path, data := range files {
+		if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, who := range []string{"OWNER", "ANNOTATOR", "OPERATOR", "TAP", "TRACER"} {
+		t.Setenv("OOM_"+who+"_PASSWORD", "secret")
+	}
+	url := "nats://" + startNATSServer(t, fmt.Sprintf(`accounts { include "%s" }`, filepath.Join("..", filepath.Base(dir), "accounts.conf")))
+	owner := config.NATS{URL: url, User: "oom-owner", PasswordFile: password}
+	r := externalRig(t, c, account, owner, fmt.Sprintf("nats: {url: %q, user: oom-annotator, password_file: %q}\npolicy: {budgets: {cooldown: 0s, node: 0, window: 1m, cluster: 1000}}\n", url, password))
+	for i := range 3 {
+		e := r.killOf(c.Pod("shop", fmt.Sprint("accounts-", i), node), "")
+		e.ID = event.VictimID("accounts", 1, uint64(i+1))
+		e.Incident = &event.Incident{ID: fmt.Sprint("accounts-", i)}
+		r.publish(e)
+		r.neighbours(e, event.PodMemory{PodUID: e.Container.PodUID, Usage: 1 << 30})
+		r.want(e.ID, "annotated/marked")
+		if o := r.others(); o.Kill != e.ID {
+			t.Errorf("outcome %+v", o)
+		}
+		r.settled()
+		for line := range strings.Lines(r.annotator.out.String()) {
+			if strings.Contains(line, "level=WARN") || strings.Contains(line, "level=ERROR") {
+				t.Errorf("logged: %s", line)
+			}
+		}
+		if i < 2 {
+			r.annotator.stop(t)
+			r.start()
+		}
+	}
+}
+
 // testPermissions: what deploy/nats/annotator.conf permits is enough, and each of it is needed. It does not
 // permit to speak for a tracer, nor to listen to others.
 func testPermissions(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
