@@ -137,7 +137,7 @@ func TestSizes(t *testing.T) {
 		}
 	}
 	own := templates(t, render(t, values(t, "nats: {extraEnv: [{name: GOMEMLIMIT, value: 1GiB}]}")...))["oom-tracer-nats"].Spec.Containers[0].Env
-	if last := own[len(own)-1]; last.Value != "1GiB" || len(own) != 8 {
+	if last := own[len(own)-1]; last.Value != "1GiB" || len(own) != 9 {
 		t.Errorf("with a GOMEMLIMIT in extraEnv: %+v", own)
 	}
 }
