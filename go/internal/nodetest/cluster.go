@@ -217,9 +217,13 @@ func (l *Lab) diagnose() {
 	l.t.Logf("the node's journal: %v\n%s", err, out)
 }
 
+func (l *Lab) kubectlPath() string {
+	return filepath.Join(scratchtest.Program(l.t, "kube-node"), "kubectl")
+}
+
 // kubectl runs it as the administrator. It returns what it prints on both streams.
 func (l *Lab) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, filepath.Join(scratchtest.Program(l.t, "kube-node"), "kubectl"), args...)
+	cmd := exec.CommandContext(ctx, l.kubectlPath(), args...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+l.kubeconfig)
 	cmd.Stdin = strings.NewReader(stdin)
 	out, err := cmd.CombinedOutput()
