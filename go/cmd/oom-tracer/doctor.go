@@ -464,6 +464,9 @@ func (x *examiner) bpf() finding {
 	if x.bpfErr == nil {
 		return ok(check, "the bpf system call is permitted")
 	}
+	if !errors.Is(x.bpfErr, loader.ErrBPF) && x.has(unix.CAP_BPF) && x.countsBPF() {
+		return fail(check, x.bpfErr.Error(), "see memlock")
+	}
 	cause, remedy := x.refusal("bpf", "BPF", unix.CAP_BPF, errno(x.bpfErr))
 	return fail(check, cause, remedy)
 }

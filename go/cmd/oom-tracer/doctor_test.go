@@ -449,6 +449,19 @@ func TestDoctorFindings(t *testing.T) {
 			{"hooks", statusWarn, "none", "see bpf"},
 			{"program", statusFail, "", "see bpf"},
 		}},
+		{"bpf and the memory of maps, before 5.11", func(p *patient) {
+			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
+			p.lacks(unix.CAP_SYS_RESOURCE, admin)
+			p.filtered()
+			p.nothing(unix.EPERM)
+			p.noBPF = fmt.Errorf("could not create map: %w", unix.EPERM)
+		}, []finding{
+			{"bpf", statusFail, "could not create map: operation not permitted", "see memlock"},
+			{"memlock", statusWarn, "counts the program's maps against it", ""},
+			{"notify", statusWarn, "", "see bpf"},
+			{"hooks", statusWarn, "none", "see bpf"},
+			{"program", statusFail, "", "see bpf"},
+		}},
 		{"bpf and a security module", func(p *patient) {
 			p.nothing(unix.EACCES)
 			p.noBPF = fmt.Errorf("%w: %w", loader.ErrBPF, unix.EACCES)

@@ -509,6 +509,31 @@ type scenario struct {
 	run  func(t *testing.T, o *observer)
 }
 
+// kswapdScenario is a kill by kswapd, which is bound to nothing: the scope is known with every tier that has a stack, on
+// several NUMA nodes too.
+var kswapdScenario = scenario{"kswapd", func(t *testing.T, o *observer) {
+	kswapdKills(t)
+	group := scratchtest.New(t, scratch.Unlimited)
+	// Whoever asks for memory meanwhile may come first, the hog too.
+	for try := 1; ; try++ {
+		hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
+		events, kills := o.take(t, 1, 1)
+		if len(events) != 1 || len(kills) != 1 {
+			t.Fatalf("%d events, %d kills", len(events), len(kills))
+		}
+		if strings.HasPrefix(kills[0].TriggerComm, "kswapd") {
+			for _, w := range o.compareKill(&events[0], &kills[0], truth{scope: event.ScopeGlobal, limit: event.LevelNode}) {
+				t.Error(w)
+			}
+			return
+		}
+		if try == 5 {
+			t.Fatalf("five times it was another who killed, now %s", kills[0].TriggerComm)
+		}
+		o.begin(t)
+	}
+}}
+
 // scenarios are what is caused with each tier.
 var scenarios = []scenario{
 	{"global", func(t *testing.T, o *observer) {
@@ -574,22 +599,7 @@ var scenarios = []scenario{
 		}
 		o.expect(t, 1, truth{scope: event.ScopeSysrq, trigger: "kworker*", victim: victim.Process.Pid})
 	}},
-	{"kswapd", func(t *testing.T, o *observer) {
-		kswapdKills(t)
-		group := scratchtest.New(t, scratch.Unlimited)
-		// Whoever asks for memory meanwhile may come first, this test too.
-		for try := 1; ; try++ {
-			hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
-			e := o.expect(t, 1, truth{scope: event.ScopeGlobal, limit: event.LevelNode})
-			if t.Failed() || len(e) == 1 && strings.HasPrefix(e[0].Trigger.Comm, "kswapd") {
-				return
-			}
-			if try == 5 {
-				t.Fatalf("five times it was another who killed, now %s", e[0].Trigger.Comm)
-			}
-			o.begin(t)
-		}
-	}},
+	kswapdScenario,
 	{"innocent-trigger", func(t *testing.T, o *observer) {
 		root := scratchtest.New(t, scratch.Unlimited)
 		a := scratchtest.Child(t, root, "innocent", scratch.Unlimited)
@@ -825,7 +835,7 @@ func TestVMConstrained(t *testing.T) {
 	nodes, err := os.ReadFile("/sys/devices/system/node/has_memory")
 	if err != nil || strings.TrimSpace(string(nodes)) != "0-1" {
 		for _, tier := range vmTiers {
-			for _, name := range []string{"cpuset", "mempolicy", "global-numa"} {
+			for _, name := range []string{"cpuset", "mempolicy", "global-numa", "kswapd"} {
 				row(tier, name, "n/a", "this machine has one NUMA node")
 			}
 		}
@@ -854,6 +864,7 @@ func TestVMConstrained(t *testing.T) {
 			hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "1", fmt.Sprint(tooMuch))
 			o.expect(t, 1, truth{scope: scopeFor(o.tier, event.ScopeGlobal)})
 		}},
+		kswapdScenario,
 	}
 	for _, tier := range vmTiers {
 		runTier(t, tier, constrained)

@@ -85,6 +85,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err != nil {
 		return nil, err
 	}
+	bridgeLog(opts.Log, true)
 	// Where bpf(2) is refused, no tier has to be tried.
 	if err := CheckBPF(); err != nil {
 		return nil, err
