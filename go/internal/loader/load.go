@@ -19,6 +19,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
@@ -125,7 +126,8 @@ func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
 		return g, nil
 	}
 	g.pins, err = lockPins(ctx, opts.PinDir)
-	if errors.Is(err, ErrNoBPFFS) {
+	// Nor may a user who was there first keep this node from being watched.
+	if errors.Is(err, ErrNoBPFFS) || errors.Is(err, statedir.ErrUnsafe) {
 		opts.Log.Warn("nothing can be pinned: kills while no tracer runs are not recorded", "error", err)
 		return g, nil
 	}
