@@ -99,7 +99,11 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		}
 	}
 	// An external NATS may come later than this agent; its own streams are its owner's.
-	t.conn, err = bus.Connect(ctx, cfg.NATS, bus.Options{Name: natsName(node), Background: t.server == nil}, log)
+	natsOptions := bus.Options{Name: natsName(node), Background: t.server == nil}
+	if t.server != nil { // whoever fills its port keeps this process from nothing
+		natsOptions.InProcess = t.server
+	}
+	t.conn, err = bus.Connect(ctx, cfg.NATS, natsOptions, log)
 	if err != nil {
 		return nil, err
 	}

@@ -205,7 +205,7 @@ func (d *Dir) ReadSecret(name string, limit int64) ([]byte, error) { return d.re
 func (d *Dir) read(name string, limit int64, forbidden fs.FileMode) ([]byte, error) {
 	info, err := d.Lstat(name)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read %s: %w", d.Path(name), err)
 	}
 	if err := d.checkFile(name, info); err != nil {
 		return nil, err
@@ -218,7 +218,7 @@ func (d *Dir) read(name string, limit int64, forbidden fs.FileMode) ([]byte, err
 	}
 	f, err := d.Open(name)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read %s: %w", d.Path(name), err)
 	}
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, limit))
