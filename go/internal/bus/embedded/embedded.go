@@ -34,7 +34,7 @@ import (
 // What others on the machine can take of it. They share the loopback device, and need no password to connect.
 const (
 	maxConns    = 64
-	loginGrace  = 100 * time.Millisecond
+	loginGrace  = 50 * time.Millisecond // times a full queue of the kernel (4096) is less than a client waits
 	authTimeout = 2 * time.Second
 	maxLine     = 4 << 10
 	maxPayload  = 1 << 20
