@@ -96,10 +96,12 @@ type story struct {
 	outcome   string // result/reason
 	processes int    // 0: at least one
 	kubelet   string // the reason that the kubelet gives; empty: none is looked for
-	cause     func()
+	cause     func(l *Lab)
 }
 
-func (l *Lab) testKills(t *testing.T, r *record) {
+// shop makes the pods that are to be killed, and one that is not.
+func (l *Lab) shop() {
+	l.t.Helper()
 	l.pod("container", limited("32Mi"), side)
 	l.pod("pod", side, func(s *corev1.PodSpec) { m := memory("48Mi"); s.Resources = &m })
 	l.pod("bystander")
@@ -121,34 +123,43 @@ END`
 	for _, name := range []string{"container", "pod", "bystander", "web", "cart", "static"} {
 		l.running(name, "")
 	}
+}
+
+func (l *Lab) testKills(t *testing.T, r *record) {
+	l.shop()
+	for _, s := range stories() {
+		t.Run(s.name, func(t *testing.T) { l.in(t).tell(t, r, s) })
+	}
+	t.Run("Untouched", func(t *testing.T) { l.in(t).testUntouched(t) })
+	t.Run("Console", func(t *testing.T) { l.in(t).testConsole(t, r) })
+}
+
+// stories are the kinds of kills on a node, in the order in which they disturb it more and more.
+func stories() []story {
 	own := []event.LimitLevel{event.LevelContainer, event.LevelPod}
-	for _, s := range []story{
+	return []story{
 		{name: "container", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level",
-			processes: 5, kubelet: "OOMKilled", cause: func() { l.exec("container", "main", "64", "3") }},
+			processes: 5, kubelet: "OOMKilled", cause: func(l *Lab) { l.exec("container", "main", "64", "3") }},
 		{name: "pod", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelPod}, outcome: "skipped/level",
-			kubelet: "OOMKilled", cause: func() { l.exec("pod", "main", "96") }},
+			kubelet: "OOMKilled", cause: func(l *Lab) { l.exec("pod", "main", "96") }},
 		{name: "static", container: "main", scope: event.ScopeCgroup, levels: own, outcome: "skipped/",
-			kubelet: "OOMKilled", cause: func() { l.exec("static-"+nodeName, "main", "64") }},
+			kubelet: "OOMKilled", cause: func(l *Lab) { l.exec("static-"+nodeName, "main", "64") }},
 		{name: "init", container: "prepare", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level",
-			kubelet: "OOMKilled", cause: func() {
+			kubelet: "OOMKilled", cause: func(l *Lab) {
 				l.pod("init", limited("64Mi"), func(s *corev1.PodSpec) {
 					s.RestartPolicy = corev1.RestartPolicyNever
 					s.InitContainers = []corev1.Container{{Name: "prepare", Image: "localhost/pod:1", Args: []string{"64"}, Resources: memory("16Mi")}}
 				})
 			}},
 		{name: "cart", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelKubepods}, outcome: "annotated/marked",
-			cause: func() { l.exec(l.running("cart", "").Name, "main", "3000") }},
+			cause: func(l *Lab) { l.exec(l.running("cart", "").Name, "main", "3000") }},
 		{name: "web", container: "main", scope: event.ScopeGlobal, levels: []event.LimitLevel{event.LevelNode}, outcome: "annotated/marked",
-			cause: func() { l.nodeOutOfMemory(l.running("web", "").Name) }},
+			cause: func(l *Lab) { l.nodeOutOfMemory(l.running("web", "").Name) }},
 		{name: "service", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelOther}, outcome: "skipped/host", processes: 1,
-			cause: func() {
+			cause: func(l *Lab) {
 				l.Machine.Must("systemd-run --quiet --wait --collect --unit=greedy -p MemoryMax=16M -p MemorySwapMax=0 /usr/local/bin/pod 64 || true")
 			}},
-	} {
-		t.Run(s.name, func(t *testing.T) { l.in(t).tell(t, r, s) })
 	}
-	t.Run("Untouched", func(t *testing.T) { l.in(t).testUntouched(t) })
-	t.Run("Console", func(t *testing.T) { l.in(t).testConsole(t, r) })
 }
 
 // nodeOutOfMemory leaves the node less memory than the limit of all pods, and has a pod take the rest.
@@ -166,8 +177,8 @@ echo 1000 >/sys/kernel/mm/lru_gen/min_ttl_ms`)
 	l.exec(pod, "main", "3000")
 }
 
-// tell causes the kill, waits for all that must follow, and prints when it did.
-func (l *Lab) tell(t *testing.T, r *record, s story) {
+// tell causes the kill, waits for all that must follow, and prints when it did. It returns how long each took after the kill.
+func (l *Lab) tell(t *testing.T, r *record, s story) map[string]time.Duration {
 	var victim *corev1.Pod
 	if s.container != "" && s.name != "init" {
 		victim = l.running(s.name, "")
@@ -181,7 +192,7 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.cause()
+	s.cause(l)
 	if s.name == "init" {
 		pod, err := l.Client.CoreV1().Pods("shop").Get(t.Context(), "init", metav1.GetOptions{})
 		if err != nil {
@@ -221,12 +232,14 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 		return nil
 	})
 	first := kills[0]
-	at := func(when time.Time) string {
-		return fmt.Sprintf("%+9.3f s", when.Sub(first.Time.Add(-ahead)).Seconds())
+	took := map[string]time.Duration{}
+	done := func(stage string, when time.Time, detail string) {
+		took[stage] = when.Sub(first.Time.Add(-ahead))
+		l.logf("  %+9.3f s  %s%s", took[stage].Seconds(), stage, detail)
 	}
 	l.logf("%s: the kernel killed %s[%d] (%d processes), scope %s, tier %s", s.name, first.Victim.Comm, first.Victim.PID, len(kills), first.Scope, first.Node.Tier)
-	l.logf("  %s  stored by NATS", at(first.stored.Add(-ahead)))
-	l.logf("  %s  outcome %s (%s)", at(outcome.Time.Add(-ahead)), outcome.Result, outcome.Reason)
+	done("stored", first.stored.Add(-ahead), "")
+	done("outcome", outcome.Time.Add(-ahead), fmt.Sprintf(": %s (%s)", outcome.Result, outcome.Reason))
 
 	if s.processes > 0 && len(kills) != s.processes {
 		t.Errorf("%d kills, not %d", len(kills), s.processes)
@@ -246,7 +259,7 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 		t.Errorf("outcome %s, not %s: %+v", got, s.outcome, outcome)
 	}
 	if s.container == "" {
-		return
+		return took
 	}
 	if outcome.Pod == nil || outcome.Pod.UID != string(victim.UID) || outcome.Container != s.container {
 		t.Errorf("outcome of pod %+v, container %q", outcome.Pod, outcome.Container)
@@ -257,7 +270,7 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 		l.await(what, patience, func() error {
 			for _, e := range l.Audit()[requests:] {
 				if e.ResponseStatus.Code < 300 && is(e) {
-					l.logf("  %s  %s", at(e.RequestReceivedTimestamp.Time), what)
+					done(what, e.RequestReceivedTimestamp.Time, "")
 					return nil
 				}
 			}
@@ -267,32 +280,32 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 	by := func(e kubetest.AuditEvent, account string) bool {
 		return e.User.Username == "system:serviceaccount:"+namespace+":"+account
 	}
-	request("Kubernetes Event", time.Minute, func(e kubetest.AuditEvent) bool {
+	request("Event", time.Minute, func(e kubetest.AuditEvent) bool {
 		return by(e, "oom-annotator") && e.ObjectRef.Resource == "events" && strings.Contains(string(e.RequestObject), string(victim.UID))
 	})
 	if s.kubelet != "" {
-		request("kubelet's status: "+s.kubelet, 2*time.Minute, func(e kubetest.AuditEvent) bool {
+		request("kubelet status", 2*time.Minute, func(e kubetest.AuditEvent) bool {
 			return e.User.Username == "system:node:"+nodeName && e.ObjectRef.Subresource == "status" && e.ObjectRef.Name == victim.Name &&
 				strings.Contains(string(e.RequestObject), `"`+s.kubelet+`"`)
 		})
 	}
 	if outcome.Result != event.ResultAnnotated {
-		return
+		return took
 	}
 	request("annotated", time.Minute, func(e kubetest.AuditEvent) bool {
 		return by(e, "oom-annotator") && e.Verb == "patch" && e.ObjectRef.Resource == "pods" && e.ObjectRef.Name == victim.Name &&
 			strings.Contains(string(e.RequestObject), evictMe)
 	})
-	request("eviction asked for by the descheduler", 3*time.Minute, func(e kubetest.AuditEvent) bool {
+	request("evicted", 3*time.Minute, func(e kubetest.AuditEvent) bool {
 		return by(e, "oom-descheduler") && e.ObjectRef.Subresource == "eviction" && e.ObjectRef.Name == victim.Name
 	})
-	request("pod gone", 3*time.Minute, func(e kubetest.AuditEvent) bool {
+	request("gone", 3*time.Minute, func(e kubetest.AuditEvent) bool {
 		return e.Verb == "delete" && e.User.Username == "system:node:"+nodeName && e.ObjectRef.Name == victim.Name
 	})
 	replacement := l.running(s.name, string(victim.UID))
 	for _, c := range replacement.Status.Conditions {
 		if c.Type == corev1.PodReady {
-			l.logf("  %s  replacement %s ready (to the second)", at(c.LastTransitionTime.Time), replacement.Name)
+			done("replaced", c.LastTransitionTime.Time, ": "+replacement.Name+" is ready (to the second)")
 		}
 	}
 	l.await("the last word on it", time.Minute, func() error {
@@ -300,9 +313,10 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 		if !ok || o.Result != event.ResultEvicted {
 			return fmt.Errorf("outcome of the stage close: %t %s", ok, o.Result)
 		}
-		l.logf("  %s  outcome %s (%s)", at(o.Time.Add(-ahead)), o.Result, o.Reason)
+		done("closed", o.Time.Add(-ahead), fmt.Sprintf(": %s (%s)", o.Result, o.Reason))
 		return nil
 	})
+	return took
 }
 
 // testUntouched: only the pods of web and cart were marked or evicted, and none of ours was killed.
