@@ -54,6 +54,9 @@ func ReadEmbeddedPassword(dir string) (string, error) {
 func ReadPassword(d *statedir.Dir) (string, error) {
 	const again = "restart oom-tracer to have a new one made"
 	data, err := d.ReadSecret(PasswordName, maxSecret)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("read password of the embedded nats-server: %w", err)
+	}
 	if err != nil {
 		return "", fmt.Errorf("read password of the embedded nats-server: %w (%s)", err, again)
 	}
