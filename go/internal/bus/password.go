@@ -44,7 +44,7 @@ func AddressFile(dir string) string { return filepath.Join(dir, AddressName) }
 func ReadEmbeddedPassword(dir string) (string, error) {
 	d, err := statedir.Open(dir)
 	if err != nil {
-		return "", fmt.Errorf("read %s of the embedded nats-server: %w", PasswordFile(dir), err)
+		return "", fmt.Errorf("read password of the embedded nats-server (%s): %w", PasswordFile(dir), err)
 	}
 	defer d.Close()
 	return ReadPassword(d)
@@ -54,6 +54,9 @@ func ReadEmbeddedPassword(dir string) (string, error) {
 func ReadPassword(d *statedir.Dir) (string, error) {
 	const again = "restart oom-tracer to have a new one made"
 	data, err := d.ReadSecret(PasswordName, maxSecret)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("read password of the embedded nats-server: %w", err)
+	}
 	if err != nil {
 		return "", fmt.Errorf("read password of the embedded nats-server: %w (%s)", err, again)
 	}
