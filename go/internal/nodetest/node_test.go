@@ -34,6 +34,7 @@ func TestNode(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	t.Run("Quiet", func(t *testing.T) { l.in(t).testQuiet(t) })
+	t.Run("Confined", func(t *testing.T) { l.in(t).testConfined(t) })
 	t.Run("Doctor", func(t *testing.T) { l.in(t).testDoctor(t) })
 	t.Run("Kills", func(t *testing.T) { l.in(t).testKills(t, r) })
 	t.Run("Life", func(t *testing.T) { l.in(t).testLife(t, r) })
@@ -68,6 +69,23 @@ func (l *Lab) testDoctor(t *testing.T) {
 	}
 	if strings.Contains(out, "fail ") {
 		t.Error("doctor says that something fails")
+	}
+}
+
+// testConfined: our processes are confined as the distribution and the chart have it, and a node out of memory takes them last.
+func (l *Lab) testConfined(t *testing.T) {
+	for name, want := range map[string][]string{
+		"oom-tracer":      {"adj=-998", "Seccomp:\t2", "NoNewPrivs:\t1", "cri-containerd.apparmor.d (enforce)", "CapEff:\t000000c401000000"},
+		"oom-annotator":   {"adj=-997", "Seccomp:\t2", "NoNewPrivs:\t1", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
+		"oom-descheduler": {"adj=-997", "Seccomp:\t2", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
+		"nats":            {"adj=-997", "Seccomp:\t2", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
+	} {
+		out := l.Machine.Must(`pid=$(pidof ` + name + `); echo adj=$(cat /proc/$pid/oom_score_adj); cat /proc/$pid/attr/current; grep -E '^(Seccomp|NoNewPrivs|CapEff):' /proc/$pid/status`)
+		for _, w := range want {
+			if !strings.Contains(out, w) {
+				t.Errorf("%s has not %q:\n%s", name, w, out)
+			}
+		}
 	}
 }
 
