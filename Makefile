@@ -279,10 +279,9 @@ bench-loop: build build/hog build/kube build/oom-descheduler ## from real kills 
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
 		$(GO) test -tags bench -count=1 -timeout 20m -run TestBenchLoop -v ./go/cmd/oom-annotator
 
-build/nats-server: go.mod
+build/nats-server: go.mod tools/build-module.sh
 	@mkdir -p build
-	@echo '==> building nats-server from its Go module (once per version)'
-	$(Q)ln -sfn "$$(tools/natsd/build.sh)" $@
+	$(Q)binary=$$(tools/build-module.sh . github.com/nats-io/nats-server/v2) && ln -sfn "$$binary" $@
 
 # The unmodified one, for the tests.
 build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
@@ -299,9 +298,9 @@ build/kube-node: tools/kube/go.mod tools/kube/build.sh
 	@mkdir -p build
 	$(Q)dir=$$(tools/kube/build.sh node) && ln -sfnT "$$dir" $@ && touch $@
 
-build/coredns: tools/node/go.mod tools/node/coredns.sh
+build/coredns: tools/node/go.mod tools/build-module.sh
 	@mkdir -p build
-	$(Q)binary=$$(tools/node/coredns.sh) && ln -sfn "$$binary" $@
+	$(Q)binary=$$(tools/build-module.sh tools/node github.com/coredns/coredns) && ln -sfn "$$binary" $@
 
 build/pod: tools/node/pod.c build/.deps
 	$(say) CC $@
