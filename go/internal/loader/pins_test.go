@@ -438,7 +438,7 @@ func TestForeignPins(t *testing.T) {
 	}
 	try := func(t *testing.T, dir string) (pinned bool, err error) {
 		log := &scratchtest.Output{}
-		l, err := Open(t.Context(), Options{Tier: TierNone, PerfPages: 8, JournalSlots: 64, PinDir: dir, Log: slog.New(slog.NewTextHandler(log, nil))})
+		l, err := Open(t.Context(), Options{Tier: TierNone, JournalSlots: 64, PinDir: dir, Log: slog.New(slog.NewTextHandler(log, nil))})
 		if err != nil {
 			return false, err
 		}

@@ -113,7 +113,6 @@ type story struct {
 	levels    []event.LimitLevel
 	outcome   string // result/reason
 	processes int    // 0: at least one
-	kubelet   string // the reason that the kubelet gives; empty: none is looked for
 	cause     func(l *Lab)
 }
 
@@ -157,18 +156,15 @@ func stories() []story {
 	own := []event.LimitLevel{event.LevelContainer, event.LevelPod}
 	return []story{
 		{name: "container", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level",
-			processes: 5, kubelet: "OOMKilled", cause: func(l *Lab) { l.exec("container", "main", "64", "3") }},
-		{name: "pod", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelPod}, outcome: "skipped/level",
-			kubelet: "OOMKilled", cause: func(l *Lab) { l.exec("pod", "main", "96") }},
-		{name: "static", container: "main", scope: event.ScopeCgroup, levels: own, outcome: "skipped/",
-			kubelet: "OOMKilled", cause: func(l *Lab) { l.exec("static-"+nodeName, "main", "64") }},
-		{name: "init", container: "prepare", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level",
-			kubelet: "OOMKilled", cause: func(l *Lab) {
-				l.pod("init", limited("64Mi"), func(s *corev1.PodSpec) {
-					s.RestartPolicy = corev1.RestartPolicyNever
-					s.InitContainers = []corev1.Container{{Name: "prepare", Image: "localhost/pod:1", Args: []string{"64"}, Resources: memory("16Mi")}}
-				})
-			}},
+			processes: 5, cause: func(l *Lab) { l.exec("container", "main", "64", "3") }},
+		{name: "pod", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelPod}, outcome: "skipped/level", cause: func(l *Lab) { l.exec("pod", "main", "96") }},
+		{name: "static", container: "main", scope: event.ScopeCgroup, levels: own, outcome: "skipped/", cause: func(l *Lab) { l.exec("static-"+nodeName, "main", "64") }},
+		{name: "init", container: "prepare", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level", cause: func(l *Lab) {
+			l.pod("init", limited("64Mi"), func(s *corev1.PodSpec) {
+				s.RestartPolicy = corev1.RestartPolicyNever
+				s.InitContainers = []corev1.Container{{Name: "prepare", Image: "localhost/pod:1", Args: []string{"64"}, Resources: memory("16Mi")}}
+			})
+		}},
 		{name: "cart", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelKubepods}, outcome: "annotated/marked",
 			cause: func(l *Lab) { l.exec(l.running("cart", "").Name, "main", "3000") }},
 		{name: "web", container: "main", scope: event.ScopeGlobal, levels: []event.LimitLevel{event.LevelNode}, outcome: "annotated/marked",
@@ -301,10 +297,15 @@ func (l *Lab) tell(t *testing.T, r *record, s story) map[string]time.Duration {
 	request("Event", time.Minute, func(e kubetest.AuditEvent) bool {
 		return by(e, "oom-annotator") && e.ObjectRef.Resource == "events" && strings.Contains(string(e.RequestObject), string(victim.UID))
 	})
-	if s.kubelet != "" {
+	// The reason is OOMKilled, or Error where containerd has not seen the kill: of the node's memory, or at a container's start.
+	if s.processes != 1 || s.name == "init" {
 		request("kubelet status", 2*time.Minute, func(e kubetest.AuditEvent) bool {
-			return e.User.Username == "system:node:"+nodeName && e.ObjectRef.Subresource == "status" && e.ObjectRef.Name == victim.Name &&
-				strings.Contains(string(e.RequestObject), `"`+s.kubelet+`"`)
+			reason := regexp.MustCompile(`"exitCode":137,.*?"reason":"(\w+)"`).FindSubmatch(e.RequestObject)
+			if e.User.Username != "system:node:"+nodeName || e.ObjectRef.Subresource != "status" || e.ObjectRef.Name != victim.Name || reason == nil {
+				return false
+			}
+			l.logf("               the kubelet says %s", reason[1])
+			return true
 		})
 	}
 	if outcome.Result != event.ResultAnnotated {
