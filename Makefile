@@ -59,7 +59,7 @@ GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go' -not -path 'go/d
 DESCHEDULER_FILES := $(shell find go/descheduler -name '*.go' -not -name '*_test.go') go/descheduler/go.mod go/descheduler/go.sum
 BPF_FILES := $(wildcard src/*.c src/*.h) vmlinux/$(ARCH)/vmlinux.h
 OBJECT := go/internal/loader/oom.bpf.o
-C_FILES := $(wildcard src/*.c src/*.h tools/*.c)
+C_FILES := $(wildcard src/*.c src/*.h tools/*.c tools/node/*.c)
 SH_FILES := $(shell git ls-files '*.sh' .ci/run 2>/dev/null)
 
 ##@ Use
@@ -237,20 +237,32 @@ test-vm-annotate: build build/static/oom-tracer build/hog build/nats-server buil
 		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm -count=1 -timeout 20m -run '^TestVM' ./go/cmd/oom-annotator
 	$(Q)tools/no-skips.sh build/test-vm-annotate.json
 
-node_deps = debootstrap ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
+node_deps = debootstrap /usr/share/containers/seccomp.json=golang-github-containers-common ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
 node_parts = build/kube build/kube-node build/deploy build/nats-server build/coredns build/pod build/node build/oom-tap
+
+node_env = OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_TAG='$(IMAGE_TAG)' CGO_ENABLED=0
+# In a network namespace of its own: servers on loopback, and the node's address.
+node_flags = -count=1 -exec 'unshare --net --'
 
 # The images are those of make image, under a tag of this tree; containerd finds them on a disk of its own.
 .PHONY: node-images
 node-images: BASE := localhost/debian:bookworm
 node-images: $(node_parts) base-image image
+	@tools/install-deps.sh $(LIBBPF) $(node_deps)
 	$(Q)$(image_env) tools/node/images.sh build/node build/node-images.img '$(IMAGE_TAG)' build/nats-server build/coredns build/pod
 
 .PHONY: test-node
 test-node: node-images ## a cluster of one real node (QEMU, containerd, kubelet) with the chart: from real kills to the pods that replace their victims (needs root)
-	$(Q)OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_TAG='$(IMAGE_TAG)' CGO_ENABLED=0 unshare --net -- \
-		$(go_tool) gotestsum --format testname --jsonfile build/test-node.json -- -tags node -count=1 -timeout 60m ./go/internal/nodetest
+	$(Q)$(node_env) $(go_tool) gotestsum --format standard-verbose --jsonfile build/test-node.json -- -tags node $(node_flags) -timeout 40m ./go/internal/nodetest
 	$(Q)tools/no-skips.sh build/test-node.json
+
+.PHONY: bench-node
+bench-node: node-images ## the same cluster: 20 kills of each kind, from the kernel to the replacement, as a table (needs root)
+	$(Q)$(node_env) $(GO) test -tags 'node bench' $(node_flags) -timeout 3h -run '^TestBench$$' -v ./go/internal/nodetest
+
+.PHONY: demo-node
+demo-node: node-images ## the same cluster for people: one kill as it happens, then a look around until Ctrl-C (needs root)
+	$(Q)$(node_env) $(GO) test -tags 'node demo' $(node_flags) -timeout 12h -run '^TestDemo$$' -v ./go/internal/nodetest
 
 .PHONY: bench
 bench: build build/hog ## latency, loss and cost over at least 1,000 real kills (needs root)
@@ -267,10 +279,9 @@ bench-loop: build build/hog build/kube build/oom-descheduler ## from real kills 
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
 		$(GO) test -tags bench -count=1 -timeout 20m -run TestBenchLoop -v ./go/cmd/oom-annotator
 
-build/nats-server: go.mod
+build/nats-server: go.mod tools/build-module.sh
 	@mkdir -p build
-	@echo '==> building nats-server from its Go module (once per version)'
-	$(Q)ln -sfn "$$(tools/natsd/build.sh)" $@
+	$(Q)binary=$$(tools/build-module.sh . github.com/nats-io/nats-server/v2) && ln -sfn "$$binary" $@
 
 # The unmodified one, for the tests.
 build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
@@ -287,9 +298,9 @@ build/kube-node: tools/kube/go.mod tools/kube/build.sh
 	@mkdir -p build
 	$(Q)dir=$$(tools/kube/build.sh node) && ln -sfnT "$$dir" $@ && touch $@
 
-build/coredns: tools/node/go.mod tools/node/coredns.sh
+build/coredns: tools/node/go.mod tools/build-module.sh
 	@mkdir -p build
-	$(Q)binary=$$(tools/node/coredns.sh) && ln -sfn "$$binary" $@
+	$(Q)binary=$$(tools/build-module.sh tools/node github.com/coredns/coredns) && ln -sfn "$$binary" $@
 
 build/pod: tools/node/pod.c build/.deps
 	$(say) CC $@
@@ -319,11 +330,13 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'bench demo' ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'vm faults' ./...
+	$(Q)$(GO) vet -tags 'node demo bench' ./go/internal/nodetest
 	$(Q)cd go/descheduler && CGO_ENABLED=0 $(GO) vet ./...
 	$(say) LINT staticcheck
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags 'bench demo' ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags 'vm faults' ./...
+	$(Q)$(go_tool) staticcheck -tags 'node demo bench' ./go/internal/nodetest
 	$(Q)cd go/descheduler && CGO_ENABLED=0 $(GO) tool -modfile=$(CURDIR)/tools/go.mod staticcheck ./...
 	$(say) LINT 'go generate'
 	$(Q)cd go/descheduler/removeannotated && $(GO) tool deepcopy-gen --output-file ../../../build/_deepcopy.go . && \

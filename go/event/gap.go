@@ -24,11 +24,14 @@ const (
 	GapBoot GapCause = "boot"
 	// GapUnseen: the kernel counted kills of which the program saw no mark, although it was there.
 	GapUnseen GapCause = "unseen"
+	// GapStateLost: the state file of an earlier tracer could not be used. What that one had not published, and what
+	// happened after it, is not known.
+	GapStateLost GapCause = "state_lost"
 )
 
 // GapCauses lists every cause, in the order of the documentation.
 func GapCauses() []GapCause {
-	return []GapCause{GapWrapped, GapUnreadable, GapRestart, GapReboot, GapBoot, GapUnseen}
+	return []GapCause{GapWrapped, GapUnreadable, GapRestart, GapReboot, GapBoot, GapUnseen, GapStateLost}
 }
 
 // Gap says that kills may have happened that no event tells of. A time without kills is only proved where

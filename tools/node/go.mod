@@ -1,4 +1,4 @@
-// The CoreDNS of the node in QEMU, built by build.sh. A module of its own: nothing that we ship needs it.
+// The CoreDNS of the node in QEMU, built by tools/build-module.sh. A module of its own: nothing that we ship needs it.
 module github.com/oom-tracer/oom-tracer/tools/node
 
 go 1.26.0

@@ -45,8 +45,8 @@ image localhost/pod:1 "$pod"
 names=("localhost/nats:$nats_version" localhost/coredns:1 localhost/pause:1 localhost/pod:1)
 while read -r name; do names+=("localhost/$name:$tag"); done < <(all_images)
 
-# run PROGRAM ARGUMENT... is one of the node's programs, with the node's libraries.
-run() { "$node/programs/ld-linux-x86-64.so.2" --library-path "$node/programs" "$node/programs/$1" "${@:2}"; }
+# The node's programs run here with the node's libraries.
+run=("$node/programs/ld-linux-x86-64.so.2" --library-path "$node/programs")
 
 mkdir "$temp/root" "$temp/state"
 cat >"$temp/containerd.toml" <<END
@@ -57,9 +57,9 @@ disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.images', 
 [grpc]
 address = '$temp/containerd.sock'
 END
-run containerd --config "$temp/containerd.toml" >"$temp/containerd.log" 2>&1 &
+"${run[@]}" "$node/programs/containerd" --config "$temp/containerd.toml" >"$temp/containerd.log" 2>&1 &
 containerd_pid=$!
-ctr() { run ctr --address "$temp/containerd.sock" --namespace k8s.io "$@"; }
+ctr() { "${run[@]}" "$node/programs/ctr" --address "$temp/containerd.sock" --namespace k8s.io "$@"; }
 for ((i = 0; i < 100; i++)); do
 	if ctr version >/dev/null 2>&1; then break; fi
 	sleep 0.1

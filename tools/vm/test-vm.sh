@@ -4,9 +4,10 @@
 #   tools/vm/test-vm.sh TEST_BINARY PROGRAM...        (make test-vm builds them)
 #
 # TEST_BINARY and the PROGRAMs, all static, are put into an initramfs beside busybox and init.sh. A
-# kernel is booted up to four times:
+# kernel is booted up to five times:
 #
 #   v2       with the memory controller in cgroup v2
+#   confined the same: the tracer with less than root has (capabilities, seccomp, perf_event_paranoid)
 #   faults   the same with vm-faults.test, if that is one of the PROGRAMs, for TEST_BINARY: tests that put
 #            wrong fields into the BPF program
 #   v1       with cgroup v1, where the kernel has it
@@ -61,9 +62,9 @@ TIMEOUT=${TIMEOUT:-720}
 SMP=${SMP:-1}
 MEMORY=${MEMORY:-512}
 ACCEL=${ACCEL:-tcg,thread=multi}
-BOOTS=${BOOTS:-v2 ${faults:+faults} v1 numa}
+BOOTS=${BOOTS:-v2 confined ${faults:+faults} v1 numa}
 for boot in $BOOTS; do
-	[[ $boot == @(v2|faults|v1|numa) ]] || die "BOOTS: $boot is none of v2, faults, v1, numa"
+	[[ $boot == @(v2|confined|faults|v1|numa) ]] || die "BOOTS: $boot is none of v2, confined, faults, v1, numa"
 	[[ $boot != faults || -n $faults ]] || die 'BOOTS: there is no vm-faults.test for faults'
 done
 
@@ -108,7 +109,7 @@ fi
 has() {
 	local file=${config[$1]} wanted
 	case $2 in
-	v2 | faults) wanted='MEMCG' ;;
+	v2 | confined | faults) wanted='MEMCG' ;;
 	numa) wanted='ACPI_NUMA' ;;
 	v1) wanted='MEMCG_V1' ;;
 	esac
@@ -142,7 +143,7 @@ pack() {
 # run_machine KERNEL BOOT DIRECTORY boots once. It leaves console.log and output.log and sets fault to
 # what befell the machine, if anything.
 run_machine() {
-	local kernel=$1 boot=$2 dir=$3 initramfs=$OUT/initramfs cgroup=v2 nodes=1 run='^TestVM' skip='^TestVM(Constrained|Faults|MissedHook)'
+	local kernel=$1 boot=$2 dir=$3 initramfs=$OUT/initramfs cgroup=v2 nodes=1 run='^TestVM' skip='^TestVM(Confined|Constrained|Faults|MissedHook)'
 	local status=0 args=()
 	rm -f "$dir"/*.log
 	case $boot in
@@ -152,6 +153,7 @@ run_machine() {
 		args+=(-object "memory-backend-ram,id=m0,size=$((MEMORY / 2))M" -numa "node,nodeid=0,cpus=0-$((SMP - 1)),memdev=m0"
 			-object "memory-backend-ram,id=m1,size=$((MEMORY / 2))M" -numa "node,nodeid=1,memdev=m1")
 		;;
+	confined) run='^TestVMConfined' skip= ;;
 	faults) initramfs+=.faults run='^TestVM(Faults|MissedHook)' skip= ;;
 	v1) cgroup=v1 ;;
 	esac
@@ -332,7 +334,7 @@ rows >"$OUT/rows.tsv"
 	awk -F'\t' -v names="${names[*]}" -v boots="$BOOTS" '
 		BEGIN {
 			count = split(names, name, " "); split(boots, boot, " ")
-			title["v2"] = "cgroup v2"; title["faults"] = "wrong fields (cgroup v2)"; title["numa"] = "cgroup v2, two NUMA nodes"; title["v1"] = "cgroup v1"
+			title["v2"] = "cgroup v2"; title["confined"] = "confined (cgroup v2)"; title["faults"] = "wrong fields (cgroup v2)"; title["numa"] = "cgroup v2, two NUMA nodes"; title["v1"] = "cgroup v1"
 			head = "| boot | tier | scenario |"; line = "|---|---|---|"
 			for (i = 1; i <= count; i++) { head = head " " name[i] " |"; line = line "---|" }
 			print head; print line

@@ -22,6 +22,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if addrs := os.Getenv(floodAddrs); addrs != "" {
+		flood(strings.Fields(addrs))
+	}
 	testscript.Main(m, map[string]func(){"oom-tracer": main})
 }
 

@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/cilium/ebpf/btf"
@@ -30,6 +29,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
@@ -464,6 +464,9 @@ func (x *examiner) bpf() finding {
 	if x.bpfErr == nil {
 		return ok(check, "the bpf system call is permitted")
 	}
+	if !errors.Is(x.bpfErr, loader.ErrBPF) && x.has(unix.CAP_BPF) && x.countsBPF() {
+		return fail(check, x.bpfErr.Error(), "see memlock")
+	}
 	cause, remedy := x.refusal("bpf", "BPF", unix.CAP_BPF, errno(x.bpfErr))
 	return fail(check, cause, remedy)
 }
@@ -839,9 +842,18 @@ func (x *examiner) bpffs() finding {
 	var st unix.Statfs_t
 	if err := unix.Statfs(filepath.Dir(dir), &st); err != nil || st.Type != unix.BPF_FS_MAGIC {
 		return warn(check, fmt.Sprintf("not mounted at %s: kills while no tracer runs are not recorded", filepath.Dir(dir)),
-			"mount -t bpf bpf "+filepath.Dir(dir)+" (systemd does it at boot), or set kernel.pin_dir")
+			"mount -t bpf -o mode=0700 bpf "+filepath.Dir(dir)+" (systemd does it at boot), or set kernel.pin_dir")
 	}
-	if _, err := os.Stat(dir); err == nil {
+	d, err := statedir.Open(dir)
+	if err == nil {
+		defer d.Close()
+		err = d.Private()
+	}
+	if errors.Is(err, statedir.ErrUnsafe) {
+		return warn(check, fmt.Sprintf("%v: kills while no tracer runs are not recorded", err),
+			"as it says; to keep other users out of all of it: mount -t bpf -o mode=0700 bpf "+filepath.Dir(dir))
+	}
+	if err == nil {
 		return ok(check, "the kernel records in %s, also while no tracer runs; oom-tracer unload ends that", dir)
 	}
 	return ok(check, "mounted at %s: the kernel will record in %s, also while no tracer runs", filepath.Dir(dir), filepath.Base(dir))
@@ -947,7 +959,7 @@ func (x *examiner) embedded(reason error) finding {
 	case errors.Is(passwordErr, fs.ErrPermission):
 		return fail(check, fmt.Sprintf("embedded server: %v", passwordErr), "run this as the user that the tracer runs as, who owns nats.embedded.dir (root by default)")
 	case passwordErr != nil && !never:
-		return fail(check, fmt.Sprintf("embedded server: %v", passwordErr), "remove the file: the next start of the tracer makes a new one")
+		return fail(check, fmt.Sprintf("embedded server: %v", passwordErr), "do what it says")
 	case x.running:
 		return fail(check, fmt.Sprintf("a tracer runs on this node, and its embedded server cannot be reached: %v", reason),
 			"give doctor the same config as the tracer (nats.embedded.listen, nats.embedded.dir), and see the tracer's log")
@@ -987,8 +999,12 @@ func (x *examiner) store() finding {
 	if err != nil {
 		return fail(check, fmt.Sprintf("embedded server: %v", err), remedy)
 	}
-	if st, isUnix := info.Sys().(*syscall.Stat_t); isUnix && nearest == dir && int(st.Uid) != os.Geteuid() {
-		return fail(check, fmt.Sprintf("embedded server: %s belongs to user %d, not to %d", dir, st.Uid, os.Geteuid()), remedy)
+	d, err := statedir.Open(nearest)
+	switch {
+	case err == nil:
+		d.Close()
+	case nearest == dir && errors.Is(err, statedir.ErrUnsafe):
+		return fail(check, fmt.Sprintf("embedded server: %v", err), remedy)
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(nearest, &st); err != nil {

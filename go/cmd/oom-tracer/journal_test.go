@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +18,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
@@ -358,7 +361,7 @@ func TestRestart(t *testing.T) {
 	t.Run("not clean", func(t *testing.T) {
 		cfg := withListen(t, testConfig(t))
 		first(t, cfg)
-		change(t, cfg, func(r *remembered) { r.Clean = false })
+		change(t, cfg, func(r *savedState) { r.Clean = false })
 		scratchtest.Storm(t, group, 3, 16, "plain")
 		if g := last(t, again(t, cfg), event.GapRestart); g.Count != nil || g.CountMax == nil || *g.CountMax < 3 {
 			t.Errorf("%+v", g)
@@ -367,14 +370,14 @@ func TestRestart(t *testing.T) {
 	t.Run("died with records", func(t *testing.T) {
 		cfg := withListen(t, testConfig(t))
 		first(t, cfg)
-		change(t, cfg, func(r *remembered) { r.Head, r.Acked = 20, 15 })
+		change(t, cfg, func(r *savedState) { r.Head, r.Acked = 20, 15 })
 		if g := last(t, again(t, cfg), event.GapRestart); g.FirstSeq != 16 || g.LastSeq != 20 || g.CountMax == nil || *g.CountMax < 5 {
 			t.Errorf("%+v", g)
 		}
 	})
 	t.Run("reboot", func(t *testing.T) {
 		cfg := withListen(t, testConfig(t))
-		change(t, cfg, func(r *remembered) { r.BootID, r.Clean, r.Time = "another boot", false, time.Unix(1, 0) })
+		change(t, cfg, func(r *savedState) { r.BootID, r.Clean, r.Time = "another boot", false, time.Unix(1, 0) })
 		gaps := again(t, cfg)
 		if g := last(t, gaps, event.GapReboot); g.Count != nil || g.CountMax != nil || !g.Since.Equal(time.Unix(1, 0)) {
 			t.Errorf("%+v", g)
@@ -386,23 +389,138 @@ func TestRestart(t *testing.T) {
 	})
 	t.Run("reboot after a clean stop", func(t *testing.T) {
 		cfg := withListen(t, testConfig(t))
-		change(t, cfg, func(r *remembered) { r.BootID = "another boot" })
+		change(t, cfg, func(r *savedState) { r.BootID = "another boot" })
 		for _, g := range again(t, cfg) {
 			if g.Cause == event.GapReboot {
 				t.Errorf("%+v", g)
 			}
 		}
 	})
-	t.Run("rubbish", func(t *testing.T) {
-		cfg := testConfig(t)
-		if err := os.WriteFile(cfg.Node.StateFile, []byte("{nonsense"), 0o600); err != nil {
-			t.Fatal(err)
+	for name, text := range map[string]string{"rubbish": "{nonsense", "emptied": "", "another's": "{}", "zeros": string(make([]byte, 300))} {
+		t.Run(name, func(t *testing.T) {
+			cfg := withListen(t, testConfig(t))
+			first(t, cfg)
+			if err := os.WriteFile(cfg.Node.StateFile, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			gaps := again(t, cfg)
+			if g := found(t, gaps, event.GapStateLost); g.Count != nil || g.CountMax != nil || g.Since != nil || g.Until == nil {
+				t.Errorf("%+v", g)
+			}
+			// The first one has published some of what this boot has killed.
+			if g := found(t, gaps, event.GapBoot); g.Count != nil || g.CountMax == nil || *g.CountMax < 2 {
+				t.Errorf("%+v", g)
+			}
+			if data, err := os.ReadFile(cfg.Node.StateFile + ".bad"); err != nil || string(data) != text {
+				t.Errorf("kept: %q, %v", data, err)
+			}
+			// The next one is none the wiser, and has nothing to add.
+			if more := again(t, cfg); len(more) != len(gaps) {
+				t.Errorf("%+v", more[len(gaps):])
+			}
+		})
+	}
+}
+
+// found is the last gap of a cause.
+func found(t *testing.T, gaps []event.Gap, cause event.GapCause) event.Gap {
+	t.Helper()
+	for _, g := range slices.Backward(gaps) {
+		if g.Cause == cause {
+			return g
 		}
-		_, err := start(t.Context(), cfg, testNode, io.Discard, slog.New(slog.DiscardHandler))
-		if err == nil || !strings.Contains(err.Error(), cfg.Node.StateFile) {
-			t.Errorf("start: %v", err)
-		}
-	})
+	}
+	t.Fatalf("no gap of cause %s among %+v", cause, gaps)
+	return event.Gap{}
+}
+
+// TestStateFileAway: a state file that cannot be written stops neither the start nor the work. It is said once, counted,
+// tried again, and healed.
+func TestStateFileAway(t *testing.T) {
+	for name, tt := range map[string]struct {
+		breakIt, mend func(t *testing.T, dir string)
+	}{
+		"a full disk": {
+			func(t *testing.T, dir string) {
+				if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k,mode=0700"); err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+				if err := os.WriteFile(dir+"/fill", make([]byte, 64<<10), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			},
+			func(t *testing.T, dir string) {
+				if err := os.Remove(dir + "/fill"); err != nil {
+					t.Fatal(err)
+				}
+			},
+		},
+		"another user's directory": {
+			func(t *testing.T, dir string) {
+				if err := os.Chown(dir, scratchtest.Nobody, scratchtest.Nobody); err != nil {
+					t.Fatal(err)
+				}
+			},
+			func(t *testing.T, dir string) {
+				if err := os.Chown(dir, 0, 0); err != nil {
+					t.Fatal(err)
+				}
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := withListen(t, testConfig(t))
+			dir := t.TempDir()
+			cfg.Node.StateFile = filepath.Join(dir, "state.json")
+			cfg.Metrics.Listen = freeAddr(t)
+			tt.breakIt(t, dir)
+			tracer := startProcess(t, cfg)
+			until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+			group := scratchtest.New(t, 8*mib)
+			scratchtest.Storm(t, group, 3, 16, "plain")
+			stored(t, cfg, group, 3)
+			time.Sleep(4 * time.Second) // and some tries
+			if _, err := os.Stat(cfg.Node.StateFile); err == nil {
+				t.Error("the state file is there")
+			}
+			tt.mend(t, dir)
+			until(t, "the state file is written", func() bool { _, err := os.Stat(cfg.Node.StateFile); return err == nil })
+			metrics := scrape(t, cfg.Metrics.Listen)
+			tracer.stop(t)
+			log := tracer.log.String()
+			if n := strings.Count(log, "cannot write state file"); n != 1 || !strings.Contains(log, "state file is written again") {
+				t.Errorf("said %d times:\n%s", n, log)
+			}
+			_, value, _ := strings.Cut(metrics, "\noom_tracer_state_file_errors_total ")
+			value, _, _ = strings.Cut(value, "\n")
+			if n, err := strconv.Atoi(value); err != nil || n < 2 || n > 10 {
+				t.Errorf("%q failed writes are counted", value)
+			}
+			if s := openStateFile(cfg.Node.StateFile, slog.New(slog.DiscardHandler)); s.previous == nil || !s.previous.Clean {
+				t.Errorf("the file says %+v", s.previous)
+			}
+			entries, err := os.ReadDir(dir)
+			if err != nil || len(entries) != 1 {
+				t.Errorf("beside the state file: %v, %v", entries, err)
+			}
+		})
+	}
+}
+
+// scrape reads the metrics of a running tracer.
+func scrape(t *testing.T, addr string) string {
+	t.Helper()
+	response, err := http.Get("http://" + addr + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
 }
 
 // withListen gives the embedded server an address that is known before it runs.
@@ -412,14 +530,11 @@ func withListen(t *testing.T, cfg config.Config) config.Config {
 }
 
 // change rewrites the file of a tracer that has ended.
-func change(t *testing.T, cfg config.Config, edit func(*remembered)) {
+func change(t *testing.T, cfg config.Config, edit func(*savedState)) {
 	t.Helper()
-	m, err := openMemory(cfg.Node.StateFile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	edit(m.before)
-	if err := m.write(*m.before); err != nil {
+	s := openStateFile(cfg.Node.StateFile, slog.New(slog.DiscardHandler))
+	edit(s.previous)
+	if err := s.write(*s.previous); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -427,7 +542,7 @@ func change(t *testing.T, cfg config.Config, edit func(*remembered)) {
 // TestGapOutlivesTracer: a gap that is found while NATS is away is told by the next tracer, however this one ends.
 func TestGapOutlivesTracer(t *testing.T) {
 	cfg := testConfig(t)
-	change(t, cfg, func(r *remembered) { r.BootID, r.Clean, r.Time = "another boot", false, time.Unix(1, 0) })
+	change(t, cfg, func(r *savedState) { r.BootID, r.Clean, r.Time = "another boot", false, time.Unix(1, 0) })
 	away := cfg
 	away.NATS.URL = "nats://" + freeAddr(t)
 	away.Metrics.Listen = freeAddr(t)
@@ -441,9 +556,9 @@ func TestGapOutlivesTracer(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	m, err := openMemory(cfg.Node.StateFile)
-	if err != nil || len(m.before.Untold) != 0 || !m.before.Clean {
-		t.Errorf("the file says %+v, %v", m.before, err)
+	s := openStateFile(cfg.Node.StateFile, slog.New(slog.DiscardHandler))
+	if s.previous == nil || len(s.previous.Unpublished) != 0 || !s.previous.Clean {
+		t.Errorf("the file says %+v", s.previous)
 	}
 	_, gaps := whole(t, cfg)
 	count := map[event.GapCause]int{}

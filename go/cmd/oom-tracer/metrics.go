@@ -25,6 +25,8 @@ type metrics struct {
 	// neighbours counts incidents of the whole node.
 	neighbours *prometheus.CounterVec
 	published  prometheus.Histogram
+	// stateErrors counts failed writes of the state file.
+	stateErrors prometheus.Counter
 
 	kernel    kernelSide
 	publisher interface{ Stats() bus.Stats }
@@ -78,6 +80,10 @@ func newMetrics() *metrics {
 			Subsystem: subsystem, Name: "neighbours_total",
 			Help: "Kills for which the memory of the node's pods was read, skipped (one was read moments before, or the kill was long ago) or failed.",
 		}, []string{"result"}),
+		stateErrors: prometheus.NewCounter(prometheus.CounterOpts{
+			Subsystem: subsystem, Name: "state_file_errors_total",
+			Help: "Number of failed writes of the state file.",
+		}),
 		published: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Subsystem: subsystem, Name: "publish_latency_seconds",
 			Help:    "From the kill in the kernel to its acknowledgement by JetStream.",
@@ -130,7 +136,7 @@ func (m *metrics) observe(e *event.Event) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published} {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published, m.stateErrors} {
 		c.Describe(ch)
 	}
 	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, seqDesc, journalDesc, lostDesc, unseenDesc, connectedDesc, pendingDesc, ackedDesc} {
@@ -140,7 +146,7 @@ func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published} {
+	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published, m.stateErrors} {
 		c.Collect(ch)
 	}
 	ch <- prometheus.MustNewConstMetric(tierDesc, prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Notify()), string(m.kernel.Prototype()))

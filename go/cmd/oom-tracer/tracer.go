@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -43,7 +44,8 @@ type tracer struct {
 	lines     *printer
 	lookout   *lookout // nil: nobody looks at the neighbours
 	vmstat    procRoot
-	memory    *memory // nil: nothing is remembered over restarts
+	state     *stateFile             // nil: nothing outlives a restart
+	base      atomic.Pointer[uint64] // the kernel base, until it is set
 	interval  time.Duration
 	version   string
 	told      time.Time // of the last record that was handed over
@@ -81,10 +83,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 			t.close(time.Now().Add(stopTime))
 		}
 	}()
-	t.memory, err = openMemory(cfg.Node.StateFile)
-	if err != nil {
-		return nil, err
-	}
+	t.state = openStateFile(cfg.Node.StateFile, log)
 	t.loader, err = loader.Open(ctx, loader.Options{
 		Tier: loader.Tier(cfg.Kernel.Tier), Notify: loader.Notify(cfg.Kernel.Notify), JournalSlots: cfg.Kernel.JournalSlots,
 		PinDir: cfg.Kernel.PinDir, Log: log,
@@ -99,7 +98,11 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		}
 	}
 	// An external NATS may come later than this agent; its own streams are its owner's.
-	t.conn, err = bus.Connect(ctx, cfg.NATS, bus.Options{Name: natsName(node), Background: t.server == nil}, log)
+	natsOptions := bus.Options{Name: natsName(node), Background: t.server == nil}
+	if t.server != nil { // whoever fills its port keeps this process from nothing
+		natsOptions.InProcess = t.server
+	}
+	t.conn, err = bus.Connect(ctx, cfg.NATS, natsOptions, log)
 	if err != nil {
 		return nil, err
 	}
@@ -202,7 +205,7 @@ func (t *tracer) run(ctx context.Context) error {
 	kept := make(chan struct{})
 	go func() {
 		defer close(kept)
-		t.keep(ctx)
+		t.keepState(ctx)
 	}()
 	reported := make(chan struct{})
 	go func() {
@@ -239,7 +242,7 @@ func (t *tracer) run(ctx context.Context) error {
 			t.log.Warn("the end is not told on nats", "error", statusErr)
 		}
 	}
-	t.remember(bounded, true)
+	t.save(bounded, true)
 	stop()
 	wait(bounded, published)
 	wait(bounded, served)
@@ -360,7 +363,10 @@ func (t *tracer) settle(tag settles) {
 		t.loader.Settle(tag.first, tag.last)
 	}
 	if tag.gap != "" {
-		t.memory.told(tag.gap)
+		t.state.remove(tag.gap)
+		if t.state.empty() {
+			t.startBase()
+		}
 	}
 }
 

@@ -65,7 +65,7 @@ func confinedCases(t *testing.T) []confinedCase {
 			{"hooks", statusOK, "kprobe works", ""},
 		}},
 		{name: "stack-paranoid-3", paranoid: 3, kernel: "stack", less: chart, tier: loader.TierStack, notify: loader.NotifyRingbuf},
-		{name: "no-CAP_BPF", paranoid: 2, kernel: "auto", less: without(unix.CAP_BPF), fails: "the bpf system call is refused", doctor: []finding{
+		{name: "no-CAP_BPF", paranoid: 2, kernel: "auto", less: without(unix.CAP_BPF), fails: "operation not permitted", doctor: []finding{
 			{"capabilities", statusFail, "lacks CAP_BPF to load the program", "BPF"},
 			{"bpf", statusFail, "this process lacks CAP_BPF", "see capabilities"},
 		}},

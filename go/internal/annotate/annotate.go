@@ -171,8 +171,13 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 		m.Settler.Retry(delay(m.Attempt, lastLook))
 		return
 	}
-	a.Metrics.identified(&c)
 	d := Decide(&a.Policy, &c)
+	if !d.Act && a.unnamed(&c, &m) {
+		a.Metrics.waiting("container")
+		m.Settler.Retry(delay(m.Attempt, lastLook))
+		return
+	}
+	a.Metrics.identified(&c)
 	if d.Act {
 		// A message that comes again may have been decided otherwise before: that stays.
 		if a.repeated(ctx, m, kill, c.Killed, 0) {
@@ -228,6 +233,18 @@ func (a *Annotator) early(c *Case, m *Message) bool {
 		return false
 	}
 	return a.Now().Sub(m.Time) < a.Wait || a.Stale() != nil
+}
+
+// containerWait bounds how long a kill waits for the name of its container. A sandbox's is in no status.
+const containerWait = 10 * time.Second
+
+// unnamed tells whether the pod may still say which of its containers was hit: the kubelet reports a container some seconds
+// after its start, and an init container can be killed within milliseconds. A mark does not wait for that.
+func (a *Annotator) unnamed(c *Case, m *Message) bool {
+	if c.Found.Pod == nil || c.Found.Gone || c.Age > a.Policy.MaxEventAge {
+		return false
+	}
+	return c.Found.Pod.Unnamed(c.Event.Container.ContainerID) && a.Now().Sub(m.Time) < min(a.Wait, containerWait)
 }
 
 // delay is how long the nth attempt (from 1) is put off: doubling, and half of it random.

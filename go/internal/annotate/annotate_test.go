@@ -519,6 +519,22 @@ func TestHandleWaits(t *testing.T) {
 	w.want(t, w.handle(t, e), "skipped/host", "ack")
 }
 
+// An init container can be killed before the kubelet has reported it.
+func TestHandleWaitsForName(t *testing.T) {
+	w := newWorld()
+	e := kill()
+	e.Limit, e.Scope = &event.Limit{Level: event.LevelContainer}, event.ScopeCgroup
+	e.Container.ContainerID = strings.Repeat("5", 64)
+	w.want(t, w.handle(t, e), "none", "retry")
+	w.now = time.Unix(1010, 0) // a sandbox's ID is in no status
+	w.want(t, w.handle(t, e), "skipped/level", "ack")
+	// A mark does not wait.
+	w = newWorld()
+	e = kill()
+	e.Container.ContainerID = strings.Repeat("5", 64)
+	w.want(t, w.handle(t, e), "annotated/marked", "ack")
+}
+
 func TestHandleOutletFull(t *testing.T) {
 	w := newWorld()
 	for _, err := range []error{bus.ErrFull, bus.ErrClosed} {

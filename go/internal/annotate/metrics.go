@@ -44,7 +44,7 @@ func NewMetrics() *Metrics {
 	for stage, reasons := range map[string][]string{
 		"observed":   {"kill"},
 		"identified": {"pod", "gone", "host", "not_found", "refused"},
-		"skipped":    {"wait_pod", repeatedReason},
+		"skipped":    {"wait_pod", "wait_container", repeatedReason},
 		"error":      errorReasons,
 	} {
 		for _, reason := range reasons {

@@ -151,7 +151,7 @@ type natsd struct {
 
 // buildNatsd builds nats-server once.
 var buildNatsd = sync.OnceValues(func() (string, error) {
-	cmd := exec.Command("../../../tools/natsd/build.sh")
+	cmd := exec.Command("../../../tools/build-module.sh", ".", "github.com/nats-io/nats-server/v2")
 	cmd.Stderr = os.Stderr
 	out, err := cmd.Output()
 	return strings.TrimSpace(string(out)), err

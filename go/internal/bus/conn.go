@@ -36,6 +36,9 @@ type Options struct {
 	// Background lets Connect succeed while NATS is away, and goes on trying. Otherwise the first
 	// connection must succeed. In both cases a connection that was lost is sought for ever.
 	Background bool
+	// InProcess is the embedded server of this process, to which nothing need be dialled then. It does not count with an
+	// external one.
+	InProcess nats.InProcessConnProvider
 }
 
 // InboxPrefix is the prefix of the subjects on which a client of that name receives replies:
@@ -214,15 +217,21 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 	}
 
 	if cfg.URL == "" {
-		addr, err := embeddedAddress(cfg.Embedded)
-		if err != nil {
-			return nil, nil, err
+		server := "nats://in-process"
+		if o.InProcess != nil {
+			options = append(options, nats.InProcessServer(o.InProcess))
+		} else {
+			addr, err := embeddedAddress(cfg.Embedded)
+			if err != nil {
+				return nil, nil, err
+			}
+			server = "nats://" + addr
 		}
 		password := func() (string, error) { return ReadEmbeddedPassword(cfg.Embedded.Dir) }
 		if _, err := password(); err != nil {
 			return nil, nil, fmt.Errorf("%w (is oom-tracer running on this node, with its embedded server?)", err)
 		}
-		return []string{"nats://" + addr}, append(options, c.userInfo(EmbeddedUser, password)), nil
+		return []string{server}, append(options, c.userInfo(EmbeddedUser, password)), nil
 	}
 
 	if servers, err = splitURLs(cfg.URL); err != nil {

@@ -12,6 +12,7 @@ import (
 	"regexp"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 )
 
 // EmbeddedUser is the only user of the embedded server.
@@ -21,41 +22,50 @@ const EmbeddedUser = "oom-tracer"
 // else in the file is damage, or somebody's own idea of a password.
 var generatedPassword = regexp.MustCompile(`^[A-Za-z0-9_-]{32,256}$`)
 
-// PasswordFile is where the embedded server that stores in dir keeps its password.
-func PasswordFile(dir string) string { return filepath.Join(dir, "password") }
+// Files in the directory of the embedded server.
+const (
+	// PasswordName is the password's.
+	PasswordName = "password"
+	// AddressName is that of a file with host:port, which is there while the server runs on a port that was picked
+	// by the kernel (nats.embedded.listen with port 0).
+	AddressName = "address"
+)
 
-// AddressFile is where the embedded server that stores in dir writes host:port while it runs, when its
-// port was picked by the kernel (nats.embedded.listen with port 0).
-func AddressFile(dir string) string { return filepath.Join(dir, "address") }
+// PasswordFile is where the embedded server that stores in dir keeps its password.
+func PasswordFile(dir string) string { return filepath.Join(dir, PasswordName) }
+
+// AddressFile is where the embedded server that stores in dir writes its address.
+func AddressFile(dir string) string { return filepath.Join(dir, AddressName) }
 
 // ReadEmbeddedPassword reads the password of the embedded server that stores in dir.
 //
-// It fails, and names the file, when the file is missing (wraps [fs.ErrNotExist]), cannot be read, is
-// open to others, or does not hold what the server wrote.
+// It fails, and names the file, when the directory is not safe from other users, and when the file is missing (wraps
+// [fs.ErrNotExist]), cannot be read, is open to others, or does not hold what the server wrote.
 func ReadEmbeddedPassword(dir string) (string, error) {
-	path := PasswordFile(dir)
-	const again = "delete it and restart oom-tracer to have a new one made"
-	// Lstat: a link would let whoever owns its target choose the password.
-	info, err := os.Lstat(path)
+	d, err := statedir.Open(dir)
 	if err != nil {
+		return "", fmt.Errorf("read password of the embedded nats-server (%s): %w", PasswordFile(dir), err)
+	}
+	defer d.Close()
+	return ReadPassword(d)
+}
+
+// ReadPassword is ReadEmbeddedPassword for a directory that is open.
+func ReadPassword(d *statedir.Dir) (string, error) {
+	const again = "restart oom-tracer to have a new one made"
+	data, err := d.ReadSecret(PasswordName, maxSecret)
+	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("read password of the embedded nats-server: %w", err)
 	}
-	if !info.Mode().IsRegular() {
-		return "", fmt.Errorf("read password of the embedded nats-server: %s is not a regular file: %s", path, again)
-	}
-	if perm := info.Mode().Perm(); perm&0o077 != 0 {
-		return "", fmt.Errorf("read password of the embedded nats-server: %s has mode %04o and must have 0600, others may know it: %s", path, perm, again)
-	}
-	data, err := readSmall(path)
 	if err != nil {
-		return "", fmt.Errorf("read password of the embedded nats-server: %w", err)
+		return "", fmt.Errorf("read password of the embedded nats-server: %w (%s)", err, again)
 	}
 	password := string(bytes.TrimSuffix(data, []byte("\n")))
 	if password == "" {
-		return "", fmt.Errorf("read password of the embedded nats-server: %s is empty: %s", path, again)
+		return "", fmt.Errorf("read password of the embedded nats-server: %s is empty: %s", d.Path(PasswordName), again)
 	}
 	if !generatedPassword.MatchString(password) {
-		return "", fmt.Errorf("read password of the embedded nats-server: %s does not hold a generated password: %s", path, again)
+		return "", fmt.Errorf("read password of the embedded nats-server: %s does not hold a generated password: %s", d.Path(PasswordName), again)
 	}
 	return password, nil
 }
@@ -74,20 +84,22 @@ func readPasswordFile(path string) (string, error) {
 	return password, nil
 }
 
-// readSmall reads a file of at most 4 KiB.
+// maxSecret is the size of the largest file with a secret.
+const maxSecret = 4 << 10
+
+// readSmall reads a file of at most maxSecret bytes.
 func readSmall(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	const limit = 4 << 10
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	data, err := io.ReadAll(io.LimitReader(f, maxSecret+1))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
-	if len(data) > limit {
-		return nil, fmt.Errorf("read %s: more than %d bytes are not a secret", path, limit)
+	if len(data) > maxSecret {
+		return nil, fmt.Errorf("read %s: more than %d bytes are not a secret", path, maxSecret)
 	}
 	return data, nil
 }
@@ -101,7 +113,12 @@ func embeddedAddress(cfg config.Embedded) (string, error) {
 	if port != "0" {
 		return cfg.Listen, nil
 	}
-	data, err := readSmall(AddressFile(cfg.Dir))
+	dir, err := statedir.Open(cfg.Dir)
+	var data []byte
+	if err == nil {
+		defer dir.Close()
+		data, err = dir.ReadFile(AddressName, maxSecret)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("nats.embedded.listen is %s, and %s, where a running oom-tracer writes its port, does not exist: %w", cfg.Listen, AddressFile(cfg.Dir), err)
 	}

@@ -30,6 +30,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/restmapper"
+	"k8s.io/client-go/util/retry"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
@@ -57,14 +58,30 @@ func (c *Cluster) Node(name string, changes ...func(*corev1.Node)) *corev1.Node 
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	node.Status = status
-	if node, err = nodes.UpdateStatus(c.t.Context(), node, metav1.UpdateOptions{}); err != nil {
-		c.t.Fatal(err)
-	}
-	// The server taints every new node as not ready, for a controller to take that away once it is.
-	node.Spec.Taints = taints
-	if node, err = nodes.Update(c.t.Context(), node, metav1.UpdateOptions{}); err != nil {
-		c.t.Fatal(err)
+	// The server taints every new node as not ready, for a controller to take that away once it is. Where there is
+	// one, it changes the node too.
+	for _, change := range []func() error{
+		func() error {
+			node.Status = status
+			node, err = nodes.UpdateStatus(c.t.Context(), node, metav1.UpdateOptions{})
+			return err
+		},
+		func() error {
+			node.Spec.Taints = taints
+			node, err = nodes.Update(c.t.Context(), node, metav1.UpdateOptions{})
+			return err
+		},
+	} {
+		name := node.Name
+		err := retry.RetryOnConflict(retry.DefaultBackoff, func() error {
+			if node, err = nodes.Get(c.t.Context(), name, metav1.GetOptions{}); err != nil {
+				return err
+			}
+			return change()
+		})
+		if err != nil {
+			c.t.Fatal(err)
+		}
 	}
 	return node
 }

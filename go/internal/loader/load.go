@@ -22,6 +22,7 @@ import (
 	ebpflink "github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
@@ -85,6 +86,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err != nil {
 		return nil, err
 	}
+	bridgeLog(opts.Log, true)
 	// Where bpf(2) is refused, no tier has to be tried.
 	if err := CheckBPF(); err != nil {
 		return nil, err
@@ -150,7 +152,8 @@ func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
 		return g, nil
 	}
 	g.pins, err = lockPins(ctx, opts.PinDir)
-	if errors.Is(err, ErrNoBPFFS) {
+	// Nor may a user who was there first keep this node from being watched.
+	if errors.Is(err, ErrNoBPFFS) || errors.Is(err, statedir.ErrUnsafe) {
 		opts.Log.Warn("nothing can be pinned: kills while no tracer runs are not recorded", "error", err)
 		return g, nil
 	}

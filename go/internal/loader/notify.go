@@ -11,6 +11,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/aquasecurity/libbpfgo"
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/perf"
@@ -37,14 +38,22 @@ func (n Notify) value() uint32 { return map[Notify]uint32{NotifyPerf: 1, NotifyR
 // The maps that carry notifications.
 var notifyMaps = map[Notify]string{NotifyPerf: "oom_perf", NotifyRingbuf: "oom_ringbuf"}
 
-// ErrBPF is wrapped by the error of Open where the kernel refuses bpf(2) itself.
+// ErrBPF is wrapped by the error of CheckBPF and Open where bpf(2) itself is refused.
 var ErrBPF = errors.New("the bpf system call is refused")
 
-// CheckBPF reports whether bpf(2) can be used at all: nil, or why not.
+// CheckBPF reports whether this process may use bpf(2): nil, or why not.
 func CheckBPF() error {
-	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	// To a command that it does not know the kernel answers EINVAL.
+	const unknown = 1 << 30
+	var attr [16]byte
+	_, _, errno := unix.Syscall(unix.SYS_BPF, unknown, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	if errno != unix.EINVAL {
+		return fmt.Errorf("%w: %w", ErrBPF, errno)
+	}
+	// Since v6.5 it asks for the right only here (commit 1d28635abcf1).
+	m, err := newMap(libbpfgo.MapTypeArray, "oom_check", 4, 1)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrBPF, err)
+		return err
 	}
 	return m.Close()
 }
@@ -109,22 +118,36 @@ func (n *notifier) open(perfErr error) (err error) {
 		if perfErr != nil {
 			return perfErr
 		}
-		if n.m, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.PerfEventArray}); err != nil {
-			return fmt.Errorf("create the map: %w", err)
+		cpus, err := libbpfgo.NumPossibleCPUs()
+		if err != nil {
+			return fmt.Errorf("count the possible CPUs: %w", err)
+		}
+		if n.m, err = newMap(libbpfgo.MapTypePerfEventArray, notifyMaps[n.way], 4, cpus); err != nil {
+			return err
 		}
 		if n.perf, err = perf.NewReader(n.m, os.Getpagesize()); err != nil {
 			return fmt.Errorf("open a perf buffer of one page per CPU: %w", err)
 		}
 	case NotifyRingbuf:
 		// The kernel wants a multiple of the page and a power of two, and a page is both.
-		if n.m, err = ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(os.Getpagesize())}); err != nil {
-			return fmt.Errorf("create the map: %w", err)
+		if n.m, err = newMap(libbpfgo.MapTypeRingbuf, notifyMaps[n.way], 0, os.Getpagesize()); err != nil {
+			return err
 		}
 		if n.ring, err = ringbuf.NewReader(n.m); err != nil {
 			return fmt.Errorf("open the ring buffer: %w", err)
 		}
 	}
 	return nil
+}
+
+// newMap creates a map whose keys and values have a size. libbpf does it, which raises the limit of locked memory where
+// the kernel still accounts maps to it (before v5.11).
+func newMap(kind libbpfgo.MapType, name string, size, entries int) (*ebpf.Map, error) {
+	m, err := libbpfgo.CreateMap(kind, name, size, size, entries, nil)
+	if err != nil {
+		return nil, err
+	}
+	return ebpf.NewMapFromFD(m.FileDescriptor()) // takes it
 }
 
 // wait returns the seq that a notification names, or 0 where none came until the deadline, which must be one, or the

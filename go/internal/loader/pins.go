@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -16,6 +17,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
@@ -49,19 +51,27 @@ type pins struct {
 }
 
 // lockPins makes the directory if need be and locks it against other tracers. The lock goes with the
-// process.
+// process. It fails where other users can get at the directory, with an error that wraps statedir.ErrUnsafe.
 func lockPins(ctx context.Context, dir string) (*pins, error) {
 	if err := onBPFFS(filepath.Dir(dir)); err != nil {
 		return nil, err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	d, err := statedir.Make(dir)
+	if err == nil {
+		defer d.Close()
+		err = d.Private() // or another user could hold the lock
+	}
+	switch {
+	case errors.Is(err, statedir.ErrUnsafe):
+		return nil, fmt.Errorf("pin directory: %w; to keep other users out of all of a bpffs: mount -t bpf -o mode=0700 bpf %s", err, filepath.Dir(dir))
+	case err != nil:
 		return nil, fmt.Errorf("make the pin directory: %w", err)
 	}
 	// It may be a mount of its own, or no directory of ours at all.
 	if err := onBPFFS(dir); err != nil {
 		return nil, err
 	}
-	lock, err := os.Open(dir)
+	lock, err := d.Open(".")
 	if err != nil {
 		return nil, fmt.Errorf("open the pin directory: %w", err)
 	}
@@ -120,12 +130,13 @@ func (p *pins) generations() ([]uint64, error) {
 	return found, nil
 }
 
-// remove removes what a generation has pinned: the kernel detaches its links.
+// remove removes what a generation has pinned: the kernel detaches its links. What no tracer has pinned stays, and
+// so does the directory then.
 func remove(dir string) error {
-	if err := removePins(dir, func(string) bool { return true }); err != nil {
+	if err := removePins(dir, isPin); err != nil {
 		return err
 	}
-	if err := os.Remove(dir); err != nil {
+	if err := os.Remove(dir); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
 		return fmt.Errorf("remove pins: %w", err)
 	}
 	return nil
@@ -133,19 +144,36 @@ func remove(dir string) error {
 
 // removeLinks detaches a generation and leaves its journal.
 func removeLinks(dir string) error {
-	return removePins(dir, func(name string) bool { return !strings.HasPrefix(name, journalPin) })
+	return removePins(dir, func(name string) bool { return isPin(name) && !strings.HasPrefix(name, journalPin) })
 }
 
+// isPin reports whether a tracer of any version gives a pin such a name: a journal, or a program.
+func isPin(name string) bool {
+	for _, prefix := range []string{journalPin, "oom_", "fentry_", "kprobe_"} {
+		if strings.HasPrefix(name, prefix) {
+			return true
+		}
+	}
+	return false
+}
+
+// removePins removes from a directory what has such a name. It leaves a directory alone that another user can get
+// at, or that is a link, and follows no link in it.
 func removePins(dir string, which func(name string) bool) error {
-	entries, err := os.ReadDir(dir)
+	d, err := statedir.Open(dir)
+	if err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	defer d.Close()
+	entries, err := fs.ReadDir(d.FS(), ".")
 	if err != nil {
 		return fmt.Errorf("remove pins: %w", err)
 	}
 	for _, entry := range entries {
-		if !which(entry.Name()) {
+		if !entry.Type().IsRegular() || !which(entry.Name()) {
 			continue
 		}
-		if err := os.Remove(filepath.Join(dir, entry.Name())); err != nil {
+		if err := d.Remove(entry.Name()); err != nil {
 			return fmt.Errorf("remove pin: %w", err)
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
@@ -397,4 +398,138 @@ func TestTakeOver(t *testing.T) {
 	if _, err := Unload(t.Context(), dir, false); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestForeignPins: in a bpffs that everybody can write to, as mount -t bpf makes it, another user leads the tracer
+// nowhere: it deletes nothing, pins nothing there, and watches all the same.
+func TestForeignPins(t *testing.T) {
+	sharedBPFFS := func(t *testing.T) string {
+		dir := scratchtest.SharedDir(t)
+		if err := unix.Mount("bpf", dir, "bpf", 0, "mode=1777"); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+		return dir
+	}
+	// precious is a directory of root's, with files that are named as ours are.
+	precious := func(t *testing.T) (dir string, intact func()) {
+		dir = scratchtest.SharedDir(t)
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		files := []string{"journal-v1", "oom_mark_victim", "state", "passwd"}
+		for _, name := range files {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte("precious"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return dir, func() {
+			t.Helper()
+			for _, name := range files {
+				if data, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(data) != "precious" {
+					t.Errorf("%s: %q, %v", name, data, err)
+				}
+			}
+		}
+	}
+	try := func(t *testing.T, dir string) (pinned bool, err error) {
+		log := &scratchtest.Output{}
+		l, err := Open(t.Context(), Options{Tier: TierNone, JournalSlots: 64, PinDir: dir, Log: slog.New(slog.NewTextHandler(log, nil))})
+		if err != nil {
+			return false, err
+		}
+		defer l.Close()
+		if !l.Pinned() && !strings.Contains(log.String(), "mode=0700") {
+			t.Errorf("no remedy in:\n%s", log)
+		}
+		return l.Pinned(), nil
+	}
+	for name, script := range map[string]string{
+		"a link to a directory":            "ln -s TARGET oom",
+		"a generation that is a link":      "mkdir oom; ln -s TARGET oom/1",
+		"a generation of links":            "mkdir oom; mkdir oom/1; for f in journal-v1 oom_mark_victim; do ln -s TARGET/$f oom/1/$f; done",
+		"a state that is a link":           "mkdir oom; ln -s TARGET/state oom/state",
+		"a directory that others may read": "mkdir -m 0755 oom",
+	} {
+		t.Run(name, func(t *testing.T) {
+			shared := sharedBPFFS(t)
+			dir := filepath.Join(shared, "oom")
+			target, intact := precious(t)
+			scratchtest.RunAsNobody(t, shared, strings.ReplaceAll(script, "TARGET", target))
+			if pinned, err := try(t, dir); err != nil || pinned {
+				t.Errorf("pinned %v, %v", pinned, err)
+			}
+			if _, err := Unload(t.Context(), dir, true); !errors.Is(err, statedir.ErrUnsafe) {
+				t.Errorf("unload: %v", err)
+			}
+			intact()
+			// The remedy of the error, without a look at what is in the directory.
+			if err := os.Lchown(dir, 0, 0); err != nil {
+				t.Fatal(err)
+			}
+			if info, err := os.Lstat(dir); err == nil && info.IsDir() {
+				if err := os.Chmod(dir, 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			_, err := try(t, dir)
+			_, unloadErr := Unload(t.Context(), dir, true)
+			t.Logf("after chown root: %v; unload: %v", err, unloadErr)
+			intact()
+		})
+	}
+	t.Run("a race", func(t *testing.T) {
+		shared := sharedBPFFS(t)
+		target, intact := precious(t)
+		scratchtest.LoopAsNobody(t, shared, "mkdir oom; ln -s "+target+" oom/1; rm oom/1; rmdir oom; ln -s "+target+" oom; rm oom")
+		dir := filepath.Join(shared, "oom")
+		refused, opened := 0, 0
+		for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); {
+			p, err := lockPins(ended(t), dir)
+			if err != nil {
+				refused++
+				continue
+			}
+			opened++
+			p.close()
+			if _, err := Unload(ended(t), dir, true); err != nil {
+				t.Errorf("our own: %v", err)
+			}
+		}
+		t.Logf("refused %d times, opened %d times", refused, opened)
+		if refused == 0 || opened == 0 {
+			t.Error("the race was not run")
+		}
+		intact()
+	})
+	t.Run("what is no pin", func(t *testing.T) {
+		target, _ := precious(t)
+		own := filepath.Join(t.TempDir(), "1")
+		if err := os.Mkdir(own, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"journal-v1", "oom_mark_victim", "fentry_out_of_memory", "kprobe_out_of_memory", "passwd"} {
+			if err := os.WriteFile(filepath.Join(own, name), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Symlink(target, filepath.Join(own, "oom_link")); err != nil {
+			t.Fatal(err)
+		}
+		if err := remove(own); err != nil {
+			t.Error(err)
+		}
+		var left []string
+		entries, err := os.ReadDir(own)
+		for _, entry := range entries {
+			left = append(left, entry.Name())
+		}
+		if err != nil || strings.Join(left, " ") != "oom_link passwd" {
+			t.Errorf("left: %v, %v", left, err)
+		}
+	})
 }

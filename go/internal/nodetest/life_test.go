@@ -171,7 +171,7 @@ func (l *Lab) testSingleProcess(t *testing.T, r *record) {
 	l.pod("child", limited("32Mi"), side)
 	before := l.running("child", "")
 	l.tell(t, r, story{name: "child", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer},
-		outcome: "skipped/level", processes: 1, cause: func() { l.exec("child", "main", "64") }})
+		outcome: "skipped/level", processes: 1, cause: func(l *Lab) { l.exec("child", "main", "64") }})
 	after := l.running("child", "")
 	if after.UID != before.UID || after.Status.ContainerStatuses[0].RestartCount != 0 || after.Status.ContainerStatuses[0].State.Running == nil {
 		t.Errorf("the container did not live on: %+v", after.Status.ContainerStatuses[0])
@@ -210,7 +210,7 @@ func (l *Lab) testReboot(t *testing.T, r *record) {
 		t.Errorf("%d kills, there were %d before", got, kills)
 	}
 	l.tell(t, r, story{name: "service", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelOther}, outcome: "skipped/host", processes: 1,
-		cause: func() {
+		cause: func(l *Lab) {
 			l.Machine.Must("systemd-run --quiet --wait --collect --unit=greedy -p MemoryMax=16M -p MemorySwapMax=0 /usr/local/bin/pod 64 || true")
 		}})
 }

@@ -45,8 +45,8 @@ func boot(t testing.TB, dir, images, settings, name string) *Machine {
 		Path: "/usr/bin/qemu-system-x86_64",
 		Log:  filepath.Join(work, "qemu.log"),
 		Args: []string{
-			// Without KVM. What stands here else than a default was needed to run it stably: ../../../tools/node/README.md
-			"-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", "2", "-m", "2048", "-nodefaults", "-no-user-config", "-nographic",
+			// Without KVM. -cx16 and no_timer_check keep faults of the emulator away (see tools/vm/test-vm.sh).
+			"-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16", "-smp", "2", "-m", "2048", "-nodefaults", "-no-user-config", "-nographic",
 			"-serial", "file:" + m.console, "-monitor", "none", "-device", "virtio-rng-pci",
 			"-drive", "file=" + filepath.Join(dir, "root.img") + ",if=virtio,format=raw,cache=unsafe,snapshot=on",
 			"-drive", "file=" + images + ",if=virtio,format=raw,cache=unsafe",

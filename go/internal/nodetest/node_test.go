@@ -33,6 +33,8 @@ func TestNode(t *testing.T) {
 	if out, err := l.kubectl(t.Context(), "", "label", "namespace", "shop", "pod-security.kubernetes.io/enforce=restricted"); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
+	t.Run("Quiet", func(t *testing.T) { l.in(t).testQuiet(t) })
+	t.Run("Confined", func(t *testing.T) { l.in(t).testConfined(t) })
 	t.Run("Doctor", func(t *testing.T) { l.in(t).testDoctor(t) })
 	t.Run("Kills", func(t *testing.T) { l.in(t).testKills(t, r) })
 	t.Run("Life", func(t *testing.T) { l.in(t).testLife(t, r) })
@@ -68,16 +70,33 @@ func (l *Lab) testDoctor(t *testing.T) {
 	if strings.Contains(out, "fail ") {
 		t.Error("doctor says that something fails")
 	}
-	log, err := l.kubectl(t.Context(), "", "logs", "-n", namespace, "daemonset/oom-tracer")
-	t.Logf("the tracer's log:\n%s", log)
-	if err != nil {
-		t.Error(err)
+}
+
+// testConfined: our processes are confined as the distribution and the chart have it, and a node out of memory takes them last.
+func (l *Lab) testConfined(t *testing.T) {
+	for name, want := range map[string][]string{
+		"oom-tracer":      {"adj=-998", "Seccomp:\t2", "NoNewPrivs:\t1", "cri-containerd.apparmor.d (enforce)", "CapEff:\t000000c401000000"},
+		"oom-annotator":   {"adj=-997", "Seccomp:\t2", "NoNewPrivs:\t1", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
+		"oom-descheduler": {"adj=-997", "Seccomp:\t2", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
+		"nats":            {"adj=-997", "Seccomp:\t2", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
+	} {
+		out := l.Machine.Must(`pid=$(pidof ` + name + `); echo adj=$(cat /proc/$pid/oom_score_adj); cat /proc/$pid/attr/current; grep -E '^(Seccomp|NoNewPrivs|CapEff):' /proc/$pid/status`)
+		for _, w := range want {
+			if !strings.Contains(out, w) {
+				t.Errorf("%s has not %q:\n%s", name, w, out)
+			}
+		}
 	}
+}
+
+// testQuiet: a first install writes no error.
+func (l *Lab) testQuiet(t *testing.T) {
 	for _, name := range []string{"daemonset/oom-tracer", "deployment/oom-annotator", "statefulset/oom-tracer-nats"} {
 		log, err := l.kubectl(t.Context(), "", "logs", "-n", namespace, name, "--all-containers")
 		if err != nil {
 			t.Error(err)
 		}
+		t.Logf("%s:\n%s", name, log)
 		for line := range strings.Lines(log) {
 			if regexp.MustCompile(`level=ERROR|\[ERR\]|Permissions Violation`).MatchString(line) {
 				t.Errorf("a first install is not quiet: %s: %s", name, line)
@@ -94,11 +113,12 @@ type story struct {
 	levels    []event.LimitLevel
 	outcome   string // result/reason
 	processes int    // 0: at least one
-	kubelet   string // the reason that the kubelet gives; empty: none is looked for
-	cause     func()
+	cause     func(l *Lab)
 }
 
-func (l *Lab) testKills(t *testing.T, r *record) {
+// shop makes the pods that are to be killed, and one that is not.
+func (l *Lab) shop() {
+	l.t.Helper()
 	l.pod("container", limited("32Mi"), side)
 	l.pod("pod", side, func(s *corev1.PodSpec) { m := memory("48Mi"); s.Resources = &m })
 	l.pod("bystander")
@@ -120,53 +140,59 @@ END`
 	for _, name := range []string{"container", "pod", "bystander", "web", "cart", "static"} {
 		l.running(name, "")
 	}
-	own := []event.LimitLevel{event.LevelContainer, event.LevelPod}
-	for _, s := range []story{
-		{name: "container", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level",
-			processes: 5, kubelet: "OOMKilled", cause: func() { l.exec("container", "main", "64", "3") }},
-		{name: "pod", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelPod}, outcome: "skipped/level",
-			kubelet: "OOMKilled", cause: func() { l.exec("pod", "main", "96") }},
-		{name: "static", container: "main", scope: event.ScopeCgroup, levels: own, outcome: "skipped/",
-			kubelet: "OOMKilled", cause: func() { l.exec("static-"+nodeName, "main", "64") }},
-		{name: "init", container: "prepare", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level",
-			kubelet: "OOMKilled", cause: func() {
-				l.pod("init", limited("64Mi"), func(s *corev1.PodSpec) {
-					s.RestartPolicy = corev1.RestartPolicyNever
-					s.InitContainers = []corev1.Container{{Name: "prepare", Image: "localhost/pod:1", Args: []string{"64"}, Resources: memory("16Mi")}}
-				})
-			}},
-		{name: "cart", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelKubepods}, outcome: "annotated/marked",
-			cause: func() { l.exec(l.running("cart", "").Name, "main", "3000") }},
-		{name: "web", container: "main", scope: event.ScopeGlobal, levels: []event.LimitLevel{event.LevelNode}, outcome: "annotated/marked",
-			cause: func() { l.nodeOutOfMemory(l.running("web", "").Name) }},
-		{name: "service", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelOther}, outcome: "skipped/host", processes: 1,
-			cause: func() {
-				l.Machine.Must("systemd-run --quiet --wait --collect --unit=greedy -p MemoryMax=16M -p MemorySwapMax=0 /usr/local/bin/pod 64 || true")
-			}},
-	} {
+}
+
+func (l *Lab) testKills(t *testing.T, r *record) {
+	l.shop()
+	for _, s := range stories() {
 		t.Run(s.name, func(t *testing.T) { l.in(t).tell(t, r, s) })
 	}
 	t.Run("Untouched", func(t *testing.T) { l.in(t).testUntouched(t) })
 	t.Run("Console", func(t *testing.T) { l.in(t).testConsole(t, r) })
 }
 
+// stories are the kinds of kills on a node, in the order in which they disturb it more and more.
+func stories() []story {
+	own := []event.LimitLevel{event.LevelContainer, event.LevelPod}
+	return []story{
+		{name: "container", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level",
+			processes: 5, cause: func(l *Lab) { l.exec("container", "main", "64", "3") }},
+		{name: "pod", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelPod}, outcome: "skipped/level", cause: func(l *Lab) { l.exec("pod", "main", "96") }},
+		{name: "static", container: "main", scope: event.ScopeCgroup, levels: own, outcome: "skipped/", cause: func(l *Lab) { l.exec("static-"+nodeName, "main", "64") }},
+		{name: "init", container: "prepare", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer}, outcome: "skipped/level", cause: func(l *Lab) {
+			l.pod("init", limited("64Mi"), func(s *corev1.PodSpec) {
+				s.RestartPolicy = corev1.RestartPolicyNever
+				s.InitContainers = []corev1.Container{{Name: "prepare", Image: "localhost/pod:1", Args: []string{"64"}, Resources: memory("16Mi")}}
+			})
+		}},
+		{name: "cart", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelKubepods}, outcome: "annotated/marked",
+			cause: func(l *Lab) { l.exec(l.running("cart", "").Name, "main", "3000") }},
+		{name: "web", container: "main", scope: event.ScopeGlobal, levels: []event.LimitLevel{event.LevelNode}, outcome: "annotated/marked",
+			cause: func(l *Lab) { l.nodeOutOfMemory(l.running("web", "").Name) }},
+		{name: "service", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelOther}, outcome: "skipped/host", processes: 1,
+			cause: func(l *Lab) {
+				l.Machine.Must("systemd-run --quiet --wait --collect --unit=greedy -p MemoryMax=16M -p MemorySwapMax=0 /usr/local/bin/pod 64 || true")
+			}},
+	}
+}
+
 // nodeOutOfMemory leaves the node less memory than the limit of all pods, and has a pod take the rest.
 func (l *Lab) nodeOutOfMemory(pod string) {
 	l.t.Helper()
-	// Out of the OOM killer's reach, and for a minute or so.
-	l.Machine.Must(`systemd-run --quiet --unit=holder -p OOMScoreAdjust=-1000 /bin/sh -c 'head -c 700M /dev/zero | tail -n 1 | sleep 600'
-for i in $(seq 60); do
-	[ $(awk '/MemAvailable/ {print $2}' /proc/meminfo) -lt 700000 ] && break
+	// A service that the OOM killer does not take.
+	l.Machine.Must(`systemd-run --quiet --unit=holder -p OOMScoreAdjust=-1000 /bin/sh -c 'head -c 500M /dev/zero | tail -n 1 | sleep 600'
+for i in $(seq 120); do
+	[ $(cat /sys/fs/cgroup/system.slice/holder.service/memory.current) -lt 500000000 ] || break
 	sleep 1
 done
-# What ends the thrashing before it lasts for minutes: the memory of a second's work is not taken away.
+# This ends the thrashing before it lasts for minutes: MGLRU does not evict the working set of a second.
 echo 1000 >/sys/kernel/mm/lru_gen/min_ttl_ms`)
 	defer l.Machine.Must("systemctl stop holder; echo 0 >/sys/kernel/mm/lru_gen/min_ttl_ms")
 	l.exec(pod, "main", "3000")
 }
 
-// tell causes the kill, waits for all that must follow, and prints when it did.
-func (l *Lab) tell(t *testing.T, r *record, s story) {
+// tell causes the kill, waits for all that must follow, and prints when it did. It returns how long each took after the kill.
+func (l *Lab) tell(t *testing.T, r *record, s story) map[string]time.Duration {
 	var victim *corev1.Pod
 	if s.container != "" && s.name != "init" {
 		victim = l.running(s.name, "")
@@ -180,7 +206,7 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.cause()
+	s.cause(l)
 	if s.name == "init" {
 		pod, err := l.Client.CoreV1().Pods("shop").Get(t.Context(), "init", metav1.GetOptions{})
 		if err != nil {
@@ -220,12 +246,14 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 		return nil
 	})
 	first := kills[0]
-	at := func(when time.Time) string {
-		return fmt.Sprintf("%+9.3f s", when.Sub(first.Time.Add(-ahead)).Seconds())
+	took := map[string]time.Duration{}
+	done := func(stage string, when time.Time, detail string) {
+		took[stage] = when.Sub(first.Time.Add(-ahead))
+		l.logf("  %+9.3f s  %s%s", took[stage].Seconds(), stage, detail)
 	}
 	l.logf("%s: the kernel killed %s[%d] (%d processes), scope %s, tier %s", s.name, first.Victim.Comm, first.Victim.PID, len(kills), first.Scope, first.Node.Tier)
-	l.logf("  %s  stored by NATS", at(first.stored.Add(-ahead)))
-	l.logf("  %s  outcome %s (%s)", at(outcome.Time.Add(-ahead)), outcome.Result, outcome.Reason)
+	done("stored", first.stored.Add(-ahead), "")
+	done("outcome", outcome.Time.Add(-ahead), fmt.Sprintf(": %s (%s)", outcome.Result, outcome.Reason))
 
 	if s.processes > 0 && len(kills) != s.processes {
 		t.Errorf("%d kills, not %d", len(kills), s.processes)
@@ -245,7 +273,7 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 		t.Errorf("outcome %s, not %s: %+v", got, s.outcome, outcome)
 	}
 	if s.container == "" {
-		return
+		return took
 	}
 	if outcome.Pod == nil || outcome.Pod.UID != string(victim.UID) || outcome.Container != s.container {
 		t.Errorf("outcome of pod %+v, container %q", outcome.Pod, outcome.Container)
@@ -256,7 +284,7 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 		l.await(what, patience, func() error {
 			for _, e := range l.Audit()[requests:] {
 				if e.ResponseStatus.Code < 300 && is(e) {
-					l.logf("  %s  %s", at(e.RequestReceivedTimestamp.Time), what)
+					done(what, e.RequestReceivedTimestamp.Time, "")
 					return nil
 				}
 			}
@@ -266,32 +294,37 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 	by := func(e kubetest.AuditEvent, account string) bool {
 		return e.User.Username == "system:serviceaccount:"+namespace+":"+account
 	}
-	request("Kubernetes Event", time.Minute, func(e kubetest.AuditEvent) bool {
+	request("Event", time.Minute, func(e kubetest.AuditEvent) bool {
 		return by(e, "oom-annotator") && e.ObjectRef.Resource == "events" && strings.Contains(string(e.RequestObject), string(victim.UID))
 	})
-	if s.kubelet != "" {
-		request("kubelet's status: "+s.kubelet, 2*time.Minute, func(e kubetest.AuditEvent) bool {
-			return e.User.Username == "system:node:"+nodeName && e.ObjectRef.Subresource == "status" && e.ObjectRef.Name == victim.Name &&
-				strings.Contains(string(e.RequestObject), `"`+s.kubelet+`"`)
+	// The reason is OOMKilled, or Error where containerd has not seen the kill: of the node's memory, or at a container's start.
+	if s.processes != 1 || s.name == "init" {
+		request("kubelet status", 2*time.Minute, func(e kubetest.AuditEvent) bool {
+			reason := regexp.MustCompile(`"exitCode":137,.*?"reason":"(\w+)"`).FindSubmatch(e.RequestObject)
+			if e.User.Username != "system:node:"+nodeName || e.ObjectRef.Subresource != "status" || e.ObjectRef.Name != victim.Name || reason == nil {
+				return false
+			}
+			l.logf("               the kubelet says %s", reason[1])
+			return true
 		})
 	}
 	if outcome.Result != event.ResultAnnotated {
-		return
+		return took
 	}
 	request("annotated", time.Minute, func(e kubetest.AuditEvent) bool {
 		return by(e, "oom-annotator") && e.Verb == "patch" && e.ObjectRef.Resource == "pods" && e.ObjectRef.Name == victim.Name &&
 			strings.Contains(string(e.RequestObject), evictMe)
 	})
-	request("eviction asked for by the descheduler", 3*time.Minute, func(e kubetest.AuditEvent) bool {
+	request("evicted", 3*time.Minute, func(e kubetest.AuditEvent) bool {
 		return by(e, "oom-descheduler") && e.ObjectRef.Subresource == "eviction" && e.ObjectRef.Name == victim.Name
 	})
-	request("pod gone", 3*time.Minute, func(e kubetest.AuditEvent) bool {
+	request("gone", 3*time.Minute, func(e kubetest.AuditEvent) bool {
 		return e.Verb == "delete" && e.User.Username == "system:node:"+nodeName && e.ObjectRef.Name == victim.Name
 	})
 	replacement := l.running(s.name, string(victim.UID))
 	for _, c := range replacement.Status.Conditions {
 		if c.Type == corev1.PodReady {
-			l.logf("  %s  replacement %s ready (to the second)", at(c.LastTransitionTime.Time), replacement.Name)
+			done("replaced", c.LastTransitionTime.Time, ": "+replacement.Name+" is ready (to the second)")
 		}
 	}
 	l.await("the last word on it", time.Minute, func() error {
@@ -299,9 +332,10 @@ func (l *Lab) tell(t *testing.T, r *record, s story) {
 		if !ok || o.Result != event.ResultEvicted {
 			return fmt.Errorf("outcome of the stage close: %t %s", ok, o.Result)
 		}
-		l.logf("  %s  outcome %s (%s)", at(o.Time.Add(-ahead)), o.Result, o.Reason)
+		done("closed", o.Time.Add(-ahead), fmt.Sprintf(": %s (%s)", o.Result, o.Reason))
 		return nil
 	})
+	return took
 }
 
 // testUntouched: only the pods of web and cart were marked or evicted, and none of ours was killed.

@@ -16,6 +16,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/netlimit"
 )
 
 // The bounds of the server.
@@ -25,6 +27,9 @@ const (
 	shutdownTimeout = time.Second
 	// maxScrapes is how many scrapes may run at once; further ones are told 503.
 	maxScrapes = 4
+	// maxConns is how many connections there are at once. Those without a request under way give way to new ones.
+	maxConns  = 64
+	connGrace = 10 * time.Millisecond
 )
 
 // Check says what is wrong with one thing, nil if nothing is. It should return when ctx ends; one
@@ -69,10 +74,11 @@ func Listen(addr string, reg *prometheus.Registry, checks Checks, log *slog.Logg
 	if addr == "" {
 		return s, nil
 	}
-	var err error
-	if s.listener, err = net.Listen("tcp", addr); err != nil {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
+	s.listener = netlimit.New(listener, maxConns, connGrace)
 	return s, nil
 }
 
@@ -94,11 +100,12 @@ func (s *Server) Serve(ctx context.Context) error {
 		return nil
 	}
 	srv := &http.Server{
-		Handler:           s.mux,
+		Handler:           holding(s.mux),
 		BaseContext:       func(net.Listener) context.Context { return ctx }, // checks end with the program
+		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      time.Minute,
+		WriteTimeout:      10 * time.Second, // what Prometheus waits by default
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
@@ -118,6 +125,20 @@ func (s *Server) Serve(ctx context.Context) error {
 	}
 	<-served
 	return err
+}
+
+// connKey is the key of a request's connection in its context.
+type connKey struct{}
+
+// holding holds the connection of a request while it is answered.
+func holding(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if c, ok := r.Context().Value(connKey{}).(*netlimit.Conn); ok {
+			c.Hold()
+			defer c.Release()
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 // checkHandler answers 200 when every check passes and 503 when one does not, with a line for each:

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -327,5 +328,71 @@ func TestServeError(t *testing.T) {
 	s.listener.Close()
 	if err := s.Serve(t.Context()); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Serve: %v", err)
+	}
+}
+
+// Whoever fills the port and asks for nothing keeps no probe out; and no request that is being answered gives way.
+func TestFlood(t *testing.T) {
+	entered, leave := make(chan struct{}), make(chan struct{})
+	s, err := Listen("127.0.0.1:0", NewRegistry("test"), Checks{
+		Ready: map[string]Check{"slow": func(context.Context) error { close(entered); <-leave; return nil }},
+	}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.checkTimeout = time.Minute
+	ctx, stop := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(ctx) }()
+	get := func(path string) (int, error) {
+		client := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+		r, err := client.Get("http://" + s.Addr() + path)
+		if err != nil {
+			return 0, err
+		}
+		return r.StatusCode, r.Body.Close()
+	}
+	slow := make(chan error, 1)
+	go func() {
+		code, err := get("/readyz")
+		if err == nil && code != http.StatusOK {
+			err = fmt.Errorf("status %d", code)
+		}
+		slow <- err
+	}()
+	<-entered
+	var conns []net.Conn
+	for i := range 3 * maxConns {
+		c, err := net.Dial("tcp", s.Addr())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if i%2 == 0 {
+			_, _ = io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\n") // and no end
+		}
+		conns = append(conns, c)
+	}
+	if code, err := get("/healthz"); code != http.StatusOK || err != nil {
+		t.Errorf("healthz: %d, %v", code, err)
+	}
+	open := 0
+	for _, c := range conns {
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+		var netErr net.Error
+		if _, err := c.Read(make([]byte, 1)); errors.As(err, &netErr) && netErr.Timeout() {
+			open++
+		}
+	}
+	if open == 0 || open > maxConns {
+		t.Errorf("%d connections are open", open)
+	}
+	close(leave)
+	if err := <-slow; err != nil {
+		t.Errorf("the request that was being answered: %v", err)
+	}
+	stop()
+	if err := <-served; err != nil {
+		t.Logf("the end: %v", err) // half a request was cut off
 	}
 }

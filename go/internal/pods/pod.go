@@ -226,6 +226,12 @@ func containerKey(id string) (key [32]byte, ok bool) {
 	return key, err == nil
 }
 
+// Unnamed reports whether id is a container's, and no status names that container.
+func (p *Pod) Unnamed(id string) bool {
+	_, ok := containerKey(id)
+	return ok && p.Container(id) == ""
+}
+
 // Container is the name of the container of that ID, empty when no status names it: of the pause container
 // there is none, and that of a new container comes a moment after it.
 func (p *Pod) Container(id string) string {

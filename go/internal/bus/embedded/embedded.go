@@ -10,12 +10,12 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -27,20 +27,34 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/netlimit"
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
+)
+
+// What others on the machine can take of it. They share the loopback device, and need no password to connect.
+const (
+	maxConns    = 64
+	loginGrace  = 50 * time.Millisecond // times a full queue of the kernel (4096) is less than a client waits
+	authTimeout = 2 * time.Second
+	maxLine     = 4 << 10
+	maxPayload  = 1 << 20
+	maxPending  = 16 << 20 // of what a client does not read
 )
 
 // Server is a running server.
 type Server struct {
 	srv      *server.Server
-	shutdown func() // stops srv; once
+	listener *netlimit.Listener
+	shutdown func() // stops srv and the listener; once
 	release  func() // gives the directory up; once
 }
 
 // Start starts the server and returns when it takes connections, which it does after JetStream has
-// read its store. Connect to it with bus.Connect and the same configuration.
+// read its store. Connect to it with bus.Connect and the same configuration; from within the process with
+// bus.Options.InProcess too.
 //
 // It fails when cfg.Listen is not a loopback address or is taken, and when cfg.Dir is in use by another
-// process, belongs to somebody else, or holds a password file that cannot be trusted.
+// process or is not safe from other users.
 func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 	defer func() {
 		if err != nil {
@@ -51,49 +65,61 @@ func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := prepareDir(cfg.Dir); err != nil {
-		return nil, err
-	}
-	lock, err := lockDir(cfg.Dir)
+	dir, err := openDir(cfg.Dir)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("nats.embedded.dir: %w", err)
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("nats.embedded.dir: %w", err)
 	}
 	s := &Server{}
-	address := "" // the file with the address, when the kernel picked the port
+	pickedPort := listen.Port() == 0 // then a file says which
 	s.release = sync.OnceFunc(func() {
-		if address != "" {
-			os.Remove(address)
+		if pickedPort {
+			_ = dir.Remove(bus.AddressName)
 		}
 		lock.Close()
+		dir.Close()
+	})
+	s.shutdown = sync.OnceFunc(func() {
+		if s.listener != nil {
+			s.listener.Close()
+		}
+		if s.srv != nil {
+			s.srv.Shutdown()
+		}
 	})
 	defer func() {
 		if err != nil {
+			s.shutdown()
 			s.release()
 		}
 	}()
-	password, err := ensurePassword(cfg.Dir)
+	password, err := ensurePassword(dir, log)
 	if err != nil {
 		return nil, err
 	}
-	// nats-server would say so only in a log line.
-	if probe, err := net.Listen("tcp", listen.String()); errors.Is(err, syscall.EADDRINUSE) {
+	listener, err := net.Listen("tcp", listen.String())
+	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("address %s is in use: is another oom-tracer running? (%w)", listen, err)
 	} else if err != nil {
 		return nil, err
-	} else {
-		probe.Close()
 	}
+	s.listener = netlimit.New(listener, maxConns, loginGrace)
 
-	port := int(listen.Port())
-	if port == 0 {
-		port = server.RANDOM_PORT
-	}
-	bridge := &logger{log: log}
+	bridge := newLogger(log)
 	s.srv, err = server.NewServer(&server.Options{
-		ServerName:                 "oom-tracer",
-		Host:                       listen.Addr().String(),
-		Port:                       port,
+		ServerName: "oom-tracer",
+		// The port is ours, and so is the bound of its connections: nats-server's own would count this process's
+		// connection too, and whoever fills the port would keep it out.
+		DontListen:                 true,
 		CustomClientAuthentication: onlyUser(password),
+		AuthTimeout:                authTimeout.Seconds(),
+		MaxControlLine:             maxLine,
+		MaxPayload:                 maxPayload,
+		MaxPending:                 maxPending,
 		JetStream:                  true,
 		StoreDir:                   cfg.Dir,
 		SyncAlways:                 cfg.SyncAlways,
@@ -109,31 +135,73 @@ func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.shutdown = sync.OnceFunc(s.srv.Shutdown)
 	s.srv.SetLoggerV2(bridge, false, false, false)
-	// Start returns when the listener stands, or when something made it give up, which it only logs.
+	// Start returns when the server runs, or when something made it give up, which it only logs.
 	s.srv.Start()
 	if failure := bridge.started(); failure != "" {
-		s.shutdown()
 		return nil, fmt.Errorf("%s (nats.embedded.dir is %s)", failure, cfg.Dir)
 	}
 	if !s.srv.ReadyForConnections(10 * time.Second) {
-		s.shutdown()
 		return nil, errors.New("not ready after 10s")
 	}
-	if listen.Port() == 0 {
-		address = bus.AddressFile(cfg.Dir)
-		if err := writeFile(address, s.srv.Addr().String()+"\n"); err != nil {
-			s.shutdown()
+	if pickedPort {
+		if err := dir.WriteFile(bus.AddressName, []byte(s.listener.Addr().String()+"\n")); err != nil {
 			return nil, err
 		}
 	}
-	log.Info("embedded nats-server is ready", "address", s.srv.Addr().String(), "dir", cfg.Dir, "sync_always", cfg.SyncAlways)
+	go s.serve()
+	log.Info("embedded nats-server is ready", "address", s.listener.Addr().String(), "dir", cfg.Dir, "sync_always", cfg.SyncAlways)
 	return s, nil
 }
 
+// serve hands the port's connections to the server until the listener is closed.
+func (s *Server) serve() {
+	for {
+		conn, err := s.listener.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil { // such as too many open files
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
+		go s.forward(conn.(*netlimit.Conn))
+	}
+}
+
+// forward connects a client with the server until one of them ends it.
+func (s *Server) forward(client *netlimit.Conn) {
+	defer client.Close()
+	inner, err := s.srv.InProcessConn()
+	if err != nil {
+		return
+	}
+	go func() {
+		_, _ = io.Copy(inner, client)
+		inner.Close()
+	}()
+	// The server speaks first. What it says next to a client that has not logged in is an error, and the end.
+	buffer := make([]byte, maxLine)
+	for replies := 0; ; replies++ {
+		n, err := inner.Read(buffer)
+		if err == nil && replies == 1 && buffer[0] != '-' {
+			client.Hold()
+		}
+		if err == nil {
+			_, err = client.Write(buffer[:n])
+		}
+		if err != nil {
+			inner.Close()
+			return
+		}
+	}
+}
+
+// InProcessConn is a connection that needs no port. It implements nats.InProcessConnProvider.
+func (s *Server) InProcessConn() (net.Conn, error) { return s.srv.InProcessConn() }
+
 // ClientURL is where it listens: nats://host:port.
-func (s *Server) ClientURL() string { return "nats://" + s.srv.Addr().String() }
+func (s *Server) ClientURL() string { return "nats://" + s.listener.Addr().String() }
 
 // Healthy fails when JetStream has switched itself off, as nats-server does, until it is restarted, when
 // its disk is full or broken.
@@ -192,56 +260,56 @@ func loopback(listen string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(addr, uint16(n)), nil
 }
 
-// Files of ours in the directory, beside jetstream/, bus.PasswordFile and bus.AddressFile.
+// Files of ours in the directory, beside jetstream/, bus.PasswordName and bus.AddressName.
 const lockName = "lock"
 
-// prepareDir makes the directory, or makes sure of it. One that is empty, or that was ours before, is closed to
+// openDir opens the directory, and makes it if need be. One that is empty, or that was ours before, is closed to
 // others; any other is refused rather than changed, for it may be /tmp.
-func prepareDir(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("make nats.embedded.dir: %w", err)
-	}
-	info, err := os.Stat(dir)
+func openDir(path string) (_ *statedir.Dir, err error) {
+	dir, err := statedir.Make(path)
 	if err != nil {
-		return fmt.Errorf("look at nats.embedded.dir: %w", err)
+		return nil, err
 	}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("nats.embedded.dir %s belongs to user %d and not to %d, who runs this", dir, st.Uid, os.Geteuid())
+	defer func() {
+		if err != nil {
+			dir.Close()
+		}
+	}()
+	// nats-server knows nothing of statedir.
+	if err := dir.CheckContents(); err != nil {
+		return nil, err
 	}
-	if info.Mode().Perm()&0o077 == 0 {
-		return nil
+	if dir.Private() == nil {
+		return dir, nil
 	}
-	entries, err := os.ReadDir(dir)
+	entries, err := fs.ReadDir(dir.FS(), ".")
 	if err != nil {
-		return fmt.Errorf("look at nats.embedded.dir: %w", err)
+		return nil, err
 	}
 	foreign := slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() != "lost+found" })
 	ours := !foreign || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == lockName })
 	if !ours {
-		return fmt.Errorf("nats.embedded.dir %s has mode %04o and holds other files: give the embedded server a directory of its own", dir, info.Mode().Perm())
+		return nil, fmt.Errorf("%w; or, as it holds other files, give the embedded server a directory of its own", dir.Private())
 	}
-	if err := os.Chmod(dir, 0o700); err != nil {
-		return fmt.Errorf("close nats.embedded.dir to others: %w", err)
-	}
-	return nil
+	return dir, dir.Chmod(".", 0o700)
 }
 
 // lockDir makes sure that no other process uses the directory: two servers would write over each other.
 // The lock ends with the process, whatever ends it.
-func lockDir(dir string) (*os.File, error) {
-	path := filepath.Join(dir, lockName)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+func lockDir(dir *statedir.Dir) (*os.File, error) {
+	path := dir.Path(lockName)
+	f, err := dir.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("lock nats.embedded.dir: %w", err)
+		return nil, err
 	}
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		defer f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			var pid [32]byte
 			n, _ := f.Read(pid[:])
-			return nil, fmt.Errorf("nats.embedded.dir %s is in use by process %s: is another oom-tracer running? (%w)", dir, strings.TrimSpace(string(pid[:n])), err)
+			return nil, fmt.Errorf("%s is in use by process %s: is another oom-tracer running? (%w)", dir.Path("."), strings.TrimSpace(string(pid[:n])), err)
 		}
-		return nil, fmt.Errorf("lock nats.embedded.dir: lock %s: %w", path, err)
+		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
 	// The pid is for the message above alone.
 	err = f.Truncate(0)
@@ -250,52 +318,25 @@ func lockDir(dir string) (*os.File, error) {
 	}
 	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("lock nats.embedded.dir: %w", err)
+		return nil, err
 	}
 	return f, nil
 }
 
-// ensurePassword reads the password, and makes one when there is none. It never replaces one: whoever
-// tampered with it, or whatever damaged it, should be noticed.
-func ensurePassword(dir string) (string, error) {
-	password, err := bus.ReadEmbeddedPassword(dir)
-	if !errors.Is(err, fs.ErrNotExist) {
-		return password, err
+// ensurePassword reads the password, and makes one when there is none, or none that can be used: a power cut may
+// have emptied the file, and what others may know is no password. Clients read the file again when they connect.
+func ensurePassword(dir *statedir.Dir, log *slog.Logger) (string, error) {
+	password, before := bus.ReadPassword(dir)
+	if before == nil {
+		return password, nil
+	}
+	if !errors.Is(before, fs.ErrNotExist) {
+		log.Warn("password of the embedded nats-server is made anew", "reason", before)
 	}
 	var secret [32]byte
 	rand.Read(secret[:]) // never fails
-	if err := writeFile(bus.PasswordFile(dir), base64.RawURLEncoding.EncodeToString(secret[:])+"\n"); err != nil {
-		return "", err
+	if err := dir.WriteFile(bus.PasswordName, []byte(base64.RawURLEncoding.EncodeToString(secret[:])+"\n")); err != nil {
+		return "", fmt.Errorf("make a password: %w (%w)", err, before)
 	}
-	return bus.ReadEmbeddedPassword(dir)
-}
-
-// writeFile writes a file of mode 0600 that is either there as a whole or not at all.
-func writeFile(path, text string) (err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("write %s: %w", path, err)
-		}
-	}()
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*") // 0600
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	defer f.Close()
-	if _, err := f.WriteString(text); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return bus.ReadPassword(dir)
 }

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -27,6 +28,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
 // childDir, in the environment, makes this binary a second oom-tracer on that directory.
@@ -312,10 +314,9 @@ func TestDirInUse(t *testing.T) {
 	}
 }
 
-// A password that others may know or have changed is neither used nor replaced.
+// A password that others may know, or that a power cut has damaged, is made anew, and that is said.
 func TestPasswordFile(t *testing.T) {
 	const good = "abcdefghijklmnopqrstuvwxyzABCDEF0123456789_-\n"
-	log, _ := newLog()
 	for name, c := range map[string]struct {
 		text string
 		mode fs.FileMode
@@ -325,10 +326,12 @@ func TestPasswordFile(t *testing.T) {
 		"good and 400": {good, 0o400, ""},
 		"group":        {good, 0o640, "has mode 0640"},
 		"others":       {good, 0o604, "has mode 0604"},
-		"writable":     {good, 0o622, "has mode 0622"},
 		"empty":        {"", 0o600, "is empty"},
+		"a line end":   {"\n", 0o600, "is empty"},
+		"zeros":        {strings.Repeat("\x00", 44), 0o600, "does not hold a generated password"},
 		"garbled":      {good[:20] + "\x00\xff" + good[20:], 0o600, "does not hold a generated password"},
 		"cut short":    {good[:10], 0o600, "does not hold a generated password"},
+		"too long":     {strings.Repeat(good, 1000), 0o600, "has 45000 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := config.Embedded{Listen: "127.0.0.1:0", Dir: filepath.Join(t.TempDir(), "nats")}
@@ -336,26 +339,30 @@ func TestPasswordFile(t *testing.T) {
 			path := bus.PasswordFile(cfg.Dir)
 			check(t, os.WriteFile(path, []byte(c.text), c.mode))
 			check(t, os.Chmod(path, c.mode))
-			if c.want == "" {
-				start(t, cfg)
-				connect(t, cfg)
-				return
-			}
-			_, err := embedded.Start(cfg, log)
-			wantError(t, err, path, c.want, "delete it")
+			log, logged := newLog()
+			s, err := embedded.Start(cfg, log)
+			check(t, err)
+			defer s.Shutdown(context10s(t))
+			connect(t, cfg)
 			data, err := os.ReadFile(path)
 			check(t, err)
-			if string(data) != c.text {
-				t.Error("the file was changed")
+			if (c.want == "") != (string(data) == c.text) {
+				t.Errorf("the file holds %q", data)
 			}
-			check(t, os.Remove(path))
-			start(t, cfg)
+			text := logged.String()
+			if (c.want != "") != strings.Contains(text, "is made anew") || !strings.Contains(text, c.want) {
+				t.Errorf("the log says:\n%s", text)
+			}
+			if m := modeOf(t, path); m.Perm()&0o077 != 0 {
+				t.Errorf("mode %v", m)
+			}
 		})
 	}
 	t.Run("unreadable", func(t *testing.T) {
 		cfg := config.Embedded{Listen: "127.0.0.1:0", Dir: filepath.Join(t.TempDir(), "nats")}
 		check(t, os.Mkdir(cfg.Dir, 0o700))
 		check(t, os.Mkdir(bus.PasswordFile(cfg.Dir), 0o700)) // root reads every file, but no directory
+		log, _ := newLog()
 		_, err := embedded.Start(cfg, log)
 		wantError(t, err, bus.PasswordFile(cfg.Dir), "not a regular file")
 	})
@@ -380,11 +387,14 @@ func TestDir(t *testing.T) {
 
 	foreign := t.TempDir()
 	check(t, os.WriteFile(filepath.Join(foreign, "file"), nil, 0o600))
-	check(t, os.Chmod(foreign, 0o777))
-	_, err := embedded.Start(config.Embedded{Listen: listen, Dir: foreign}, log)
-	wantError(t, err, foreign, "mode 0777", "a directory of its own")
-	if m := modeOf(t, foreign); m.Perm() != 0o777 {
-		t.Errorf("mode is %04o", m.Perm())
+	var err error
+	for mode, words := range map[fs.FileMode]string{0o777: "chmod 0700", 0o755: "a directory of its own"} {
+		check(t, os.Chmod(foreign, mode))
+		_, err = embedded.Start(config.Embedded{Listen: listen, Dir: foreign}, log)
+		wantError(t, err, foreign, fmt.Sprintf("mode %04o", mode), words)
+		if m := modeOf(t, foreign); m.Perm() != mode {
+			t.Errorf("mode is %04o", m.Perm())
+		}
 	}
 
 	file := filepath.Join(t.TempDir(), "file")
@@ -404,5 +414,141 @@ func TestDir(t *testing.T) {
 		check(t, os.Chown(other, 65534, 65534))
 		_, err = embedded.Start(config.Embedded{Listen: listen, Dir: other}, log)
 		wantError(t, err, other, "belongs to user 65534")
+	}
+}
+
+// What another user has put into the directory, before it was root's, leads root nowhere.
+func TestForeignDir(t *testing.T) {
+	for name, script := range map[string]string{
+		"his":                         "true",
+		"the directory is a link":     "rmdir ../nats; ln -s precious ../nats",
+		"the lock is a link":          "ln -s ../precious/file lock",
+		"the lock is a hard link":     "ln ../precious/file lock",
+		"the lock is a FIFO":          "mkfifo lock",
+		"the password is a link":      "ln -s ../precious/file password",
+		"the password is his":         "echo abcdefghijklmnopqrstuvwxyzABCDEF0123456789_- >password; chmod 0600 password",
+		"the password is a directory": "mkdir password",
+		"the address is a link":       "ln -s ../precious/file address",
+		"the store is a link":         "ln -s ../precious jetstream",
+		"the store is his":            "mkdir jetstream",
+		"a block of the store is his": "mkdir -p 'jetstream/$G/streams/OOM/msgs'; echo x >'jetstream/$G/streams/OOM/msgs/1.blk'",
+	} {
+		t.Run(name, func(t *testing.T) {
+			shared := scratchtest.SharedDir(t)
+			precious := filepath.Join(shared, "precious")
+			check(t, os.Mkdir(precious, 0o700))
+			file := filepath.Join(precious, "file")
+			check(t, os.WriteFile(file, []byte("precious"), 0o600))
+			check(t, os.Chmod(file, 0o666)) // or the kernel forbids a hard link
+			check(t, os.Chmod(precious, 0o755))
+			scratchtest.RunAsNobody(t, shared, "mkdir nats; cd nats; "+script)
+			check(t, os.Chmod(file, 0o600))
+			cfg := config.Embedded{Listen: "127.0.0.1:0", Dir: filepath.Join(shared, "nats")}
+			log, _ := newLog()
+			_, err := embedded.Start(cfg, log)
+			wantError(t, err, cfg.Dir, "belongs to user 65534", "chown root")
+			if name != "his" {
+				// That remedy, without a look.
+				check(t, os.Lchown(cfg.Dir, 0, 0))
+				_, err = embedded.Start(cfg, log)
+				wantError(t, err, cfg.Dir, "not safe from other users", "remove it")
+			}
+			if data, err := os.ReadFile(file); err != nil || string(data) != "precious" {
+				t.Errorf("%q, %v", data, err)
+			}
+			if entries, err := os.ReadDir(precious); err != nil || len(entries) != 1 {
+				t.Errorf("%v, %v", entries, err)
+			}
+		})
+	}
+}
+
+// Whoever fills the port and says nothing, or guesses passwords, keeps out neither the process itself nor a client
+// with the password, and takes a bounded part of memory and log.
+func TestFlood(t *testing.T) {
+	cfg := config.Embedded{Listen: "127.0.0.1:0", Dir: filepath.Join(t.TempDir(), "nats")}
+	log, logged := newLog()
+	s, err := embedded.Start(cfg, log)
+	check(t, err)
+	t.Cleanup(func() { s.Shutdown(context10s(t)) })
+	early := connect(t, cfg)
+	addr := strings.TrimPrefix(s.ClientURL(), "nats://")
+	stop := make(chan struct{})
+	var flood sync.WaitGroup
+	var dialled atomic.Int64
+	for i := range 4 {
+		flood.Go(func() {
+			var conns []net.Conn
+			defer func() {
+				for _, c := range conns {
+					c.Close()
+				}
+			}()
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				time.Sleep(2 * time.Millisecond) // so that this process can do something else too
+				c, err := net.DialTimeout("tcp", addr, time.Second)
+				if err != nil {
+					continue
+				}
+				dialled.Add(1)
+				if i%2 == 0 {
+					fmt.Fprintf(c, "CONNECT {\"user\":\"%s\",\"pass\":\"guess\"}\r\nPING\r\n", bus.EmbeddedUser)
+				}
+				if conns = append(conns, c); len(conns) > 100 {
+					conns[0].Close()
+					conns = conns[1:]
+				}
+			}
+		})
+	}
+	wait := func(n int64) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); dialled.Load() < n; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%d connections in a minute", dialled.Load())
+			}
+		}
+	}
+	wait(500)
+	most := 0
+	for range 5 {
+		inProcess, err := bus.Connect(context10s(t), config.NATS{Embedded: cfg}, bus.Options{Name: "own", InProcess: s}, slog.New(slog.DiscardHandler))
+		check(t, err)
+		inProcess.Close()
+		// It comes through at once, or soon where the machine is busy.
+		var late *bus.Conn
+		for try := range 5 {
+			if late, err = bus.Connect(context10s(t), config.NATS{Embedded: cfg}, bus.Options{Name: "late"}, slog.New(slog.DiscardHandler)); err == nil {
+				break
+			}
+			t.Logf("try %d: %v", try, err)
+		}
+		check(t, err)
+		check(t, late.NATS().FlushTimeout(5*time.Second))
+		check(t, early.NATS().FlushTimeout(5*time.Second))
+		if !late.Connected() || !early.Connected() {
+			t.Error("a client with the password is cut off")
+		}
+		late.Close()
+		most = max(most, s.Clients())
+		wait(dialled.Load() + 200)
+	}
+	if n := early.NATS().Statistics.Reconnects; n > 0 {
+		t.Errorf("a client with the password was cut off %d times", n)
+	}
+	close(stop)
+	flood.Wait()
+	warnings := strings.Count(logged.String(), "level=ERROR") + strings.Count(logged.String(), "level=WARN")
+	t.Logf("%d connections, %d at once in the server, %d warnings", dialled.Load(), most, warnings)
+	if most > 80 || most == 0 {
+		t.Errorf("the server has %d clients at once", most)
+	}
+	if warnings == 0 || warnings > 60 {
+		t.Errorf("%d warnings", warnings)
 	}
 }

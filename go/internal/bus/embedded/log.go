@@ -1,19 +1,30 @@
 package embedded
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // logger hands nats-server's log to slog. The server's notices are of interest only when one looks for
 // something, so they go to debug.
 type logger struct {
 	log *slog.Logger
+	// Of what the server warns of, others on the machine choose how often: each wrong password is one.
+	limit *rate.Limiter
 
 	mu      sync.Mutex
+	left    int // messages that the limit left out since the last one
 	running bool
 	fatal   string // the first fatal message of the start, which Start returns as its error
+}
+
+func newLogger(log *slog.Logger) *logger {
+	return &logger{log: log, limit: rate.NewLimiter(rate.Every(5*time.Second), 30)}
 }
 
 const said = "nats-server says"
@@ -21,9 +32,27 @@ const said = "nats-server says"
 func (l *logger) Noticef(format string, v ...any) {
 	l.log.Debug(said, "text", fmt.Sprintf(format, v...))
 }
-func (l *logger) Warnf(format string, v ...any) { l.log.Warn(said, "text", fmt.Sprintf(format, v...)) }
-func (l *logger) Errorf(format string, v ...any) {
-	l.log.Error(said, "text", fmt.Sprintf(format, v...))
+func (l *logger) Warnf(format string, v ...any)  { l.limited(slog.LevelWarn, format, v) }
+func (l *logger) Errorf(format string, v ...any) { l.limited(slog.LevelError, format, v) }
+
+func (l *logger) limited(level slog.Level, format string, v []any) {
+	l.mu.Lock()
+	left := l.left
+	allowed := l.limit.Allow()
+	if allowed {
+		l.left = 0
+	} else {
+		l.left++
+	}
+	l.mu.Unlock()
+	if !allowed {
+		return
+	}
+	args := []any{"text", fmt.Sprintf(format, v...)}
+	if left > 0 {
+		args = append(args, "messages_left_out_before", left)
+	}
+	l.log.Log(context.Background(), level, said, args...)
 }
 
 // Debugf and Tracef are not called: both are switched off in the server.

@@ -1,0 +1,240 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
+)
+
+// savedState is what the state file holds: up to where kills were published.
+type savedState struct {
+	BootID string    `json:"boot_id"`
+	Time   time.Time `json:"time"`
+	// Clean: the tracer stopped by itself, with everything published up to here.
+	Clean bool `json:"clean"`
+	// Kernel is the kernel's own count, as far as it was explained; absent where it does not count.
+	Kernel *uint64 `json:"kernel_oom_kills,omitempty"`
+	Epoch  uint64  `json:"epoch"`
+	Head   uint64  `json:"seq"`
+	Acked  uint64  `json:"acked"`
+	// Unpublished are gaps that NATS has not acknowledged yet: no journal has them.
+	Unpublished []event.Gap `json:"untold,omitempty"`
+}
+
+// stateFile is the file that outlives tracers and boots (node.state_file). Neither a file that cannot be read nor one
+// that cannot be written stops the tracer: the first is a gap, the second is tried again.
+type stateFile struct {
+	path     string
+	previous *savedState // what it held at the start; nil if there was none
+	lost     bool        // there was one, and it could not be used
+
+	writing sync.Mutex // what is newer is written later; guards what follows
+	retries int        // failed writes in a row
+	next    time.Time  // of the next try, after a failed one
+
+	mu          sync.Mutex // guards what follows
+	last        loader.Counts
+	unpublished []event.Gap
+	stale       bool // unpublished has changed since the file was written
+}
+
+// maxState bounds what is read. Each gap takes less than 1 KiB.
+const maxState = 16 << 20
+
+// openStateFile reads the file. One that cannot be used is kept under another name.
+func openStateFile(path string, log *slog.Logger) *stateFile {
+	if path == "" {
+		return nil
+	}
+	s := &stateFile{path: path}
+	dir, err := statedir.Open(filepath.Dir(path))
+	if err == nil {
+		defer dir.Close()
+		s.previous, err = readState(dir, filepath.Base(path))
+	}
+	switch {
+	case err == nil, errors.Is(err, fs.ErrNotExist):
+		return s
+	}
+	s.lost = true
+	keptAs := ""
+	if dir != nil {
+		if bad, asideErr := dir.SetAside(filepath.Base(path)); asideErr == nil {
+			keptAs = bad
+		}
+	}
+	log.Error("state file cannot be used: kills that an earlier tracer did not publish are not known", "error", err, "kept_as", keptAs)
+	return s
+}
+
+func readState(dir *statedir.Dir, name string) (*savedState, error) {
+	data, err := dir.ReadFile(name, maxState)
+	if err != nil {
+		return nil, err
+	}
+	var state savedState
+	if err := json.Unmarshal(data, &state); err != nil {
+		return nil, fmt.Errorf("parse %s: %w", dir.Path(name), err)
+	}
+	if state.BootID == "" || state.Time.IsZero() {
+		return nil, fmt.Errorf("parse %s: boot_id or time is missing", dir.Path(name))
+	}
+	return &state, nil
+}
+
+// write replaces the file.
+func (s *stateFile) write(state savedState) error {
+	data, err := json.Marshal(state)
+	if err != nil {
+		return err
+	}
+	dir, err := statedir.Make(filepath.Dir(s.path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.WriteFile(filepath.Base(s.path), append(data, '\n'))
+}
+
+// add keeps a gap until it is published.
+func (s *stateFile) add(g event.Gap) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.unpublished, s.stale = append(s.unpublished, g), true
+}
+
+// remove lets go of a gap.
+func (s *stateFile) remove(id string) {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.unpublished)
+	s.unpublished = slices.DeleteFunc(s.unpublished, func(g event.Gap) bool { return g.ID == id })
+	s.stale = s.stale || len(s.unpublished) != n
+}
+
+// empty reports whether there is no gap that has to be published yet.
+func (s *stateFile) empty() bool {
+	if s == nil {
+		return true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.unpublished) == 0
+}
+
+// outdated reports whether the file does not hold what is so now.
+func (s *stateFile) outdated(now loader.Counts) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stale || s.last != now
+}
+
+// nothingMissed writes the file as if a tracer of this node had stopped just now.
+func nothingMissed(path, node string) error {
+	self, err := thisNode(node)
+	if err != nil {
+		return err
+	}
+	state := savedState{BootID: self.BootID, Time: time.Now().UTC(), Clean: true}
+	if kernel, err := obs.KernelOOMKills("/proc"); err == nil {
+		state.Kernel = &kernel
+	}
+	return (&stateFile{path: path}).write(state)
+}
+
+// savedState is what the file is to hold now.
+func (t *tracer) savedState(clean bool) savedState {
+	counts, kernel, known := t.stable()
+	state := savedState{
+		BootID: t.converter.Node.BootID, Time: time.Now().UTC(), Clean: clean,
+		Epoch: t.converter.Node.Epoch, Head: counts.Head, Acked: counts.Acked,
+	}
+	if known {
+		atLeast, _ := counts.Unseen(kernel)
+		explained := kernel - min(kernel, atLeast)
+		state.Kernel = &explained
+	}
+	t.state.mu.Lock()
+	defer t.state.mu.Unlock()
+	t.state.last, t.state.stale = counts, false
+	state.Unpublished = slices.Clone(t.state.unpublished)
+	return state
+}
+
+// How often the file is brought up to date, if there was a kill; and after failed writes, from one to the other.
+const (
+	saveTime     = time.Second
+	maxRetryTime = time.Minute
+)
+
+// save writes the file. After a failed write it is quiet until one succeeds.
+func (t *tracer) save(ctx context.Context, clean bool) {
+	s := t.state
+	if s == nil || ctx.Err() != nil {
+		return
+	}
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	err := s.write(t.savedState(clean))
+	if err != nil {
+		s.mu.Lock()
+		s.stale = true
+		s.mu.Unlock()
+		t.metrics.stateErrors.Inc()
+		if s.retries == 0 {
+			t.log.Warn("cannot write state file, will retry: a restart or a reboot now may leave kills unreported", "error", err)
+		}
+		s.next = time.Now().Add(min(saveTime<<min(s.retries, 10), maxRetryTime))
+		s.retries++
+		return
+	}
+	if s.retries > 0 {
+		t.log.Info("state file is written again", "path", s.path, "failed_writes", s.retries)
+	}
+	s.retries, s.next = 0, time.Time{}
+	t.startBase()
+}
+
+// due reports whether a failed write need not wait any longer.
+func (s *stateFile) due() bool {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	return time.Now().After(s.next)
+}
+
+// keepState keeps the file up to date until ctx ends. Between kills it looks at memory and does nothing.
+func (t *tracer) keepState(ctx context.Context) {
+	if t.state == nil {
+		return
+	}
+	tick := time.NewTicker(saveTime)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			if t.state.outdated(t.loader.Counts()) && t.state.due() {
+				t.save(ctx, false)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}

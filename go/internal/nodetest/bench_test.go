@@ -1,0 +1,76 @@
+//go:build node && bench
+
+package nodetest
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// TestBench is what make bench-node runs: OOM_TEST_KILLS (20) kills of each kind, and a table of how long each stage took
+// after them. It stands on an emulated node, 15 to 20 times slower than the processor.
+func TestBench(t *testing.T) {
+	kills := 20
+	if s := os.Getenv("OOM_TEST_KILLS"); s != "" {
+		var err error
+		if kills, err = strconv.Atoi(s); err != nil || kills < 1 {
+			t.Fatalf("OOM_TEST_KILLS: must be a number from 1 on, not %q", s)
+		}
+	}
+	l := start(t)
+	l.Apply("go/internal/nodetest/testdata/lab.yaml")
+	l.secondNode()
+	l.install()
+	l.memory()
+	r := l.tail()
+	l.Namespace("shop")
+	l.shop()
+	stages := []string{"stored", "outcome", "Event", "annotated", "evicted", "gone", "replaced"}
+	table := []string{fmt.Sprintf("%-10s %5s  %s", "p50 / max", "kills", fmt.Sprintf(strings.Repeat("%18s", len(stages)), anySlice(stages)...))}
+	for _, s := range stories() {
+		took := map[string][]time.Duration{}
+		for range kills {
+			if s.name == "init" {
+				_ = l.Client.CoreV1().Pods("shop").Delete(t.Context(), "init", metav1.DeleteOptions{}) // the first time there is none
+				l.await("the pod before is gone", 2*time.Minute, func() error {
+					if _, err := l.Client.CoreV1().Pods("shop").Get(t.Context(), "init", metav1.GetOptions{}); err == nil {
+						return fmt.Errorf("it is there")
+					}
+					return nil
+				})
+			}
+			for stage, d := range l.tell(t, r, s) {
+				took[stage] = append(took[stage], d)
+			}
+		}
+		line := fmt.Sprintf("%-10s %5d  ", s.name, kills)
+		for _, stage := range stages {
+			d := took[stage]
+			if len(d) == 0 {
+				line += fmt.Sprintf("%18s", "-")
+				continue
+			}
+			slices.Sort(d)
+			line += fmt.Sprintf("%18s", fmt.Sprintf("%.2f / %.2f s", d[len(d)/2].Seconds(), d[len(d)-1].Seconds()))
+		}
+		table = append(table, line)
+	}
+	l.memory()
+	fmt.Println("descheduler's interval: 10 s")
+	fmt.Println(strings.Join(table, "\n"))
+}
+
+func anySlice(s []string) []any {
+	all := make([]any, len(s))
+	for i := range s {
+		all[i] = s[i]
+	}
+	return all
+}
