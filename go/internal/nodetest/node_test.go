@@ -362,7 +362,8 @@ func (l *Lab) testUntouched(t *testing.T) {
 			t.Errorf("%s/%s is marked", pod.Namespace, pod.Name)
 		}
 		for _, status := range pod.Status.ContainerStatuses {
-			if pod.Namespace == namespace && status.RestartCount > 0 {
+			job := pod.Labels["batch.kubernetes.io/job-name"] != "" // it tries until NATS is there
+			if pod.Namespace == namespace && !job && status.RestartCount > 0 {
 				t.Errorf("%s/%s was restarted %d times: %+v", pod.Namespace, pod.Name, status.RestartCount, status.LastTerminationState.Terminated)
 			}
 		}

@@ -79,12 +79,12 @@ func repository(l *Lab, file string) string {
 }
 
 // secondNode makes an object of a node without a machine, and keeps it ready: the descheduler does nothing on a
-// cluster with fewer than two. No pod lands there.
+// cluster with fewer than two, and with nodeFit only what would fit elsewhere is evicted. The scheduler prefers the other.
 func (l *Lab) secondNode() {
 	l.t.Helper()
 	const name = "node-2"
 	l.Node(name, func(n *corev1.Node) {
-		n.Spec.Taints = []corev1.Taint{{Key: "object", Effect: corev1.TaintEffectNoSchedule}, {Key: "object", Effect: corev1.TaintEffectNoExecute}}
+		n.Spec.Taints = []corev1.Taint{{Key: "object", Effect: corev1.TaintEffectPreferNoSchedule}}
 	})
 	seconds := int32(40)
 	leases := l.Client.CoordinationV1().Leases(corev1.NamespaceNodeLease)
