@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -137,12 +138,16 @@ func (l *Lab) testSeccomp(t *testing.T) {
 		SecurityContext: &corev1.PodSecurityContext{SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeLocalhost, LocalhostProfile: &profile}},
 		Containers: []corev1.Container{{
 			Name: "doctor", Image: l.tracerPod().Spec.Containers[0].Image, Args: []string{"doctor"},
-			Env: []corev1.EnvVar{{Name: "NODE_NAME", Value: nodeName}},
+			Env:          []corev1.EnvVar{{Name: "NODE_NAME", Value: nodeName}},
+			VolumeMounts: []corev1.VolumeMount{{Name: "config", MountPath: "/etc/oom-tracer"}},
 			SecurityContext: &corev1.SecurityContext{
 				RunAsUser: &root, AllowPrivilegeEscalation: &no,
 				Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: []corev1.Capability{"BPF", "PERFMON", "SYSLOG", "SYS_RESOURCE"}},
 			},
 		}},
+		Volumes: []corev1.Volume{{Name: "config", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
+			LocalObjectReference: corev1.LocalObjectReference{Name: "oom-tracer"}, Items: []corev1.KeyToPath{{Key: "tracer.yaml", Path: "config.yaml"}},
+		}}}},
 	}}
 	pods := l.Client.CoreV1().Pods(namespace)
 	if _, err := pods.Create(t.Context(), pod, metav1.CreateOptions{}); err != nil {
@@ -157,8 +162,8 @@ func (l *Lab) testSeccomp(t *testing.T) {
 	})
 	out, err := l.kubectl(t.Context(), "", "-n", namespace, "logs", "seccomp")
 	t.Logf("doctor under CRI-O's profile:\n%s", out)
-	if err != nil || !strings.Contains(out, "seccomp") {
-		t.Errorf("doctor does not name seccomp: %v", err)
+	if err != nil || !regexp.MustCompile(`(?m)^fail +bpf .*seccomp`).MatchString(out) {
+		t.Errorf("doctor does not say that seccomp refuses bpf: %v", err)
 	}
 	if err := pods.Delete(t.Context(), "seccomp", metav1.DeleteOptions{}); err != nil {
 		t.Error(err)
