@@ -238,7 +238,9 @@ done`)
 func (l *Lab) testUninstall(t *testing.T) {
 	l.helm("uninstall", "oom-tracer", "--namespace", namespace, "--wait", "--timeout", "5m")
 	l.await("our pods are gone", 2*time.Minute, func() error {
-		pods, err := l.Client.CoreV1().Pods(namespace).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/part-of=oom-tracer"})
+		pods, err := l.Client.CoreV1().Pods(namespace).List(t.Context(), metav1.ListOptions{
+			LabelSelector: "app.kubernetes.io/part-of=oom-tracer,app.kubernetes.io/name!=oom-tracer-test", // helm keeps what helm test has made
+		})
 		if err == nil && len(pods.Items) > 0 {
 			err = fmt.Errorf("%d are there", len(pods.Items))
 		}
