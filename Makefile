@@ -237,7 +237,7 @@ test-vm-annotate: build build/static/oom-tracer build/hog build/nats-server buil
 		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm -count=1 -timeout 20m -run '^TestVM' ./go/cmd/oom-annotator
 	$(Q)tools/no-skips.sh build/test-vm-annotate.json
 
-node_deps = debootstrap /usr/share/containers/seccomp.json=golang-github-containers-common ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
+node_deps = debootstrap ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
 node_parts = build/kube build/kube-node build/deploy build/nats-server build/coredns build/pod build/node build/oom-tap
 
 node_env = OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_TAG='$(IMAGE_TAG)' CGO_ENABLED=0

@@ -123,13 +123,11 @@ func start(t testing.TB) *Lab {
 	server := "https://" + net.JoinHostPort(hostIP, port)
 	settings := filepath.Join(dir, "settings.tar")
 	write(t, settings, archive(t, map[string][]byte{
-		"etc/kubernetes/kubelet.kubeconfig":    kubeconfig(t, server, ca, token["system:node:"+nodeName]),
-		"etc/kubernetes/kube-proxy.kubeconfig": kubeconfig(t, server, ca, token["system:kube-proxy"]),
-		"etc/kubernetes/kubelet-client-ca.crt": certificate,
-		"usr/local/bin/pod":                    read(t, scratchtest.Program(t, "pod")),
-		// What the chart ships, and what CRI-O has (Debian's golang-github-containers-common).
+		"etc/kubernetes/kubelet.kubeconfig":       kubeconfig(t, server, ca, token["system:node:"+nodeName]),
+		"etc/kubernetes/kube-proxy.kubeconfig":    kubeconfig(t, server, ca, token["system:kube-proxy"]),
+		"etc/kubernetes/kubelet-client-ca.crt":    certificate,
+		"usr/local/bin/pod":                       read(t, scratchtest.Program(t, "pod")),
 		"var/lib/kubelet/seccomp/oom-tracer.json": read(t, repository(l, "deploy/seccomp/oom-tracer.json")),
-		"var/lib/kubelet/seccomp/crio.json":       read(t, "/usr/share/containers/seccomp.json"),
 	}))
 	// The emulator has faults (../../../tools/vm/test-vm.sh): a machine that does not come up is started once more, and it says so.
 	for try := 1; ; try++ {
