@@ -241,10 +241,10 @@ node_deps = debootstrap ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-
 node_parts = build/kube build/kube-node build/deploy build/nats-server build/coredns build/pod build/node build/oom-tap
 
 node_env = OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_TAG='$(IMAGE_TAG)' CGO_ENABLED=0
-# In a network namespace of its own: servers on loopback, and the node's address.
+# The test runs in a new network namespace: servers on loopback, and the address of the node.
 node_flags = -count=1 -exec 'unshare --net --'
 
-# The images are those of make image, under a tag of this tree; containerd finds them on a disk of its own.
+# The images are those of make image. containerd finds them on a separate disk.
 .PHONY: node-images
 node-images: BASE := localhost/debian:bookworm
 node-images: $(node_parts) base-image image
