@@ -773,6 +773,24 @@ func TestVM(t *testing.T) {
 	}
 }
 
+// try runs a scenario as a subtest. It returns why it is not to be had on this kernel, if so.
+func (s scenario) try(t *testing.T, o *observer) (ok bool, why string) {
+	ok = t.Run(s.name, func(t *testing.T) {
+		defer func() {
+			if p := recover(); p != nil {
+				here, ok := p.(errNotHere)
+				if !ok {
+					panic(p)
+				}
+				why = string(here)
+			}
+		}()
+		o.begin(t)
+		s.run(t, o)
+	})
+	return ok, why
+}
+
 // runTier loads the program once with a tier, runs scenarios and prints a row for each.
 func runTier(t *testing.T, tier loader.Tier, scenarios []scenario) {
 	t.Run(string(tier), func(t *testing.T) {
@@ -790,20 +808,7 @@ func runTier(t *testing.T, tier loader.Tier, scenarios []scenario) {
 			return
 		}
 		for _, s := range scenarios {
-			why := ""
-			ok := t.Run(s.name, func(t *testing.T) {
-				defer func() {
-					if p := recover(); p != nil {
-						here, ok := p.(errNotHere)
-						if !ok {
-							panic(p)
-						}
-						why = string(here)
-					}
-				}()
-				o.begin(t)
-				s.run(t, o)
-			})
+			ok, why := s.try(t, o)
 			switch {
 			case !ok:
 				row(tier, s.name, "FAIL", "")
@@ -969,7 +974,7 @@ func TestVMMissedHookAlternating(t *testing.T) {
 			parent := scratchtest.New(t, scratch.Unlimited)
 			a := scratchtest.Child(t, parent, "a", 16*mib)
 			b := scratchtest.Child(t, parent, "b", 24*mib)
-			const rounds = 48
+			const rounds = 24
 			hog := hogProcess(t, a, -1000, fmt.Sprint(rounds), "1", "alternate", a.Dir, b.Dir)
 			if err := hog.Wait(); err != nil {
 				t.Errorf("the hog ended with %v", err)
@@ -1033,7 +1038,7 @@ func TestVMMissedHookUnreadable(t *testing.T) {
 				t.Fatal(err)
 			}
 			o.begin(t)
-			const rounds = 48
+			const rounds = 24
 			hogProcess(t, scratchtest.New(t, 8*mib), 0, fmt.Sprint(rounds), "32")
 			events, kills := o.take(t, rounds, rounds)
 			if len(events) != rounds || len(kills) != rounds {
@@ -1065,10 +1070,9 @@ func TestVMMissedHookAlone(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, s := range scenarios {
-				t.Run(s.name, func(t *testing.T) {
-					o.begin(t)
-					s.run(t, o)
-				})
+				if _, why := s.try(t, o); why != "" {
+					t.Logf("%s: n/a: %s", s.name, why)
+				}
 			}
 			o.stop()
 			t.Run("unreadable", func(t *testing.T) {
