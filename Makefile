@@ -217,17 +217,18 @@ VM_TEST_BINARY ?= build/static/vm.test
 vm_programs = build/static/vm-faults.test build/static/oom-tracer build/oom-tap build/hog
 vm_deps = qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio
 
-.PHONY: test-vm
-test-vm: $(VM_TEST_BINARY) $(vm_programs) ## the tests of the tag vm on stock Debian kernels in QEMU (KERNELS="6.12 7.2", KERNEL=vmlinuz)
+.PHONY: vm-parts
+vm-parts: $(VM_TEST_BINARY) $(vm_programs) # what the next ones boot, and with what
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
+
+.PHONY: test-vm
+test-vm: vm-parts ## the tests of the tag vm on stock Debian kernels in QEMU (KERNELS="6.12 7.2", KERNEL=vmlinuz)
 	$(Q)CACHE=$(CACHE) tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
 	$(Q)$(if $(KERNEL),,$(MAKE) --no-print-directory test-vm-annotate)
 
 .PHONY: test-vm-ci
-test-vm-ci: $(VM_TEST_BINARY) $(vm_programs) ## the same on 5.10 and the newest only
-	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
+test-vm-ci: vm-parts ## the same on 5.10 and the newest only, without test-vm-annotate: test-node has more of it
 	$(Q)CACHE=$(CACHE) KERNELS='5.10 newest' tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
-	$(Q)KERNELS='5.10 newest' $(MAKE) --no-print-directory test-vm-annotate
 
 # Runs on this machine, and boots others.
 .PHONY: test-vm-annotate
@@ -237,7 +238,7 @@ test-vm-annotate: build build/static/oom-tracer build/hog build/nats-server buil
 		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm -count=1 -timeout 20m -run '^TestVM' ./go/cmd/oom-annotator
 	$(Q)tools/no-skips.sh build/test-vm-annotate.json
 
-node_deps = debootstrap ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
+node_deps = debootstrap /usr/share/containers/seccomp.json=golang-github-containers-common ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
 node_parts = build/kube build/kube-node build/deploy build/nats-server build/coredns build/pod build/node build/oom-tap
 
 node_env = OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_TAG='$(IMAGE_TAG)' CGO_ENABLED=0

@@ -33,7 +33,11 @@ func TestBench(t *testing.T) {
 	l.Namespace("shop")
 	l.shop()
 	stages := []string{"stored", "outcome", "Event", "annotated", "evicted", "gone", "replaced"}
-	table := []string{fmt.Sprintf("%-10s %5s  %s", "p50 / max", "kills", fmt.Sprintf(strings.Repeat("%18s", len(stages)), anySlice(stages)...))}
+	head := fmt.Sprintf("%-10s %5s  ", "p50 / max", "kills")
+	for _, stage := range stages {
+		head += fmt.Sprintf("%18s", stage)
+	}
+	table := []string{head}
 	for _, s := range stories() {
 		took := map[string][]time.Duration{}
 		for range kills {
@@ -61,16 +65,9 @@ func TestBench(t *testing.T) {
 			line += fmt.Sprintf("%18s", fmt.Sprintf("%.2f / %.2f s", d[len(d)/2].Seconds(), d[len(d)-1].Seconds()))
 		}
 		table = append(table, line)
+		l.logf("%s", line)
 	}
 	l.memory()
 	fmt.Println("descheduler's interval: 10 s")
 	fmt.Println(strings.Join(table, "\n"))
-}
-
-func anySlice(s []string) []any {
-	all := make([]any, len(s))
-	for i := range s {
-		all[i] = s[i]
-	}
-	return all
 }

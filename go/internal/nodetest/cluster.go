@@ -14,6 +14,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -22,6 +23,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -121,13 +123,19 @@ func start(t testing.TB) *Lab {
 	}
 
 	server := "https://" + net.JoinHostPort(hostIP, port)
+	crio, err := resolved(read(t, "/usr/share/containers/seccomp.json"), "CAP_BPF", "CAP_PERFMON", "CAP_SYSLOG", "CAP_SYS_RESOURCE")
+	if err != nil {
+		t.Fatalf("CRI-O's seccomp profile: %v", err)
+	}
 	settings := filepath.Join(dir, "settings.tar")
 	write(t, settings, archive(t, map[string][]byte{
-		"etc/kubernetes/kubelet.kubeconfig":       kubeconfig(t, server, ca, token["system:node:"+nodeName]),
-		"etc/kubernetes/kube-proxy.kubeconfig":    kubeconfig(t, server, ca, token["system:kube-proxy"]),
-		"etc/kubernetes/kubelet-client-ca.crt":    certificate,
-		"usr/local/bin/pod":                       read(t, scratchtest.Program(t, "pod")),
+		"etc/kubernetes/kubelet.kubeconfig":    kubeconfig(t, server, ca, token["system:node:"+nodeName]),
+		"etc/kubernetes/kube-proxy.kubeconfig": kubeconfig(t, server, ca, token["system:kube-proxy"]),
+		"etc/kubernetes/kubelet-client-ca.crt": certificate,
+		"usr/local/bin/pod":                    read(t, scratchtest.Program(t, "pod")),
+		// What the chart ships, and what CRI-O has (Debian's golang-github-containers-common).
 		"var/lib/kubelet/seccomp/oom-tracer.json": read(t, repository(l, "deploy/seccomp/oom-tracer.json")),
+		"var/lib/kubelet/seccomp/crio.json":       crio,
 	}))
 	// The emulator has faults (../../../tools/vm/test-vm.sh): a machine that does not come up is started once more, and it says so.
 	for try := 1; ; try++ {
@@ -344,4 +352,34 @@ func archive(t testing.TB, files map[string][]byte) []byte {
 		t.Fatal(err)
 	}
 	return append(b.Bytes(), make([]byte, -b.Len()&511)...)
+}
+
+// resolved is a profile of containers/common as CRI-O gives it to a container with these capabilities. containerd does not know
+// its conditions and would take every rule.
+func resolved(profile []byte, capabilities ...string) ([]byte, error) {
+	type conditions struct{ Caps, Arches []string }
+	var p struct {
+		DefaultAction   string           `json:"defaultAction"`
+		DefaultErrnoRet *uint            `json:"defaultErrnoRet,omitempty"`
+		Syscalls        []map[string]any `json:"syscalls"`
+	}
+	var rules struct {
+		Syscalls []struct{ Includes, Excludes conditions }
+	}
+	if err := errors.Join(json.Unmarshal(profile, &p), json.Unmarshal(profile, &rules)); err != nil {
+		return nil, err
+	}
+	has := func(name string) bool { return slices.Contains(capabilities, name) }
+	all := p.Syscalls
+	p.Syscalls = nil
+	for i, r := range rules.Syscalls {
+		if len(r.Includes.Arches) > 0 && !slices.Contains(r.Includes.Arches, "amd64") || slices.ContainsFunc(r.Excludes.Caps, has) ||
+			slices.ContainsFunc(r.Includes.Caps, func(name string) bool { return !has(name) }) {
+			continue
+		}
+		delete(all[i], "includes")
+		delete(all[i], "excludes")
+		p.Syscalls = append(p.Syscalls, all[i])
+	}
+	return json.Marshal(p)
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -25,6 +26,7 @@ func (l *Lab) testLife(t *testing.T, r *record) {
 		out := l.in(t).helm("test", "oom-tracer", "--namespace", namespace, "--logs", "--timeout", "6m")
 		l.logf("helm test:\n%s", out)
 	})
+	t.Run("Seccomp", func(t *testing.T) { l.in(t).testSeccomp(t) })
 	t.Run("SingleProcess", func(t *testing.T) { l.in(t).testSingleProcess(t, r) })
 	t.Run("Reboot", func(t *testing.T) { l.in(t).testReboot(t, r) })
 }
@@ -126,6 +128,46 @@ func ready(pod *corev1.Pod) bool {
 		}
 	}
 	return false
+}
+
+// testSeccomp: under CRI-O's profile of mid-2023, which permits bpf with SYS_ADMIN alone, doctor names seccomp, and not the kernel.
+func (l *Lab) testSeccomp(t *testing.T) {
+	no, root, profile := false, int64(0), "crio.json"
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "seccomp", Namespace: namespace}, Spec: corev1.PodSpec{
+		RestartPolicy: corev1.RestartPolicyNever, NodeSelector: map[string]string{corev1.LabelHostname: nodeName},
+		SecurityContext: &corev1.PodSecurityContext{SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeLocalhost, LocalhostProfile: &profile}},
+		Containers: []corev1.Container{{
+			Name: "doctor", Image: l.tracerPod().Spec.Containers[0].Image, Args: []string{"doctor"},
+			Env:          []corev1.EnvVar{{Name: "NODE_NAME", Value: nodeName}},
+			VolumeMounts: []corev1.VolumeMount{{Name: "config", MountPath: "/etc/oom-tracer"}},
+			SecurityContext: &corev1.SecurityContext{
+				RunAsUser: &root, AllowPrivilegeEscalation: &no,
+				Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: []corev1.Capability{"BPF", "PERFMON", "SYSLOG", "SYS_RESOURCE"}},
+			},
+		}},
+		Volumes: []corev1.Volume{{Name: "config", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
+			LocalObjectReference: corev1.LocalObjectReference{Name: "oom-tracer"}, Items: []corev1.KeyToPath{{Key: "tracer.yaml", Path: "config.yaml"}},
+		}}}},
+	}}
+	pods := l.Client.CoreV1().Pods(namespace)
+	if _, err := pods.Create(t.Context(), pod, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	l.await("doctor has ended", 3*time.Minute, func() error {
+		pod, err := pods.Get(t.Context(), "seccomp", metav1.GetOptions{})
+		if err == nil && pod.Status.Phase != corev1.PodFailed && pod.Status.Phase != corev1.PodSucceeded {
+			err = fmt.Errorf("its pod is %s", pod.Status.Phase)
+		}
+		return err
+	})
+	out, err := l.kubectl(t.Context(), "", "-n", namespace, "logs", "seccomp")
+	t.Logf("doctor under CRI-O's profile:\n%s", out)
+	if err != nil || !regexp.MustCompile(`(?m)^fail +bpf .*seccomp`).MatchString(out) {
+		t.Errorf("doctor does not say that seccomp refuses bpf: %v", err)
+	}
+	if err := pods.Delete(t.Context(), "seccomp", metav1.DeleteOptions{}); err != nil {
+		t.Error(err)
+	}
 }
 
 // testSingleProcess: with singleProcessOOMKill a child dies and its container lives on.
