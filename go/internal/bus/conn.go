@@ -158,10 +158,12 @@ func hint(err error, cfg config.NATS) string {
 	switch {
 	case errors.Is(err, nats.ErrAuthorization) && cfg.URL == "":
 		return fmt.Sprintf(" (the password in %s is not that of the server that listens there)", PasswordFile(cfg.Embedded.Dir))
+	case cfg.TokenFile != "" && (errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) || errors.Is(err, nats.ErrTimeout)):
+		return fmt.Sprintf(" (token in %s: the log of oom-auth has the reason, or oom-auth does not answer the server)", cfg.TokenFile)
 	case errors.Is(err, nats.ErrAuthorization) && cfg.User != "":
 		return fmt.Sprintf(" (user %q: check nats.user and nats.password_file)", cfg.User)
 	case errors.Is(err, nats.ErrAuthorization):
-		return " (check nats.creds_file, nats.nkey_file or nats.user)"
+		return " (check nats.creds_file, nats.nkey_file, nats.token_file or nats.user)"
 	case errors.Is(err, nats.ErrNoServers) && cfg.URL == "":
 		return " (nobody listens there: is oom-tracer running on this node, with its embedded server?)"
 	case errors.Is(err, nats.ErrNoServers):
@@ -250,8 +252,19 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 			return nil, nil, fmt.Errorf("read nats.nkey_file: %w", err)
 		}
 		options = append(options, nkey)
+	case cfg.TokenFile != "":
+		if _, err := readSecretFile("nats.token_file", cfg.TokenFile); err != nil {
+			return nil, nil, err
+		}
+		options = append(options, nats.TokenHandler(func() string {
+			token, err := readSecretFile("nats.token_file", cfg.TokenFile)
+			if err != nil {
+				c.attemptFailed(err)
+			}
+			return token
+		}))
 	case cfg.User != "":
-		password := func() (string, error) { return readPasswordFile(cfg.PasswordFile) }
+		password := func() (string, error) { return readSecretFile("nats.password_file", cfg.PasswordFile) }
 		if _, err := password(); err != nil {
 			return nil, nil, err
 		}
