@@ -33,7 +33,7 @@ func (s *servers) attackers() []attacker {
 		return nats.UserInfo(user, s.passwords[strings.TrimPrefix(user, "oom-")])
 	}
 	tracer := attacker{"oom-tracer", "oom-tracer.node-1", s.tracerLogin("node-1"), func(subject string) bool {
-		return strings.HasPrefix(subject, "oom.v1.") && !strings.HasPrefix(subject, "oom.v1.outcome.") && (s.seeds == "" || strings.HasSuffix(subject, ".node-1"))
+		return strings.HasPrefix(subject, "oom.v1.") && !strings.HasPrefix(subject, "oom.v1.outcome.") && (s.seeds == "" && s.token == nil || strings.HasSuffix(subject, ".node-1"))
 	}}
 	return []attacker{
 		tracer,
@@ -45,9 +45,12 @@ func (s *servers) attackers() []attacker {
 	}
 }
 
-// tracerLogin is what the tracer of a node shows: its key, or the password of all.
+// tracerLogin is what the tracer of a node shows: its token, its key, or the password of all.
 func (s *servers) tracerLogin(node string) nats.Option {
 	s.t.Helper()
+	if s.token != nil {
+		return nats.Token(s.token(node))
+	}
 	if s.seeds == "" {
 		return nats.UserInfo("oom-tracer", s.passwords["tracer"])
 	}
@@ -236,10 +239,10 @@ const oneAccount = `authorization {
 }`
 
 // TestStoredSubjects: whoever has one of the credentials that ship stores what its role may store, and nothing else; TestNodeKeys
-// has the same on three servers. Where all users share one account, the same attack finds the hole.
+// and TestNodeTokens have the same on three servers. Where all users share one account, the same attack finds the hole.
 func TestStoredSubjects(t *testing.T) {
 	t.Run("accounts", func(t *testing.T) {
-		s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml")
+		s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.tracers=shared")
 		for _, u := range s.attackers() {
 			if got := s.attack(u); len(got) > 0 {
 				t.Errorf("%s stored what it may not:\n%s", u.user, strings.Join(got, "\n"))
@@ -262,7 +265,7 @@ func TestStoredSubjects(t *testing.T) {
 		s := newServers(t, func(files map[string]string) {
 			files["nats.conf"] = replaced(t, true, files["nats.conf"], "authorization { timeout: 10 }", "")
 			files["nats.conf"] = replaced(t, true, files["nats.conf"], "accounts { include accounts.conf }", oneAccount)
-		}, "--values", root+"/deploy/examples/single-node.yaml")
+		}, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.tracers=shared")
 		s.setup()
 		for _, u := range s.attackers() {
 			got := strings.Join(s.attack(u), "\n")
