@@ -35,7 +35,7 @@ func (s *servers) attackers() []attacker {
 	tracer := attacker{"oom-tracer", "oom-tracer.node-1", s.tracerLogin("node-1"), func(subject string) bool {
 		return strings.HasPrefix(subject, "oom.v1.") && !strings.HasPrefix(subject, "oom.v1.outcome.") && (s.seeds == "" && s.token == nil || strings.HasSuffix(subject, ".node-1"))
 	}}
-	return []attacker{
+	all := []attacker{
 		tracer,
 		{"oom-annotator", "oom-annotator", password("oom-annotator"), func(subject string) bool {
 			return strings.HasPrefix(subject, "oom.v1.outcome.") || subject == state
@@ -43,6 +43,10 @@ func (s *servers) attackers() []attacker {
 		{"oom-tap", "oom-tap", password("oom-tap"), func(string) bool { return false }},
 		{"oom-operator", "oom-tap", password("oom-operator"), func(subject string) bool { return subject == state }},
 	}
+	if s.token != nil {
+		all = append(all, attacker{"oom-auth", "oom-auth", password("oom-auth"), func(string) bool { return false }})
+	}
+	return all
 }
 
 // tracerLogin is what the tracer of a node shows: its token, its key, or the password of all.
@@ -207,7 +211,7 @@ func (s *servers) attack(u attacker) (stored []string) {
 			mine = mine || u.may(m.Subject)
 		}
 	}
-	if !mine && u.user != "oom-tap" {
+	if !mine && u.user != "oom-tap" && u.user != "oom-auth" {
 		s.t.Errorf("%s stored nothing at all", u.user)
 	}
 	return stored
