@@ -35,12 +35,11 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
-const audience = "oom-tracer-nats"
-
 // tokens are a cluster with a tracer's pod on each of two nodes, NATS, and oom-auth with the role that the manifests give it.
 type tokens struct {
 	*servers
-	c *kubetest.Cluster
+	c        *kubetest.Cluster
+	audience string // of the volume in the tracer's pod
 }
 
 var tracerNodes = []string{"node-1", "node-2.example.com"}
@@ -57,9 +56,14 @@ func startTokens(t *testing.T, args ...string) *tokens {
 		c.Node(node)
 		c.Pod(namespace, "oom-tracer-"+node, node, as("oom-tracer"))
 	}
-	s := &tokens{startServers(t, args...), c}
+	s := &tokens{servers: startServers(t, args...), c: c}
+	for _, volume := range templates(t, s.objects)["oom-tracer"].Spec.Volumes {
+		if volume.Name == "token" && len(volume.Projected.Sources) == 1 {
+			s.audience = volume.Projected.Sources[0].ServiceAccountToken.Audience
+		}
+	}
 	s.token = func(node string) string {
-		return s.issue(namespace, "oom-tracer", "oom-tracer-"+strings.ReplaceAll(node, "_", "."), audience)
+		return s.issue(namespace, "oom-tracer", "oom-tracer-"+strings.ReplaceAll(node, "_", "."), s.audience)
 	}
 	return s
 }
@@ -156,15 +160,20 @@ func (a *auth) start(t *testing.T) {
 	})
 }
 
-// decided is how many decisions of a result it made.
-func (a *auth) decided(t *testing.T, result string) float64 {
+func (a *auth) metrics(t *testing.T) exposed {
 	t.Helper()
 	resp, err := http.Get("http://" + a.listen + "/metrics")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	for _, m := range parseMetrics(t, resp.Body)["oom_tracer_auth_decisions_total"].GetMetric() {
+	return parseMetrics(t, resp.Body)
+}
+
+// decided is how many decisions of a result it made.
+func (a *auth) decided(t *testing.T, result string) float64 {
+	t.Helper()
+	for _, m := range a.metrics(t)["oom_tracer_auth_decisions_total"].GetMetric() {
 		if m.GetLabel()[0].GetValue() == result {
 			return m.GetCounter().GetValue()
 		}
@@ -197,7 +206,7 @@ func TestNodeTokens(t *testing.T) {
 	}
 
 	s.c.Pod(namespace, "gone", "node-1", as("oom-tracer"))
-	gone := s.issue(namespace, "oom-tracer", "gone", audience)
+	gone := s.issue(namespace, "oom-tracer", "gone", s.audience)
 	s.connect("oom-tracer.node-1", nats.Token(gone)).nc.Close()
 	s.c.DeletePod(namespace, "gone")
 	// The API server keeps what it knows of a token for ten seconds.
@@ -221,12 +230,12 @@ func TestNodeTokens(t *testing.T) {
 		why   string
 	}{
 		"another audience":            {nats.Token(s.issue(namespace, "oom-tracer", "oom-tracer-node-1", "https://kubernetes.default.svc")), "token for the audience"},
-		"another namespace's account": {nats.Token(s.issue("elsewhere", "oom-tracer", "oom-tracer-node-1", audience)), `token of \"system:serviceaccount:elsewhere:oom-tracer\"`},
-		"another account":             {nats.Token(s.issue(namespace, "oom-auth", "other", audience)), `token of \"system:serviceaccount:oom-tracer:oom-auth\"`},
+		"another namespace's account": {nats.Token(s.issue("elsewhere", "oom-tracer", "oom-tracer-node-1", s.audience)), `token of \"system:serviceaccount:elsewhere:oom-tracer\"`},
+		"another account":             {nats.Token(s.issue(namespace, "oom-auth", "other", s.audience)), `token of \"system:serviceaccount:oom-tracer:oom-auth\"`},
 		"a deleted pod":               {nats.Token(gone), "the API server does not accept the token"},
 		"a forged signature":          {nats.Token(s.resign(token, own, time.Now().Add(time.Hour))), "the API server does not accept the token"},
 		"an expired token":            {nats.Token(s.resign(token, nil, time.Now().Add(-time.Minute))), "token expired at"},
-		"a token without a pod":       {nats.Token(s.issue(namespace, "oom-tracer", "", audience)), "the token names no node"},
+		"a token without a pod":       {nats.Token(s.issue(namespace, "oom-tracer", "", s.audience)), "the token names no node"},
 		"no token":                    {nats.Token("x"), "not the token of a service account"},
 		"nothing":                     {nats.Name("x"), "no token, and no user"},
 		"a user of the past":          {nats.UserInfo("oom-tracer", s.passwords["tracer"]), "no token, and no user"},
