@@ -20,10 +20,13 @@ const (
 	subject    = "$SYS.REQ.USER.AUTH"
 	xkeyHeader = "Nats-Server-Xkey"
 	account    = "OOM_TRACERS" // of accounts.conf
-	// atOnce bounds the questions that are worked on. The server drops those that it waits for too long.
-	atOnce = 64
-	// answerTime bounds one answer. The server waits for 10 s (authorization.timeout), a tracer for 5.
+	// A tracer waits for five seconds, and comes again. So questions do not wait for longer here: what exceeds atOnce under
+	// way and maxWaiting is dropped, or thousands of nodes that come at once would all be answered too late.
+	atOnce     = 64
+	maxWaiting = 512
 	answerTime = 4 * time.Second
+	// failingFor is how long a failed review counts. Tracers come again sooner.
+	failingFor = time.Minute
 )
 
 // Service answers.
@@ -36,6 +39,7 @@ type Service struct {
 
 	mu      sync.Mutex
 	failing error // of the last review
+	since   time.Time
 }
 
 // Results of a decision.
@@ -63,11 +67,24 @@ func (s *Service) Describe(ch chan<- *prometheus.Desc) { s.decisions.Describe(ch
 // Collect implements prometheus.Collector.
 func (s *Service) Collect(ch chan<- prometheus.Metric) { s.decisions.Collect(ch) }
 
-// Failing is why the last token could not be reviewed.
+// Failing is why tokens cannot be reviewed now.
 func (s *Service) Failing() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if time.Since(s.since) > failingFor {
+		return nil
+	}
 	return s.failing
+}
+
+// note notes how a review ended.
+func (s *Service) note(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.failing, s.since = err, time.Now()
+	if errors.Is(err, ErrRefused) {
+		s.failing = nil
+	}
 }
 
 // Serve answers until ctx ends, and then finishes the answers under way. Any number of replicas share the questions.
@@ -82,6 +99,9 @@ func (s *Service) Serve(ctx context.Context, nc *nats.Conn) error {
 		})
 	})
 	if err != nil {
+		return fmt.Errorf("subscribe to %s: %w", subject, err)
+	}
+	if err := sub.SetPendingLimits(maxWaiting, -1); err != nil {
 		return fmt.Errorf("subscribe to %s: %w", subject, err)
 	}
 	<-ctx.Done()
@@ -157,11 +177,7 @@ func (s *Service) decide(ctx context.Context, question *jwt.AuthorizationRequest
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	who, err := s.reviewer.Review(ctx, question.ConnectOptions.Token)
-	s.mu.Lock()
-	if s.failing = err; errors.Is(err, ErrRefused) {
-		s.failing = nil
-	}
-	s.mu.Unlock()
+	s.note(err)
 	if err != nil {
 		return "", err
 	}

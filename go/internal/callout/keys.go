@@ -24,37 +24,39 @@ type Keys struct {
 }
 
 // DeriveKeys makes the keys from a secret.
-func DeriveKeys(secret string) (*Keys, error) {
+func DeriveKeys(secret string) (k *Keys, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("derive the issuer's keys: %w", err)
+		}
+	}()
 	if len(secret) < minSecret {
-		return nil, fmt.Errorf("derive the issuer's keys: the secret has %d characters, fewer than %d", len(secret), minSecret)
+		return nil, fmt.Errorf("the secret has %d characters, fewer than %d", len(secret), minSecret)
 	}
-	derive := func(purpose string) ([]byte, error) {
-		return hkdf.Key(sha256.New, []byte(secret), nil, "oom-tracer nats auth callout "+purpose, 32)
+	derive := func(kind nkeys.PrefixByte, purpose string) ([]byte, error) {
+		raw, err := hkdf.Key(sha256.New, []byte(secret), nil, "oom-tracer nats auth callout "+purpose, 32)
+		if err != nil {
+			return nil, err
+		}
+		return nkeys.EncodeSeed(kind, raw)
 	}
-	signing, err1 := derive("issuer")
-	sealing, err2 := derive("xkey")
+	issuer, err1 := derive(nkeys.PrefixByteAccount, "issuer")
+	curve, err2 := derive(nkeys.PrefixByteCurve, "xkey")
 	if err := errors.Join(err1, err2); err != nil {
-		return nil, fmt.Errorf("derive the issuer's keys: %w", err)
+		return nil, err
 	}
-	k := &Keys{}
-	var err error
-	if k.issuer, err = nkeys.FromRawSeed(nkeys.PrefixByteAccount, signing); err != nil {
-		return nil, fmt.Errorf("derive the issuer's keys: %w", err)
+	k = &Keys{}
+	if k.issuer, err = nkeys.FromSeed(issuer); err != nil {
+		return nil, err
 	}
-	seed, err := nkeys.EncodeSeed(nkeys.PrefixByteCurve, sealing)
-	if err != nil {
-		return nil, fmt.Errorf("derive the issuer's keys: %w", err)
+	if k.curve, err = nkeys.FromCurveSeed(curve); err != nil {
+		return nil, err
 	}
-	if k.curve, err = nkeys.FromCurveSeed(seed); err != nil {
-		return nil, fmt.Errorf("derive the issuer's keys: %w", err)
+	if k.Issuer, err = k.issuer.PublicKey(); err != nil {
+		return nil, err
 	}
-	if k.Issuer, err = k.issuer.PublicKey(); err == nil {
-		k.XKey, err = k.curve.PublicKey()
-	}
-	if err != nil {
-		return nil, fmt.Errorf("derive the issuer's keys: %w", err)
-	}
-	return k, nil
+	k.XKey, err = k.curve.PublicKey()
+	return k, err
 }
 
 // Config is what stands in the server's auth_callout block.

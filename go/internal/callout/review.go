@@ -20,7 +20,7 @@ import (
 
 // What is asked of the API server at most, by this process.
 const (
-	queriesPerSecond = 100
+	queriesPerSecond = 200
 	queriesAtOnce    = 200
 )
 

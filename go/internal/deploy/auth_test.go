@@ -402,6 +402,10 @@ func TestTokenFaults(t *testing.T) {
 	if r.conn.Connected() || r.publisher.Pending() != 1 {
 		t.Fatal("a tracer is connected, and nobody has looked at its token")
 	}
+	cfg := config.NATS{URL: s.urls[0], TokenFile: r.file} // as oom-tracer doctor asks
+	if _, err := bus.Connect(t.Context(), cfg, bus.Options{Name: "oom-tracer.node-1"}, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "oom-auth does not answer") {
+		t.Errorf("without oom-auth: %v", err)
+	}
 	a, b := s.auth(), s.auth()
 	within(t, 30*time.Second, "the kill from before is stored", pending(r))
 
