@@ -158,8 +158,8 @@ func hint(err error, cfg config.NATS) string {
 	switch {
 	case errors.Is(err, nats.ErrAuthorization) && cfg.URL == "":
 		return fmt.Sprintf(" (the password in %s is not that of the server that listens there)", PasswordFile(cfg.Embedded.Dir))
-	case cfg.TokenFile != "" && (errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) || errors.Is(err, nats.ErrTimeout)):
-		return fmt.Sprintf(" (token in %s: the log of oom-auth has the reason, or oom-auth does not answer the server)", cfg.TokenFile)
+	case errors.Is(err, nats.ErrAuthorization) && cfg.TokenFile != "":
+		return fmt.Sprintf(" (token in %s: the log of oom-auth has the reason)", cfg.TokenFile)
 	case errors.Is(err, nats.ErrAuthorization) && cfg.User != "":
 		return fmt.Sprintf(" (user %q: check nats.user and nats.password_file)", cfg.User)
 	case errors.Is(err, nats.ErrAuthorization):
@@ -172,9 +172,16 @@ func hint(err error, cfg config.NATS) string {
 		return " (nats.url or nats.tls asks for TLS and the server offers none)"
 	case errors.Is(err, nats.ErrTLS):
 		return " (check nats.tls, and whether the server wants a client certificate)"
+	case lateLogin(err):
+		return lateHint
 	}
 	return ""
 }
+
+// While a server waits for an auth callout it pings the client after two seconds, and nats.go takes that for an error.
+const lateHint = " (the server has not decided on this login in time: does oom-auth run?)"
+
+func lateLogin(err error) bool { return strings.HasSuffix(err.Error(), "expected 'PONG', got 'PING'") }
 
 // configure turns the configuration into nats.go's.
 func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options []nats.Option, err error) {
@@ -362,6 +369,8 @@ func (c *Conn) attemptFailed(err error) {
 	// nats.go hides the first refused connection behind ErrNoServers.
 	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, syscall.ECONNREFUSED) {
 		key, err = "refused", fmt.Errorf("%w: nobody listens there", err)
+	} else if lateLogin(err) {
+		err = fmt.Errorf("%w%s", err, lateHint)
 	}
 	c.once(key, "connecting to nats fails, will go on trying", "server", c.server, "error", err)
 }

@@ -20,11 +20,11 @@ const (
 	subject    = "$SYS.REQ.USER.AUTH"
 	xkeyHeader = "Nats-Server-Xkey"
 	account    = "OOM_TRACERS" // of accounts.conf
-	// A tracer waits for five seconds, and comes again. So questions do not wait for longer here: what exceeds atOnce under
+	// A tracer waits for two seconds (lateHint in bus), and comes again. So questions do not wait for longer here: what exceeds atOnce under
 	// way and maxWaiting is dropped, or thousands of nodes that come at once would all be answered too late.
 	atOnce     = 64
-	maxWaiting = 512
-	answerTime = 4 * time.Second
+	maxWaiting = 128
+	answerTime = 2 * time.Second
 	// failingFor is how long a failed review counts. Tracers come again sooner.
 	failingFor = time.Minute
 )
