@@ -83,7 +83,7 @@ doctor: build ## what this kernel and this user can do
 ##@ Build
 
 .PHONY: build
-build: build/oom-tracer build/oom-annotator build/oom-tap build/kubectl-oom ## build the BPF object and the binaries into build/
+build: build/oom-tracer build/oom-annotator build/oom-auth build/oom-tap build/kubectl-oom ## build the BPF object and the binaries into build/
 
 .PHONY: deps
 deps: build/.deps ## install what a build needs (Debian packages; libbpf into the cache)
@@ -105,7 +105,7 @@ build/oom-tracer: $(GO_FILES) $(OBJECT)
 	$(Q)$(go_build) -o $@ ./go/cmd/oom-tracer
 
 # Without cgo, and so static.
-build/oom-tap build/oom-annotator: build/%: $(GO_FILES)
+build/oom-tap build/oom-annotator build/oom-auth: build/%: $(GO_FILES)
 	@mkdir -p build
 	$(say) GO $@
 	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/$*
@@ -355,6 +355,8 @@ check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is t
 		! grep -E 'client-go|descheduler' <<<"$$deps" || { echo 'oom-tracer must not need these' >&2; exit 1; }
 	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-annotator); \
 		! grep -E 'libbpfgo|nats-server|internal/loader|descheduler' <<<"$$deps" || { echo 'oom-annotator must not need these' >&2; exit 1; }
+	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-auth); \
+		! grep -E 'libbpfgo|nats-server|internal/loader|descheduler' <<<"$$deps" || { echo 'oom-auth must not need these' >&2; exit 1; }
 	$(Q)deps=$$($(GO) list -deps ./go/event); \
 		test "$$(grep -c '\.' <<<"$$deps")" = 1 || { echo 'go/event must need the standard library only' >&2; exit 1; }
 

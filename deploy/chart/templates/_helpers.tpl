@@ -91,12 +91,25 @@ oom-tracer-nats.{{ .Release.Namespace }}.svc
 {{ .Values.nats.passwordSecret | default "oom-tracer-nats" }}
 {{- end }}
 
+{{- /* How tracers say who they are. */ -}}
+{{- define "oom.tracers" -}}
+{{- .Values.nats.tracers | default (ternary "tokens" "shared" (eq .Values.nats.mode "cluster")) }}
+{{- end }}
+
+{{- define "oom.audience" -}}
+{{- dig "auth" "audience" "oom-tracer-nats" .Values.config }}
+{{- end }}
+
 {{- /* Who a program is on NATS: {secret, key, user}. */ -}}
 {{- define "oom.identity" -}}
 {{- $nats := .root.Values.nats }}
-{{- if and (eq .who "tracer") (eq $nats.tracers "nkeys") }}
+{{- $tracers := include "oom.tracers" .root }}
+{{- if and (eq .who "tracer") (eq $tracers "nkeys") }}
 type: nkey
 path: /etc/oom-tracer/node/nats.nk
+{{- else if and (eq .who "tracer") (eq $tracers "tokens") }}
+type: token
+path: /etc/oom-tracer/token/token
 {{- else if eq $nats.mode "cluster" }}
 type: password
 path: /etc/oom-tracer/secret/{{ .who }}
@@ -124,7 +137,7 @@ user: {{ .user | quote }}
 {{- define "oom.config" -}}
 {{- $root := .root }}
 {{- $config := deepCopy $root.Values.config }}
-{{- $nats := dict "creds_file" "" "nkey_file" "" "user" "" "password_file" "" }}
+{{- $nats := dict "creds_file" "" "nkey_file" "" "token_file" "" "user" "" "password_file" "" }}
 {{- $tls := dict "ca_file" "" "cert_file" "" "key_file" "" }}
 {{- if eq $root.Values.nats.mode "cluster" }}
 {{- $scheme := ternary "tls" "nats" (ne $root.Values.nats.tlsSecret "") }}
@@ -153,11 +166,13 @@ user: {{ .user | quote }}
 {{- $_ := set $nats "tls" $tls }}
 {{- $listen := ternary (printf ":%d" (int $root.Values.metrics.tracerPort)) "" $root.Values.metrics.enabled }}
 {{- $annotatorListen := ternary (printf ":%d" (int $root.Values.metrics.annotatorPort)) "" $root.Values.metrics.enabled }}
+{{- $authListen := ternary (printf ":%d" (int $root.Values.metrics.authPort)) "" $root.Values.metrics.enabled }}
 {{- $decided := dict "nats" $nats
 	"node" (dict "state_file" "/var/lib/oom-tracer/state.json")
 	"kernel" (dict "pin_dir" "/run/oom-tracer/bpf/oom-tracer")
 	"metrics" (dict "listen" $listen)
-	"annotator" (dict "listen" $annotatorListen "kubeconfig" "") }}
+	"annotator" (dict "listen" $annotatorListen "kubeconfig" "")
+	"auth" (dict "service_account" (printf "%s/oom-tracer" $root.Release.Namespace) "issuer_file" "/etc/oom-tracer/issuer/issuer" "listen" $authListen "kubeconfig" "") }}
 {{- if $root.Values.dryRun }}
 {{- $_ := set $decided "policy" (dict "annotation" "") }}
 {{- end }}

@@ -158,10 +158,12 @@ func hint(err error, cfg config.NATS) string {
 	switch {
 	case errors.Is(err, nats.ErrAuthorization) && cfg.URL == "":
 		return fmt.Sprintf(" (the password in %s is not that of the server that listens there)", PasswordFile(cfg.Embedded.Dir))
+	case errors.Is(err, nats.ErrAuthorization) && cfg.TokenFile != "":
+		return fmt.Sprintf(" (token in %s: the log of oom-auth has the reason)", cfg.TokenFile)
 	case errors.Is(err, nats.ErrAuthorization) && cfg.User != "":
 		return fmt.Sprintf(" (user %q: check nats.user and nats.password_file)", cfg.User)
 	case errors.Is(err, nats.ErrAuthorization):
-		return " (check nats.creds_file, nats.nkey_file or nats.user)"
+		return " (check nats.creds_file, nats.nkey_file, nats.token_file or nats.user)"
 	case errors.Is(err, nats.ErrNoServers) && cfg.URL == "":
 		return " (nobody listens there: is oom-tracer running on this node, with its embedded server?)"
 	case errors.Is(err, nats.ErrNoServers):
@@ -170,9 +172,16 @@ func hint(err error, cfg config.NATS) string {
 		return " (nats.url or nats.tls asks for TLS and the server offers none)"
 	case errors.Is(err, nats.ErrTLS):
 		return " (check nats.tls, and whether the server wants a client certificate)"
+	case lateLogin(err):
+		return lateHint
 	}
 	return ""
 }
+
+// While a server waits for an auth callout it pings the client after two seconds, and nats.go takes that for an error.
+const lateHint = " (the server has not decided on this login in time: does oom-auth run?)"
+
+func lateLogin(err error) bool { return strings.HasSuffix(err.Error(), "expected 'PONG', got 'PING'") }
 
 // configure turns the configuration into nats.go's.
 func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options []nats.Option, err error) {
@@ -250,8 +259,19 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 			return nil, nil, fmt.Errorf("read nats.nkey_file: %w", err)
 		}
 		options = append(options, nkey)
+	case cfg.TokenFile != "":
+		if _, err := readSecretFile("nats.token_file", cfg.TokenFile); err != nil {
+			return nil, nil, err
+		}
+		options = append(options, nats.TokenHandler(func() string {
+			token, err := readSecretFile("nats.token_file", cfg.TokenFile)
+			if err != nil {
+				c.attemptFailed(err)
+			}
+			return token
+		}))
 	case cfg.User != "":
-		password := func() (string, error) { return readPasswordFile(cfg.PasswordFile) }
+		password := func() (string, error) { return readSecretFile("nats.password_file", cfg.PasswordFile) }
 		if _, err := password(); err != nil {
 			return nil, nil, err
 		}
@@ -349,6 +369,8 @@ func (c *Conn) attemptFailed(err error) {
 	// nats.go hides the first refused connection behind ErrNoServers.
 	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, syscall.ECONNREFUSED) {
 		key, err = "refused", fmt.Errorf("%w: nobody listens there", err)
+	} else if lateLogin(err) {
+		err = fmt.Errorf("%w%s", err, lateHint)
 	}
 	c.once(key, "connecting to nats fails, will go on trying", "server", c.server, "error", err)
 }

@@ -63,6 +63,14 @@ func TestConnectFails(t *testing.T) {
 	wantError(t, refused(ctx, t, config.NATS{URL: d.url(), User: "tracer", PasswordFile: secret(t, "\n")}), "nats.password_file", "is empty")
 	err = refused(ctx, t, config.NATS{URL: d.url(), User: "tracer", PasswordFile: "/nowhere/password"})
 	wantError(t, err, "nats.password_file", "/nowhere/password")
+	wantError(t, refused(ctx, t, config.NATS{URL: d.url(), TokenFile: secret(t, "\n")}), "nats.token_file", "is empty")
+	wantError(t, refused(ctx, t, config.NATS{URL: d.url(), TokenFile: "/nowhere/token"}), "nats.token_file", "/nowhere/token")
+	token := secret(t, "hidden-token")
+	err = refused(ctx, t, config.NATS{URL: d.url(), TokenFile: token})
+	wantError(t, err, "Authorization Violation", "token in "+token, "oom-auth")
+	if strings.Contains(err.Error(), "hidden") {
+		t.Errorf("the error %q tells the token", err)
+	}
 	wantError(t, refused(ctx, t, config.NATS{URL: d.url(), CredsFile: "/nowhere/creds"}), "nats.creds_file", "/nowhere/creds")
 	wantError(t, refused(ctx, t, config.NATS{URL: d.url(), NKeyFile: secret(t, "no seed")}), "nats.nkey_file")
 	wantError(t, refused(ctx, t, config.NATS{URL: d.url(), TLS: config.TLS{CAFile: secret(t, "no certificate")}}), "parse root certificate")

@@ -70,18 +70,18 @@ func ReadPassword(d *statedir.Dir) (string, error) {
 	return password, nil
 }
 
-// readPasswordFile reads the password of an external server. Its mode is the operator's affair:
-// Kubernetes mounts secrets as links to files that the group may read.
-func readPasswordFile(path string) (string, error) {
+// readSecretFile reads the password or token for an external server from the file that a key of the config names. Its
+// mode is the operator's affair: Kubernetes mounts secrets as links to files that the group may read.
+func readSecretFile(key, path string) (string, error) {
 	data, err := readSmall(path)
 	if err != nil {
-		return "", fmt.Errorf("read nats.password_file: %w", err)
+		return "", fmt.Errorf("read %s: %w", key, err)
 	}
-	password := string(bytes.TrimRight(data, "\r\n"))
-	if password == "" {
-		return "", fmt.Errorf("read nats.password_file: %s is empty", path)
+	secret := string(bytes.TrimRight(data, "\r\n"))
+	if secret == "" {
+		return "", fmt.Errorf("read %s: %s is empty", key, path)
 	}
-	return password, nil
+	return secret, nil
 }
 
 // maxSecret is the size of the largest file with a secret.

@@ -19,6 +19,7 @@ type Config struct {
 	NATS      NATS      `yaml:"nats"`
 	Policy    Policy    `yaml:"policy"`
 	Annotator Annotator `yaml:"annotator"`
+	Auth      Auth      `yaml:"auth"`
 	Metrics   Metrics   `yaml:"metrics"`
 	Log       Log       `yaml:"log"`
 }
@@ -56,10 +57,11 @@ type Kernel struct {
 // NATS is the connection; an empty URL means the embedded server.
 type NATS struct {
 	URL string `yaml:"url"` // comma-separated nats:// or tls:// URLs, without credentials
-	// CredsFile is a NATS credentials file (JWT and nkey seed), NKeyFile a bare nkey seed. User goes
-	// with PasswordFile. At most one of the three ways, and only with a URL.
+	// CredsFile is a NATS credentials file (JWT and nkey seed), NKeyFile a bare nkey seed, TokenFile a token such as
+	// that of a service account. User goes with PasswordFile. At most one of the four ways, and only with a URL.
 	CredsFile    string `yaml:"creds_file"`
 	NKeyFile     string `yaml:"nkey_file"`
+	TokenFile    string `yaml:"token_file"`
 	User         string `yaml:"user"`
 	PasswordFile string `yaml:"password_file"`
 	TLS          TLS    `yaml:"tls"`
@@ -163,6 +165,20 @@ type Annotator struct {
 	Listen string `yaml:"listen"`
 }
 
+// Auth is oom-auth: whose tokens it takes, and what it signs its answers with.
+type Auth struct {
+	// ServiceAccount is namespace/name.
+	ServiceAccount string `yaml:"service_account"`
+	// Audience is what a token must be for.
+	Audience string `yaml:"audience"`
+	// IssuerFile is the absolute path of a secret from which the keys are made. NATS knows their public halves.
+	IssuerFile string `yaml:"issuer_file"`
+	// Kubeconfig is an absolute path; empty means the service account of the pod.
+	Kubeconfig string `yaml:"kubeconfig"`
+	// Listen is host:port for /metrics, /healthz and /readyz; empty: nothing is served.
+	Listen string `yaml:"listen"`
+}
+
 // Metrics is where /metrics, /healthz and /readyz are served; an empty address serves nothing.
 type Metrics struct {
 	Listen string `yaml:"listen"`
@@ -211,6 +227,7 @@ func Default() Config {
 			Events:            true,
 			Listen:            "127.0.0.1:9106",
 		},
+		Auth:    Auth{ServiceAccount: "oom-tracer/oom-tracer", Audience: "oom-tracer-nats", Listen: "127.0.0.1:9107"},
 		Metrics: Metrics{Listen: "127.0.0.1:9105"},
 		Log:     Log{Level: "info", Format: "text"},
 	}

@@ -131,6 +131,9 @@ func TestEveryKeyIsRead(t *testing.T) {
 		Annotator: Annotator{
 			Kubeconfig: "/etc/kubeconfig", SummaryAnnotation: "example.com/kill", WaitForPod: time.Minute, Workers: 4, Listen: ":9998",
 		},
+		Auth: Auth{
+			ServiceAccount: "monitoring/agent", Audience: "example.com/nats", IssuerFile: "/run/secrets/issuer", Kubeconfig: "/etc/auth/kubeconfig", Listen: ":9997",
+		},
 		Metrics: Metrics{Listen: ":9999"},
 		Log:     Log{Level: "debug", Format: "json"},
 	}
@@ -138,13 +141,17 @@ func TestEveryKeyIsRead(t *testing.T) {
 		t.Errorf("full.yaml (-want +got):\n%s", diff)
 	}
 	for _, key := range leavesEqual("", reflect.ValueOf(got), reflect.ValueOf(Default())) {
-		if key != "nats.creds_file" && key != "nats.nkey_file" { // these exclude the user
+		if key != "nats.creds_file" && key != "nats.nkey_file" && key != "nats.token_file" { // these exclude the user
 			t.Errorf("full.yaml leaves %s at its default", key)
 		}
 	}
 	got, err = Parse("x", []byte("nats: {url: 'tls://a', creds_file: /a}\n"))
 	if err != nil || got.NATS.CredsFile != "/a" {
 		t.Errorf("creds_file: %+v, %v", got.NATS, err)
+	}
+	got, err = Parse("x", []byte("nats: {url: 'tls://a', token_file: /a}\n"))
+	if err != nil || got.NATS.TokenFile != "/a" {
+		t.Errorf("token_file: %+v, %v", got.NATS, err)
 	}
 	got, err = Parse("x", []byte("nats: {url: 'tls://a', nkey_file: /a}\n"))
 	if err != nil || got.NATS.NKeyFile != "/a" {

@@ -85,6 +85,7 @@ func (c *Config) faults() []fault {
 	}{
 		{"nats.creds_file", n.CredsFile, true, true},
 		{"nats.nkey_file", n.NKeyFile, true, true},
+		{"nats.token_file", n.TokenFile, true, true},
 		{"nats.user", n.User, false, true},
 		{"nats.password_file", n.PasswordFile, true, n.User == ""},
 		{"nats.tls.ca_file", n.TLS.CAFile, true, false},
@@ -166,6 +167,24 @@ func (c *Config) faults() []fault {
 			bad("annotator.listen", "%v", err)
 		} else if c.Metrics.Listen == a.Listen && !strings.HasSuffix(a.Listen, ":0") {
 			clash("annotator.listen", "metrics.listen", "is that of metrics.listen too: oom-tracer and oom-annotator may run on one machine")
+		}
+	}
+	namespace, account, _ := strings.Cut(c.Auth.ServiceAccount, "/")
+	if _, err := event.NodeToken(account); err != nil || len(namespace) > 63 || !dnsLabel.MatchString(namespace) {
+		bad("auth.service_account", "must be namespace/name, not %s", show(c.Auth.ServiceAccount))
+	}
+	if c.Auth.Audience == "" {
+		bad("auth.audience", "must not be empty: a token for anybody would do")
+	}
+	if c.Auth.IssuerFile != "" && !isPath(c.Auth.IssuerFile) {
+		bad("auth.issuer_file", "must be the absolute path of a file")
+	}
+	if c.Auth.Kubeconfig != "" && !isPath(c.Auth.Kubeconfig) {
+		bad("auth.kubeconfig", "must be the absolute path of a file, or empty")
+	}
+	if c.Auth.Listen != "" {
+		if err := checkListen(c.Auth.Listen); err != nil {
+			bad("auth.listen", "%v", err)
 		}
 	}
 	if c.Metrics.Listen != "" {

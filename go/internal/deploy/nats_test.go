@@ -33,8 +33,9 @@ type servers struct {
 	objects   []*unstructured.Unstructured
 	urls      []string
 	passwords map[string]string
-	seeds     string   // the directory with the nodes' keys; empty: nats.tracers is shared
-	logs      []string // files
+	seeds     string                   // the directory with the nodes' keys, with nats.tracers nkeys
+	token     func(node string) string // of the pod of a node's tracer, with nats.tracers tokens
+	logs      []string                 // files
 }
 
 // startServers starts the servers, and makes the streams as the owner's Job does.
@@ -93,8 +94,15 @@ func newServers(t *testing.T, edit func(files map[string]string), args ...string
 			text = replaced(t, name == "nats.conf", text, `http: "0.0.0.0:8222"`, "")
 			text = replaced(t, name == "nats.conf", text, "store_dir: /data", fmt.Sprintf("store_dir: %q", dir))
 			text = replaced(t, name == "nats.conf" && len(routes) > 1, text, `"0.0.0.0:6222"`, fmt.Sprintf("%q", routes[i]))
+			text = strings.ReplaceAll(text, "../nats-issuer/issuer.conf", "issuer.conf")
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
+			}
+		}
+		if files["auth.conf"] != "" { // as the init container does
+			out, err := exec.Command(scratchtest.Program(t, "oom-auth"), "issuer", s.secret("issuer"), filepath.Join(dir, "issuer.conf")).CombinedOutput()
+			if err != nil {
+				t.Fatalf("oom-auth issuer: %v: %s", err, out)
 			}
 		}
 		cmd := exec.Command(scratchtest.Program(t, "nats-server"), "--config", filepath.Join(dir, "nats.conf"))
@@ -180,19 +188,26 @@ func eventually(t *testing.T, what string, try func() error) {
 	}
 }
 
+// secret is a file with a password of the Secret.
+func (s *servers) secret(name string) string {
+	s.t.Helper()
+	file := filepath.Join(s.t.TempDir(), name)
+	if err := os.WriteFile(file, []byte(s.passwords[name]), 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	return file
+}
+
 // config writes the rendered config of a program, with the addresses and the password of this test.
 func (s *servers) config(who string) string {
 	s.t.Helper()
-	dir := s.t.TempDir()
-	password := filepath.Join(dir, "password")
-	if err := os.WriteFile(password, []byte(s.passwords[who]), 0o600); err != nil {
-		s.t.Fatal(err)
-	}
 	text := get[corev1.ConfigMap](s.t, s.objects, "ConfigMap", "oom-tracer").Data["owner.yaml"]
 	text = replaced(s.t, true, text, "nats://oom-tracer-nats.oom-tracer.svc:4222", strings.Join(s.urls, ","))
-	text = replaced(s.t, true, text, "/etc/oom-tracer/secret/owner", password)
+	text = replaced(s.t, true, text, "/etc/oom-tracer/secret/owner", s.secret(who))
 	text = replaced(s.t, true, text, "user: oom-owner", "user: oom-"+who)
-	file := filepath.Join(dir, "config.yaml")
+	text = replaced(s.t, true, text, "/etc/oom-tracer/issuer/issuer", s.secret("issuer"))
+	text = replaced(s.t, true, text, "listen: :9107", "listen: "+freeAddr(s.t))
+	file := filepath.Join(s.t.TempDir(), "config.yaml")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		s.t.Fatal(err)
 	}
@@ -377,7 +392,7 @@ func TestFirstInstall(t *testing.T) {
 // TestSharedTracer: with one user for all tracers, on one server: it publishes for every node, and reads and
 // changes nothing. And what those may who are no tracers.
 func TestSharedTracer(t *testing.T) {
-	s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml")
+	s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.tracers=shared")
 	for _, node := range []string{"node-1", "node-2"} {
 		c := s.connect("oom-tracer."+node, nats.UserInfo("oom-tracer", s.passwords["tracer"]))
 		for _, subject := range []string{"kill.global.node-1", "exiting.cgroup.node-2", "gap.restart.node-1", "node.status.node-1"} {

@@ -124,16 +124,16 @@ var examples = map[string]struct {
 	values string // "" is the default
 	pods   []string
 }{
-	"default":              {"", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
-	"manifests":            {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
-	"single-node":          {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"default":              {"", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"manifests":            {"deploy/manifests-values.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"single-node":          {"deploy/examples/single-node.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 	"embedded":             {"deploy/examples/embedded.yaml", []string{"oom-tracer"}},
 	"own-nats":             {"deploy/examples/own-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 	"existing-nats":        {"deploy/examples/existing-nats.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-test"}},
-	"observe-only":         {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
-	"act":                  {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
-	"evict":                {"deploy/examples/evict.yaml", []string{"oom-annotator", "oom-descheduler", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
-	"upstream-descheduler": {"deploy/examples/upstream-descheduler.yaml", []string{"oom-annotator", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"observe-only":         {"deploy/examples/observe-only.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"act":                  {"deploy/examples/act.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"evict":                {"deploy/examples/evict.yaml", []string{"oom-annotator", "oom-auth", "oom-descheduler", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"upstream-descheduler": {"deploy/examples/upstream-descheduler.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 }
 
 // TestExamples: what each documented file of values renders is taken by a real API server, kinds of the
@@ -152,7 +152,7 @@ func TestExamples(t *testing.T) {
 		if _, err := c.Client.CoreV1().Namespaces().Create(t.Context(), ns, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		for _, account := range []string{"default", "oom-tracer", "oom-annotator", "oom-descheduler"} {
+		for _, account := range []string{"default", "oom-tracer", "oom-annotator", "oom-auth", "oom-descheduler"} {
 			c.ServiceAccount(name, account)
 		}
 	}
@@ -193,7 +193,7 @@ func TestExamples(t *testing.T) {
 				}
 				checkSpared(t, created)
 				token := slices.ContainsFunc(created.Spec.Volumes, func(v corev1.Volume) bool { return v.Projected != nil && strings.HasPrefix(v.Name, "kube-api-access") })
-				if token != (name == "oom-annotator" || name == "oom-descheduler") {
+				if token != (name == "oom-annotator" || name == "oom-auth" || name == "oom-descheduler") {
 					t.Errorf("%s has an API token: %v", name, token)
 				}
 			}
@@ -264,6 +264,7 @@ func TestEveryKey(t *testing.T) {
 		want.NATS.PasswordFile = "/etc/oom-tracer/secret/password"
 		want.NATS.TLS = config.TLS{CAFile: "/etc/oom-tracer/tls/ca.crt", CertFile: "/etc/oom-tracer/tls/tls.crt", KeyFile: "/etc/oom-tracer/tls/tls.key"}
 		want.Metrics.Listen, want.Annotator.Listen, want.Annotator.Kubeconfig = ":9105", ":9106", ""
+		want.Auth = config.Auth{ServiceAccount: "oom-tracer/oom-tracer", Audience: want.Auth.Audience, IssuerFile: "/etc/oom-tracer/issuer/issuer", Listen: ":9107"}
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%s:\n%+v\nwant:\n%+v", who, got, want)
 		}
@@ -338,26 +339,29 @@ func TestAdmissionFollowsConfig(t *testing.T) {
 // TestRefused: values that cannot work are refused, by name.
 func TestRefused(t *testing.T) {
 	for set, want := range map[string]string{
-		"tracer.privileged=true":                             "privileged",
-		"tracr.image=x":                                      "tracr",
-		"dryRun=perhaps":                                     "/dryRun",
-		"nats.mode=none":                                     "/nats/mode",
-		"nats.mode=external":                                 "/config",
-		"nats.replicas=2":                                    "/nats/replicas",
-		"config.nats.url=nats://x:1":                         "/config/nats/url",
-		"nats.nodeKeys.node-1=SUAXYZ":                        "/nats/nodeKeys/node-1",
-		"annotator.replicas=0":                               "/annotator/replicas",
-		"tracer.resources.cpu=200m":                          "/tracer/resources",
-		"tracer.resources.limits.memory=lots":                "/tracer/resources/limits/memory",
-		"tracer.resources.limits.memory=1Xi":                 "tracer.resources.limits.memory: 1Xi is not a size",
-		"tracer.seccompProfile.type=Localhost":               "/tracer/seccompProfile",
-		"nats.storage.size=1Gi":                              "nats.storage.size: 1Gi is too small: the streams need 1104 MiB",
-		"config.nats.stream.max_bytes=4GiB":                  "Set nats.storage.size to at least 4913Mi, or lower config.nats.stream.max_bytes",
-		"tracer.statePath=relative":                          "/tracer/statePath",
-		"descheduler.interval=0s":                            "/descheduler/interval",
-		"descheduler.policy.profils=x":                       "/descheduler/policy",
-		"descheduler.enabled=true,config.policy.annotation=": "descheduler.enabled: config.policy.annotation is empty",
-		"descheduler.enabled=true,nats.mode=embedded":        "descheduler.enabled: with nats.mode embedded there is no annotator",
+		"tracer.privileged=true": "privileged",
+		"tracr.image=x":          "tracr",
+		"dryRun=perhaps":         "/dryRun",
+		"nats.mode=none":         "/nats/mode",
+		"nats.mode=external":     "/config",
+		"nats.mode=external,nats.tracers=tokens,config.nats.url=nats://x:4222": "/nats/tracers",
+		"nats.mode=embedded,nats.tracers=tokens":                               "/nats/tracers",
+		"nats.tracers=token":                                                   "/nats/tracers",
+		"nats.replicas=2":                                                      "/nats/replicas",
+		"config.nats.url=nats://x:1":                                           "/config/nats/url",
+		"nats.nodeKeys.node-1=SUAXYZ":                                          "/nats/nodeKeys/node-1",
+		"annotator.replicas=0":                                                 "/annotator/replicas",
+		"tracer.resources.cpu=200m":                                            "/tracer/resources",
+		"tracer.resources.limits.memory=lots":                                  "/tracer/resources/limits/memory",
+		"tracer.resources.limits.memory=1Xi":                                   "tracer.resources.limits.memory: 1Xi is not a size",
+		"tracer.seccompProfile.type=Localhost":                                 "/tracer/seccompProfile",
+		"nats.storage.size=1Gi":                                                "nats.storage.size: 1Gi is too small: the streams need 1104 MiB",
+		"config.nats.stream.max_bytes=4GiB":                                    "Set nats.storage.size to at least 4913Mi, or lower config.nats.stream.max_bytes",
+		"tracer.statePath=relative":                                            "/tracer/statePath",
+		"descheduler.interval=0s":                                              "/descheduler/interval",
+		"descheduler.policy.profils=x":                                         "/descheduler/policy",
+		"descheduler.enabled=true,config.policy.annotation=":                   "descheduler.enabled: config.policy.annotation is empty",
+		"descheduler.enabled=true,nats.mode=embedded":                          "descheduler.enabled: with nats.mode embedded there is no annotator",
 	} {
 		_, err := kubetest.Helm(t, "template", "x", chart, "--kube-version", "1.36.3", "--set", set)
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -370,7 +374,7 @@ func TestRefused(t *testing.T) {
 func TestSecret(t *testing.T) {
 	objects := render(t)
 	secret := get[corev1.Secret](t, objects, "Secret", "oom-tracer-nats")
-	if len(secret.Data) != 6 {
+	if len(secret.Data) != 8 {
 		t.Fatalf("%d passwords", len(secret.Data))
 	}
 	for _, o := range objects {

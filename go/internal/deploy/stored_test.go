@@ -33,9 +33,9 @@ func (s *servers) attackers() []attacker {
 		return nats.UserInfo(user, s.passwords[strings.TrimPrefix(user, "oom-")])
 	}
 	tracer := attacker{"oom-tracer", "oom-tracer.node-1", s.tracerLogin("node-1"), func(subject string) bool {
-		return strings.HasPrefix(subject, "oom.v1.") && !strings.HasPrefix(subject, "oom.v1.outcome.") && (s.seeds == "" || strings.HasSuffix(subject, ".node-1"))
+		return strings.HasPrefix(subject, "oom.v1.") && !strings.HasPrefix(subject, "oom.v1.outcome.") && (s.seeds == "" && s.token == nil || strings.HasSuffix(subject, ".node-1"))
 	}}
-	return []attacker{
+	all := []attacker{
 		tracer,
 		{"oom-annotator", "oom-annotator", password("oom-annotator"), func(subject string) bool {
 			return strings.HasPrefix(subject, "oom.v1.outcome.") || subject == state
@@ -43,11 +43,18 @@ func (s *servers) attackers() []attacker {
 		{"oom-tap", "oom-tap", password("oom-tap"), func(string) bool { return false }},
 		{"oom-operator", "oom-tap", password("oom-operator"), func(subject string) bool { return subject == state }},
 	}
+	if s.token != nil {
+		all = append(all, attacker{"oom-auth", "oom-auth", password("oom-auth"), func(string) bool { return false }})
+	}
+	return all
 }
 
-// tracerLogin is what the tracer of a node shows: its key, or the password of all.
+// tracerLogin is what the tracer of a node shows: its token, its key, or the password of all.
 func (s *servers) tracerLogin(node string) nats.Option {
 	s.t.Helper()
+	if s.token != nil {
+		return nats.Token(s.token(node))
+	}
 	if s.seeds == "" {
 		return nats.UserInfo("oom-tracer", s.passwords["tracer"])
 	}
@@ -204,7 +211,7 @@ func (s *servers) attack(u attacker) (stored []string) {
 			mine = mine || u.may(m.Subject)
 		}
 	}
-	if !mine && u.user != "oom-tap" {
+	if !mine && u.user != "oom-tap" && u.user != "oom-auth" {
 		s.t.Errorf("%s stored nothing at all", u.user)
 	}
 	return stored
@@ -236,10 +243,10 @@ const oneAccount = `authorization {
 }`
 
 // TestStoredSubjects: whoever has one of the credentials that ship stores what its role may store, and nothing else; TestNodeKeys
-// has the same on three servers. Where all users share one account, the same attack finds the hole.
+// and TestNodeTokens have the same on three servers. Where all users share one account, the same attack finds the hole.
 func TestStoredSubjects(t *testing.T) {
 	t.Run("accounts", func(t *testing.T) {
-		s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml")
+		s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.tracers=shared")
 		for _, u := range s.attackers() {
 			if got := s.attack(u); len(got) > 0 {
 				t.Errorf("%s stored what it may not:\n%s", u.user, strings.Join(got, "\n"))
@@ -262,7 +269,7 @@ func TestStoredSubjects(t *testing.T) {
 		s := newServers(t, func(files map[string]string) {
 			files["nats.conf"] = replaced(t, true, files["nats.conf"], "authorization { timeout: 10 }", "")
 			files["nats.conf"] = replaced(t, true, files["nats.conf"], "accounts { include accounts.conf }", oneAccount)
-		}, "--values", root+"/deploy/examples/single-node.yaml")
+		}, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.tracers=shared")
 		s.setup()
 		for _, u := range s.attackers() {
 			got := strings.Join(s.attack(u), "\n")
