@@ -77,6 +77,7 @@ func (l *Lab) testConfined(t *testing.T) {
 	for name, want := range map[string][]string{
 		"oom-tracer":      {"adj=-998", "Seccomp:\t2", "NoNewPrivs:\t1", "cri-containerd.apparmor.d (enforce)", "CapEff:\t000000c401000000"},
 		"oom-annotator":   {"adj=-997", "Seccomp:\t2", "NoNewPrivs:\t1", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
+		"oom-auth":        {"adj=-997", "Seccomp:\t2", "NoNewPrivs:\t1", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
 		"oom-descheduler": {"adj=-997", "Seccomp:\t2", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
 		"nats":            {"adj=-997", "Seccomp:\t2", "cri-containerd.apparmor.d (enforce)", "CapEff:\t0000000000000000"},
 	} {
@@ -91,7 +92,7 @@ func (l *Lab) testConfined(t *testing.T) {
 
 // testQuiet: a first install writes no error.
 func (l *Lab) testQuiet(t *testing.T) {
-	for _, name := range []string{"daemonset/oom-tracer", "deployment/oom-annotator", "statefulset/oom-tracer-nats"} {
+	for _, name := range []string{"daemonset/oom-tracer", "deployment/oom-annotator", "deployment/oom-auth", "statefulset/oom-tracer-nats"} {
 		log, err := l.kubectl(t.Context(), "", "logs", "-n", namespace, name, "--all-containers")
 		if err != nil {
 			t.Error(err)
@@ -116,15 +117,16 @@ type story struct {
 	cause     func(l *Lab)
 }
 
-// shop makes the pods that are to be killed, and one that is not.
-func (l *Lab) shop() {
+// make makes the pod or Deployment that a story kills; of init, its cause does.
+func (l *Lab) make(name string) {
 	l.t.Helper()
-	l.pod("container", limited("32Mi"), side)
-	l.pod("pod", side, func(s *corev1.PodSpec) { m := memory("48Mi"); s.Resources = &m })
-	l.pod("bystander")
-	l.deployment("web")
-	l.deployment("cart")
-	static := `mkdir -p /etc/kubernetes/manifests && cat >/etc/kubernetes/manifests/static.yaml <<'END'
+	switch name {
+	case "container":
+		l.pod(name, limited("32Mi"), side)
+	case "pod":
+		l.pod(name, side, func(s *corev1.PodSpec) { m := memory("48Mi"); s.Resources = &m })
+	case "static":
+		l.Machine.Must(`mkdir -p /etc/kubernetes/manifests && cat >/etc/kubernetes/manifests/static.yaml <<'END'
 apiVersion: v1
 kind: Pod
 metadata: {name: static, namespace: shop}
@@ -135,9 +137,21 @@ spec:
       image: localhost/pod:1
       securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
       resources: {limits: {memory: 32Mi}, requests: {cpu: 1m}}
-END`
-	l.Machine.Must(static)
-	for _, name := range []string{"container", "pod", "bystander", "web", "cart", "static"} {
+END`)
+	case "cart", "web":
+		l.deployment(name)
+	}
+}
+
+// shop makes the pods that are to be killed, and one that is not.
+func (l *Lab) shop() {
+	l.t.Helper()
+	l.pod("bystander")
+	names := []string{"container", "pod", "static", "cart", "web"}
+	for _, name := range names {
+		l.make(name)
+	}
+	for _, name := range append(names, "bystander") {
 		l.running(name, "")
 	}
 }
