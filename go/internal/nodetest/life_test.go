@@ -181,13 +181,13 @@ func (l *Lab) testReboot(t *testing.T, r *record) {
 // memory prints what each of our pods holds: its cgroup's own figures.
 func (l *Lab) memory() {
 	l.t.Helper()
-	out := l.Machine.Must(`for name in oom-tracer oom-annotator nats oom-descheduler; do
+	out := l.Machine.Must(`for name in oom-tracer oom-annotator oom-auth nats oom-descheduler; do
 	pid=$(pidof $name) || continue
 	dir=/sys/fs/cgroup$(cut -d: -f3 /proc/${pid%% *}/cgroup)
 	awk -v name=$name -v peak=$(cat $dir/memory.peak) '/^(anon|file|kernel) / {v[$1] = $2 / 1048576} END {printf "%-16s anon %.1f MiB, file %.1f, kernel %.1f, peak %.1f\n", name, v["anon"], v["file"], v["kernel"], peak / 1048576}' $dir/memory.stat
 done`)
-	if n := strings.Count(out, "peak"); n != 4 {
-		l.t.Errorf("%d of our 4 containers were found", n)
+	if n := strings.Count(out, "peak"); n != 5 {
+		l.t.Errorf("%d of our 5 containers were found", n)
 	}
 	l.logf("memory of our containers:\n%s", out)
 }
