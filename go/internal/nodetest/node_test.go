@@ -99,7 +99,9 @@ func (l *Lab) testQuiet(t *testing.T) {
 		}
 		t.Logf("%s:\n%s", name, log)
 		for line := range strings.Lines(log) {
-			if regexp.MustCompile(`level=ERROR|\[ERR\]|Permissions Violation`).MatchString(line) {
+			// A tracer that comes before oom-auth comes again.
+			early := strings.Contains(line, `authentication error - Token "[REDACTED]"`)
+			if !early && regexp.MustCompile(`level=ERROR|\[ERR\]|Permissions Violation`).MatchString(line) {
 				t.Errorf("a first install is not quiet: %s: %s", name, line)
 			}
 		}
