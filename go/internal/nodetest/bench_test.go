@@ -15,7 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// TestBench is what make bench-node runs: OOM_TEST_KILLS (20) kills of each kind, and a table of how long each stage took
+// TestBench is what make bench-node runs: OOM_TEST_KILLS (20) kills of each kind, or of those in OOM_TEST_STORIES ("cart web"), and a table of how long each stage took
 // after them. It stands on an emulated node, 15 to 20 times slower than the processor.
 func TestBench(t *testing.T) {
 	kills := 20
@@ -39,7 +39,11 @@ func TestBench(t *testing.T) {
 		head += fmt.Sprintf("%18s", stage)
 	}
 	table := []string{head}
+	only := strings.Fields(os.Getenv("OOM_TEST_STORIES"))
 	for _, s := range stories() {
+		if len(only) > 0 && !slices.Contains(only, s.name) {
+			continue
+		}
 		took := map[string][]time.Duration{}
 		for i := range kills {
 			if i > 0 {
