@@ -432,7 +432,7 @@ func ownerOf(p *pods.Pod) string {
 func (a *Annotator) patch(e *event.Event, p *pods.Pod, resourceVersion string) ([]byte, error) {
 	key, value := a.Policy.Mark()
 	s := pods.Summary{
-		Event: e.ID, Time: e.Time, Scope: string(e.Scope), Level: string(e.Limit.Level),
+		Event: e.ID, Annotation: key, Time: e.Time, Scope: string(e.Scope), Level: string(e.Limit.Level),
 		Container: p.Container(e.Container.ContainerID),
 		Victim:    cut(e.Victim.Comm, maxComm), PID: e.Victim.PID, Usage: e.Limit.Usage, Limit: e.Limit.Max, Node: e.Node.Name,
 	}

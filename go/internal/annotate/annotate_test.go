@@ -217,7 +217,7 @@ func TestHandleMarks(t *testing.T) {
 		t.Errorf("outcome (-want +got):\n%s", diff)
 	}
 	wantPatch := `{"metadata":{"annotations":{"oom-tracer.alpha.kubernetes.io/evict-me":"true","oom-tracer.alpha.kubernetes.io/last-kill":` +
-		`"{\"event\":\"boot-1-2\",\"time\":\"1970-01-01T00:16:40Z\",\"scope\":\"global\",\"level\":\"node\",\"container\":\"main\",\"victim\":\"java\",\"pid\":1,\"usage\":99,\"limit\":100,\"node\":\"node-1\"}"` +
+		`"{\"event\":\"boot-1-2\",\"annotation\":\"oom-tracer.alpha.kubernetes.io/evict-me\",\"time\":\"1970-01-01T00:16:40Z\",\"scope\":\"global\",\"level\":\"node\",\"container\":\"main\",\"victim\":\"java\",\"pid\":1,\"usage\":99,\"limit\":100,\"node\":\"node-1\"}"` +
 		`},"resourceVersion":"7","uid":"uid-1"}}`
 	if diff := cmp.Diff([]string{wantPatch}, w.patches); diff != "" {
 		t.Errorf("patches (-want +got):\n%s", diff)

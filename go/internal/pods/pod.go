@@ -105,16 +105,18 @@ type Terms struct {
 // Summary is the annotation that says, in JSON, which kill a pod was marked for. It is for people, and for
 // the annotator itself, which recognises its own work by Event.
 type Summary struct {
-	Event     string    `json:"event"` // the event's ID
-	Time      time.Time `json:"time"`
-	Scope     string    `json:"scope"`
-	Level     string    `json:"level,omitempty"`
-	Container string    `json:"container,omitempty"` // its name, else its ID
-	Victim    string    `json:"victim,omitempty"`    // the process
-	PID       uint32    `json:"pid,omitempty"`
-	Usage     *uint64   `json:"usage,omitempty"` // of what exceeded the limit, in bytes
-	Limit     *uint64   `json:"limit,omitempty"`
-	Node      string    `json:"node"`
+	Event string `json:"event"` // the event's ID
+	// Annotation is the key of the annotation that was set with it. deploy/manifests/admission.yaml reads it, and Event, from this text.
+	Annotation string    `json:"annotation"`
+	Time       time.Time `json:"time"`
+	Scope      string    `json:"scope"`
+	Level      string    `json:"level,omitempty"`
+	Container  string    `json:"container,omitempty"` // its name, else its ID
+	Victim     string    `json:"victim,omitempty"`    // the process
+	PID        uint32    `json:"pid,omitempty"`
+	Usage      *uint64   `json:"usage,omitempty"` // of what exceeded the limit, in bytes
+	Limit      *uint64   `json:"limit,omitempty"`
+	Node       string    `json:"node"`
 }
 
 // Read reduces a pod of the API.
