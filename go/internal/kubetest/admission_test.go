@@ -293,7 +293,9 @@ func TestAdmissionOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.applyAll(objects)
-	c.Pod("shop", "probe", "node-1", func(pod *corev1.Pod) { pod.Annotations, pod.Labels = map[string]string{"team": "x"}, map[string]string{"app": "x"} })
+	c.Pod("shop", "probe", "node-1", func(pod *corev1.Pod) {
+		pod.Annotations, pod.Labels = map[string]string{"team": "x"}, map[string]string{"app": "x"}
+	})
 	c.Eventually("the other admission is there", func() error {
 		opts := metav1.PatchOptions{FieldManager: pods.FieldManager, DryRun: []string{metav1.DryRunAll}}
 		pod, err := client.CoreV1().Pods("shop").Patch(t.Context(), "probe", types.MergePatchType, []byte(mark), opts)
@@ -464,7 +466,9 @@ func TestAdmissionEvents(t *testing.T) {
 			`{"reportingComponent":"oom-tracer"}`, "may only change Events of oom-tracer"},
 		{"kubelet, by the old field", func(e *corev1.Event) { e.Source.Component = "kubelet" }, "may only write Events that say that they are of oom-tracer",
 			`{"source":{"component":"oom-tracer"}}`, ""},
-		{"of nobody", func(e *corev1.Event) { e.ReportingController, e.ReportingInstance, e.Source = "", "", corev1.EventSource{} },
+		{"of nobody", func(e *corev1.Event) {
+			e.ReportingController, e.ReportingInstance, e.Source = "", "", corev1.EventSource{}
+		},
 			"may only write Events that say that they are of oom-tracer", `{"message":"x"}`, "may only write Events that say that they are of oom-tracer"},
 		{"a reason that evictors have", func(e *corev1.Event) { e.Reason = "EvictionFailed" }, "may only write Events that say that they are of oom-tracer",
 			`{"message":"x"}`, "may only write Events that say that they are of oom-tracer"},
