@@ -72,6 +72,8 @@ const (
 	ReasonLeft     Reason = "left"     // it was deleted or has ended otherwise, or nobody saw how
 	ReasonEvictor  Reason = "evictor"  // a descheduler or the API server did not let it go: Detail has its words
 	ReasonLifetime Reason = "lifetime" // policy.mark_lifetime is over
+	// ReasonReconfigured: policy.annotation has another key now, or is empty (dryRun).
+	ReasonReconfigured Reason = "reconfigured"
 )
 
 // Reasons lists the reasons of each result, in the order of the documentation.
@@ -89,7 +91,7 @@ func Reasons() map[Result][]Reason {
 		},
 		ResultEvicted: {ReasonEvicted, ReasonLeft},
 		ResultRefused: {ReasonEvictor},
-		ResultExpired: {ReasonLifetime},
+		ResultExpired: {ReasonLifetime, ReasonReconfigured},
 	}
 }
 

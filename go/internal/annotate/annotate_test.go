@@ -296,13 +296,6 @@ func TestHandleCondition(t *testing.T) {
 			}
 		})
 	}
-	// Who marks nothing sets no condition.
-	w := newWorld()
-	cfg := config.Default()
-	cfg.Policy.Annotation, cfg.Policy.Condition = "", "example.com/evict"
-	if w.Terms = Terms(&cfg); w.Terms.Condition != "" {
-		t.Errorf("terms %+v", w.Terms)
-	}
 }
 
 // Nothing is marked without a right to it.

@@ -184,7 +184,7 @@ func TestAdmission(t *testing.T) {
 		t.Run(variant.name, func(t *testing.T) {
 			c := c.In(t)
 			c.priorityClass("high", 1_000_000_000)
-			c.applyAll(Chart(t, variant.values, "rbac.yaml", "admission.yaml"))
+			c.ApplyChart(variant.values, "rbac.yaml", "admission.yaml")
 			for i, w := range variant.writes {
 				try := func() error { return c.tryWrite(token, fmt.Sprintf("pod-%d", i), w) }
 				if i == 0 {

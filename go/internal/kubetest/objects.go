@@ -213,6 +213,12 @@ func (c *Cluster) Apply(files ...string) {
 	}
 }
 
+// ApplyChart applies templates of the chart, rendered with these values (key=value).
+func (c *Cluster) ApplyChart(values []string, templates ...string) {
+	c.t.Helper()
+	c.applyAll(Chart(c.t, values, templates...))
+}
+
 func (c *Cluster) applyAll(objects []*unstructured.Unstructured) {
 	c.t.Helper()
 	client, mapper := c.dynamic()
@@ -374,7 +380,7 @@ func (c *Cluster) Annotator() *rest.Config {
 func (c *Cluster) ConditionAnnotator(condition string) *rest.Config {
 	c.t.Helper()
 	c.Namespace("oom-tracer")
-	c.applyAll(Chart(c.t, []string{"config.policy.condition=" + condition}, "rbac.yaml", "admission.yaml"))
+	c.ApplyChart([]string{"config.policy.condition=" + condition}, "rbac.yaml", "admission.yaml")
 	return c.annotator()
 }
 

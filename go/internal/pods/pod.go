@@ -75,6 +75,8 @@ type Pod struct {
 type Mark struct {
 	Kill string // event.Event's ID
 	Time time.Time
+	// Annotation is the key of the annotation that was set with it, empty where the pod does not carry that any more.
+	Annotation string
 }
 
 // Kill is the ID of the event that the pod was marked for, empty if there is none.
@@ -158,7 +160,10 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	if text, ok := in.Annotations[t.Summary]; ok {
 		var s Summary
 		if json.Unmarshal([]byte(text), &s) == nil && s.Event != "" { // else it is nobody's
-			p.Mark = &Mark{s.Event, s.Time}
+			p.Mark = &Mark{Kill: s.Event, Time: s.Time}
+			if _, ok := in.Annotations[s.Annotation]; ok {
+				p.Mark.Annotation = unique.Make(s.Annotation).Value()
+			}
 		}
 	}
 	for i := range in.Status.Conditions {
