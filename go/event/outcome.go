@@ -15,7 +15,7 @@ const (
 	// What became of a pod that was annotated.
 	ResultEvicted Result = "evicted" // it has left its node
 	ResultRefused Result = "refused" // it had to stay, somebody said, and its annotation is gone
-	ResultExpired Result = "expired" // nobody came for it in time, and its annotation is gone
+	ResultExpired Result = "expired" // nobody came for it in time, or the configuration has changed, and its annotation is gone
 )
 
 // Results lists every result, in the order of the documentation.

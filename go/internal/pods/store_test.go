@@ -36,7 +36,7 @@ func TestRead(t *testing.T) {
 			Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", DeletionTimestamp: &now,
 			Labels: map[string]string{"tier": "web", "x": "y"},
 			Annotations: map[string]string{
-				"a/mark": "", "a/stay": "", "a/kill": `{"event":"boot-1-2"}`, mirrorAnnotation: hash, hashAnnotation: hash,
+				"a/mark": "", "a/stay": "", "a/kill": `{"event":"boot-1-2","annotation":"a/mark"}`, mirrorAnnotation: hash, hashAnnotation: hash,
 			},
 			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "DaemonSet", Name: "ds", Controller: &yes}},
 		},
@@ -56,7 +56,7 @@ func TestRead(t *testing.T) {
 	}
 	got := terms.Read(in)
 	want := &Pod{
-		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2"},
+		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
 		Containers: []Container{{key(t, id("1")), "init"}, {key(t, id("2")), "cart"}, {key(t, id("3")), "cart"}, {key(t, id("5")), "debug"}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
