@@ -201,6 +201,16 @@ func (w *world) want(t *testing.T, o *event.Outcome, want, settled string) {
 	}
 }
 
+// A mark by the key of another configuration goes with the new one: the summary names it no longer.
+func TestHandleReplaces(t *testing.T) {
+	w := newWorld()
+	w.pod.Annotations = map[string]string{"example.com/old": "x", "other": "y", w.Terms.Summary: `{"event":"boot-1-1","annotation":"example.com/old"}`}
+	w.want(t, w.handle(t, kill()), "annotated/marked", "ack")
+	if len(w.patches) != 1 || !strings.Contains(w.patches[0], `"example.com/old":null`) || strings.Contains(w.patches[0], `"other"`) {
+		t.Errorf("patches %q", w.patches)
+	}
+}
+
 func TestHandleMarks(t *testing.T) {
 	w := newWorld()
 	e := kill()

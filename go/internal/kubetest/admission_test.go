@@ -98,6 +98,8 @@ func TestAdmission(t *testing.T) {
 				change: with(lastKill, summary("boot-1-2", evictMe))},
 			{name: "unmark", body: unmark, change: marked},
 			{name: "unmark what was marked by another key", body: annotations("example.com/old", ""), change: with("example.com/old", "x", lastKill, summary("boot-1-2", "example.com/old"))},
+			{name: "mark, and unmark by the key before", body: annotations(evictMe, "true", lastKill, summary("boot-1-3", evictMe), "example.com/old", ""),
+				change: with("example.com/old", "x", lastKill, summary("boot-1-2", "example.com/old"))},
 			{name: "nothing", body: `{"metadata":{"annotations":{"team":"shop"}}}`},
 			{name: "nothing of a marked pod", body: mark, change: marked},
 			{name: "opted in", body: mark, change: with(optOut, "false")},
