@@ -103,3 +103,35 @@ func TestGapSubjects(t *testing.T) {
 		t.Errorf("%s, %v", got, err)
 	}
 }
+
+// Messages of the other kinds are read whole or refused, and what was read can be written and read again.
+func FuzzParseOthers(f *testing.F) {
+	for _, seed := range []string{
+		`{"schema":"oom-tracer/v1","id":"a","time":"2026-01-01T00:00:00Z","node":{"name":"n"},"cause":"wrapped","count":1}`,
+		`{"schema":"oom-tracer/v1","id":"a","time":"2026-01-01T00:00:00Z","node":{"name":"n"},"phase":"alive","unseen":{"at_least":1}}`,
+		`{"schema":"oom-tracer/v1","id":"a","incident":"i","time":"2026-01-01T00:00:00Z","node":{"name":"n"},"pods":[{"pod_uid":"u","usage":1}]}`,
+		`{"schema":"oom-tracer/v2"}`, `[]`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		again := func(v any, err error, parse func([]byte) error) {
+			if err != nil {
+				return
+			}
+			text, err := json.Marshal(v)
+			if err != nil {
+				t.Fatalf("what was read cannot be written: %v", err)
+			}
+			if err := parse(text); err != nil {
+				t.Errorf("what was written cannot be read: %v", err)
+			}
+		}
+		g, err := event.ParseGap(data)
+		again(g, err, func(b []byte) error { _, err := event.ParseGap(b); return err })
+		s, err := event.ParseNodeStatus(data)
+		again(s, err, func(b []byte) error { _, err := event.ParseNodeStatus(b); return err })
+		n, err := event.ParseNeighbours(data)
+		again(n, err, func(b []byte) error { _, err := event.ParseNeighbours(b); return err })
+	})
+}

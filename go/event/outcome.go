@@ -15,7 +15,7 @@ const (
 	// What became of a pod that was annotated.
 	ResultEvicted Result = "evicted" // it has left its node
 	ResultRefused Result = "refused" // it had to stay, somebody said, and its annotation is gone
-	ResultExpired Result = "expired" // nobody came for it in time, and its annotation is gone
+	ResultExpired Result = "expired" // nobody came for it in time, or the configuration has changed, and its annotation is gone
 )
 
 // Results lists every result, in the order of the documentation.
@@ -72,6 +72,8 @@ const (
 	ReasonLeft     Reason = "left"     // it was deleted or has ended otherwise, or nobody saw how
 	ReasonEvictor  Reason = "evictor"  // a descheduler or the API server did not let it go: Detail has its words
 	ReasonLifetime Reason = "lifetime" // policy.mark_lifetime is over
+	// ReasonReconfigured: policy.annotation has another key now, or is empty (dryRun).
+	ReasonReconfigured Reason = "reconfigured"
 )
 
 // Reasons lists the reasons of each result, in the order of the documentation.
@@ -89,7 +91,7 @@ func Reasons() map[Result][]Reason {
 		},
 		ResultEvicted: {ReasonEvicted, ReasonLeft},
 		ResultRefused: {ReasonEvictor},
-		ResultExpired: {ReasonLifetime},
+		ResultExpired: {ReasonLifetime, ReasonReconfigured},
 	}
 }
 

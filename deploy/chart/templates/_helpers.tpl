@@ -233,8 +233,10 @@ user: {{ .user | quote }}
 {{- if not .Values.dryRun }}{{ dig "policy" "annotation" "" .Values.config | splitList "=" | first }}{{ end }}
 {{- end }}
 
-{{- define "oom.condition" -}}
-{{- if include "oom.annotation" . }}{{ dig "policy" "condition" "" .Values.config }}{{ end }}
+{{- /* The value that goes with it: Policy.Mark in go/internal/config. */ -}}
+{{- define "oom.annotationValue" -}}
+{{- $annotation := dig "policy" "annotation" "" .Values.config }}
+{{- if contains "=" $annotation }}{{ regexReplaceAll "^[^=]*=" $annotation "" }}{{ else }}true{{ end }}
 {{- end }}
 
 {{- define "oom.owner" -}}

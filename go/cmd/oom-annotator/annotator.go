@@ -231,7 +231,7 @@ func (w *works) close(ctx context.Context, conn *bus.Conn, cfg config.Config) {
 	since := time.Now().Add(-markMemory(&cfg))
 	for {
 		open := map[string]event.Outcome{}
-		err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{"oom.v1." + string(event.KindOutcome) + ".>"}, Since: since}, func(m bus.Stored) error {
+		err := bus.Outcomes(ctx, conn, since, func(m bus.Stored) error {
 			o, err := event.ParseOutcome(m.Data)
 			switch {
 			case err != nil: // nothing of ours

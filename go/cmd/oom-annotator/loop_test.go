@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"os/exec"
@@ -13,6 +14,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -56,6 +59,7 @@ func TestCondition(t *testing.T) {
 		testStays(t, c.In(t), account, condition, "descheduler", "deploy/descheduler/policy-upstream.yaml", "")
 	})
 	t.Run("TakenBack", func(t *testing.T) { testTakenBack(t, c.In(t), account, condition) })
+	t.Run("SwitchedOff", func(t *testing.T) { testSwitchedOff(t, c.In(t), condition) })
 	t.Run("NoRight", func(t *testing.T) { testNoRight(t, c.In(t), condition) })
 }
 
@@ -325,6 +329,79 @@ func testTakenBack(t *testing.T, c *kubetest.Cluster, account *rest.Config, chan
 	}
 	if got := conditionOf(c.GetPod("shop", "byhand")); got == nil || c.GetPod("shop", "byhand").ResourceVersion != other.ResourceVersion {
 		t.Errorf("the condition of another hand: %+v", got)
+	}
+}
+
+// testSwitchedOff: where the configuration marks no more, or by another key, the marks of before are taken back, with the rights
+// that the chart gives then, and that is published. A mark by another hand stays.
+func testSwitchedOff(t *testing.T, c *kubetest.Cluster, change func(*config.Config)) {
+	for _, test := range []struct{ name, annotation, values string }{
+		{"off", "", "dryRun=true"},
+		{"renamed", "example.com/evict=now", "config.policy.annotation=example.com/evict=now"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := c.In(t)
+			account := c.ConditionAnnotator(evictMe)
+			r := newRig(t, c, account, change)
+			r.ready()
+			pod, byHand := c.Pod("shop", test.name, node, replicaSet), c.Pod("shop", "byhand-"+test.name, node, replicaSet, func(p *corev1.Pod) {
+				p.Annotations = map[string]string{evictMe: "true"}
+			})
+			defer c.DeletePod("shop", pod.Name)
+			defer c.DeletePod("shop", byHand.Name)
+			e := r.killOf(pod, "")
+			r.publish(e)
+			r.want(e.ID, "annotated/marked")
+			eventually(t, "the pod has the condition", func() error {
+				if conditionOf(c.GetPod("shop", pod.Name)) == nil {
+					return errors.New("it has none")
+				}
+				return nil
+			})
+			r.annotator.stop(t)
+			c.ApplyChart([]string{"config.policy.condition=" + evictMe, test.values}, "rbac.yaml", "admission.yaml")
+			again := c.Pod("shop", "again-"+test.name, node, replicaSet)
+			defer c.DeletePod("shop", again.Name)
+			client, err := kubernetes.NewForConfig(account)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.Eventually("the server obeys the policy", func() error {
+				patch := fmt.Appendf(nil, `{"metadata":{"annotations":{"example.com/evict":"now",%q:"{\"event\":\"x\",\"annotation\":\"example.com/evict\"}"}}}`, lastKill)
+				_, err := client.CoreV1().Pods("shop").Patch(t.Context(), again.Name, types.MergePatchType, patch, metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+				if test.annotation == "" && err != nil && strings.Contains(err.Error(), "may not change the annotation") {
+					return nil
+				}
+				return err
+			})
+			before := r.cfg
+			r.cfg, r.configPath = newConfig(t, func(cfg *config.Config) {
+				change(cfg)
+				cfg.NATS, cfg.Annotator, cfg.Policy.Annotation = before.NATS, before.Annotator, test.annotation
+			})
+			r.start()
+			r.ready()
+			if o := r.last(); o.Kill != e.ID || o.Result != event.ResultExpired || o.Reason != event.ReasonReconfigured {
+				t.Errorf("outcome %+v", o)
+			}
+			eventually(t, "nothing evicts the pod any more", func() error {
+				now := c.GetPod("shop", pod.Name)
+				if _, marked := now.Annotations[evictMe]; marked || conditionOf(now) != nil || now.Annotations[lastKill] == "" {
+					return fmt.Errorf("annotations %v, condition %+v", now.Annotations, conditionOf(now))
+				}
+				return nil
+			})
+			if c.GetPod("shop", byHand.Name).Annotations[evictMe] != "true" {
+				t.Error("the mark by another hand is gone")
+			}
+			e = r.killOf(again, "")
+			r.publish(e)
+			if test.annotation == "" {
+				r.want(e.ID, "observed/observe_only")
+			} else {
+				r.want(e.ID, "annotated/marked")
+			}
+		})
 	}
 }
 

@@ -106,13 +106,10 @@ type Annotator struct {
 // Terms are the names by which a configuration has pods read.
 func Terms(cfg *config.Config) pods.Terms {
 	mark, _ := cfg.Policy.Mark()
-	t := pods.Terms{
-		Mark: mark, Summary: cfg.Annotator.SummaryAnnotation, OptOut: cfg.Policy.OptOutAnnotation, Selector: cfg.Policy.Selector,
+	return pods.Terms{
+		Mark: mark, Summary: cfg.Annotator.SummaryAnnotation, Condition: corev1.PodConditionType(cfg.Policy.Condition),
+		OptOut: cfg.Policy.OptOutAnnotation, Selector: cfg.Policy.Selector,
 	}
-	if mark != "" {
-		t.Condition = corev1.PodConditionType(cfg.Policy.Condition)
-	}
-	return t
 }
 
 // Hooks are for the publisher that is the Outlet: a message of the stream is settled when its outcome is
@@ -432,7 +429,7 @@ func ownerOf(p *pods.Pod) string {
 func (a *Annotator) patch(e *event.Event, p *pods.Pod, resourceVersion string) ([]byte, error) {
 	key, value := a.Policy.Mark()
 	s := pods.Summary{
-		Event: e.ID, Time: e.Time, Scope: string(e.Scope), Level: string(e.Limit.Level),
+		Event: e.ID, Annotation: key, Time: e.Time, Scope: string(e.Scope), Level: string(e.Limit.Level),
 		Container: p.Container(e.Container.ContainerID),
 		Victim:    cut(e.Victim.Comm, maxComm), PID: e.Victim.PID, Usage: e.Limit.Usage, Limit: e.Limit.Max, Node: e.Node.Name,
 	}
@@ -443,10 +440,12 @@ func (a *Annotator) patch(e *event.Event, p *pods.Pod, resourceVersion string) (
 	if err != nil {
 		return nil, fmt.Errorf("write the summary: %w", err)
 	}
+	annotations := map[string]any{key: value, a.Terms.Summary: string(summary)}
+	if p.Mark != nil && p.Mark.Annotation != "" {
+		annotations[p.Mark.Annotation] = nil // of another configuration: the summary names it no longer
+	}
 	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
-		"uid":             p.UID,
-		"resourceVersion": resourceVersion,
-		"annotations":     map[string]string{key: value, a.Terms.Summary: string(summary)},
+		"uid": p.UID, "resourceVersion": resourceVersion, "annotations": annotations,
 	}})
 	if err != nil {
 		return nil, fmt.Errorf("write the patch: %w", err)

@@ -201,6 +201,16 @@ func (w *world) want(t *testing.T, o *event.Outcome, want, settled string) {
 	}
 }
 
+// A mark by the key of another configuration goes with the new one: the summary names it no longer.
+func TestHandleReplaces(t *testing.T) {
+	w := newWorld()
+	w.pod.Annotations = map[string]string{"example.com/old": "x", "other": "y", w.Terms.Summary: `{"event":"boot-1-1","annotation":"example.com/old"}`}
+	w.want(t, w.handle(t, kill()), "annotated/marked", "ack")
+	if len(w.patches) != 1 || !strings.Contains(w.patches[0], `"example.com/old":null`) || strings.Contains(w.patches[0], `"other"`) {
+		t.Errorf("patches %q", w.patches)
+	}
+}
+
 func TestHandleMarks(t *testing.T) {
 	w := newWorld()
 	e := kill()
@@ -217,7 +227,7 @@ func TestHandleMarks(t *testing.T) {
 		t.Errorf("outcome (-want +got):\n%s", diff)
 	}
 	wantPatch := `{"metadata":{"annotations":{"oom-tracer.alpha.kubernetes.io/evict-me":"true","oom-tracer.alpha.kubernetes.io/last-kill":` +
-		`"{\"event\":\"boot-1-2\",\"time\":\"1970-01-01T00:16:40Z\",\"scope\":\"global\",\"level\":\"node\",\"container\":\"main\",\"victim\":\"java\",\"pid\":1,\"usage\":99,\"limit\":100,\"node\":\"node-1\"}"` +
+		`"{\"event\":\"boot-1-2\",\"annotation\":\"oom-tracer.alpha.kubernetes.io/evict-me\",\"time\":\"1970-01-01T00:16:40Z\",\"scope\":\"global\",\"level\":\"node\",\"container\":\"main\",\"victim\":\"java\",\"pid\":1,\"usage\":99,\"limit\":100,\"node\":\"node-1\"}"` +
 		`},"resourceVersion":"7","uid":"uid-1"}}`
 	if diff := cmp.Diff([]string{wantPatch}, w.patches); diff != "" {
 		t.Errorf("patches (-want +got):\n%s", diff)
@@ -295,13 +305,6 @@ func TestHandleCondition(t *testing.T) {
 				t.Errorf("annotated %d times, %d claims; want %d, %d", annotations, len(w.claims), tt.annotations, tt.claims)
 			}
 		})
-	}
-	// Who marks nothing sets no condition.
-	w := newWorld()
-	cfg := config.Default()
-	cfg.Policy.Annotation, cfg.Policy.Condition = "", "example.com/evict"
-	if w.Terms = Terms(&cfg); w.Terms.Condition != "" {
-		t.Errorf("terms %+v", w.Terms)
 	}
 }
 

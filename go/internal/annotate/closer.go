@@ -123,14 +123,19 @@ func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
 func (c *Closer) look(ctx context.Context, p *pods.Pod, now time.Time) {
 	age := now.Sub(p.Mark.Time)
 	switch {
-	case p.Finished, c.Terms.Mark == "": // whoever only observes does not see whether it is marked
+	case p.Finished:
+	case p.Mark.Annotation != "" && p.Mark.Annotation != c.Terms.Mark:
+		c.unmark(ctx, p, p.Mark.Annotation, func() (event.Result, event.Reason, string) {
+			return event.ResultExpired, event.ReasonReconfigured, ""
+		})
 	case p.Marked:
 		if age > c.Lifetime {
-			c.expire(ctx, p)
+			c.unmark(ctx, p, c.Terms.Mark, c.over(ctx, p))
 		}
 	case p.Condition != "" && p.Condition == p.Mark.Kill:
 		// Somebody has taken the annotation back, or who did so at the end of its time got no further.
 		c.uncondition(ctx, p)
+	case c.Terms.Mark == "": // whoever only observes ends no marks of others
 	case age > c.Lifetime && age < c.Memory:
 		c.closePod(ctx, p, c.over(ctx, p)) // likewise
 	}
@@ -207,19 +212,19 @@ func (c *Closer) publish(o *event.Outcome, killed time.Time) error {
 // errChanged means that the pod is not what it was any more.
 var errChanged = errors.New("the pod has changed")
 
-// expire takes the mark from a pod, if it is still the one that was told of. What was killed stands there still.
-func (c *Closer) expire(ctx context.Context, p *pods.Pod) {
+// unmark takes the mark of a key from a pod, if it is still the one that was told of. What was killed stands there still.
+func (c *Closer) unmark(ctx context.Context, p *pods.Pod, key string, how end) {
 	err := func() error {
 		read, err := c.API.Get(ctx, p.Namespace, p.Name)
 		if err != nil {
 			return err
 		}
 		now := c.Terms.Read(read)
-		if now.UID != p.UID || !now.Marked || now.Kill() != p.Mark.Kill || now.Finished {
+		if _, marked := read.Annotations[key]; now.UID != p.UID || !marked || now.Kill() != p.Mark.Kill || now.Finished {
 			return errChanged
 		}
 		patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
-			"uid": p.UID, "resourceVersion": read.ResourceVersion, "annotations": map[string]any{c.Terms.Mark: nil},
+			"uid": p.UID, "resourceVersion": read.ResourceVersion, "annotations": map[string]any{key: nil},
 		}})
 		if err != nil {
 			return fmt.Errorf("write the patch: %w", err)
@@ -231,11 +236,11 @@ func (c *Closer) expire(ctx context.Context, p *pods.Pod) {
 	}()
 	switch {
 	case err == nil:
-		c.closePod(ctx, p, c.over(ctx, p))
+		c.closePod(ctx, p, how)
 	case errors.Is(err, errChanged), apierrors.IsNotFound(unwrap(err)), apierrors.IsConflict(unwrap(err)), ctx.Err() != nil:
 		// Another replica, or it leaves: the watch tells.
 	default:
-		c.Log.Warn("a mark whose time is over cannot be removed yet", "pod", p.Namespace+"/"+p.Name, "error", err)
+		c.Log.Warn("mark cannot be removed, will try again", "pod", p.Namespace+"/"+p.Name, "annotation", key, "error", err)
 	}
 }
 

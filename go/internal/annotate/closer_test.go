@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -151,6 +152,28 @@ func TestCloserOver(t *testing.T) {
 					t.Errorf("told %q, want %q; Events asked for %d times", got, tt.want, b.asked)
 				}
 			})
+		})
+	}
+}
+
+// A mark by the key of another configuration is taken back at once, whether marks are set now or not. Its time need not be over.
+func TestCloserReconfigured(t *testing.T) {
+	for _, key := range []string{"", "example.com/new"} {
+		synctest.Test(t, func(t *testing.T) {
+			c, r, w, b := newCloser()
+			c.Terms.Mark = key
+			b.pod.Annotations = map[string]string{"example.com/old": "x", c.Terms.Summary: `{"event":"boot-1-2","annotation":"example.com/old"}`}
+			p := c.Terms.Read(b.pod)
+			p.Mark.Time = time.Now()
+			w.hit = []*pods.Pod{p}
+			r.told["boot-1-2/annotate"] = true
+			run(t, c, closeInterval/2)
+			if len(r.out) != 1 || r.out[0].Result != event.ResultExpired || r.out[0].Reason != event.ReasonReconfigured {
+				t.Errorf("key %q: outcomes %+v", key, r.out)
+			}
+			if len(b.patches) != 1 || !strings.Contains(b.patches[0], `{"annotations":{"example.com/old":null}`) {
+				t.Errorf("key %q: patches %q", key, b.patches)
+			}
 		})
 	}
 }

@@ -3,12 +3,10 @@ package bus
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"sync"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -17,11 +15,6 @@ import (
 const (
 	// readTime bounds one reading of the outcomes.
 	readTime = 30 * time.Second
-	// few is how many new outcomes are read one by one. A consumer, which reads many, is several round trips and some work
-	// of the server before the first one comes.
-	few = 32
-	// outcomes is where they are.
-	outcomes = "oom.v1." + string(event.KindOutcome) + ".>"
 )
 
 // Told knows which outcomes the stream holds. The stream itself forgets that it has a message after its dedup
@@ -67,18 +60,10 @@ func (t *Told) Has(ctx context.Context, id string, since time.Time, fresh time.D
 		if earlier {
 			t.from, t.last = since, 0
 		}
-		all := false
-		if t.last > 0 {
-			all, err = t.readFew(ctx, s)
-		}
-		// Who may not read one by one reads with a consumer.
-		if !all && (err == nil || errors.Is(err, nats.ErrPermissionViolation)) {
-			o := TailOptions{Subjects: []string{outcomes}, Since: t.from, After: t.last}
-			err = Tail(ctx, t.conn, o, func(m Stored) error {
-				t.note(m.ID, m.Seq)
-				return nil
-			})
-		}
+		err = outcomesOf(ctx, t.conn, s, t.last, t.from, func(m Stored) error {
+			t.note(m.ID, m.Seq)
+			return nil
+		})
 		if err != nil {
 			t.read = time.Time{} // what of it was read is not known: none of it
 			return false, fmt.Errorf("read the outcomes: %w", err)
@@ -92,25 +77,6 @@ func (t *Told) Has(ctx context.Context, id string, since time.Time, fresh time.D
 func (t *Told) note(id string, seq uint64) {
 	t.ids[short(id)] = struct{}{}
 	t.last = seq
-}
-
-// readFew reads the outcomes after last, unless there are more than a few.
-func (t *Told) readFew(ctx context.Context, s jetstream.Stream) (all bool, err error) {
-	for range few {
-		var m *jetstream.RawStreamMsg
-		err := t.conn.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
-			m, err = s.GetMsg(ctx, t.last+1, jetstream.WithGetMsgSubject(outcomes))
-			return err
-		})
-		switch {
-		case errors.Is(err, jetstream.ErrMsgNotFound):
-			return true, nil
-		case err != nil:
-			return false, err
-		}
-		t.note(m.Header.Get(jetstream.MsgIDHeader), m.Sequence)
-	}
-	return false, nil
 }
 
 // short is an ID in little space.

@@ -11,13 +11,14 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
-	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -303,7 +304,7 @@ func TestHelmTest(t *testing.T) {
 	}
 }
 
-// TestDryRun: it marks nothing, and could not.
+// TestDryRun: it marks nothing, and the admission policy lets it take back marks only; kubetest.TestAdmission asks a server.
 func TestDryRun(t *testing.T) {
 	for _, test := range []struct {
 		set  string
@@ -312,27 +313,67 @@ func TestDryRun(t *testing.T) {
 		objects := render(t, "--set", test.set)
 		cfg := configs(t, objects)["annotator"]
 		key, _ := cfg.Policy.Mark()
-		role := get[rbacv1.ClusterRole](t, objects, "ClusterRole", "oom-annotator")
-		if patches := slices.Contains(role.Rules[0].Verbs, "patch"); (key != "") != test.acts || patches != test.acts {
-			t.Errorf("%s: annotation %q, may patch pods: %v", test.set, key, patches)
+		policy, err := get[unstructured.Unstructured](t, objects, "ValidatingAdmissionPolicy", "oom-annotator").MarshalJSON()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if permits := !strings.Contains(string(policy), "may not mark pods"); (key != "") != test.acts || permits != test.acts {
+			t.Errorf("%s: annotation %q, may mark pods: %v", test.set, key, permits)
 		}
 	}
 }
 
-// TestAdmissionFollowsConfig: the policy allows the keys of the config, and those only.
+// TestAdmissionFollowsConfig: the policy is made from the config that the annotator reads, its defaults too. What it then lets through
+// kubetest.TestAdmission asks a server.
 func TestAdmissionFollowsConfig(t *testing.T) {
-	text, err := kubetest.Helm(t, "template", "x", chart, "--namespace", "elsewhere", "--kube-version", "1.36.3", "--show-only", "templates/admission.yaml",
-		"--set", "config.policy.annotation=example.com/evict=now", "--set", "config.annotator.summary_annotation=example.com/kill")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{"['example.com/evict',\n        'example.com/kill']", "'system:serviceaccount:elsewhere:oom-annotator'"} {
-		if !strings.Contains(text, want) {
-			t.Errorf("no %s in:\n%s", want, text)
+	const strict = "may not mark a static pod;may not mark a pod of a DaemonSet;may not mark a pod with the priority of system components"
+	for set, protections := range map[string]string{
+		"": strict,
+		"config.policy.annotation=example.com/evict=now,config.annotator.summary_annotation=example.com/kill,config.policy.opt_out_annotation=example.com/stay,config.policy.condition=example.com/c": strict,
+		"config.policy.protections.static=false,config.policy.namespaces.include={a,b},config.policy.namespaces.exclude={c},config.policy.selector.app=web":                                           "may not mark a pod of a DaemonSet;may not mark a pod with the priority of system components",
+		"config.policy.protections.daemonset=false,config.policy.protections.system_critical=false,config.policy.annotation=example.com/evict":                                                        "may not mark a static pod",
+	} {
+		args := []string{"--set", "annotator.replicas=2"}
+		if set != "" {
+			args = append(args, "--set", set)
 		}
-	}
-	if strings.Contains(text, "alpha.kubernetes.io") {
-		t.Errorf("another annotation is allowed:\n%s", text)
+		objects := render(t, args...)
+		cfg := configs(t, objects)["annotator"]
+		policy := get[admissionregistrationv1.ValidatingAdmissionPolicy](t, objects, "ValidatingAdmissionPolicy", "oom-annotator")
+		var text strings.Builder
+		for _, v := range policy.Spec.Variables {
+			text.WriteString(v.Expression + "\n")
+		}
+		for _, v := range policy.Spec.Validations {
+			text.WriteString(v.Expression + "\n" + v.Message + "\n")
+		}
+		key, value := cfg.Policy.Mark()
+		want := []string{"[?'" + cfg.Annotator.SummaryAnnotation + "']", "'" + key + "' in variables.after", "variables.after['" + key + "'] == " + strconv.Quote(value)}
+		if cfg.Policy.OptOutAnnotation != "" {
+			want = append(want, "variables.before[?'"+cfg.Policy.OptOutAnnotation+"']")
+		}
+		if cfg.Policy.Condition != "" {
+			want = append(want, "c.type == '"+cfg.Policy.Condition+"'")
+		}
+		for _, list := range [][]string{cfg.Policy.Namespaces.Include, cfg.Policy.Namespaces.Exclude} {
+			if len(list) > 0 {
+				want = append(want, "request.namespace in ['"+strings.Join(list, "','")+"']")
+			}
+		}
+		for k, v := range cfg.Policy.Selector {
+			want = append(want, "[?'"+k+"'] == optional.of('"+v+"')")
+		}
+		for _, w := range append(want, strings.Split(protections, ";")...) {
+			if !strings.Contains(text.String(), w) {
+				t.Errorf("%s: no %s in:\n%s", set, w, text.String())
+			}
+		}
+		if n := strings.Count(text.String(), "(policy.protections."); n != len(strings.Split(protections, ";")) {
+			t.Errorf("%s: %d protections", set, n)
+		}
+		if key != "oom-tracer.alpha.kubernetes.io/evict-me" && strings.Contains(text.String(), "'oom-tracer.alpha.kubernetes.io/evict-me'") {
+			t.Errorf("%s: another annotation is allowed", set)
+		}
 	}
 }
 

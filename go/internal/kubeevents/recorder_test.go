@@ -13,12 +13,14 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -504,4 +506,44 @@ func TestRecorderMetrics(t *testing.T) {
 	if problems, err := testutil.GatherAndLint(registry); err != nil || len(problems) > 0 {
 		t.Errorf("lint: %v, %v", problems, err)
 	}
+}
+
+// Whatever stands in an Event of that name, a kill is recorded in it within the server's bounds, or it is left alone.
+func FuzzRead(f *testing.F) {
+	f.Add(`{"counted":["a"],"incident":{"id":"boot-1","time":"2026-01-02T03:04:05Z","processes":[0,1],"victims":[{"index":0,"name":"java"}],"cause":"c","fate":{"rank":1,"text":"t"}}}`, component, int32(3))
+	f.Add(`{"incident":{"id":"incident","processes":[9,1,9],"victims":null,"where":["","z","a"],"rss":18446744073709551615}}`, component, int32(-1))
+	f.Add(`{`, "kubelet", int32(0))
+	f.Fuzz(func(t *testing.T, annotation, source string, count int32) {
+		s := &shelf{events: map[string]*corev1.Event{}}
+		r := NewRecorder(s, "host-1", slog.New(slog.DiscardHandler))
+		e := &event.Event{
+			ID: "boot-1-2", Time: time.Unix(1, 0), Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled, Victim: event.Victim{PID: 7, Comm: "java"},
+			Incident: &event.Incident{ID: "incident", Index: 1},
+		}
+		o := &event.Outcome{Result: event.ResultSkipped, Reason: event.ReasonLevel, Pod: &event.PodRef{Namespace: "shop", Name: "web", UID: "u"}, Container: "main"}
+		r.Record(e, o)
+		var name string
+		for _, one := range r.series {
+			name = one.name
+		}
+		before := &corev1.Event{
+			ObjectMeta:     metav1.ObjectMeta{Namespace: "shop", Name: name, ResourceVersion: "7", Annotations: map[string]string{stateKey: annotation}},
+			InvolvedObject: corev1.ObjectReference{UID: "u"}, Source: corev1.EventSource{Component: source}, Message: "before", Count: count,
+		}
+		s.events["shop/"+name] = before
+		r.write(t.Context(), true)
+		after := s.events["shop/"+name]
+		if source != component {
+			if after.Message != "before" || after.ResourceVersion != "7" {
+				t.Errorf("somebody else's Event was changed: %+v", after)
+			}
+			return
+		}
+		if len(after.Message) > maxEventMessage || !utf8.ValidString(after.Message) || after.Message == "" {
+			t.Errorf("message %q", after.Message)
+		}
+		if !json.Valid([]byte(after.Annotations[stateKey])) && after.ResourceVersion != "7" {
+			t.Errorf("state %q", after.Annotations[stateKey])
+		}
+	})
 }

@@ -65,8 +65,9 @@ func TestConditionRights(t *testing.T) {
 	c := Start(t)
 	c.Node("node-1")
 	c.Namespace("shop")
-	web := c.Pod("shop", "web", "node-1", func(pod *corev1.Pod) {
+	c.Pod("shop", "web", "node-1", func(pod *corev1.Pod) {
 		pod.Annotations, pod.Labels = map[string]string{"team": "shop"}, map[string]string{"app": "web"}
+		marked(pod)
 		pod.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}, {Type: "example.com/gate", Status: corev1.ConditionFalse}}
 		pod.Status.PodIP, pod.Status.PodIPs = "10.1.2.3", []corev1.PodIP{{IP: "10.1.2.3"}}
 	})
@@ -87,11 +88,15 @@ func TestConditionRights(t *testing.T) {
 		return found
 	}
 	// On a pod without a status too; and one that is as large as they get.
-	c.Pod("shop", "pending", "")
+	annotated := func(pod *corev1.Pod) {
+		pod.Annotations = map[string]string{}
+		marked(pod)
+	}
+	c.Pod("shop", "pending", "node-1", annotated)
 	if _, err := c.Client.CoreV1().Pods("shop").Patch(t.Context(), "pending", types.MergePatchType, []byte(`{"status":null}`), metav1.PatchOptions{}, "status"); err != nil {
 		t.Fatal(err)
 	}
-	c.Pod("shop", "large", "node-1", func(pod *corev1.Pod) {
+	c.Pod("shop", "large", "node-1", annotated, func(pod *corev1.Pod) {
 		pod.Spec.Containers = nil
 		for i := range 100 {
 			pod.Spec.Containers = append(pod.Spec.Containers, corev1.Container{Name: fmt.Sprintf("c%d", i), Image: "example.com/c:1"})
@@ -149,10 +154,6 @@ func TestConditionRights(t *testing.T) {
 	}
 	if got := find(); got != nil {
 		t.Errorf("condition %+v", got)
-	}
-	// The annotation goes the other way as before, and the spec is as closed.
-	if err := annotate(client, "shop", "web", web.UID, map[string]*string{evictMe: value("true")}); err != nil {
-		t.Error(err)
 	}
 	if err := patch(client, "shop", "web", types.MergePatchType, `{"spec":{"activeDeadlineSeconds":1}}`); !denied(err, "may not change a pod's spec") {
 		t.Errorf("spec: %v", err)
@@ -225,34 +226,31 @@ func testAllowed(t *testing.T, c *Cluster, client kubernetes.Interface) {
 	defer watch.Stop()
 
 	if err := annotate(client, "shop", "web", web.UID, map[string]*string{
-		evictMe: value("true"), lastKill: value(`{"container":"main"}`),
+		evictMe: value("true"), lastKill: value(summary("boot-1-2", evictMe)),
 	}); err != nil {
 		t.Fatal(err)
 	}
 	got, ok := (<-watch.ResultChan()).Object.(*corev1.Pod)
-	if !ok || got.Annotations[evictMe] != "true" || got.Annotations[lastKill] != `{"container":"main"}` || got.Annotations["team"] != "shop" {
+	if !ok || got.Annotations[evictMe] != "true" || got.Annotations[lastKill] != summary("boot-1-2", evictMe) || got.Annotations["team"] != "shop" {
 		t.Errorf("watched: %v", got)
 	}
-	// Each alone, changed and removed, by the other kinds of patch too, and on a pod that has no annotation yet.
+	// By the other kinds of patch too, and on a pod that has no annotation yet.
 	c.Pod("shop", "plain", "node-1")
 	for _, test := range []struct {
 		pod  string
 		kind types.PatchType
 		body string
 	}{
-		{"web", types.MergePatchType, `{"metadata":{"annotations":{"` + evictMe + `":"false"}}}`},
-		{"web", types.StrategicMergePatchType, `{"metadata":{"annotations":{"` + lastKill + `":"{}"}}}`},
-		{"web", types.MergePatchType, `{"metadata":{"annotations":{"` + evictMe + `":null,"` + lastKill + `":null}}}`},
 		{"web", types.MergePatchType, `{"metadata":{"annotations":{"team":"shop"}}}`}, // as it is
-		{"web", types.ApplyPatchType, `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"web","annotations":{"` + evictMe + `":"true"}}}`},
-		{"plain", types.JSONPatchType, `[{"op":"add","path":"/metadata/annotations","value":{"` + evictMe + `":"true"}}]`},
-		{"plain", types.JSONPatchType, `[{"op":"remove","path":"/metadata/annotations"}]`},
+		{"web", types.MergePatchType, unmark},
+		{"web", types.ApplyPatchType, fmt.Sprintf(`{"apiVersion":"v1","kind":"Pod","metadata":{"name":"web","annotations":{%q:"true",%q:%q}}}`, evictMe, lastKill, summary("boot-1-3", evictMe))},
+		{"plain", types.JSONPatchType, fmt.Sprintf(`[{"op":"add","path":"/metadata/annotations","value":{%q:"true",%q:%q}}]`, evictMe, lastKill, summary("boot-1-2", evictMe))},
 	} {
 		if err := patch(client, "shop", test.pod, test.kind, test.body); err != nil {
 			t.Errorf("%s: %v", test.body, err)
 		}
 	}
-	if got := c.GetPod("shop", "web"); got.Annotations[evictMe] != "true" || got.Annotations["team"] != "shop" || len(got.Annotations) != 3 {
+	if got := c.GetPod("shop", "web"); got.Annotations[evictMe] != "true" || got.Annotations["team"] != "shop" || len(got.Annotations) != 4 {
 		t.Errorf("annotations at the end: %v", got.Annotations)
 	}
 }
@@ -287,7 +285,7 @@ func testPolicy(t *testing.T, c *Cluster, client kubernetes.Interface) {
 		{"owner removed", types.MergePatchType, `{"metadata":{"ownerReferences":null}}`, "may not change a pod's owner references"},
 		{"owner changed", types.JSONPatchType, `[{"op":"add","path":"/metadata/ownerReferences/0/controller","value":true}]`, "may not change a pod's owner references"},
 		{"generateName", types.MergePatchType, `{"metadata":{"generateName":"x-"}}`, "may not change a pod's generateName"},
-		{"label by apply", types.ApplyPatchType, `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"web","labels":{"x":"y"}}}`, "may not change a pod's labels"},
+		{"label by apply", types.ApplyPatchType, `{"apiVersion":"v1","kind":"Pod","metadata":{"name":"web","labels":{"x":"y"}}}`, "may not change the annotation " + lastKill},
 		{"pod without any of it", types.JSONPatchType, `[{"op":"add","path":"/metadata/labels","value":{"x":"y"}}]`, "may not change a pod's labels"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -316,8 +314,10 @@ func testPolicy(t *testing.T, c *Cluster, client kubernetes.Interface) {
 }
 
 // denied tells the policy's refusal from that of anybody else.
-func denied(err error, message string) bool {
-	return apierrors.IsInvalid(err) && strings.Contains(err.Error(), "ValidatingAdmissionPolicy 'oom-annotator'") &&
+func denied(err error, message string) bool { return deniedBy("oom-annotator", err, message) }
+
+func deniedBy(policy string, err error, message string) bool {
+	return apierrors.IsInvalid(err) && strings.Contains(err.Error(), "ValidatingAdmissionPolicy '"+policy+"'") &&
 		strings.Contains(err.Error(), "oom-annotator "+message)
 }
 
@@ -393,7 +393,7 @@ func testLarge(t *testing.T, c *Cluster, client kubernetes.Interface) {
 			pod.Spec.Containers = append(pod.Spec.Containers, container)
 		}
 	})
-	if err := annotate(client, "shop", "large", "", map[string]*string{evictMe: value("true")}); err != nil {
+	if err := patch(client, "shop", "large", types.MergePatchType, mark); err != nil {
 		t.Error(err)
 	}
 	if err := annotate(client, "shop", "large", "", map[string]*string{"x": value("y")}); !denied(err, "may not change the annotation x") {
@@ -461,7 +461,7 @@ func testForbidden(t *testing.T, client kubernetes.Interface) {
 func testReborn(t *testing.T, c *Cluster, client kubernetes.Interface, uid types.UID) {
 	first := c.Pod("shop", "reborn", "node-1")
 	c.DeletePod("shop", "reborn")
-	mark := map[string]*string{evictMe: value("true")}
+	mark := map[string]*string{evictMe: value("true"), lastKill: value(summary("boot-1-2", evictMe))}
 	if err := annotate(client, "shop", "reborn", first.UID, mark); !apierrors.IsNotFound(err) {
 		t.Errorf("a pod that is gone: %v", err)
 	}
@@ -490,7 +490,8 @@ func testVerbs(t *testing.T, c *Cluster, client kubernetes.Interface) {
 		made++
 		_, err := events.Create(t.Context(), &corev1.Event{
 			ObjectMeta:     metav1.ObjectMeta{Name: fmt.Sprint("web.", made)},
-			InvolvedObject: corev1.ObjectReference{Kind: "Pod", Namespace: "shop", Name: "web"},
+			InvolvedObject: corev1.ObjectReference{Kind: "Pod", Namespace: "shop", Name: "web"}, Reason: "OOMKilled",
+			ReportingController: "oom-tracer", ReportingInstance: "host-1", Source: corev1.EventSource{Component: "oom-tracer"},
 		}, metav1.CreateOptions{})
 		return err
 	}
@@ -507,7 +508,7 @@ func testVerbs(t *testing.T, c *Cluster, client kubernetes.Interface) {
 			}
 			return err
 		},
-		"patch pods":    func() error { return annotate(client, "shop", "web", "", map[string]*string{evictMe: value("true")}) },
+		"patch pods":    func() error { return patch(client, "shop", "web", types.MergePatchType, unmark) },
 		"create events": create,
 		"list events": func() error {
 			_, err := events.List(t.Context(), metav1.ListOptions{FieldSelector: "involvedObject.uid=x,reason=EvictionFailed"})

@@ -67,8 +67,8 @@ func testPod(t *testing.T, c *Cluster) {
 
 func testProxy(t *testing.T, c *Cluster) {
 	p := c.Proxy()
-	// As a program would get it.
-	cfg, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig(p.Config(c.ServiceAccount("oom-tracer", "oom-annotator"))))
+	// As a program would get it. The admission policy is for another account.
+	cfg, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig(p.Config(c.Admin)))
 	if err != nil {
 		t.Fatal(err)
 	}

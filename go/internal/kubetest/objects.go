@@ -213,6 +213,12 @@ func (c *Cluster) Apply(files ...string) {
 	}
 }
 
+// ApplyChart applies templates of the chart, rendered with these values (key=value).
+func (c *Cluster) ApplyChart(values []string, templates ...string) {
+	c.t.Helper()
+	c.applyAll(Chart(c.t, values, templates...))
+}
+
 func (c *Cluster) applyAll(objects []*unstructured.Unstructured) {
 	c.t.Helper()
 	client, mapper := c.dynamic()
@@ -374,20 +380,21 @@ func (c *Cluster) Annotator() *rest.Config {
 func (c *Cluster) ConditionAnnotator(condition string) *rest.Config {
 	c.t.Helper()
 	c.Namespace("oom-tracer")
-	c.applyAll(Chart(c.t, []string{"config.policy.condition=" + condition}, "rbac.yaml", "admission.yaml"))
+	c.ApplyChart([]string{"config.policy.condition=" + condition}, "rbac.yaml", "admission.yaml")
 	return c.annotator()
 }
 
 func (c *Cluster) annotator() *rest.Config {
 	c.t.Helper()
 	cfg := c.ServiceAccount("oom-tracer", "oom-annotator")
+	cfg.UserAgent = "oom-annotator/test" // the server takes the field manager from it
 	client, err := kubernetes.NewForConfig(cfg)
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	// A pod that nobody need see, whose patches are tried and not done.
 	c.Namespace("kubetest")
-	c.Pod("kubetest", "probe", "")
+	c.Pod("kubetest", "probe", "node")
 	defer c.DeletePod("kubetest", "probe")
 	try := func(patch string) error {
 		_, err := client.CoreV1().Pods("kubetest").Patch(c.t.Context(), "probe", types.MergePatchType, []byte(patch),
@@ -395,7 +402,8 @@ func (c *Cluster) annotator() *rest.Config {
 		return err
 	}
 	c.Eventually("the annotator may annotate", func() error {
-		return try(`{"metadata":{"annotations":{"oom-tracer.alpha.kubernetes.io/evict-me":"true"}}}`)
+		return try(`{"metadata":{"annotations":{"oom-tracer.alpha.kubernetes.io/evict-me":"true",` +
+			`"oom-tracer.alpha.kubernetes.io/last-kill":"{\"event\":\"x\",\"annotation\":\"oom-tracer.alpha.kubernetes.io/evict-me\"}"}}}`)
 	})
 	c.Eventually("the annotator is denied the rest", func() error {
 		if err := try(`{"metadata":{"labels":{"kubetest":"probe"}}}`); !apierrors.IsInvalid(err) && !apierrors.IsForbidden(err) {

@@ -27,6 +27,9 @@ const (
 	maxEvents        = 500 // on one pod, for one reason
 )
 
+// FieldManager is who the API server writes down as having set a field. deploy/manifests/admission.yaml goes by it.
+const FieldManager = "oom-annotator"
+
 // Client speaks with the API server about pods and the Events on them. Its errors name the verb of RBAC
 // that was missing, if that was it. It makes no second attempts of its own.
 type Client struct {
@@ -92,7 +95,7 @@ func (c *Client) Patch(ctx context.Context, namespace, name string, patch []byte
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	pod := &corev1.Pod{}
-	err := c.rest.Patch(types.MergePatchType).Resource("pods").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
+	err := c.rest.Patch(types.MergePatchType).Resource("pods").Namespace(namespace).Name(name).Param("fieldManager", FieldManager).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
 	if err != nil {
 		return nil, explain("patch", "pods", err)
 	}
@@ -104,7 +107,7 @@ func (c *Client) PatchStatus(ctx context.Context, namespace, name string, patch 
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	pod := &corev1.Pod{}
-	err := c.rest.Patch(types.StrategicMergePatchType).Resource("pods").SubResource("status").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
+	err := c.rest.Patch(types.StrategicMergePatchType).Resource("pods").SubResource("status").Namespace(namespace).Name(name).Param("fieldManager", FieldManager).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
 	if err != nil {
 		return nil, explain("patch", "pods/status", err)
 	}

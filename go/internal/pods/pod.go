@@ -75,6 +75,8 @@ type Pod struct {
 type Mark struct {
 	Kill string // event.Event's ID
 	Time time.Time
+	// Annotation is the key of the annotation that was set with it, empty where the pod does not carry that any more.
+	Annotation string
 }
 
 // Kill is the ID of the event that the pod was marked for, empty if there is none.
@@ -105,16 +107,18 @@ type Terms struct {
 // Summary is the annotation that says, in JSON, which kill a pod was marked for. It is for people, and for
 // the annotator itself, which recognises its own work by Event.
 type Summary struct {
-	Event     string    `json:"event"` // the event's ID
-	Time      time.Time `json:"time"`
-	Scope     string    `json:"scope"`
-	Level     string    `json:"level,omitempty"`
-	Container string    `json:"container,omitempty"` // its name, else its ID
-	Victim    string    `json:"victim,omitempty"`    // the process
-	PID       uint32    `json:"pid,omitempty"`
-	Usage     *uint64   `json:"usage,omitempty"` // of what exceeded the limit, in bytes
-	Limit     *uint64   `json:"limit,omitempty"`
-	Node      string    `json:"node"`
+	Event string `json:"event"` // the event's ID
+	// Annotation is the key of the annotation that was set with it. deploy/manifests/admission.yaml reads it, and Event, from this text.
+	Annotation string    `json:"annotation"`
+	Time       time.Time `json:"time"`
+	Scope      string    `json:"scope"`
+	Level      string    `json:"level,omitempty"`
+	Container  string    `json:"container,omitempty"` // its name, else its ID
+	Victim     string    `json:"victim,omitempty"`    // the process
+	PID        uint32    `json:"pid,omitempty"`
+	Usage      *uint64   `json:"usage,omitempty"` // of what exceeded the limit, in bytes
+	Limit      *uint64   `json:"limit,omitempty"`
+	Node       string    `json:"node"`
 }
 
 // Read reduces a pod of the API.
@@ -156,7 +160,10 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	if text, ok := in.Annotations[t.Summary]; ok {
 		var s Summary
 		if json.Unmarshal([]byte(text), &s) == nil && s.Event != "" { // else it is nobody's
-			p.Mark = &Mark{s.Event, s.Time}
+			p.Mark = &Mark{Kill: s.Event, Time: s.Time}
+			if _, ok := in.Annotations[s.Annotation]; ok {
+				p.Mark.Annotation = unique.Make(s.Annotation).Value()
+			}
 		}
 	}
 	for i := range in.Status.Conditions {

@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -35,7 +36,7 @@ func TestRead(t *testing.T) {
 			Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", DeletionTimestamp: &now,
 			Labels: map[string]string{"tier": "web", "x": "y"},
 			Annotations: map[string]string{
-				"a/mark": "", "a/stay": "", "a/kill": `{"event":"boot-1-2"}`, mirrorAnnotation: hash, hashAnnotation: hash,
+				"a/mark": "", "a/stay": "", "a/kill": `{"event":"boot-1-2","annotation":"a/mark"}`, mirrorAnnotation: hash, hashAnnotation: hash,
 			},
 			OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "DaemonSet", Name: "ds", Controller: &yes}},
 		},
@@ -55,7 +56,7 @@ func TestRead(t *testing.T) {
 	}
 	got := terms.Read(in)
 	want := &Pod{
-		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2"},
+		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
 		Containers: []Container{{key(t, id("1")), "init"}, {key(t, id("2")), "cart"}, {key(t, id("3")), "cart"}, {key(t, id("5")), "debug"}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
@@ -224,4 +225,37 @@ func TestFind(t *testing.T) {
 	if len(s.gone) != maxGone || len(s.order) != maxGone {
 		t.Errorf("%d, %d are remembered", len(s.gone), len(s.order))
 	}
+}
+
+// Whatever stands on a pod is read, and is nobody's mark that does not say so.
+func FuzzRead(f *testing.F) {
+	f.Add("example.com/mark", "true", `{"event":"boot-1-2","annotation":"example.com/mark","time":"2026-01-02T03:04:05Z"}`, "ReplicaSet", "web-5d4f", "5d4f", "containerd://"+strings.Repeat("a", 64))
+	f.Add("kubernetes.io/config.mirror", "x", `{"event":1}`, "Job", "cron-29000000", "", "docker://x")
+	f.Add("example.com/opt-out", "false", `[]`, "DaemonSet", "", "-", "://")
+	f.Fuzz(func(t *testing.T, key, value, summary, kind, owner, hash, id string) {
+		yes := true
+		terms := Terms{Mark: "example.com/mark", Summary: "example.com/summary", Condition: "example.com/mark", OptOut: "example.com/opt-out", Selector: map[string]string{"app": "web"}}
+		p := terms.Read(&corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{
+				Namespace: "shop", Name: "web", UID: "1", Labels: map[string]string{"pod-template-hash": hash, "app": value},
+				Annotations:     map[string]string{key: value, terms.Summary: summary},
+				OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: kind, Name: owner, Controller: &yes}},
+			},
+			Status: corev1.PodStatus{
+				ContainerStatuses: []corev1.ContainerStatus{{Name: "main", ContainerID: id}},
+				Conditions:        []corev1.PodCondition{{Type: corev1.PodConditionType(key), Status: corev1.ConditionTrue, Message: summary}},
+			},
+		})
+		var s Summary
+		valid := json.Unmarshal([]byte(summary), &s) == nil && s.Event != ""
+		if (p.Mark != nil) != valid || p.Marked != (key == terms.Mark) || p.Selected != (value == "web") {
+			t.Errorf("read %+v, mark %+v", p, p.Mark)
+		}
+		if p.OptOut != (key == terms.OptOut && value != "false") || p.DaemonSet != (kind == "DaemonSet") || !strings.Contains(p.Owner, "/") {
+			t.Errorf("read %+v", p)
+		}
+		if name := p.Container(strings.TrimPrefix(id, "containerd://")); name != "" && name != "main" || len(p.Containers) > 1 {
+			t.Errorf("containers %+v", p.Containers)
+		}
+	})
 }

@@ -1,0 +1,148 @@
+package bus
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+)
+
+const (
+	// outcomes is where they are.
+	outcomes = "oom.v1." + string(event.KindOutcome) + ".>"
+	// readers is how many requests are on their way at once, and readEach how many sequences of the stream each reader has
+	// before what they read is handed over.
+	readers, readEach = 16, 256
+)
+
+// Outcomes hands the outcomes that were stored at since or later to each, in the stream's order, up to those that the
+// stream holds now.
+//
+// It asks for one message at a time, and has no consumer: whoever may pull from a consumer whose name is not known beforehand may pull
+// from all of them, since the name is one token of a subject.
+func Outcomes(ctx context.Context, c *Conn, since time.Time, each func(Stored) error) error {
+	var s jetstream.Stream
+	err := c.call(ctx, "$JS.API.STREAM.INFO."+event.StreamName, func(ctx context.Context) (err error) {
+		s, err = c.js.Stream(ctx, event.StreamName)
+		return err
+	})
+	if err == nil {
+		err = outcomesOf(ctx, c, s, 0, since, each)
+	}
+	if err != nil {
+		return fmt.Errorf("read the outcomes: %w", err)
+	}
+	return nil
+}
+
+// outcomesOf is Outcomes for those after a sequence, or, where that is 0, from a time on.
+func outcomesOf(ctx context.Context, c *Conn, s jetstream.Stream, after uint64, since time.Time, each func(Stored) error) error {
+	get := func(ctx context.Context, from uint64) (m *jetstream.RawStreamMsg, err error) {
+		err = c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
+			m, err = s.GetMsg(ctx, from, jetstream.WithGetMsgSubject(outcomes))
+			return err
+		})
+		return m, err
+	}
+	var last *jetstream.RawStreamMsg
+	err := c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
+		last, err = s.GetLastMsgForSubject(ctx, outcomes)
+		return err
+	})
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	from, byTime := after+1, after == 0
+	if byTime {
+		if last.Time.Before(since) {
+			return nil
+		}
+		if from, err = c.firstOutcome(ctx, since); err != nil {
+			return err
+		}
+	}
+	for from <= last.Sequence {
+		parts := make([][]Stored, readers)
+		errs := make([]error, readers)
+		next := from + readers*readEach // where to go on
+		var reading sync.WaitGroup
+		for i := range readers {
+			begin := from + uint64(i)*readEach
+			if begin > last.Sequence {
+				break
+			}
+			reading.Go(func() {
+				end := min(begin+readEach-1, last.Sequence)
+				for seq := begin; seq <= end; {
+					m, err := get(ctx, seq)
+					switch {
+					case errors.Is(err, jetstream.ErrMsgNotFound): // what was there has gone
+						return
+					case err != nil:
+						errs[i] = err
+						return
+					case m.Sequence > end:
+						if i == readers-1 {
+							next = m.Sequence
+						}
+						return
+					}
+					seq = m.Sequence + 1
+					parts[i] = append(parts[i], Stored{ID: m.Header.Get(jetstream.MsgIDHeader), Subject: m.Subject, Data: m.Data, Seq: m.Sequence, Time: m.Time})
+				}
+			})
+		}
+		reading.Wait()
+		if err := errors.Join(errs...); err != nil {
+			return err
+		}
+		for _, part := range parts {
+			for _, m := range part {
+				if byTime && m.Time.Before(since) {
+					continue
+				}
+				if err := each(m); err != nil {
+					return err
+				}
+			}
+		}
+		from = next
+	}
+	return nil
+}
+
+// firstOutcome is the sequence of the first outcome that was stored at since or later. A server before 2.11 knows no times here, and
+// names the first one that it has.
+func (c *Conn) firstOutcome(ctx context.Context, since time.Time) (uint64, error) {
+	subject := "$JS.API.STREAM.MSG.GET." + event.StreamName
+	request, err := json.Marshal(map[string]any{"next_by_subj": outcomes, "start_time": since})
+	if err != nil {
+		return 0, fmt.Errorf("write the request: %w", err)
+	}
+	var answer struct {
+		Message struct {
+			Seq uint64 `json:"seq"`
+		} `json:"message"`
+		Error *jetstream.APIError `json:"error"`
+	}
+	err = c.call(ctx, subject, func(ctx context.Context) error {
+		m, err := c.nc.RequestWithContext(ctx, subject, request)
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(m.Data, &answer)
+	})
+	if err == nil && answer.Error != nil {
+		err = answer.Error
+	}
+	return answer.Message.Seq, err
+}
