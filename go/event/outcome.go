@@ -1,6 +1,9 @@
 package event
 
-import "time"
+import (
+	"strings"
+	"time"
+)
 
 // Result says what became of a kill in the end, as far as Kubernetes is concerned.
 type Result string
@@ -110,8 +113,8 @@ const (
 // Outcome says what the annotator made of a kill. A message that is no kill has an outcome too.
 type Outcome struct {
 	Schema string `json:"schema"`
-	// ID is OutcomeID(Kill, Stage); it is also the JetStream message ID. Whoever reads more than the
-	// stream's dedup window must take the first of several that have the same ID.
+	// ID is OutcomeID(Kill, Stage); it is also the JetStream message ID. The stream keeps one outcome of an ID. Versions before
+	// could store a second one: take the first of them.
 	ID string `json:"id"`
 	// Kill is Event.ID; of a message that could not be read, "OOM-" and its sequence in the stream.
 	Kill  string `json:"kill"`
@@ -142,8 +145,14 @@ type PodRef struct {
 // OutcomeID is the ID of a stage's outcome of a kill.
 func OutcomeID(kill, stage string) string { return kill + "/" + stage }
 
-// Subject is the NATS subject under which the outcome is published: oom.v1.outcome.<result>.<node>.
-func (o *Outcome) Subject() (string, error) { return Subject(KindOutcome, string(o.Result), o.Node) }
+// OutcomeSubject is the NATS subject of a stage's outcome of a kill on a node: oom.v1.outcome.<kill>_<stage>.<node>, the kill in
+// lower case. No other message has it, so that the server can refuse a second one.
+func OutcomeSubject(kill, stage, node string) (string, error) {
+	return Subject(KindOutcome, strings.ToLower(kill)+"_"+stage, node)
+}
+
+// Subject is the NATS subject under which the outcome is published; see OutcomeSubject.
+func (o *Outcome) Subject() (string, error) { return OutcomeSubject(o.Kill, o.Stage, o.Node) }
 
 // ParseOutcome reads one outcome, as Parse reads an event.
 func ParseOutcome(data []byte) (Outcome, error) {

@@ -17,7 +17,7 @@ const (
 	// KindNeighbours has the class of its kill: the scope.
 	KindNeighbours Kind = "neighbours"
 	KindNode       Kind = "node"    // class: status
-	KindOutcome    Kind = "outcome" // class: the result
+	KindOutcome    Kind = "outcome" // class: the kill and the stage; of versions before: the result
 )
 
 // subjectRoot opens every subject. The v1 is the schema's.

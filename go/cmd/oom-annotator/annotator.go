@@ -79,7 +79,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		}
 	})
 	a := &annotate.Annotator{
-		Policy: cfg.Policy, Terms: terms, Wait: cfg.Annotator.WaitForPod, Dedup: cfg.NATS.Stream.DedupWindow,
+		Policy: cfg.Policy, Terms: terms, Wait: cfg.Annotator.WaitForPod,
 		API: client, Finder: store, Stale: watcher.Failing, Metrics: metrics, Log: log, Now: time.Now,
 	}
 	if cfg.Annotator.Events {
@@ -157,7 +157,7 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 		return fmt.Errorf("make the publisher: %w", err)
 	}
 	ledger := &budget.Ledger{Cell: conn.Cell(budget.Key), Limits: cfg.Policy.Budgets, Keep: cfg.Policy.MaxEventAge, Now: time.Now}
-	a.Outlet, a.Ledger, a.Told = publisher, ledger, bus.NewTold(conn)
+	a.Outlet, a.Ledger, a.Last = publisher, ledger, conn.Last
 	consumer, err := bus.NewConsumer(conn, bus.ConsumeOptions{
 		Name: name, Subjects: []string{"oom.v1." + string(event.KindKill) + ".>"}, Workers: cfg.Annotator.Workers,
 	})
@@ -186,7 +186,7 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	defer stop()
 	published := make(chan error, 1)
 	go func() { published <- publisher.Run(downstream) }()
-	w.closer.Outlet, w.closer.Told = publisher, a.Told
+	w.closer.Outlet, w.closer.Last = publisher, conn.Last
 	closing := make(chan struct{})
 	go func() {
 		defer close(closing)

@@ -4,13 +4,16 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -38,7 +41,7 @@ func TestBrakes(t *testing.T) {
 	account := c.Annotator()
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
 		"Budgets": testBudgets, "CrashLoop": testCrashLoop, "Pause": testPause, "Hang": testHang, "Chaos": testChaos,
-		"Explain": testExplain, "State": testState,
+		"Explain": testExplain, "State": testState, "Late": testLate,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}
@@ -127,7 +130,7 @@ func testBudgets(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	r.settled()
 	delete(before, "") // none
 	wantSame(t, c, before)
-	if _, body := r.get("/metrics"); !strings.Contains(body, `oom_tracer_events_total{reason="repeated",stage="skipped"} 4`) ||
+	if _, body := r.get("/metrics"); !strings.Contains(body, `oom_tracer_events_total{reason="repeated",stage="skipped"} 7`) ||
 		!strings.Contains(body, "oom_tracer_budget_limit 100") || !strings.Contains(body, "oom_tracer_paused 0") {
 		t.Errorf("metrics:\n%s", body)
 	}
@@ -411,6 +414,107 @@ func testHang(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		t.Errorf("one more outcome: %+v", o)
 	case <-time.After(time.Second):
 	}
+}
+
+// testLate: what a replica publishes arrives at NATS after another one has published the outcome of the same kill, and long after
+// NATS has forgotten that one's ID.
+func testLate(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	nats := newNATS(t)
+	nats.start()
+	proxy := c.Proxy()
+	r := &rig{t: t, kubeconfig: c.Kubeconfig(proxy.Config(account)), patience: 2 * patience}
+	through := func(url string) func(*config.Config) {
+		return func(cfg *config.Config) {
+			cfg.NATS.URL, cfg.NATS.Stream.DedupWindow = url, time.Second
+			keep(cfg)
+		}
+	}
+	var gate sync.Mutex // while it is locked, what the replica says waits
+	r.cfg, r.configPath = newConfig(t, through("nats://"+forward(t, nats.listen, &gate)))
+	r.cfg.NATS.URL = "nats://" + nats.listen
+	r.connect()
+	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
+		t.Fatal(err)
+	}
+	r.tail()
+	r.start()
+	r.ready()
+	var once sync.Once
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		if patchesPod(req) {
+			once.Do(gate.Lock)
+		}
+		return kubetest.Fault{}
+	})
+	pod := c.Pod("shop", "late", node)
+	e := r.killOf(pod, "")
+	r.publish(e)
+	eventually(t, "the pod is marked", func() error {
+		if !marked(t, c)["late"] {
+			return fmt.Errorf("it is not")
+		}
+		return nil
+	})
+	second := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
+	second.cfg, second.configPath = newConfig(t, through(r.cfg.NATS.URL))
+	second.start()
+	// NATS waits for half a minute.
+	r.want(e.ID, "annotated/marked")
+	time.Sleep(3 * time.Second)
+	gate.Unlock()
+	r.settled()
+	other := r.killOf(c.Pod("shop", "late-2", node), "")
+	r.publish(other)
+	r.want(other.ID, "annotated/marked")
+	select {
+	case o := <-r.outcomes:
+		t.Errorf("one more outcome: %+v", o)
+	case <-time.After(7 * time.Second): // longer than an attempt to publish
+	}
+}
+
+// forward stands between a client and a server. What the client says it passes on while it can lock gate.
+func forward(t *testing.T, to string, gate *sync.Mutex) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			server, err := net.Dial("tcp", to)
+			if err != nil {
+				client.Close()
+				continue
+			}
+			go func() {
+				defer client.Close()
+				_, _ = io.Copy(client, server)
+			}()
+			go func() {
+				defer server.Close()
+				buf := make([]byte, 32<<10)
+				for {
+					n, err := client.Read(buf)
+					if err != nil {
+						return
+					}
+					gate.Lock()
+					_, err = server.Write(buf[:n])
+					gate.Unlock()
+					if err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	return l.Addr().String()
 }
 
 // testChaos: three replicas and NATS are killed at random, the API server refuses at random, and NATS is away for

@@ -59,10 +59,8 @@ type Ledger interface {
 	Claim(ctx context.Context, kill, node, owner string, killed time.Time) (budget.Verdict, error)
 }
 
-// Told knows which outcomes the stream holds; see bus.Told.
-type Told interface {
-	Has(ctx context.Context, id string, since time.Time, fresh time.Duration) (bool, error)
-}
+// Last reads the last message on a subject of the stream. Its error wraps bus.ErrNoMessage where there is none; see bus.Conn.
+type Last func(ctx context.Context, subject string) ([]byte, error)
 
 // EventRecorder tells of kills in Kubernetes Events; see kubeevents.Recorder.
 type EventRecorder interface {
@@ -91,11 +89,9 @@ type Annotator struct {
 	API    API
 	Finder Finder
 	// Stale is why Finder may not know what there is now, and nil when it does.
-	Stale  func() error
-	Ledger Ledger
-	Told   Told
-	// Dedup is for how long the stream itself refuses an outcome that it has.
-	Dedup   time.Duration
+	Stale   func() error
+	Ledger  Ledger
+	Last    Last
 	Outlet  Outlet
 	Events  EventRecorder // nil: none are written
 	Metrics *Metrics
@@ -117,49 +113,40 @@ func Terms(cfg *config.Config) pods.Terms {
 func (a *Annotator) Hooks() bus.Hooks {
 	return bus.Hooks{
 		OnAck: func(m bus.Msg, duplicate bool) {
-			t := m.Tag.(tag)
-			t.settle()
-			if t.stored != nil && !duplicate {
-				t.stored()
+			t := m.Tag.(*tag)
+			if t.stored != nil {
+				t.stored(duplicate && !t.retried)
 			}
+			t.settle()
 		},
-		OnRetry: func(bus.Msg, error) { a.Metrics.failure("publish") },
+		OnRetry: func(m bus.Msg, _ error) {
+			m.Tag.(*tag).retried = true
+			a.Metrics.failure("publish")
+		},
 		OnDrop: func(m bus.Msg, err error) {
 			a.Metrics.failure("dropped")
 			a.Log.Error("outcome given up", "id", m.ID, "error", err)
-			m.Tag.(tag).settle()
+			m.Tag.(*tag).settle()
 		},
-		// While it waited another replica may have decided, and otherwise.
-		Stored: func(ctx context.Context, m bus.Msg) (bool, error) {
-			return a.Told.Has(ctx, m.ID, m.Tag.(tag).killed, 0)
-		},
-		Remembered: a.Dedup / 2,
 	}
 }
 
 // tag is an outcome's on its way.
 type tag struct {
-	settle func() // the message that it is about
-	killed time.Time
-	stored func() // told by this process; nil: nothing to do
+	settle  func()           // the message that it is about
+	stored  func(again bool) // the stream has stored it, or had one before; nil: nothing to do
+	retried bool             // an attempt failed, and may have been stored all the same
 }
 
 // Handle works on one message until its outcome is on its way, or it is to come again.
 func (a *Annotator) Handle(ctx context.Context, m Message) {
 	a.Metrics.observed()
 	e, refused := read(&m.Stored)
-	kill, c := fmt.Sprintf("%s-%d", event.StreamName, m.Seq), Case{Killed: m.Time} // not its own ID, which may be another kill's
-	if refused == nil {
-		kill, c = e.ID, newCase(e, &m.Stored, a.Now())
-	}
-	// What the server would still refuse need not be looked for.
-	if a.Now().Sub(c.Killed) > a.Dedup/2 && a.repeated(ctx, m, kill, c.Killed, a.Dedup/4) {
-		return
-	}
 	if refused != nil {
-		a.refuse(m, kill, refused)
+		a.refuse(m, refused)
 		return
 	}
+	c := newCase(e, &m.Stored, a.Now())
 	if e.Container != nil {
 		c.Found, c.Err = a.Finder.Find(e.Node.Name, e.Container.PodUID, e.Container.ContainerID)
 	}
@@ -177,7 +164,7 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 	a.Metrics.identified(&c)
 	if d.Act {
 		// A message that comes again may have been decided otherwise before: that stays.
-		if a.repeated(ctx, m, kill, c.Killed, 0) {
+		if a.repeated(ctx, m, e) {
 			return
 		}
 		var err error
@@ -198,29 +185,46 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 			o.Annotation = key + "=" + value
 		}
 	}
-	if a.publish(m, o, tag{settle: m.Settler.Ack, killed: c.Killed}) {
-		a.Metrics.decided(o, repeated, a.Now().Sub(e.Time))
-		if a.Events != nil {
-			a.Events.Record(e, o)
-		}
+	if a.publish(m, o, m.Settler.Ack, repeated, a.Now().Sub(e.Time)) && a.Events != nil {
+		a.Events.Record(e, o)
 	}
 }
 
-// repeated settles a message whose outcome the stream holds, and one of which that cannot be told now.
-func (a *Annotator) repeated(ctx context.Context, m Message, kill string, killed time.Time, fresh time.Duration) bool {
-	told, err := a.Told.Has(ctx, event.OutcomeID(kill, event.StageAnnotate), killed, fresh)
+// repeated settles a kill whose outcome the stream holds. Where it cannot look, the kill comes again.
+func (a *Annotator) repeated(ctx context.Context, m Message, e *event.Event) bool {
+	before, err := stored(ctx, a.Last, e.ID, e.Node.Name)
 	switch {
 	case err != nil:
 		if ctx.Err() == nil {
-			a.Log.Warn("kill waits, for its outcome may be there already", "id", kill, "error", err)
+			a.Log.Warn("could not look for an earlier outcome of the kill, will try again", "id", e.ID, "error", err)
 			a.Metrics.failure(string(event.ReasonUnavailable))
 		}
 		m.Settler.Retry(delay(m.Attempt, lastRetry))
-	case told:
+	case before != nil:
 		a.Metrics.repeated()
 		m.Settler.Ack()
 	}
-	return told || err != nil
+	return before != nil || err != nil
+}
+
+// stored reads the outcome of a kill from the stream. It returns nil and nil where there is none.
+func stored(ctx context.Context, last Last, kill, node string) (*event.Outcome, error) {
+	subject, err := event.OutcomeSubject(kill, event.StageAnnotate, node)
+	if err != nil {
+		return nil, err
+	}
+	data, err := last(ctx, subject)
+	if errors.Is(err, bus.ErrNoMessage) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	o, err := event.ParseOutcome(data)
+	if err != nil || o.Kill != kill {
+		return nil, nil // on a NATS without accounts JetStream's own words can be stored there
+	}
+	return &o, nil
 }
 
 // early tells whether the pod may still become known.
@@ -254,7 +258,8 @@ func delay(attempt uint64, most time.Duration) time.Duration {
 }
 
 // refuse ends a message that can never be processed.
-func (a *Annotator) refuse(m Message, kill string, r *refusal) {
+func (a *Annotator) refuse(m Message, r *refusal) {
+	kill := fmt.Sprintf("%s-%d", event.StreamName, m.Seq) // not its own ID, which may be another kill's
 	a.Metrics.failure(string(r.reason))
 	a.Log.Warn("message refused", "seq", m.Seq, "subject", m.Subject, "id", m.ID, "reason", string(r.reason), "error", r.err)
 	term := func() { m.Settler.Term(string(r.reason)) }
@@ -264,9 +269,7 @@ func (a *Annotator) refuse(m Message, kill string, r *refusal) {
 		return
 	}
 	o := a.outcome(kill, node, Decision{Result: event.ResultFailed, Reason: r.reason, Detail: fmt.Sprintf("message id %q: %v", m.ID, r.err)})
-	if a.publish(m, o, tag{settle: term, killed: m.Time}) {
-		a.Metrics.decided(o, false, 0)
-	}
+	a.publish(m, o, term, false, 0)
 }
 
 func (a *Annotator) outcome(kill, node string, d Decision) *event.Outcome {
@@ -278,8 +281,15 @@ func (a *Annotator) outcome(kill, node string, d Decision) *event.Outcome {
 }
 
 // publish sends an outcome, and settles the message once it is stored. It reports whether it was taken.
-func (a *Annotator) publish(m Message, o *event.Outcome, t tag) bool {
-	if err := enqueue(a.Outlet, o, t); err != nil {
+func (a *Annotator) publish(m Message, o *event.Outcome, settle func(), repeated bool, latency time.Duration) bool {
+	stored := func(again bool) {
+		if again {
+			a.Metrics.repeated()
+		} else {
+			a.Metrics.decided(o, repeated, latency)
+		}
+	}
+	if err := enqueue(a.Outlet, o, &tag{settle: settle, stored: stored}); err != nil {
 		if !errors.Is(err, bus.ErrClosed) { // the next replica's
 			a.Log.Warn("outcome cannot be published now, its message comes again", "id", o.ID, "error", err)
 			a.Metrics.failure("publish")
@@ -293,11 +303,11 @@ func (a *Annotator) publish(m Message, o *event.Outcome, t tag) bool {
 }
 
 // PublishMore publishes an outcome of a further stage of a kill.
-func (a *Annotator) PublishMore(o *event.Outcome, killed time.Time) error {
-	return enqueue(a.Outlet, o, tag{settle: func() {}, killed: killed})
+func (a *Annotator) PublishMore(o *event.Outcome) error {
+	return enqueue(a.Outlet, o, &tag{settle: func() {}})
 }
 
-func enqueue(outlet Outlet, o *event.Outcome, t tag) error {
+func enqueue(outlet Outlet, o *event.Outcome, t *tag) error {
 	subject, err := o.Subject()
 	if err != nil {
 		return err
@@ -306,7 +316,7 @@ func enqueue(outlet Outlet, o *event.Outcome, t tag) error {
 	if err != nil {
 		return fmt.Errorf("write outcome %s: %w", o.ID, err)
 	}
-	return outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Tag: t})
+	return outlet.Enqueue(bus.Msg{ID: o.ID, Subject: subject, Data: data, Once: true, Tag: t})
 }
 
 func level(o *event.Outcome) slog.Level {

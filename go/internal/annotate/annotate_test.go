@@ -48,23 +48,23 @@ type world struct {
 	verdict budget.Verdict
 	claim   error
 	claims  []string
-	told    bool
-	toldErr error
-	asked   []string // of what is told
+	stored  map[string]string // outcomes that the stream holds, by subject
+	lastErr error
+	asked   []string // the subjects that were looked at
 	events  []string // in Kubernetes
 	out     []bus.Msg
 	settled []string
 }
 
 func newWorld() *world {
-	w := &world{now: time.Unix(1001, 0)}
+	w := &world{now: time.Unix(1001, 0), stored: map[string]string{}}
 	w.pod = &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "7"}, Spec: corev1.PodSpec{NodeName: "node-1"}}
 	cfg := config.Default()
 	cfg.Policy = acting()
 	w.Annotator = &Annotator{
 		Policy: cfg.Policy, Terms: Terms(&cfg), Wait: 30 * time.Second, API: w, Finder: w, Outlet: w, Metrics: NewMetrics(),
 		Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return w.now },
-		Stale: func() error { return w.stale }, Ledger: w, Told: asker{w}, Dedup: cfg.NATS.Stream.DedupWindow, Events: w,
+		Stale: func() error { return w.stale }, Ledger: w, Last: w.last, Events: w,
 	}
 	return w
 }
@@ -74,12 +74,13 @@ func (w *world) Claim(_ context.Context, kill, node, owner string, killed time.T
 	return w.verdict, w.claim
 }
 
-// asker is a world that knows what is told.
-type asker struct{ *world }
-
-func (w asker) Has(_ context.Context, id string, since time.Time, fresh time.Duration) (bool, error) {
-	w.asked = append(w.asked, fmt.Sprintf("%s %d %s", id, since.Unix(), fresh))
-	return w.world.told, w.toldErr
+func (w *world) last(_ context.Context, subject string) ([]byte, error) {
+	w.asked = append(w.asked, subject)
+	data, ok := w.stored[subject]
+	if w.lastErr == nil && !ok {
+		return nil, fmt.Errorf("read: %w", bus.ErrNoMessage)
+	}
+	return []byte(data), w.lastErr
 }
 
 func (w *world) Record(e *event.Event, o *event.Outcome) {
@@ -145,7 +146,8 @@ func (w *world) Enqueue(m bus.Msg) error {
 		return w.full
 	}
 	w.out = append(w.out, m)
-	m.Tag.(tag).settle()
+	_, before := w.stored[m.Subject]
+	w.Hooks().OnAck(m, before)
 	return nil
 }
 
@@ -326,7 +328,6 @@ func TestHandleClaims(t *testing.T) {
 	w.verdict, w.claim = budget.Verdict{}, errors.New("nats is away")
 	w.want(t, w.handle(t, kill()), "none", "retry")
 	w.now = time.Unix(1600, 0)
-	w.told = false
 	w.want(t, w.handle(t, kill()), "failed/unavailable", "ack")
 	if len(w.patches) > 0 {
 		t.Errorf("patches without a right: %q", w.patches)
@@ -353,40 +354,41 @@ func TestHandleClaims(t *testing.T) {
 	}
 }
 
-// What has an outcome gets no other.
-func TestHandleTold(t *testing.T) {
-	const before = "boot-1-2/annotate 1000 "
-	for _, tt := range []struct {
-		name   string
-		change func(w *world, e *event.Event)
-		asked  []string
-	}{
-		{"about to act", func(w *world, e *event.Event) {}, []string{before + "0s"}},
-		{"old", func(w *world, e *event.Event) { w.now = time.Unix(1301, 0) }, []string{before + "2m30s"}},
-		{"old, nothing to do", func(w *world, e *event.Event) { w.now, e.Limit = time.Unix(5000, 0), nil }, []string{before + "2m30s"}},
-		{"malformed and old", func(w *world, e *event.Event) { w.now, e.ID = time.Unix(5000, 0), "no id" }, []string{"OOM-9/annotate 1000 2m30s"}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			w, e := newWorld(), kill()
-			tt.change(w, e)
-			w.told = true
-			w.want(t, w.handle(t, e), "none", "ack")
-			w.told, w.toldErr = false, errors.New("nats is away")
-			w.want(t, w.handle(t, e), "none", "retry")
-			if diff := cmp.Diff(append(tt.asked, tt.asked...), w.asked); diff != "" {
-				t.Errorf("asked (-want +got):\n%s", diff)
-			}
-			if len(w.patches)+len(w.claims)+len(w.events) > 0 {
-				t.Errorf("patches %q, claims %q, events %q", w.patches, w.claims, w.events)
-			}
-		})
-	}
-	// The server itself refuses a second outcome of a young one, and nothing is done.
+// A kill that has an outcome is not marked, whatever would be decided now; and what the server refuses is not counted again.
+func TestHandleDecided(t *testing.T) {
 	w, e := newWorld(), kill()
+	const subject = "oom.v1.outcome.boot-1-2_annotate.node-1"
+	w.stored[subject] = `{"schema":"oom-tracer/v1","id":"boot-1-2/annotate","kill":"boot-1-2","time":"2026-01-01T00:00:00Z","result":"observed","reason":"paused","node":"node-1"}`
+	w.want(t, w.handle(t, e), "none", "ack")
+	w.lastErr = errors.New("nats is away")
+	w.want(t, w.handle(t, e), "none", "retry")
+	if diff := cmp.Diff([]string{subject, subject}, w.asked); diff != "" {
+		t.Errorf("asked (-want +got):\n%s", diff)
+	}
+	if len(w.patches)+len(w.claims)+len(w.events)+len(w.out) > 0 {
+		t.Errorf("patches %q, claims %q, events %q, outcomes %v", w.patches, w.claims, w.events, w.out)
+	}
+	// What is no outcome of it keeps no pod from being marked.
+	for _, data := range []string{`{"stream":"OOM","seq":7}`, strings.ReplaceAll(w.stored[subject], "boot-1-2", "boot-1-3")} {
+		w := newWorld()
+		w.stored[subject] = data
+		w.want(t, w.handle(t, e), "annotated/marked", "ack")
+	}
+	// Who marks nothing need not look.
 	e.Limit = nil
 	w.want(t, w.handle(t, e), "skipped/no_limit", "ack")
-	if len(w.asked) > 0 {
-		t.Errorf("asked %q", w.asked)
+	if len(w.asked) > 2 || len(w.out) != 1 || !w.out[0].Once {
+		t.Errorf("asked %q, outcomes %v", w.asked, w.out)
+	}
+	repeated, skipped := w.Metrics.events.WithLabelValues("skipped", "repeated"), w.Metrics.victims.WithLabelValues("skipped", "no_limit")
+	if r, s := testutil.ToFloat64(repeated), testutil.ToFloat64(skipped); r != 2 || s != 0 {
+		t.Errorf("%g repeated, %g skipped", r, s)
+	}
+	// An attempt before this one may have been stored without word of it: that was ours.
+	w.Hooks().OnRetry(w.out[0], errors.New("no answer"))
+	w.Hooks().OnAck(w.out[0], true)
+	if r, s := testutil.ToFloat64(repeated), testutil.ToFloat64(skipped); r != 2 || s != 1 {
+		t.Errorf("after another attempt: %g repeated, %g skipped", r, s)
 	}
 }
 
@@ -575,6 +577,7 @@ func TestHandleRefuses(t *testing.T) {
 		{"another scope", "oom.v1.kill.cgroup.node-1", good, event.ReasonForged},
 		{"no kill", subject, with(func(e *event.Event) { e.Outcome = event.OutcomeExiting }), event.ReasonForged},
 		{"line in the id", subject, with(func(e *event.Event) { e.ID = "a\nNats-Msg-Id: b" }), event.ReasonMalformed},
+		{"more than one token", subject, with(func(e *event.Event) { e.ID = "a.b" }), event.ReasonMalformed},
 		{"long id", subject, with(func(e *event.Event) { e.ID = strings.Repeat("a", 201) }), event.ReasonMalformed},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -624,7 +627,7 @@ func TestMetrics(t *testing.T) {
 	w.getErr = []error{context.DeadlineExceeded}
 	w.pod.Annotations = nil
 	w.handle(t, kill())
-	w.told = true
+	w.stored["oom.v1.outcome.boot-1-2_annotate.node-1"] = string(w.out[0].Data)
 	w.handle(t, kill())
 	after, err := testutil.GatherAndCount(registry)
 	if err != nil {

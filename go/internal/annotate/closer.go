@@ -20,8 +20,10 @@ import (
 const (
 	// closeInterval is how often marks are held against their lifetime.
 	closeInterval = 5 * time.Second
-	// closeWait is how long the outcome that says that a pod was annotated may come after the pod has left.
-	closeWait = 30 * time.Second
+	// closeWait is how long the outcome that says that a pod was annotated may come after the pod has left. It is looked for
+	// every leaveInterval.
+	closeWait     = 30 * time.Second
+	leaveInterval = time.Second
 	// maxLeaving is how many pods that leave may wait to be told of. Those above are found at the next start.
 	maxLeaving = 10_000
 )
@@ -51,7 +53,7 @@ type Closer struct {
 	Memory   time.Duration // how long after its kill the end of a mark is looked for; more than Lifetime
 	API      CloserAPI
 	Marks    Marks
-	Told     Told
+	Last     Last
 	Outlet   Outlet
 	Metrics  *Metrics
 	Log      *slog.Logger
@@ -60,11 +62,13 @@ type Closer struct {
 	mu      sync.Mutex
 	leaving []leaving
 	closed  map[string]struct{} // IDs of kills
+
+	open map[string]*event.Outcome // by kill: the marks that had no end when Run began
 }
 
 type leaving struct {
-	pod   *pods.Pod
-	heard time.Time
+	pod         *pods.Pod
+	next, until time.Time // when the stream is asked, and until when
 }
 
 // Leave takes a marked pod that leaves; see pods.Store.OnLeave.
@@ -77,16 +81,19 @@ func (c *Closer) Leave(p *pods.Pod) {
 	if _, done := c.closed[p.Mark.Kill]; done || len(c.leaving) >= maxLeaving {
 		return
 	}
-	c.leaving = append(c.leaving, leaving{p, c.Now()})
+	c.leaving = append(c.leaving, leaving{pod: p})
 }
 
 // Run closes until ctx ends. outcomes are those that the stream holds: what left while nobody watched is found in
 // them.
 func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
+	c.open = map[string]*event.Outcome{}
 	for i := range outcomes {
 		o := &outcomes[i]
 		if o.Pod != nil && !c.Marks.Has(o.Pod.UID) {
-			c.close(ctx, o.Kill, o.Node, o.Time, o.Pod, left(false))
+			_ = c.close(ctx, o, left(false)) // found again at the next start
+		} else {
+			c.open[o.Kill] = o
 		}
 	}
 	tick := time.NewTicker(200 * time.Millisecond)
@@ -97,14 +104,29 @@ func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
 		all := c.leaving
 		c.leaving = nil
 		c.mu.Unlock()
-		for _, l := range all {
+		keep := all[:0]
+		for i, l := range all {
+			now := c.Now()
+			if now.Before(l.next) {
+				keep = append(keep, l)
+				continue
+			}
+			done, err := c.closePod(ctx, l.pod, left(l.pod.Evicted))
+			if err != nil { // it says nothing of the others either
+				keep = append(keep, all[i:]...)
+				break
+			}
+			if l.until.IsZero() {
+				l.until = now.Add(closeWait)
+			}
 			// Where that does not come the mark is not of these annotators: another cluster's NATS, another hand.
-			if !c.closePod(ctx, l.pod, left(l.pod.Evicted)) && c.Now().Sub(l.heard) < closeWait {
-				c.mu.Lock()
-				c.leaving = append(c.leaving, l)
-				c.mu.Unlock()
+			if l.next = now.Add(leaveInterval); !done && now.Before(l.until) {
+				keep = append(keep, l)
 			}
 		}
+		c.mu.Lock()
+		c.leaving = append(keep, c.leaving...)
+		c.mu.Unlock()
 		if now := c.Now(); !now.Before(next) {
 			next = now.Add(closeInterval)
 			for _, p := range c.Marks.Hit() {
@@ -137,7 +159,7 @@ func (c *Closer) look(ctx context.Context, p *pods.Pod, now time.Time) {
 		c.uncondition(ctx, p)
 	case c.Terms.Mark == "": // whoever only observes ends no marks of others
 	case age > c.Lifetime && age < c.Memory:
-		c.closePod(ctx, p, c.over(ctx, p)) // likewise
+		_, _ = c.closePod(ctx, p, c.over(ctx, p)) // likewise
 	}
 }
 
@@ -153,57 +175,55 @@ func left(evicted bool) end {
 	}
 }
 
-func (c *Closer) closePod(ctx context.Context, p *pods.Pod, how end) bool {
-	return c.close(ctx, p.Mark.Kill, p.Node, p.Mark.Time, &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}, how)
-}
-
-// close tells what became of a pod, unless that is told. It returns false where that cannot be done now, and for a kill
-// of which the stream does not say that its pod was annotated.
-func (c *Closer) close(ctx context.Context, kill, node string, since time.Time, pod *event.PodRef, how end) bool {
+// closePod publishes what became of a pod. It returns false for a mark of which the stream does not say that it was made.
+func (c *Closer) closePod(ctx context.Context, p *pods.Pod, how end) (done bool, err error) {
 	c.mu.Lock()
-	_, done := c.closed[kill]
+	_, done = c.closed[p.Mark.Kill]
 	c.mu.Unlock()
 	if done {
-		return true
+		return true, nil
 	}
-	id := event.OutcomeID(kill, event.StageClose)
-	since = since.Add(-c.Lifetime) // the clocks of a node and of NATS need not agree
-	// As of a second ago: marks by another hand, which may be many, must not have the stream read for each look.
-	ours, err := c.Told.Has(ctx, event.OutcomeID(kill, event.StageAnnotate), since, time.Second)
-	if err == nil && !ours {
-		return false
+	annotated := c.open[p.Mark.Kill] // versions before published it on a subject that others share
+	if annotated == nil {
+		annotated, err = stored(ctx, c.Last, p.Mark.Kill, p.Node)
 	}
-	told := false
-	if err == nil {
-		told, err = c.Told.Has(ctx, id, since, closeInterval) // read a moment ago
+	if err == nil && annotated != nil && annotated.Pod != nil && annotated.Pod.UID == p.UID {
+		done, err = true, c.close(ctx, annotated, how)
 	}
-	if err == nil && !told {
-		o := &event.Outcome{
-			Schema: event.Schema, ID: id, Kill: kill, Stage: event.StageClose, Time: c.Now().UTC(), Node: node, Pod: pod,
-		}
-		o.Result, o.Reason, o.Detail = how()
-		o.Detail = cut(text.Printable(o.Detail), maxDetail)
-		if err = ctx.Err(); err == nil { // what was found out on the way down may be wrong
-			err = c.publish(o, since)
-		}
+	if err != nil && ctx.Err() == nil {
+		c.Log.Debug("could not publish the end of a mark, will try again", "id", p.Mark.Kill, "error", err)
 	}
-	if err != nil {
-		if ctx.Err() == nil {
-			c.Log.Debug("the end of a mark cannot be told now, will try again", "id", kill, "error", err)
-		}
-		return false
+	return done, err
+}
+
+// close publishes what became of the pod of an outcome.
+func (c *Closer) close(ctx context.Context, annotated *event.Outcome, how end) error {
+	kill := annotated.Kill
+	o := &event.Outcome{
+		Schema: event.Schema, ID: event.OutcomeID(kill, event.StageClose), Kill: kill, Stage: event.StageClose, Time: c.Now().UTC(), Node: annotated.Node, Pod: annotated.Pod,
+	}
+	o.Result, o.Reason, o.Detail = how()
+	o.Detail = cut(text.Printable(o.Detail), maxDetail)
+	if err := ctx.Err(); err != nil {
+		return err // what was found out on the way down may be wrong
+	}
+	if err := c.publish(o); err != nil {
+		return err
 	}
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	if c.closed == nil {
 		c.closed = map[string]struct{}{}
 	}
 	c.closed[kill] = struct{}{}
-	c.mu.Unlock()
-	return true
+	return nil
 }
 
-func (c *Closer) publish(o *event.Outcome, killed time.Time) error {
-	return enqueue(c.Outlet, o, tag{settle: func() {}, killed: killed, stored: func() {
+func (c *Closer) publish(o *event.Outcome) error {
+	return enqueue(c.Outlet, o, &tag{settle: func() {}, stored: func(again bool) {
+		if again {
+			return // another replica was faster
+		}
 		c.Metrics.closed(o)
 		c.Log.Info("mark is closed", "id", o.Kill, "pod", podName(o.Pod), "result", string(o.Result), "reason", string(o.Reason), "detail", o.Detail)
 	}})
@@ -236,7 +256,7 @@ func (c *Closer) unmark(ctx context.Context, p *pods.Pod, key string, how end) {
 	}()
 	switch {
 	case err == nil:
-		c.closePod(ctx, p, how)
+		_, _ = c.closePod(ctx, p, how) // look tries again
 	case errors.Is(err, errChanged), apierrors.IsNotFound(unwrap(err)), apierrors.IsConflict(unwrap(err)), ctx.Err() != nil:
 		// Another replica, or it leaves: the watch tells.
 	default:

@@ -1,7 +1,9 @@
 package annotate
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -21,18 +23,24 @@ import (
 
 // What a Closer makes of a real API server and its Events is in go/cmd/oom-annotator.
 
-// record is a stream that knows what was told, and how often that is read.
+// record is a stream that knows which kills were annotated, and how often it is asked.
 type record struct {
-	told  map[string]bool
-	reads int // at most one for each call that wants it fresher than a second
-	out   []event.Outcome
+	annotated map[string]string // by the subject of the outcome: the pod's UID
+	err       error
+	reads     int
+	out       []event.Outcome
 }
 
-func (r *record) Has(_ context.Context, id string, _ time.Time, fresh time.Duration) (bool, error) {
-	if fresh < time.Second {
-		r.reads++
+func (r *record) last(_ context.Context, subject string) ([]byte, error) {
+	r.reads++
+	uid, ok := r.annotated[subject]
+	if r.err != nil || !ok {
+		return nil, cmp.Or(r.err, bus.ErrNoMessage)
 	}
-	return r.told[id], nil
+	return json.Marshal(event.Outcome{
+		Schema: event.Schema, ID: "x", Kill: strings.TrimSuffix(strings.TrimPrefix(subject, "oom.v1.outcome."), "_annotate.node-1"), Stage: event.StageAnnotate, Time: time.Now(), Node: "node-1",
+		Result: event.ResultAnnotated, Reason: event.ReasonMarked, Pod: &event.PodRef{Namespace: "shop", Name: "cart", UID: uid},
+	})
 }
 
 func (r *record) Enqueue(m bus.Msg) error {
@@ -57,9 +65,9 @@ func (w *ward) Has(uid string) bool {
 func newCloser() (*Closer, *record, *ward, *bulletin) {
 	cfg := config.Default()
 	cfg.Policy.Condition = "example.com/evict"
-	r, w, b := &record{told: map[string]bool{}}, &ward{}, &bulletin{world: newWorld()}
+	r, w, b := &record{annotated: map[string]string{}}, &ward{}, &bulletin{world: newWorld()}
 	return &Closer{
-		Terms: Terms(&cfg), Lifetime: time.Hour, Memory: 3 * time.Hour, API: b, Marks: w, Told: r, Outlet: r,
+		Terms: Terms(&cfg), Lifetime: time.Hour, Memory: 3 * time.Hour, API: b, Marks: w, Last: r.last, Outlet: r,
 		Metrics: NewMetrics(), Log: slog.New(slog.DiscardHandler), Now: time.Now,
 	}, r, w, b
 }
@@ -88,16 +96,37 @@ func run(t *testing.T, c *Closer, lasts time.Duration) {
 	c.Run(ctx, nil)
 }
 
-// Marks of another hand are asked about for a while, never so that the stream is read for each of them.
+// Marks of another hand are asked about for a while, and no more often than once a second: there may be many.
 func TestCloserForeign(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c, r, _, b := newCloser()
 		for i := range 100 {
 			c.Leave(&pods.Pod{Namespace: "shop", Name: "x", UID: fmt.Sprint(i), Node: "node-1", Mark: &pods.Mark{Kill: fmt.Sprintf("boot-1-%d", i), Time: time.Now()}})
 		}
-		run(t, c, closeWait+time.Second)
-		if r.reads > 0 || len(r.out) > 0 || len(c.leaving) > 0 || b.asked > 0 {
-			t.Errorf("%d reads, outcomes %v, %d wait still, Events asked for %d times", r.reads, r.out, len(c.leaving), b.asked)
+		// Of another pod than the one that was annotated for the kill.
+		r.annotated["oom.v1.outcome.boot-1-2_annotate.node-1"] = "uid-1"
+		run(t, c, closeWait+5*time.Second)
+		if most := 100 * int(closeWait/leaveInterval+1); r.reads > most || r.reads < 100 || len(r.out) > 0 || len(c.leaving) > 0 || b.asked > 0 {
+			t.Errorf("%d reads, want at most %d; outcomes %v, %d wait still, Events asked for %d times", r.reads, most, r.out, len(c.leaving), b.asked)
+		}
+	})
+}
+
+// A pod leaves while the stream cannot be read, for longer than its outcome is waited for, and longer than one that is not ours.
+func TestCloserOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, r, _, _ := newCloser()
+		r.err = errors.New("nats is away")
+		for i := range 3 {
+			c.Leave(&pods.Pod{Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Evicted: i == 0, Mark: &pods.Mark{Kill: fmt.Sprint("boot-1-", i+1), Time: time.Now()}})
+		}
+		run(t, c, 2*closeWait)
+		r.err = nil
+		run(t, c, closeWait/2)
+		r.annotated["oom.v1.outcome.boot-1-1_annotate.node-1"] = "uid-1"
+		run(t, c, 2*closeWait)
+		if len(r.out) != 1 || r.out[0].Result != event.ResultEvicted || r.out[0].Reason != event.ReasonEvicted || len(c.leaving) > 0 {
+			t.Errorf("outcomes %+v, %d wait still", r.out, len(c.leaving))
 		}
 	})
 }
@@ -142,7 +171,7 @@ func TestCloserOver(t *testing.T) {
 					tt.change(p)
 				}
 				w.hit = []*pods.Pod{p}
-				r.told["boot-1-2/annotate"] = true
+				r.annotated["oom.v1.outcome.boot-1-2_annotate.node-1"] = "uid-1"
 				run(t, c, 3*closeInterval)
 				var got string
 				for _, o := range r.out {
@@ -166,7 +195,7 @@ func TestCloserReconfigured(t *testing.T) {
 			p := c.Terms.Read(b.pod)
 			p.Mark.Time = time.Now()
 			w.hit = []*pods.Pod{p}
-			r.told["boot-1-2/annotate"] = true
+			r.annotated["oom.v1.outcome.boot-1-2_annotate.node-1"] = string(p.UID)
 			run(t, c, closeInterval/2)
 			if len(r.out) != 1 || r.out[0].Result != event.ResultExpired || r.out[0].Reason != event.ReasonReconfigured {
 				t.Errorf("key %q: outcomes %+v", key, r.out)
@@ -184,7 +213,7 @@ func TestCloserObserves(t *testing.T) {
 		c, r, w, _ := newCloser()
 		c.Terms.Mark, c.Terms.Condition = "", ""
 		w.hit = []*pods.Pod{{Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Mark: &pods.Mark{Kill: "boot-1-2", Time: time.Now().Add(-90 * time.Minute)}}}
-		r.told["boot-1-2/annotate"] = true
+		r.annotated["oom.v1.outcome.boot-1-2_annotate.node-1"] = "uid-1"
 		run(t, c, 3*closeInterval)
 		if len(r.out) > 0 {
 			t.Errorf("outcomes %v", r.out)

@@ -14,8 +14,8 @@ import (
 // may make six times as long.
 const maxMessage = 256 << 10
 
-// plainID is what ids are made of. They become a header, part of another id, and part of an annotation.
-var plainID = regexp.MustCompile(`^[A-Za-z0-9._:-]{1,200}$`)
+// plainID is what ids are made of. They become a header, part of another id, part of a subject, and part of an annotation.
+var plainID = regexp.MustCompile(`^[A-Za-z0-9_-]{1,200}$`)
 
 // refusal is why a message can never be processed.
 type refusal struct {

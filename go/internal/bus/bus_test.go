@@ -431,8 +431,9 @@ type proxy struct {
 	listener net.Listener
 	mu       sync.Mutex
 	conns    []net.Conn
-	mute     bool // what the server says does not arrive
-	deaf     bool // what the client says does not arrive
+	mute     bool       // what the server says does not arrive
+	deaf     bool       // what the client says does not arrive
+	gate     sync.Mutex // while it is locked, what the client says waits
 	wg       sync.WaitGroup
 }
 
@@ -469,7 +470,14 @@ func startProxy(t *testing.T, to string) *proxy {
 					if drop {
 						continue
 					}
-					if _, err := dst.Write(buf[:n]); err != nil {
+					if lost == &p.deaf {
+						p.gate.Lock()
+					}
+					_, err = dst.Write(buf[:n])
+					if lost == &p.deaf {
+						p.gate.Unlock()
+					}
+					if err != nil {
 						return
 					}
 				}

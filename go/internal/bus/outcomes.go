@@ -27,22 +27,21 @@ const (
 // It asks for one message at a time, and has no consumer: whoever may pull from a consumer whose name is not known beforehand may pull
 // from all of them, since the name is one token of a subject.
 func Outcomes(ctx context.Context, c *Conn, since time.Time, each func(Stored) error) error {
-	var s jetstream.Stream
-	err := c.call(ctx, "$JS.API.STREAM.INFO."+event.StreamName, func(ctx context.Context) (err error) {
-		s, err = c.js.Stream(ctx, event.StreamName)
-		return err
-	})
-	if err == nil {
-		err = outcomesOf(ctx, c, s, 0, since, each)
-	}
-	if err != nil {
+	if err := c.outcomes(ctx, since, each); err != nil {
 		return fmt.Errorf("read the outcomes: %w", err)
 	}
 	return nil
 }
 
-// outcomesOf is Outcomes for those after a sequence, or, where that is 0, from a time on.
-func outcomesOf(ctx context.Context, c *Conn, s jetstream.Stream, after uint64, since time.Time, each func(Stored) error) error {
+func (c *Conn) outcomes(ctx context.Context, since time.Time, each func(Stored) error) error {
+	var s jetstream.Stream
+	err := c.call(ctx, "$JS.API.STREAM.INFO."+event.StreamName, func(ctx context.Context) (err error) {
+		s, err = c.js.Stream(ctx, event.StreamName)
+		return err
+	})
+	if err != nil {
+		return err
+	}
 	get := func(ctx context.Context, from uint64) (m *jetstream.RawStreamMsg, err error) {
 		err = c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
 			m, err = s.GetMsg(ctx, from, jetstream.WithGetMsgSubject(outcomes))
@@ -51,24 +50,19 @@ func outcomesOf(ctx context.Context, c *Conn, s jetstream.Stream, after uint64, 
 		return m, err
 	}
 	var last *jetstream.RawStreamMsg
-	err := c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
+	err = c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
 		last, err = s.GetLastMsgForSubject(ctx, outcomes)
 		return err
 	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil
 	}
-	if err != nil {
+	if err != nil || last.Time.Before(since) {
 		return err
 	}
-	from, byTime := after+1, after == 0
-	if byTime {
-		if last.Time.Before(since) {
-			return nil
-		}
-		if from, err = c.firstOutcome(ctx, since); err != nil {
-			return err
-		}
+	from, err := c.firstOutcome(ctx, since)
+	if err != nil {
+		return err
 	}
 	for from <= last.Sequence {
 		parts := make([][]Stored, readers)
@@ -107,7 +101,7 @@ func outcomesOf(ctx context.Context, c *Conn, s jetstream.Stream, after uint64, 
 		}
 		for _, part := range parts {
 			for _, m := range part {
-				if byTime && m.Time.Before(since) {
+				if m.Time.Before(since) {
 					continue
 				}
 				if err := each(m); err != nil {

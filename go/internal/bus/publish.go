@@ -28,13 +28,13 @@ type Msg struct {
 	ID      string
 	Subject string
 	Data    []byte
+	// Once has the stream store m only while it holds no message on Subject, which must then be m's alone.
+	Once bool
 	// Tag is the caller's own. It comes back in the hooks.
 	Tag any
 	// Expires is from when on a failed attempt is the last, unless it failed with the connection; zero: none
 	// ever is.
 	Expires time.Time
-
-	queued time.Time
 }
 
 // Hooks are called by the goroutine that runs Run or Drain, one at a time. They hold up publishing for as
@@ -46,10 +46,6 @@ type Hooks struct {
 	OnRetry func(m Msg, err error)
 	// OnDrop is called when m can never be stored, and is given up.
 	OnDrop func(m Msg, err error)
-	// Stored tells whether the stream has m already. It is asked before each attempt at a message that waits for
-	// longer than Remembered: the server may have forgotten an earlier attempt, or another publisher's.
-	Stored     func(ctx context.Context, m Msg) (bool, error)
-	Remembered time.Duration
 }
 
 // Stats count since the publisher was made.
@@ -128,7 +124,6 @@ func (p *Publisher) Enqueue(m Msg) error {
 		p.refused.Add(1)
 		return fmt.Errorf("enqueue message %s: %w", m.ID, ErrFull)
 	}
-	m.queued = time.Now()
 	p.queue = append(p.queue, m)
 	p.pending++
 	p.signal()
@@ -356,20 +351,11 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 
 	futures := make([]jetstream.PubAckFuture, len(batch))
 	for i, m := range batch {
-		if p.hooks.Stored != nil && time.Since(m.queued) > p.hooks.Remembered {
-			stored, err := p.hooks.Stored(ctx, m)
-			if err != nil {
-				retry(i, err)
-				break
-			}
-			if stored {
-				ack(i, true)
-				continue
-			}
+		options := []jetstream.PublishOpt{jetstream.WithMsgID(m.ID), jetstream.WithRetryAttempts(0)} // retries are ours: nats.go's would overtake each other
+		if m.Once {
+			options = append(options, jetstream.WithExpectLastSequencePerSubject(0))
 		}
-		future, err := p.js.PublishMsgAsync(&nats.Msg{Subject: m.Subject, Data: m.Data},
-			jetstream.WithMsgID(m.ID),
-			jetstream.WithRetryAttempts(0)) // retries are ours: nats.go's would overtake each other
+		future, err := p.js.PublishMsgAsync(&nats.Msg{Subject: m.Subject, Data: m.Data}, options...)
 		if err != nil && permanent(err) {
 			drop(i, err)
 			continue
@@ -404,6 +390,8 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 				waiting = false
 			case err := <-future.Err():
 				switch {
+				case batch[i].Once && taken(err):
+					ack(i, true)
 				case permanent(err):
 					drop(i, err)
 				case errors.Is(err, jetstream.ErrAsyncPublishTimeout) && p.conn.inboxDenied() != nil:
@@ -446,6 +434,14 @@ const (
 	codeStoreFailed        jetstream.ErrorCode = 10077 // with the store's own words
 	codeHeaderExceedsLimit jetstream.ErrorCode = 10097
 )
+
+// taken tells whether the server refused a message because the stream holds one on its subject. It answers with that one's
+// sequence. 0 means that it could not look; and a replicated stream names none where another publisher's message on the subject
+// is not stored yet, and may never be.
+func taken(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence && !strings.HasSuffix(api.Description, ": 0")
+}
 
 // permanent tells the errors that the same message will meet for ever from those that pass, or that an
 // operator can mend while the message waits.

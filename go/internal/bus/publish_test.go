@@ -87,6 +87,55 @@ func TestPublishSameID(t *testing.T) {
 	wantOnce(t, stored(ctx, t, cfg), 3)
 }
 
+// Whatever lies between two publishers of one outcome, the stream stores the first for as long as it holds that: the other was
+// stopped in the middle for longer than the server remembers a message's ID, comes later, or is a newer program.
+func TestPublishOnce(t *testing.T) {
+	ctx := begin(t)
+	d := startNatsd(t, "")
+	px := startProxy(t, d.listen)
+	log, _ := newLog(t)
+	short := streamConfig
+	short.DedupWindow = time.Second
+	c := connect(ctx, t, d.owner(), bus.Options{}, log)
+	check(t, bus.EnsureStreams(ctx, c, short))
+	m := bus.Msg{ID: "boot-1-2/annotate", Subject: "oom.v1.outcome.boot-1-2_annotate.node-1", Data: []byte("first"), Once: true}
+	send := func(c *bus.Conn, data string) (acked func(duplicate bool)) {
+		t.Helper()
+		rec := newRecorder()
+		p, _ := publisher(t, c, 10, rec.hooks(), log)
+		m := m
+		m.Data = []byte(data)
+		check(t, p.Enqueue(m))
+		return func(duplicate bool) {
+			t.Helper()
+			rec.waitAcks(ctx, t, 1)
+			if dups := p.Stats().Duplicates; dups > 0 != duplicate || len(rec.retries)+len(rec.drops) > 0 {
+				t.Errorf("%s: %d duplicates, want %t; retries %v, drops %v", data, dups, duplicate, rec.retries, rec.drops)
+			}
+		}
+	}
+	stopped := connect(ctx, t, config.NATS{URL: "nats://" + px.addr()}, bus.Options{}, log)
+	px.gate.Lock()
+	late := send(stopped, "late")
+	send(c, "first")(false)
+	time.Sleep(3 * time.Second) // the server forgets IDs once a window
+	px.gate.Unlock()
+	late(true)
+	d.kill()
+	d.start()
+	send(c, "after a restart")(true)
+	all := stored(ctx, t, d.owner())
+	if len(all) != 1 || string(all[0].Data) != "first" {
+		t.Errorf("stored %d messages: %s", len(all), all[0].Data)
+	}
+	// Once the record is gone, there is nothing that a second one would contradict.
+	s, err := c.JetStream().Stream(ctx, event.StreamName)
+	check(t, err)
+	check(t, s.DeleteMsg(ctx, 1))
+	time.Sleep(3 * time.Second)
+	send(c, "of a later age")(false)
+}
+
 // A server that is killed in the middle costs nothing.
 func TestPublishServerKilled(t *testing.T) {
 	ctx := begin(t)

@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -105,24 +106,44 @@ func streamInfo(ctx context.Context, c *Conn, name string) (info *jetstream.Stre
 	return info, nil
 }
 
-// Last reads the last message on a subject of the stream [event.StreamName]. It wraps jetstream.ErrMsgNotFound where
-// there is none.
-func (c *Conn) Last(ctx context.Context, subject string) (data []byte, err error) {
-	err = c.call(ctx, "$JS.API.STREAM.", func(ctx context.Context) error {
-		s, err := c.js.Stream(ctx, event.StreamName)
-		if err != nil {
-			return err
-		}
-		m, err := s.GetLastMsgForSubject(ctx, subject)
-		if err == nil {
-			data = m.Data
-		}
-		return err
-	})
+// ErrNoMessage is wrapped by Last's error where the stream holds no message on the subject.
+var ErrNoMessage error = jetstream.ErrMsgNotFound
+
+// Last reads the last message on a subject of the stream [event.StreamName], from the stream's leader. It does not wait for a
+// connection, and takes at most 5 s.
+func (c *Conn) Last(ctx context.Context, subject string) ([]byte, error) {
+	const api = "$JS.API.STREAM.MSG.GET." + event.StreamName
+	request, err := json.Marshal(map[string]string{"last_by_subj": subject})
 	if err != nil {
 		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
 	}
-	return data, nil
+	var answer struct {
+		Error   *jetstream.APIError
+		Message struct{ Data []byte }
+	}
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	// nats.go would look up the stream before each, and ask any of its replicas where an operator has set allow_direct.
+	err = ErrDisconnected
+	if c.Connected() {
+		err = c.call(ctx, api, func(ctx context.Context) error {
+			m, err := c.nc.RequestWithContext(ctx, api, request)
+			if err != nil {
+				return err
+			}
+			if err := json.Unmarshal(m.Data, &answer); err != nil {
+				return err
+			}
+			if answer.Error != nil {
+				return answer.Error
+			}
+			return nil
+		})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
+	}
+	return answer.Message.Data, nil
 }
 
 // checkStream refuses what an update cannot mend.

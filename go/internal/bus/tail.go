@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,7 +18,7 @@ import (
 type TailOptions struct {
 	// Stream is the stream's name; empty means [event.StreamName].
 	Stream string
-	// Subjects are subject patterns that do not overlap, see event.Filter; none means everything.
+	// Subjects are subject patterns, see event.Filter; none means everything.
 	Subjects []string
 	// Since is when the first message to read was stored, or later; zero means only new ones.
 	Since time.Time
@@ -116,6 +117,29 @@ func (t *tail) session(ctx, link context.Context) error {
 	return err
 }
 
+// common is the narrowest pattern that takes everything that the others take; empty for none of them. With several the server
+// goes through all the subjects of a block for each message (firstMatchingMulti in its filestore.go), and each outcome has one.
+func common(patterns []string) string {
+	var all []string
+	for _, p := range patterns {
+		tokens := strings.Split(p, ".")
+		if all == nil {
+			all = tokens
+		}
+		last := min(len(all), len(tokens)) - 1
+		for i := range all {
+			if all[i] == ">" || tokens[i] == ">" || i == last && len(all) != len(tokens) {
+				all = append(all[:i:i], ">")
+				break
+			}
+			if all[i] != tokens[i] {
+				all[i] = "*"
+			}
+		}
+	}
+	return strings.Join(all, ".")
+}
+
 func (t *tail) read(ctx context.Context) error {
 	info, err := streamInfo(ctx, t.c, t.o.Stream)
 	if err != nil {
@@ -145,7 +169,7 @@ func (t *tail) read(ctx context.Context) error {
 		DeliverPolicy:     jetstream.DeliverByStartSequencePolicy,
 		OptStartSeq:       t.last + 1,
 		AckPolicy:         jetstream.AckNonePolicy,
-		FilterSubjects:    t.o.Subjects,
+		FilterSubject:     common(t.o.Subjects),
 		MemoryStorage:     true,
 		Replicas:          1,
 		InactiveThreshold: time.Minute, // the server removes it then; to ask for that would need one more permission
@@ -155,10 +179,6 @@ func (t *tail) read(ctx context.Context) error {
 	}
 	if t.last == 0 && !t.o.Since.IsZero() {
 		cfg.DeliverPolicy, cfg.OptStartSeq, cfg.OptStartTime = jetstream.DeliverByStartTimePolicy, 0, &t.o.Since
-	}
-	if len(t.o.Subjects) == 1 {
-		// Puts the filter into the request's subject, where permissions can see it.
-		cfg.FilterSubject, cfg.FilterSubjects = t.o.Subjects[0], nil
 	}
 	var consumer jetstream.Consumer
 	if err := t.c.call(ctx, "$JS.API.CONSUMER.CREATE."+t.o.Stream, func(ctx context.Context) error {
@@ -192,14 +212,16 @@ func (t *tail) read(ctx context.Context) error {
 		if !t.o.Follow && meta.Sequence.Stream > t.end {
 			return nil
 		}
-		if err := t.each(Stored{
-			ID:      m.Headers().Get(jetstream.MsgIDHeader),
-			Subject: m.Subject(),
-			Data:    m.Data(),
-			Seq:     meta.Sequence.Stream,
-			Time:    meta.Timestamp,
-		}); err != nil {
-			return errStop{err}
+		if len(t.o.Subjects) < 2 || slices.ContainsFunc(t.o.Subjects, func(s string) bool { return covers(s, m.Subject()) }) {
+			if err := t.each(Stored{
+				ID:      m.Headers().Get(jetstream.MsgIDHeader),
+				Subject: m.Subject(),
+				Data:    m.Data(),
+				Seq:     meta.Sequence.Stream,
+				Time:    meta.Timestamp,
+			}); err != nil {
+				return errStop{err}
+			}
 		}
 		t.last = meta.Sequence.Stream
 		if !t.o.Follow && (t.last >= t.end || meta.NumPending == 0) {

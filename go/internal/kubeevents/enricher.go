@@ -36,7 +36,7 @@ type Enricher struct {
 	// Find knows the pods; see pods.Store.
 	Find func(node, uid, containerID string) (pods.Found, error)
 	// Publish publishes an outcome of a kill.
-	Publish func(o *event.Outcome, killed time.Time) error
+	Publish func(o *event.Outcome) error
 
 	recorder *Recorder
 	log      *slog.Logger
@@ -268,7 +268,7 @@ func (n *Enricher) publish(k victimKill, after string) {
 	o.ID, o.Stage = event.OutcomeID(k.e.ID, event.StageNeighbours), event.StageNeighbours
 	o.Time, o.Result, o.Reason = time.Now().UTC(), event.ResultObserved, event.ReasonNeighbours
 	o.Detail, o.Annotation = cut(after, maxDetail), ""
-	if err := n.Publish(&o, k.e.Time); err != nil {
+	if err := n.Publish(&o); err != nil {
 		n.log.Warn("could not publish the memory usage of the other pods", "id", k.e.ID, "error", err)
 	}
 }

@@ -89,7 +89,7 @@ func TestEnricher(t *testing.T) {
 			}
 			return stored, nil
 		}
-		n.Publish = func(o *event.Outcome, _ time.Time) error {
+		n.Publish = func(o *event.Outcome) error {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			published = append(published, *o)
