@@ -40,7 +40,7 @@ func (t *Told) Has(ctx context.Context, id string, since time.Time, fresh time.D
 	asked := time.Now()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	earlier := t.read.IsZero() || since.Before(t.from)
+	earlier := t.from.IsZero() || since.Before(t.from)
 	// A reading that began after this was asked is as good as one of its own: in a storm many ask at once.
 	if now := time.Now(); earlier || now.Sub(t.read) >= fresh && !t.read.After(asked) {
 		ctx, cancel := context.WithTimeout(ctx, readTime)
@@ -65,7 +65,7 @@ func (t *Told) Has(ctx context.Context, id string, since time.Time, fresh time.D
 			return nil
 		})
 		if err != nil {
-			t.read = time.Time{} // what of it was read is not known: none of it
+			t.read = time.Time{} // the next reading goes on after last
 			return false, fmt.Errorf("read the outcomes: %w", err)
 		}
 		t.read, t.last = now, max(t.last, info.State.LastSeq) // up to there it has seen everything
