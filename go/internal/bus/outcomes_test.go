@@ -14,7 +14,7 @@ import (
 
 // The outcomes since a time are read in order and whole, and nothing else of the stream is.
 func TestOutcomes(t *testing.T) {
-	for _, n := range []int{1, 2, 300, 6000} {
+	for _, n := range []int{1, 2, 300, 3500} {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			ctx := begin(t)
 			cfg, _ := startEmbedded(t)

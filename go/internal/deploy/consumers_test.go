@@ -82,7 +82,7 @@ func TestConsumers(t *testing.T) {
 		files["tap.conf"] = replaced(t, true, files["tap.conf"], "    deny: [\n", `    deny: [
       "$JS.API.CONSUMER.CREATE.OOM.billing", "$JS.API.CONSUMER.CREATE.OOM.billing.>", "$JS.API.CONSUMER.MSG.NEXT.OOM.billing"
 `)
-	}, "--values", root+"/deploy/examples/single-node.yaml")
+	}, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.tracers=shared")
 	s.setup()
 	owner := s.connect("oom-tap", nats.UserInfo("oom-owner", s.passwords["owner"]))
 	for _, name := range []string{"audit", "billing", "oom-annotator"} {

@@ -231,11 +231,15 @@ func (l *Lab) diagnose() {
 	} else {
 		for _, pod := range pods.Items {
 			for _, status := range append(pod.Status.InitContainerStatuses, pod.Status.ContainerStatuses...) {
-				if status.Ready && status.RestartCount == 0 || pod.Namespace == "shop" {
+				healthy := status.Ready && status.RestartCount == 0
+				if healthy && pod.Namespace != namespace || pod.Namespace == "shop" {
 					continue
 				}
 				for _, previous := range []string{"--previous=true", "--previous=false"} {
-					out, err := l.kubectl(ctx, "", "logs", "-n", pod.Namespace, pod.Name, "-c", status.Name, "--tail=20", previous)
+					if healthy && previous == "--previous=true" {
+						continue
+					}
+					out, err := l.kubectl(ctx, "", "logs", "-n", pod.Namespace, pod.Name, "-c", status.Name, "--tail=40", previous)
 					l.t.Logf("log of %s/%s %s (%s): %v\n%s", pod.Namespace, pod.Name, status.Name, previous, err, out)
 				}
 			}
