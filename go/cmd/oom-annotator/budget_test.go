@@ -140,6 +140,12 @@ func testBudgets(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 func testExplain(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	r := newRig(t, c, account, func(cfg *config.Config) { cfg.Policy.Annotation = "" })
 	r.ready()
+	eventually(t, "the marks of the tests before are taken back", func() error {
+		if n := len(marked(t, c)); n > 0 {
+			return fmt.Errorf("%d are there", n)
+		}
+		return nil
+	})
 	first, second, gone := c.Pod("shop", "try-1", node, deployed("try")), c.Pod("shop", "try-2", node, deployed("try")), c.Pod("shop", "try-3", node)
 	own := r.killOf(first, c.ContainerID(first, "main"))
 	own.Limit.Level = event.LevelPod

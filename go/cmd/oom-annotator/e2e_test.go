@@ -54,7 +54,7 @@ func TestEndToEnd(t *testing.T) {
 	c.Node(node)
 	c.Node("worker-2")
 	c.Namespace("shop")
-	account := c.Annotator()
+	account := c.AnnotatorWith("config.policy.protections.static=false") // for those that have it so
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
 		"RealKill": testRealKill, "Reborn": testReborn, "Static": testStatic, "Replay": testReplay, "Refused": testRefused,
 		"Faults": testFaults, "Watch": testWatch, "Group": testGroup, "Verbs": testVerbs, "Denied": testDenied,
@@ -748,6 +748,10 @@ func testContainers(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		e.Container.PodUID, e.Container.Static = hash, true
 		return e
 	}
+	seen = r.killOf(c.Pod("shop", "again-after", node), "")
+	seen.Limit.Level = event.LevelContainer
+	r.publish(seen)
+	r.want(seen.ID, "skipped/level")
 	e := static(c.ContainerID(old, "main")) // of the one before
 	r.publish(e)
 	if o := r.want(e.ID, "annotated/marked"); o.Pod == nil || o.Pod.UID != string(again.UID) {

@@ -49,7 +49,7 @@ func TestLoop(t *testing.T) {
 // well, and with the rights for that.
 func TestCondition(t *testing.T) {
 	c := startLoop(t)
-	account := c.ConditionAnnotator(evictMe)
+	account := c.AnnotatorWith("config.policy.condition=" + evictMe)
 	condition := func(cfg *config.Config) { cfg.Policy.Condition = evictMe }
 	t.Run("RealKill", func(t *testing.T) {
 		testLoop(t, c.In(t), account, condition, "descheduler", "deploy/descheduler/policy-upstream.yaml")
@@ -341,7 +341,7 @@ func testSwitchedOff(t *testing.T, c *kubetest.Cluster, change func(*config.Conf
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := c.In(t)
-			account := c.ConditionAnnotator(evictMe)
+			account := c.AnnotatorWith("config.policy.condition=" + evictMe)
 			r := newRig(t, c, account, change)
 			r.ready()
 			pod, byHand := c.Pod("shop", test.name, node, replicaSet), c.Pod("shop", "byhand-"+test.name, node, replicaSet, func(p *corev1.Pod) {
@@ -407,7 +407,7 @@ func testSwitchedOff(t *testing.T, c *kubetest.Cluster, change func(*config.Conf
 
 // testNoRight: the condition is asked for, and the role of the plain manifests does not give it. That is told.
 func testNoRight(t *testing.T, c *kubetest.Cluster, change func(*config.Config)) {
-	account := c.ConditionAnnotator(evictMe)
+	account := c.AnnotatorWith("config.policy.condition=" + evictMe)
 	c.Apply("deploy/manifests/rbac.yaml")
 	r := newRig(t, c, account, func(cfg *config.Config) {
 		cfg.Policy.MaxEventAge = 5 * time.Second

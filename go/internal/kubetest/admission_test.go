@@ -289,7 +289,7 @@ spec: {policyName: others}
 func TestAdmissionOfOthers(t *testing.T) {
 	c := Start(t)
 	c.Namespace("shop")
-	client := newClient(t, c.ConditionAnnotator(condition))
+	client := newClient(t, c.AnnotatorWith("config.policy.condition="+condition))
 	objects, err := Parse(strings.NewReader(mutations))
 	if err != nil {
 		t.Fatal(err)
@@ -335,7 +335,7 @@ func TestAdmissionOfOthers(t *testing.T) {
 func TestAdmissionManagers(t *testing.T) {
 	c := Start(t)
 	c.Namespace("shop")
-	client := newClient(t, c.ConditionAnnotator(condition))
+	client := newClient(t, c.AnnotatorWith("config.policy.condition="+condition))
 	future := time.Now().Add(24 * time.Hour).UTC().Format(time.RFC3339)
 	entry := func(manager, operation, at string) string {
 		return fmt.Sprintf(`{"manager":%q,"operation":%q,"apiVersion":"v1","time":%q,"fieldsType":"FieldsV1","fieldsV1":{"f:metadata":{"f:labels":{"f:x-%s":{}}}}}`, manager, operation, at, manager)

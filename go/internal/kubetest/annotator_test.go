@@ -71,7 +71,7 @@ func TestConditionRights(t *testing.T) {
 		pod.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}, {Type: "example.com/gate", Status: corev1.ConditionFalse}}
 		pod.Status.PodIP, pod.Status.PodIPs = "10.1.2.3", []corev1.PodIP{{IP: "10.1.2.3"}}
 	})
-	client := newClient(t, c.ConditionAnnotator(evictMe))
+	client := newClient(t, c.AnnotatorWith("config.policy.condition="+evictMe))
 	ours := `{"type":"` + evictMe + `","status":"True","reason":"OOMKilled","message":"boot-1-2","lastTransitionTime":"2026-01-02T03:04:05Z"}`
 	set := `{"status":{"conditions":[` + ours + `]}}`
 	remove := `{"status":{"conditions":[{"type":"` + evictMe + `","$patch":"delete"}]}}`

@@ -376,11 +376,11 @@ func (c *Cluster) Annotator() *rest.Config {
 	return c.annotator()
 }
 
-// ConditionAnnotator is Annotator with what the chart gives it where policy.condition is set.
-func (c *Cluster) ConditionAnnotator(condition string) *rest.Config {
+// AnnotatorWith is Annotator with what the chart gives it for other values, such as "config.policy.condition=…".
+func (c *Cluster) AnnotatorWith(values ...string) *rest.Config {
 	c.t.Helper()
 	c.Namespace("oom-tracer")
-	c.ApplyChart([]string{"config.policy.condition=" + condition}, "rbac.yaml", "admission.yaml")
+	c.ApplyChart(values, "rbac.yaml", "admission.yaml")
 	return c.annotator()
 }
 
