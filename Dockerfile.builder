@@ -58,7 +58,7 @@ RUN if [ -e vmlinux/${TARGETARCH}/btf ]; then make ARCH=${TARGETARCH} matched KE
 FROM scratch AS base
 COPY --from=go /out/ /
 
-# User 0 with few capabilities (README, doctor): the kernel asks for them in the first user namespace.
+# User 0 with few capabilities (deploy/docs/runbook.md, doctor): the kernel asks for them in the first user namespace.
 FROM base AS oom-tracer
 COPY --from=bpf /src/build/static/oom-tracer /oom-tracer
 ENTRYPOINT ["/oom-tracer"]

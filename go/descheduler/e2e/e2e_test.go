@@ -65,7 +65,7 @@ func TestEndToEnd(t *testing.T) {
 	for name, test := range map[string]func(*rig){
 		"RemoveAnnotated": func(r *rig) { testPods(r, "oom-descheduler", annotated, annotate) },
 		"PodLifeTime":     func(r *rig) { testPods(r, "descheduler", upstream, condition) },
-		// What the README says of the two.
+		// What deploy/docs/marking.md says of the two.
 		"PodLifeTimeInOurs": func(r *rig) { testPods(r, "oom-descheduler", upstream, condition) },
 		"Args":              testArgs, "Limits": testLimits, "DryRun": testDryRun, "Refused": testRefused, "Stale": testStale,
 		"Interval": testInterval, "OneNode": testOneNode, "Rights": testRights,
