@@ -441,6 +441,21 @@ func TestSecret(t *testing.T) {
 	}
 }
 
+// TestAPITokens: of our pods only those that ask the API server have a token for it, in each example and by default.
+func TestAPITokens(t *testing.T) {
+	with := []string{"oom-annotator", "oom-auth", "oom-descheduler"}
+	for name, args := range map[string][]string{
+		"defaults": nil, "evict": {"--values", root + "/deploy/examples/evict.yaml"},
+	} {
+		for pod, template := range templates(t, render(t, args...)) {
+			token := template.Spec.AutomountServiceAccountToken == nil || *template.Spec.AutomountServiceAccountToken
+			if token != slices.Contains(with, pod) {
+				t.Errorf("%s: %s has a token for the API server: %t", name, pod, token)
+			}
+		}
+	}
+}
+
 // TestDocs: relative links lead to files, and no reason, cause, example or alert is left out.
 func TestDocs(t *testing.T) {
 	docs, err := filepath.Glob(root + "/deploy/docs/*.md")
