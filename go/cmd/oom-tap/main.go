@@ -35,7 +35,7 @@ Usage:
   oom-tap nodes [flags]    show which nodes are watched, which have gone quiet, which have gaps
   oom-tap status [flags]   show whether pods are marked, and what is left of the budgets
   oom-tap pause [flags]    stop all marking, by every replica, at once
-  oom-tap resume [flags]   go on
+  oom-tap resume [flags]   end the pause
   oom-tap restore [flags]  replace a state of budgets and pause that is refused by its newest valid revision
   oom-tap setup [flags]    make or update streams and bucket on the NATS of the config
   oom-tap keys DIR NODE... make an nkey for each node that has none in DIR, print the public ones for the chart
