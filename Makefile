@@ -166,7 +166,7 @@ test-parts: build build/hog build/nats-server build/kube build/deploy build/oom-
 
 # One package at a time: a tracer sees every kill of the machine, and the tests count.
 .PHONY: test
-test: test-parts verify-goldens ## every test, with real OOM kills in cgroups of its own (needs root)
+test: test-parts verify-goldens ## every test, with real OOM kills in cgroups that the tests make (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
 		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 1 -timeout 20m ./...
 	$(Q)cd go/descheduler && OOM_TEST_BUILD=$(CURDIR)/build $(GO) tool -modfile=../../tools/go.mod \

@@ -28,7 +28,7 @@ const usage = `oom-auth answers NATS servers that ask about a client with a toke
 that the token's pod runs on.
 
 Usage:
-  oom-auth [flags]                 answer until it is told to end; any number of them share the work
+  oom-auth [flags]                 answer until SIGTERM or SIGINT; all replicas share the questions
   oom-auth issuer SECRET CONFIG    write the public keys that belong to the secret in the file SECRET into the file
                                    CONFIG, which the server's auth_callout block includes
 

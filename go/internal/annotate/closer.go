@@ -66,8 +66,10 @@ type Closer struct {
 	open map[string]*event.Outcome // by kill: the marks that had no end when Run began
 }
 
+// leaving is a mark that has gone, and whose end is not published yet.
 type leaving struct {
 	pod         *pods.Pod
+	how         end
 	next, until time.Time // when the stream is asked, and until when
 }
 
@@ -81,7 +83,7 @@ func (c *Closer) Leave(p *pods.Pod) {
 	if _, done := c.closed[p.Mark.Kill]; done || len(c.leaving) >= maxLeaving {
 		return
 	}
-	c.leaving = append(c.leaving, leaving{pod: p})
+	c.leaving = append(c.leaving, leaving{pod: p, how: left(p.Evicted)})
 }
 
 // Run closes until ctx ends. outcomes are those that the stream holds: what left while nobody watched is found in
@@ -111,7 +113,7 @@ func (c *Closer) Run(ctx context.Context, outcomes []event.Outcome) {
 				keep = append(keep, l)
 				continue
 			}
-			done, err := c.closePod(ctx, l.pod, left(l.pod.Evicted))
+			done, err := c.closePod(ctx, l.pod, l.how)
 			if err != nil { // it says nothing of the others either
 				keep = append(keep, all[i:]...)
 				break
@@ -159,7 +161,7 @@ func (c *Closer) look(ctx context.Context, p *pods.Pod, now time.Time) {
 		c.uncondition(ctx, p)
 	case c.Terms.Mark == "": // whoever only observes ends no marks of others
 	case age > c.Lifetime && age < c.Memory:
-		_, _ = c.closePod(ctx, p, c.over(ctx, p)) // likewise
+		_, _ = c.closePod(ctx, p, c.over(ctx, p)) // the next look tries again
 	}
 }
 
@@ -256,7 +258,11 @@ func (c *Closer) unmark(ctx context.Context, p *pods.Pod, key string, how end) {
 	}()
 	switch {
 	case err == nil:
-		_, _ = c.closePod(ctx, p, how) // look tries again
+		if _, err := c.closePod(ctx, p, how); err != nil { // the pod no longer says how its mark ended
+			c.mu.Lock()
+			c.leaving = append(c.leaving, leaving{pod: p, how: how})
+			c.mu.Unlock()
+		}
 	case errors.Is(err, errChanged), apierrors.IsNotFound(unwrap(err)), apierrors.IsConflict(unwrap(err)), ctx.Err() != nil:
 		// Another replica, or it leaves: the watch tells.
 	default:

@@ -207,6 +207,31 @@ func TestCloserReconfigured(t *testing.T) {
 	}
 }
 
+// The mark is gone, and NATS is away: the pod does not say any more how its mark ended. It is published when NATS is back.
+func TestCloserAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, r, w, b := newCloser()
+		c.Terms.Mark = ""
+		b.pod.Annotations = map[string]string{"example.com/old": "x", c.Terms.Summary: `{"event":"boot-1-2","annotation":"example.com/old"}`}
+		p := c.Terms.Read(b.pod)
+		p.Mark.Time = time.Now()
+		w.hit = []*pods.Pod{p}
+		r.annotated["oom.v1.outcome.boot-1-2_annotate.node-1"] = p.UID
+		away := 3
+		c.Last = func(ctx context.Context, subject string) ([]byte, error) {
+			if w.hit = nil; away > 0 {
+				away--
+				return nil, errors.New("NATS is away")
+			}
+			return r.last(ctx, subject)
+		}
+		run(t, c, closeInterval/2)
+		if len(r.out) != 1 || r.out[0].Reason != event.ReasonReconfigured || len(b.patches) != 1 {
+			t.Errorf("outcomes %+v, patches %q", r.out, b.patches)
+		}
+	})
+}
+
 // Who only observes does not see what is marked.
 func TestCloserObserves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

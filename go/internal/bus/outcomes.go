@@ -67,7 +67,7 @@ func (c *Conn) outcomes(ctx context.Context, since time.Time, each func(Stored) 
 	for from <= last.Sequence {
 		parts := make([][]Stored, readers)
 		errs := make([]error, readers)
-		next := from + readers*readEach // where to go on
+		next := from + readers*readEach // where the next round begins
 		var reading sync.WaitGroup
 		for i := range readers {
 			begin := from + uint64(i)*readEach
