@@ -14,9 +14,12 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// publishWindow is how many messages are on their way at once, at most. It also bounds what a server in
-// trouble is asked again and again, and how many refused messages it takes to hold up the others.
-const publishWindow = 256
+// Window is how many messages are on their way at once, at most: what a publisher is made for where the caller
+// keeps what waits. It also bounds what a server in trouble is asked again and again.
+const Window = 256
+
+// refusedTime is how long a message may be refused while others are stored: then it is given up.
+const refusedTime = 10 * time.Minute
 
 // ErrFull is returned by Enqueue when as many messages wait as the publisher was made for.
 var ErrFull = errors.New("publish buffer is full")
@@ -35,6 +38,8 @@ type Msg struct {
 	// Expires is from when on a failed attempt is the last, unless it failed with the connection; zero: none
 	// ever is.
 	Expires time.Time
+
+	refused time.Time // since when it is
 }
 
 // Hooks are called by the goroutine that runs Run or Drain, one at a time. They hold up publishing for as
@@ -74,12 +79,17 @@ type Publisher struct {
 	wake    chan struct{} // holds a token when there is something new to see
 
 	mu         sync.Mutex
-	queue      []Msg // from head on; settled ones leave it at the end of their round
+	queue      []*Msg // from head on; settled ones leave it at the end of their round
 	head       int
 	pending    int // what is in the queue and not settled
 	closing    bool
 	failing    error
 	complained bool // about failing, in the log
+
+	// Of the goroutine that publishes.
+	window   int           // messages of a round: fewer where acknowledgements come late
+	stored   time.Time     // when a message was, last
+	patience time.Duration // refusedTime, but for tests
 
 	acked, duplicates, retried, dropped, refused atomic.Uint64
 }
@@ -104,6 +114,8 @@ func NewPublisher(c *Conn, capacity int, hooks Hooks, log *slog.Logger) (*Publis
 		log:      log,
 		running:  make(chan struct{}, 1),
 		wake:     make(chan struct{}, 1),
+		window:   Window,
+		patience: refusedTime,
 	}
 	p.running <- struct{}{}
 	return p, nil
@@ -124,7 +136,7 @@ func (p *Publisher) Enqueue(m Msg) error {
 		p.refused.Add(1)
 		return fmt.Errorf("enqueue message %s: %w", m.ID, ErrFull)
 	}
-	p.queue = append(p.queue, m)
+	p.queue = append(p.queue, &m)
 	p.pending++
 	p.signal()
 	return nil
@@ -250,7 +262,7 @@ func (p *Publisher) loop(ctx context.Context) error {
 }
 
 // batch returns what to publish next; finished when Drain was called and nothing is left.
-func (p *Publisher) batch() (batch []Msg, finished bool) {
+func (p *Publisher) batch() (batch []*Msg, finished bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	waiting := p.queue[p.head:]
@@ -258,7 +270,7 @@ func (p *Publisher) batch() (batch []Msg, finished bool) {
 		return nil, p.closing
 	}
 	// A copy: forget writes to the queue, and Enqueue may move it.
-	return append([]Msg(nil), waiting[:min(len(waiting), publishWindow)]...), false
+	return append([]*Msg(nil), waiting[:min(len(waiting), p.window)]...), false
 }
 
 // forget takes the settled ones of the first messages out of the queue.
@@ -277,20 +289,29 @@ func (p *Publisher) forget(settled []bool) {
 	p.head = keep
 	if p.head == len(p.queue) {
 		p.queue, p.head = p.queue[:0], 0
-		if cap(p.queue) > 4*publishWindow {
+		if cap(p.queue) > 4*Window {
 			p.queue = nil
 		}
-	} else if p.head > len(p.queue)/2 && p.head > publishWindow {
-		p.queue = append([]Msg(nil), p.queue[p.head:]...)
+	} else if p.head > len(p.queue)/2 && p.head > Window {
+		p.queue = append([]*Msg(nil), p.queue[p.head:]...)
 		p.head = 0
 	}
 }
 
 // round publishes a batch and waits for what becomes of each message. It returns whether any message left
 // the queue, and the first failure that calls for another attempt.
-func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, failure error) {
+func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, failure error) {
 	settled := make([]bool, len(batch))
-	defer func() { p.forget(settled) }()
+	late := false
+	defer func() {
+		p.forget(settled)
+		// A server that cannot keep up must not be sent again what it has not come to.
+		if late {
+			p.window = max(1, p.window/2)
+		} else if progress {
+			p.window = min(Window, p.window*2)
+		}
+	}()
 
 	// The server reports a forbidden subject apart from the message, and sends no acknowledgement.
 	subjects := map[string]bool{}
@@ -318,12 +339,13 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 	}
 	ack := func(i int, duplicate bool) {
 		settle(i)
+		p.stored = time.Now()
 		p.acked.Add(1)
 		if duplicate {
 			p.duplicates.Add(1)
 		}
 		if p.hooks.OnAck != nil {
-			p.hooks.OnAck(batch[i], duplicate)
+			p.hooks.OnAck(*batch[i], duplicate)
 		}
 	}
 	drop := func(i int, err error) {
@@ -331,7 +353,7 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 		p.dropped.Add(1)
 		p.log.Error("message can never be stored, dropped", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
 		if p.hooks.OnDrop != nil {
-			p.hooks.OnDrop(batch[i], err)
+			p.hooks.OnDrop(*batch[i], err)
 		}
 	}
 
@@ -340,12 +362,16 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 			drop(i, fmt.Errorf("expired: %w", err))
 			return
 		}
+		if p.hopeless(batch[i], err) {
+			drop(i, fmt.Errorf("refused for %s: %w", p.patience, err))
+			return
+		}
 		p.retried.Add(1)
 		if failure == nil {
 			failure = fmt.Errorf("publish %s: %w", batch[i].Subject, err)
 		}
 		if p.hooks.OnRetry != nil {
-			p.hooks.OnRetry(batch[i], err)
+			p.hooks.OnRetry(*batch[i], err)
 		}
 	}
 
@@ -396,6 +422,9 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 					drop(i, err)
 				case errors.Is(err, jetstream.ErrAsyncPublishTimeout) && p.conn.inboxDenied() != nil:
 					retry(i, fmt.Errorf("%w: acknowledgements cannot arrive: %w", err, p.conn.inboxDenied()))
+				case errors.Is(err, jetstream.ErrAsyncPublishTimeout):
+					late = true
+					retry(i, plain(err))
 				default:
 					retry(i, plain(err))
 				}
@@ -408,6 +437,20 @@ func (p *Publisher) round(ctx context.Context, batch []Msg) (progress bool, fail
 		}
 	}
 	return progress, failure
+}
+
+// hopeless tells whether a message that has failed again is to be given up: it was refused for a long time, and it alone, or
+// its like take the room of all others.
+func (p *Publisher) hopeless(m *Msg, err error) bool {
+	switch {
+	case errors.Is(err, ErrDisconnected):
+		m.refused = time.Time{}
+		return false
+	case m.refused.IsZero():
+		m.refused = time.Now()
+	}
+	alone := p.stored.After(m.refused) || errors.Is(err, nats.ErrPermissionViolation) && p.Pending() >= p.capacity
+	return alone && time.Since(m.refused) > p.patience
 }
 
 // note remembers whether publishing works, and says so when that changes. That the connection is gone is

@@ -622,3 +622,59 @@ func TestPublishExpires(t *testing.T) {
 		t.Errorf("%d wait", n)
 	}
 }
+
+// What NATS refuses for good is given up after a time, once others were stored or when it takes the room of all others; not
+// while NATS stores nothing at all.
+func TestPublishRefused(t *testing.T) {
+	ctx := begin(t)
+	_, tracer, owner := limited(t)
+	o := connect(ctx, t, owner, bus.Options{Name: "owner"}, quiet())
+	c := connect(ctx, t, tracer, bus.Options{Name: "oom-tracer-node-1"}, quiet())
+	const patience = 500 * time.Millisecond
+	dropped, acked := make(chan string, 100), make(chan string, 100)
+	p, err := bus.NewPublisher(c, 10, bus.Hooks{
+		OnDrop: func(m bus.Msg, err error) { dropped <- m.ID },
+		OnAck:  func(m bus.Msg, _ bool) { acked <- m.ID },
+	}, quiet())
+	check(t, err)
+	bus.SetPatience(p, patience)
+	go func() { _ = p.Run(ctx) }()
+	expect := func(from chan string, want string) {
+		t.Helper()
+		select {
+		case id := <-from:
+			if id != want {
+				t.Errorf("%s, want %s", id, want)
+			}
+		case <-ctx.Done():
+			t.Fatalf("nothing became of %s", want)
+		}
+	}
+	none := func(what string) {
+		t.Helper()
+		select {
+		case id := <-dropped:
+			t.Fatalf("%s: %s was dropped", what, id)
+		case <-time.After(3 * patience):
+		}
+	}
+	mine, foreign := subject(t, "global", "node-1"), subject(t, "global", "node-2")
+	// The operator makes the stream later.
+	check(t, p.Enqueue(bus.Msg{ID: "early", Subject: mine, Data: []byte("{}")}))
+	none("without a stream")
+	check(t, bus.EnsureStreams(ctx, o, streamConfig))
+	expect(acked, "early")
+
+	check(t, p.Enqueue(bus.Msg{ID: "foreign", Subject: foreign, Data: []byte("{}")}))
+	none("nothing else is to be stored")
+	check(t, p.Enqueue(bus.Msg{ID: "next", Subject: mine, Data: []byte("{}")}))
+	expect(acked, "next")
+	expect(dropped, "foreign")
+
+	for i := range 10 {
+		check(t, p.Enqueue(bus.Msg{ID: "foreign", Subject: foreign, Data: []byte(fmt.Sprint(i))}))
+	}
+	expect(dropped, "foreign")
+	check(t, p.Enqueue(bus.Msg{ID: "last", Subject: mine, Data: []byte("{}")}))
+	expect(acked, "last")
+}

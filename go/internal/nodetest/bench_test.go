@@ -38,63 +38,80 @@ func TestBench(t *testing.T) {
 	for _, stage := range stages {
 		head += fmt.Sprintf("%18s", stage)
 	}
-	table := []string{head}
 	only := strings.Fields(os.Getenv("OOM_TEST_STORIES"))
-	for _, s := range stories() {
-		if len(only) > 0 && !slices.Contains(only, s.name) {
-			continue
-		}
-		took := map[string][]time.Duration{}
-		for i := range kills {
-			if i > 0 {
-				l.remake(s.name)
+	all := slices.DeleteFunc(stories(), func(s story) bool { return len(only) > 0 && !slices.Contains(only, s.name) })
+	took := map[string]map[string][]time.Duration{}
+	// The kinds take turns, so that a pod is made anew while the others are killed.
+	deleted := map[string]bool{}
+	for round := range kills {
+		l.logf("round %d of %d", round+1, kills)
+		for _, s := range all {
+			if deleted[s.name] {
+				l.await("the pod before is gone", 3*time.Minute, func() error { return l.gone(s.name) })
+				l.make(s.name)
+				delete(deleted, s.name)
+			}
+			if took[s.name] == nil {
+				took[s.name] = map[string][]time.Duration{}
 			}
 			for stage, d := range l.tell(t, r, s) {
-				took[stage] = append(took[stage], d)
+				took[s.name][stage] = append(took[s.name][stage], d)
+			}
+			deleted[s.name] = l.delete(s.name)
+			for name := range deleted {
+				if deleted[name] && l.gone(name) == nil {
+					l.make(name)
+					delete(deleted, name)
+				}
 			}
 		}
-		line := fmt.Sprintf("%-10s %5d  ", s.name, kills)
-		for _, stage := range stages {
-			d := took[stage]
-			if len(d) == 0 {
-				line += fmt.Sprintf("%18s", "-")
-				continue
+		fmt.Println(head)
+		for _, s := range all {
+			line := fmt.Sprintf("%-10s %5d  ", s.name, len(took[s.name]["stored"]))
+			for _, stage := range stages {
+				d := took[s.name][stage]
+				if len(d) == 0 {
+					line += fmt.Sprintf("%18s", "-")
+					continue
+				}
+				slices.Sort(d)
+				line += fmt.Sprintf("%18s", fmt.Sprintf("%.2f / %.2f s", d[len(d)/2].Seconds(), d[len(d)-1].Seconds()))
 			}
-			slices.Sort(d)
-			line += fmt.Sprintf("%18s", fmt.Sprintf("%.2f / %.2f s", d[len(d)/2].Seconds(), d[len(d)-1].Seconds()))
+			fmt.Println(line)
 		}
-		table = append(table, line)
-		l.logf("%s", line)
 	}
 	l.memory()
 	fmt.Println("descheduler's interval: 10 s")
-	fmt.Println(strings.Join(table, "\n"))
 }
 
-// remake makes a pod anew: the kubelet would wait ever longer before it restarts a container. A Deployment does that by itself.
-func (l *Lab) remake(name string) {
+// delete deletes a pod that was killed, as the kubelet would wait ever longer before it restarts a container, and returns true. A
+// Deployment makes another one by itself.
+func (l *Lab) delete(name string) bool {
 	l.t.Helper()
-	pods := l.Client.CoreV1().Pods("shop")
 	switch name {
 	case "container", "pod", "init":
-		if err := pods.Delete(l.t.Context(), name, metav1.DeleteOptions{}); err != nil {
+		if err := l.Client.CoreV1().Pods("shop").Delete(l.t.Context(), name, metav1.DeleteOptions{}); err != nil {
 			l.t.Fatal(err)
 		}
 	case "static":
 		l.Machine.Must("rm /etc/kubernetes/manifests/static.yaml")
-		name += "-" + nodeName
 	default:
-		return
+		return false
 	}
-	l.await("the pod before is gone", 2*time.Minute, func() error {
-		_, err := pods.Get(l.t.Context(), name, metav1.GetOptions{})
-		if err == nil {
-			return fmt.Errorf("it is there")
-		}
-		if !apierrors.IsNotFound(err) {
-			return err
-		}
+	return true
+}
+
+// gone returns an error unless the pod of a kind is gone.
+func (l *Lab) gone(name string) error {
+	if name == "static" {
+		name += "-" + nodeName
+	}
+	_, err := l.Client.CoreV1().Pods("shop").Get(l.t.Context(), name, metav1.GetOptions{})
+	if err == nil {
+		return fmt.Errorf("pod %s is there", name)
+	}
+	if apierrors.IsNotFound(err) {
 		return nil
-	})
-	l.make(strings.TrimSuffix(name, "-"+nodeName))
+	}
+	return err
 }
