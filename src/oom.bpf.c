@@ -33,7 +33,7 @@ const volatile __u32 oom_notify;	  /* enum oom_notify */
 const volatile __u32 oom_nr_cpus;	  /* possible CPUs */
 const volatile __u32 oom_one_memory_node; /* no cpuset or mempolicy can bind on such a machine */
 const volatile __u64 oom_generation;	  /* of this load: it speaks while the state says the same */
-const volatile __u32 oom_journal_slots;	  /* a power of two */
+const volatile __u32 oom_segments;	  /* of the journal, a power of two */
 const volatile __u32 oom_symbol_count;
 const volatile struct oom_symbol oom_symbols[OOM_SYMBOLS_MAX];
 
@@ -62,7 +62,7 @@ struct {
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1); /* set by the loader */
 	__type(key, __u32);
-	__type(value, struct oom_event);
+	__type(value, struct oom_segment);
 } oom_journal SEC(".maps");
 
 struct {
@@ -674,22 +674,47 @@ static __always_inline void count(struct oom_event *e, struct oom_state *st, boo
 }
 
 /*
- * put_journal writes the record into its slot. head names it only now that it is whole.
+ * put_journal writes the record behind the last one. head names it only now that it is whole.
  *
- * The barrier is for the compiler alone: BPF has none for the CPU that every supported kernel knows. On
- * a weakly ordered CPU the reader may see head, and not yet the record, until the kernel's next
+ * The barriers are for the compiler alone: BPF has none for the CPU that every supported kernel knows.
+ * On a weakly ordered CPU the reader may see head, and not yet the record, until the kernel's next
  * barrier. Both ways to notify have one before the reader can see the notification:
  * perf_output_put_handle() and bpf_ringbuf_commit(). A reader that goes by head has to wait for a
- * moment before it reads the slot. When a slot is written again, this head has long been visible:
- * oom_lock was released and taken in between.
+ * moment before it reads the record. When a segment is written again, what stood in it has long been
+ * visible: oom_lock was released and taken in between.
  */
 static __always_inline void put_journal(struct oom_event *e, struct oom_state *st, __u32 size)
 {
-	__u32 slot = e->seq & (oom_journal_slots - 1);
-	struct oom_event *kept = bpf_map_lookup_elem(&oom_journal, &slot);
+	struct oom_segment *first, *segment;
+	__u32 element = 0;
+	__u64 used;
 
-	if (kept)
-		bpf_probe_read_kernel(kept, size, e);
+	first = bpf_map_lookup_elem(&oom_journal, &element);
+	if (!first)
+		return;
+	element = first->current & (oom_segments - 1);
+	segment = bpf_map_lookup_elem(&oom_journal, &element);
+	if (!segment)
+		return;
+	used = segment->used;
+	if (used > OOM_SEGMENT_DATA - sizeof(*e)) { /* the next record might not fit */
+		__u64 number = first->current + 1;
+
+		element = number & (oom_segments - 1);
+		segment = bpf_map_lookup_elem(&oom_journal, &element);
+		if (!segment)
+			return;
+		*(volatile __u64 *)&first->current = number;
+		barrier();
+		*(volatile __u64 *)&segment->first_seq = e->seq;
+		*(volatile __u64 *)&segment->number = number;
+		used = 0;
+	} else if (!used) {
+		segment->first_seq = e->seq;
+	}
+	barrier();
+	bpf_probe_read_kernel(&segment->data[used], size, e);
+	segment->used = used + ((size + 7) & ~7U);
 	st->told.generation = oom_generation;
 	st->told.thread = bpf_get_current_pid_tgid();
 	st->told.start_boottime_ns = e->victim.start_boottime_ns;
@@ -823,6 +848,8 @@ int oom_mark_victim(__u64 *ctx)
 		c->stage = CAUSE_NONE; /* nobody follows */
 	if (e->outcome == OOM_OUTCOME_KILLED && e->scope != OOM_SCOPE_UNKNOWN)
 		bind_incident(e, st, member, group);
+	else if (group && e->outcome != OOM_OUTCOME_EXITING)
+		st->groups++; /* the kernel may have counted it twice all the same */
 
 	for (__u32 role = 0; role < OOM_CG_ROLES; role++)
 		put_path(role);

@@ -174,6 +174,24 @@ _Static_assert(OOM_HEADER_SIZE == 312, "oom_event header");
 _Static_assert(sizeof(struct oom_event) == 4024, "oom_event");
 
 /*
+ * The journal is a ring of segments, which are filled one after the other: the one with number n stands
+ * in element n % elements. In a segment the records stand one behind the other, each at a multiple of
+ * 8, and their seqs have no hole. Before a segment is written again, current names it, so whoever has
+ * copied a record and then finds current far enough behind has copied it whole.
+ */
+#define OOM_SEGMENT_DATA (32 * 1024 - 32)
+
+struct oom_segment {
+	__u64 number;	 /* from 0 */
+	__u64 first_seq; /* of its first record; 0: it has none */
+	__u64 current;	 /* of element 0 alone: the number of the segment that is written to */
+	__u64 used;	 /* bytes of data */
+	char data[OOM_SEGMENT_DATA];
+};
+
+_Static_assert(sizeof(struct oom_segment) == 32 * 1024, "oom_segment");
+
+/*
  * What one load of the program has counted, per CPU. Each record stands in the journal, whatever became
  * of its notification.
  */
@@ -187,7 +205,7 @@ _Static_assert(sizeof(struct oom_stats) == 24, "oom_stats");
 
 /*
  * What lives on when programs and their readers change, as long as it is pinned: one per node. The
- * journal beside it is an array of struct oom_event: the record of seq stands in slot seq % slots.
+ * journal beside it is an array of struct oom_segment.
  *
  * What is not said to be the reader's is written by the program, under oom_lock. A record is whole
  * before head names it.

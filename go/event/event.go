@@ -242,6 +242,16 @@ func VictimID(bootID string, tgid uint32, startBoottimeNS uint64) string {
 	return bootID + "-" + strconv.FormatUint(uint64(tgid), 10) + "-" + strconv.FormatUint(startBoottimeNS, 10)
 }
 
+// MsgID is the Nats-Msg-Id of the event: its ID, and behind it the thread where that is not the leader of its process. A
+// process can be killed again before it is gone, and the kernel then marks another of its threads: one kill by its ID, and
+// two events, each with a Seq of its own.
+func (e *Event) MsgID() string {
+	if e.Victim.TID == e.Victim.PID || e.Victim.PID == 0 || e.Kind() == KindExiting {
+		return e.ID
+	}
+	return e.ID + "-" + strconv.FormatUint(uint64(e.Victim.TID), 10)
+}
+
 // ExitingID is the ID of a mark without a kill. Several threads of one process can be marked while
 // it exits, each once (TIF_MEMDIE), so the thread is part of the name.
 func ExitingID(victimID string, tid uint32) string {

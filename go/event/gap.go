@@ -27,11 +27,15 @@ const (
 	// GapStateLost: the state file of an earlier tracer could not be used. What that one had not published, and what
 	// happened after it, is not known.
 	GapStateLost GapCause = "state_lost"
+	// GapDropped: NATS has refused the event for good. Seqs and count are exact.
+	GapDropped GapCause = "dropped"
+	// GapOtherNode: the kills were on another node of the same kernel, whose own tracer tells of them. None is missing.
+	GapOtherNode GapCause = "other_node"
 )
 
 // GapCauses lists every cause, in the order of the documentation.
 func GapCauses() []GapCause {
-	return []GapCause{GapWrapped, GapUnreadable, GapRestart, GapReboot, GapBoot, GapUnseen, GapStateLost}
+	return []GapCause{GapWrapped, GapUnreadable, GapRestart, GapReboot, GapBoot, GapUnseen, GapStateLost, GapDropped, GapOtherNode}
 }
 
 // Gap says that kills may have happened that no event tells of. A time without kills is only proved where
@@ -56,6 +60,9 @@ type Gap struct {
 	// CountMax bounds Count where only that is known.
 	CountMax *uint64 `json:"count_max,omitempty"`
 }
+
+// Missing reports whether kills are, or may be, missing.
+func (g *Gap) Missing() bool { return g.Count == nil || *g.Count > 0 }
 
 // SeqGapID is the ID of a gap in the seqs of an epoch.
 func SeqGapID(bootID string, epoch, first, last uint64) string {

@@ -152,7 +152,7 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 		return err
 	}
 	defer bounded(conn.Close) // it may wait for a server that does not answer
-	publisher, err := bus.NewPublisher(conn, cfg.NATS.Buffer, a.Hooks(), w.log)
+	publisher, err := bus.NewPublisher(conn, bus.Window, a.Hooks(), w.log)
 	if err != nil {
 		return fmt.Errorf("make the publisher: %w", err)
 	}

@@ -45,7 +45,7 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 		if err == nil {
 			err = sameNode(g.Node.Name, node)
 		}
-		if err == nil {
+		if err == nil && g.Missing() {
 			gaps[node] = append(gaps[node], g)
 		}
 		return err

@@ -247,7 +247,7 @@ func (x *examiner) needsStack() bool {
 // tryTier loads and attaches what a run with that tier would.
 func (x *examiner) tryTier(tier loader.Tier, said *complaints) (loaded, error) {
 	return x.load(loader.Options{
-		Tier: tier, Notify: loader.Notify(x.cfg.Kernel.Notify), JournalSlots: x.cfg.Kernel.JournalSlots, Log: slog.New(said),
+		Tier: tier, Notify: loader.Notify(x.cfg.Kernel.Notify), JournalSize: uint64(x.cfg.Kernel.JournalSize), Log: slog.New(said),
 	})
 }
 

@@ -1235,7 +1235,7 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 	// What root gets here: hooks, or the stack.
 	best, hooks := loader.TierStack, finding{"hooks", statusWarn, "none; the owner of a limit is inferred", "CONFIG_KPROBE_EVENTS=y"}
 	for _, tier := range []loader.Tier{loader.TierKprobe, loader.TierFentry} {
-		if _, err := tryLoad(loader.Options{Tier: tier, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)}); err == nil {
+		if _, err := tryLoad(loader.Options{Tier: tier, JournalSize: 128 << 10, Log: slog.New(slog.DiscardHandler)}); err == nil {
 			best, hooks = tier, finding{"hooks", statusOK, string(tier) + " works", ""}
 		}
 	}

@@ -2,10 +2,15 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"math"
+	"sync"
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
@@ -66,6 +71,14 @@ func (t *tracer) begin() error {
 			// What was told in the last second is not in the file, and an exiting task is no kill.
 			exact = before.Clean && before.Head == before.Acked
 		}
+		if left := t.loader.Left(); left != nil && left.Head > left.Acked {
+			g.FirstSeq, g.LastSeq = left.Acked+1, left.Head
+			if known && sameBoot && before.Kernel != nil { // what was published since the file was written is not missing
+				published := left.Acked - min(left.Acked, before.Acked)
+				missed -= min(missed, published)
+			}
+			exact = known && missed == left.Head-left.Acked
+		}
 		switch {
 		case !known && sameBoot: // nothing proves that there was none
 			gaps = append(gaps, g)
@@ -90,7 +103,7 @@ func (t *tracer) begin() error {
 	room := true
 	if before != nil {
 		for _, g := range before.Unpublished { // by a tracer that ended before they were on NATS
-			room = room && t.publish(g, settles{})
+			room = room && !errors.Is(t.publish(g, settles{gap: g.ID}), bus.ErrFull)
 		}
 	}
 	for _, g := range gaps {
@@ -125,18 +138,36 @@ func (t *tracer) startBase() {
 	}
 }
 
-// gap fills in, publishes, counts and logs one gap. It returns false when the publisher's buffer is full.
+// seqGap is a gap of one record of the journal.
+func seqGap(cause event.GapCause, seq, count uint64) event.Gap {
+	return event.Gap{Cause: cause, FirstSeq: seq, LastSeq: seq, Count: &count}
+}
+
+// gap fills in, publishes, counts and logs one gap. It returns false when the publisher has no room.
 func (t *tracer) gap(g event.Gap) bool {
+	tag := t.complete(&g)
+	if err := t.publish(g, tag); errors.Is(err, bus.ErrFull) {
+		return false
+	} else if err != nil {
+		t.log.Error("gap cannot be published", "id", g.ID, "error", err)
+		t.settle(tag)
+	}
+	t.say(&g)
+	return true
+}
+
+// complete fills in what every gap says, and returns what it settles: records of the journal, or itself, which is in no
+// journal.
+func (t *tracer) complete(g *event.Gap) settles {
 	g.Schema, g.Node, g.Time = event.Schema, t.converter.Node, time.Now().UTC()
 	g.Node.Tier = string(t.loader.Tier())
 	if g.Until == nil {
 		g.Until = &g.Time
 	}
-	tag := settles{}
 	switch g.Cause {
-	case event.GapWrapped, event.GapUnreadable:
+	case event.GapWrapped, event.GapUnreadable, event.GapDropped, event.GapOtherNode:
 		g.ID = event.SeqGapID(g.Node.BootID, g.Node.Epoch, g.FirstSeq, g.LastSeq)
-		tag.first, tag.last = g.FirstSeq, g.LastSeq
+		return settles{first: g.FirstSeq, last: g.LastSeq}
 	case event.GapStateLost: // at each start anew
 		_, boottime := now()
 		g.ID = event.GapID(g.Node.BootID, g.Cause, g.Node.Epoch, boottime)
@@ -145,11 +176,30 @@ func (t *tracer) gap(g event.Gap) bool {
 	default:
 		g.ID = event.GapID(g.Node.BootID, g.Cause, g.Node.Epoch, 0)
 	}
-	if !t.publish(g, tag) {
-		return false
+	return settles{gap: g.ID}
+}
+
+// dropped is the gap in the place of an event that NATS has refused for good; nil if there can be none.
+func (t *tracer) dropped(tag settles) *bus.Msg {
+	g := seqGap(event.GapDropped, tag.first, 1)
+	tag = t.complete(&g)
+	m, err := message(&g, tag)
+	if err != nil {
+		t.log.Error("gap cannot be published", "id", g.ID, "error", err)
+		t.settle(tag)
+		return nil
 	}
+	t.say(&g)
+	return &m
+}
+
+// say counts a gap, and logs it unless nothing is missing.
+func (t *tracer) say(g *event.Gap) {
 	t.metrics.gaps.WithLabelValues(string(g.Cause)).Inc()
-	t.lines.print(text.GapLine(&g, false))
+	if !g.Missing() {
+		return
+	}
+	t.lines.print(text.GapLine(g, false))
 	args := []any{"cause", string(g.Cause), "id", g.ID}
 	if g.LastSeq > 0 {
 		args = append(args, "first_seq", g.FirstSeq, "last_seq", g.LastSeq)
@@ -163,23 +213,34 @@ func (t *tracer) gap(g event.Gap) bool {
 		args = append(args, "count", "unknown")
 	}
 	t.log.Warn("kills are missing", args...)
-	return true
 }
 
-// publish hands a gap to the publisher. Unless it has a place in the journal, it is remembered until it is told.
-func (t *tracer) publish(g event.Gap, tag settles) bool {
+// message is a gap as it is published.
+func message(g *event.Gap, tag settles) (bus.Msg, error) {
 	subject, err := g.Subject()
-	if tag.last == 0 {
-		tag.gap = g.ID
+	if err != nil {
+		return bus.Msg{}, err
+	}
+	data, err := json.Marshal(g)
+	if err != nil {
+		return bus.Msg{}, fmt.Errorf("write %s as json: %w", g.ID, err)
+	}
+	return bus.Msg{ID: g.ID, Subject: subject, Data: data, Tag: tag}, nil
+}
+
+// publish hands a gap to the publisher. One that is in no journal is remembered until NATS has it.
+func (t *tracer) publish(g event.Gap, tag settles) error {
+	if tag.gap != "" {
 		t.state.add(g)
 	}
+	m, err := message(&g, tag)
 	if err == nil {
-		err = t.enqueue(g.ID, subject, &g, tag)
+		err = t.publisher.Enqueue(m)
 	}
-	if err != nil && tag.gap != "" {
+	if errors.Is(err, bus.ErrFull) && tag.gap != "" {
 		t.state.remove(g.ID) // the caller tries again
 	}
-	return err == nil
+	return err
 }
 
 // lost tells of records that were written over before they were read.
@@ -191,17 +252,63 @@ func (t *tracer) lost(first, last uint64) bool {
 
 // unseen tells of kills that the kernel counted and the program did not see, once.
 func (t *tracer) unseen(ctx context.Context) {
-	counts, kernel, known := t.stable()
-	atLeast, atMost := counts.Unseen(kernel)
-	if !known || atLeast == 0 || ctx.Err() != nil {
-		return
+	var counts loader.Counts
+	var kernel, atLeast, atMost uint64
+	for range 3 { // in the moment between the kernel's count and the mark there is one too many
+		var known bool
+		if counts, kernel, known = t.stable(); !known || ctx.Err() != nil {
+			return
+		}
+		if atLeast, atMost = t.reconciled.bounds(counts, kernel); atLeast == 0 {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
-	g := event.Gap{Cause: event.GapUnseen, CountMax: &atMost}
-	if atLeast == atMost {
-		g.Count, g.CountMax = &atLeast, nil
-	}
-	if t.gap(g) {
+	if atLeast > 0 {
+		g := event.Gap{Cause: event.GapUnseen, CountMax: &atMost}
+		if atLeast == atMost {
+			g.Count, g.CountMax = &atLeast, nil
+		}
+		if !t.gap(g) {
+			return
+		}
 		t.save(ctx, false) // before the base, or a tracer that ends now has told nobody
 		t.loader.SetKernelBase(counts.KernelBase + atLeast)
 	}
+	t.reconciled.advance(counts, kernel, atLeast)
+}
+
+// reconciled holds the program's counts against the kernel's. What cannot be told apart (Counts.Unseen) since the last
+// reading says nothing of what was certain before it.
+type reconciled struct {
+	mu      sync.Mutex
+	read    bool // there is a reading since the base is known
+	counts  loader.Counts
+	kernel  uint64
+	atLeast uint64 // until then, and not told yet
+}
+
+// bounds are how many kills were not seen and not told.
+func (r *reconciled) bounds(c loader.Counts, kernel uint64) (atLeast, atMost uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	atLeast, atMost = c.Unseen(kernel)
+	if r.read {
+		since := c.Since(r.counts)
+		since.KernelBase = r.kernel
+		more, _ := since.Unseen(kernel)
+		atLeast = min(max(atLeast, r.atLeast+more), atMost)
+	}
+	return atLeast, atMost
+}
+
+// advance makes this the last reading, of which the kills that were told are taken off.
+func (r *reconciled) advance(c loader.Counts, kernel, told uint64) {
+	if c.KernelBase == math.MaxUint64 {
+		return // not known yet
+	}
+	atLeast, _ := r.bounds(c, kernel)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.read, r.counts, r.kernel, r.atLeast = true, c, kernel, atLeast-min(atLeast, told)
 }

@@ -197,7 +197,7 @@ func TestKilledInStorm(t *testing.T) {
 		time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
 		tracer.kill()
 		said = append(said, tracer.log.String())
-		cfg.Kernel.JournalSlots = []int{1024, 2048}[round%2]
+		cfg.Kernel.JournalSize = []config.Bytes{2 << 20, 4 << 20}[round%2]
 		tracer = startProcess(t, cfg)
 	}
 	if err := <-storm; err != nil {
@@ -246,16 +246,16 @@ func TestKilledInStorm(t *testing.T) {
 func TestStopped(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
-		slots int
+		size  config.Bytes
 		kills int
 		lost  bool
 	}{
-		{"smaller than the journal", 1024, 300, false},
-		{"larger than the journal", 64, 300, true},
+		{"smaller than the journal", 2 << 20, 300, false},
+		{"larger than the journal", 128 << 10, 600, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := pinnedConfig(t)
-			cfg.Kernel.JournalSlots = tt.slots
+			cfg.Kernel.JournalSize = tt.size
 			cfg.Metrics.Listen, cfg.NATS.Embedded.Listen = freeAddr(t), freeAddr(t)
 			tracer := startProcess(t, cfg)
 			until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
@@ -577,10 +577,10 @@ func TestGapOutlivesTracer(t *testing.T) {
 // that finds it.
 func TestWrappedAway(t *testing.T) {
 	cfg := pinnedConfig(t)
-	cfg.Kernel.JournalSlots = 64
+	cfg.Kernel.JournalSize = 128 << 10
 	settled(t, cfg)
 	begun := time.Now()
-	scratchtest.Storm(t, scratchtest.New(t, 8*mib), 100, 16, "plain")
+	scratchtest.Storm(t, scratchtest.New(t, 8*mib), 500, 16, "plain")
 	ended := time.Now()
 	settled(t, cfg)
 	_, gaps := whole(t, cfg)
@@ -603,9 +603,10 @@ func TestReconciled(t *testing.T) {
 		t.Errorf("%+v, the kernel counts %d", counts, kernel)
 	}
 	// As if the program had been switched off for three kills.
+	tr.reconciled.kernel -= 3
 	tr.loader.SetKernelBase(counts.KernelBase - 3)
 	tr.unseen(t.Context())
-	if atLeast, _ := tr.loader.Counts().Unseen(kernel); atLeast != 0 {
+	if atLeast, _ := tr.reconciled.bounds(tr.loader.Counts(), kernel); atLeast != 0 {
 		t.Errorf("%d are still unseen after they were told", atLeast)
 	}
 	until(t, "the gap is published", func() bool { return tr.publisher.Pending() == 0 })

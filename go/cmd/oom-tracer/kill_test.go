@@ -615,12 +615,11 @@ func freeAddr(t *testing.T) string {
 }
 
 // TestNATSAway: kills that happen while NATS is not there yet, and while it is gone, arrive when it comes.
-// What does not fit into the buffer waits in the journal; nothing counts as published before it is.
+// They wait in the journal; nothing counts as published before it is.
 func TestNATSAway(t *testing.T) {
 	addr, store := freeAddr(t), t.TempDir()
 	cfg := testConfig(t)
 	cfg.NATS.URL = "nats://" + addr
-	cfg.NATS.Buffer = 10
 	tr, _ := runTracer(t, cfg, io.Discard)
 	if err := tr.natsReady(t.Context()); err == nil {
 		t.Error("ready without nats")
@@ -641,13 +640,13 @@ func TestNATSAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = server.Wait()
-	killed = append(killed, scratchtest.Storm(t, group, 60, 16, "plain")...) // ten fit
-	until(t, "the buffer is full", func() bool { return tr.publisher.Pending() == 10 })
+	killed = append(killed, scratchtest.Storm(t, group, 400, 16, "plain")...)
+	until(t, "no more may be on their way", func() bool { return tr.publisher.Pending() == bus.Window })
 	time.Sleep(2 * lookAgain)
 	if err := tr.loader.Alive(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if now := tr.loader.Counts(); now.Acked != before.Acked || now.Head < before.Head+60 {
+	if now := tr.loader.Counts(); now.Acked != before.Acked || now.Head < before.Head+400 {
 		t.Errorf("with nats away: %+v, before it went %+v", now, before)
 	}
 	natsServer(t, addr, store)
@@ -743,15 +742,14 @@ func writeConfig(t *testing.T, cfg config.Config) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "config.yaml")
 	text := fmt.Sprintf(`node: {state_file: %q, status_interval: %s, cgroup_root: %q}
-kernel: {tier: %s, notify: %s, journal_slots: %d, pin_dir: %q}
+kernel: {tier: %s, notify: %s, journal_size: %d, pin_dir: %q}
 nats:
   url: %q
-  buffer: %d
   embedded: {dir: %q, listen: %q, sync_always: %t}
   stream: {max_bytes: %d}
 metrics: {listen: %q}
-`, cfg.Node.StateFile, cfg.Node.StatusInterval, cfg.Node.CgroupRoot, cfg.Kernel.Tier, cfg.Kernel.Notify, cfg.Kernel.JournalSlots, cfg.Kernel.PinDir,
-		cfg.NATS.URL, cfg.NATS.Buffer, cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.NATS.Embedded.SyncAlways, cfg.NATS.Stream.MaxBytes, cfg.Metrics.Listen)
+`, cfg.Node.StateFile, cfg.Node.StatusInterval, cfg.Node.CgroupRoot, cfg.Kernel.Tier, cfg.Kernel.Notify, cfg.Kernel.JournalSize, cfg.Kernel.PinDir,
+		cfg.NATS.URL, cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.NATS.Embedded.SyncAlways, cfg.NATS.Stream.MaxBytes, cfg.Metrics.Listen)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

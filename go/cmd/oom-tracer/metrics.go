@@ -32,6 +32,7 @@ type metrics struct {
 	publisher interface{ Stats() bus.Stats }
 	conn      interface{ Connected() bool }
 	vmstat    procRoot
+	bounds    func(c loader.Counts, kernel uint64) (atLeast, atMost uint64)
 }
 
 // kernelSide is what is shown of a loader.Loader.
@@ -114,8 +115,8 @@ func newMetrics() *metrics {
 }
 
 // watch names what is read at the scrape.
-func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn, vmstat procRoot) {
-	m.kernel, m.publisher, m.conn, m.vmstat = l, p, c, vmstat
+func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn, vmstat procRoot, r *reconciled) {
+	m.kernel, m.publisher, m.conn, m.vmstat, m.bounds = l, p, c, vmstat, r.bounds
 }
 
 // observe counts an event that was read.
@@ -190,7 +191,7 @@ func (m *metrics) unseen(counts loader.Counts) (atLeast, atMost uint64, err erro
 		if err != nil {
 			return 0, 0, err
 		}
-		if atLeast, atMost = counts.Unseen(kernel); atMost == 0 {
+		if atLeast, atMost = m.bounds(counts, kernel); atMost == 0 {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)

@@ -168,7 +168,7 @@ func (t *tracer) savedState(clean bool) savedState {
 		Epoch: t.converter.Node.Epoch, Head: counts.Head, Acked: counts.Acked,
 	}
 	if known {
-		atLeast, _ := counts.Unseen(kernel)
+		atLeast, _ := t.reconciled.bounds(counts, kernel)
 		explained := kernel - min(kernel, atLeast)
 		state.Kernel = &explained
 	}

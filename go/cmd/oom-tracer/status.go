@@ -78,7 +78,7 @@ func (t *tracer) status(phase event.Phase) event.NodeStatus {
 		s.Due = &due
 	}
 	if known {
-		atLeast, atMost := counts.Unseen(kernel)
+		atLeast, atMost := t.reconciled.bounds(counts, kernel)
 		s.Unseen = &event.Bounds{AtLeast: atLeast, AtMost: atMost}
 	}
 	if counts.LastKillNS > 0 {

@@ -33,29 +33,31 @@ const (
 
 // tracer is the pipeline: loader -> wire -> bus.
 type tracer struct {
-	log       *slog.Logger
-	loader    *loader.Loader
-	converter wire.Converter
-	server    *embedded.Server // nil with an external NATS
-	conn      *bus.Conn
-	publisher *bus.Publisher
-	metrics   *metrics
-	http      *obs.Server
-	lines     *printer
-	lookout   *lookout // nil: nobody looks at the neighbours
-	vmstat    procRoot
-	state     *stateFile             // nil: nothing outlives a restart
-	base      atomic.Pointer[uint64] // the kernel base, until it is set
-	interval  time.Duration
-	version   string
-	told      time.Time // of the last record that was handed over
+	log        *slog.Logger
+	loader     *loader.Loader
+	converter  wire.Converter
+	server     *embedded.Server // nil with an external NATS
+	conn       *bus.Conn
+	publisher  *bus.Publisher
+	metrics    *metrics
+	http       *obs.Server
+	lines      *printer
+	lookout    *lookout // nil: nobody looks at the neighbours
+	vmstat     procRoot
+	state      *stateFile             // nil: nothing outlives a restart
+	base       atomic.Pointer[uint64] // the kernel base, until it is set
+	reconciled reconciled
+	interval   time.Duration
+	version    string
+	told       time.Time // of the last record that was handed over
 }
 
 // settles is the tag of a message: what it settles once it is acknowledged.
 type settles struct {
-	kill        time.Time // of an event
-	gap         string    // the ID of a gap that is in no journal
-	first, last uint64    // records
+	event       bool   // and not a gap
+	boottime    uint64 // of the event's kill
+	gap         string // the ID of a gap that is in no journal
+	first, last uint64 // records
 }
 
 // start brings everything up. Recording begins first: whatever the rest waits for, the journal keeps the kills
@@ -85,7 +87,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	}()
 	t.state = openStateFile(cfg.Node.StateFile, log)
 	t.loader, err = loader.Open(ctx, loader.Options{
-		Tier: loader.Tier(cfg.Kernel.Tier), Notify: loader.Notify(cfg.Kernel.Notify), JournalSlots: cfg.Kernel.JournalSlots,
+		Tier: loader.Tier(cfg.Kernel.Tier), Notify: loader.Notify(cfg.Kernel.Notify), JournalSize: uint64(cfg.Kernel.JournalSize),
 		PinDir: cfg.Kernel.PinDir, Log: log,
 	})
 	if err != nil {
@@ -113,10 +115,10 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	}
 	t.metrics = newMetrics()
 	t.lines = newPrinter(stdout, func() { t.metrics.events.WithLabelValues("skipped", "print").Inc() })
-	if t.publisher, err = bus.NewPublisher(t.conn, cfg.NATS.Buffer, t.hooks(), log); err != nil {
+	if t.publisher, err = bus.NewPublisher(t.conn, bus.Window, t.hooks(), log); err != nil {
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
-	t.metrics.watch(t.loader, t.publisher, t.conn, t.vmstat)
+	t.metrics.watch(t.loader, t.publisher, t.conn, t.vmstat, &t.reconciled)
 	t.lookout = newLookout(cfg.Node, t.metrics.neighbours, log)
 	if err := t.begin(); err != nil {
 		return nil, err
@@ -292,13 +294,12 @@ func (t *tracer) close(deadline time.Time) error {
 	return err
 }
 
-// record takes one record the whole way to the publisher's buffer. It never blocks, for the journal fills
-// meanwhile. It returns false when that buffer is full.
+// record takes one record the whole way to the publisher. It returns false when as many are on their way to NATS as may
+// be: the journal keeps the others.
 func (t *tracer) record(seq uint64, sample []byte) bool {
 	record, err := wire.Decode(sample)
 	if err != nil {
-		count := uint64(1)
-		if !t.gap(event.Gap{Cause: event.GapUnreadable, FirstSeq: seq, LastSeq: seq, Count: &count}) {
+		if !t.gap(seqGap(event.GapUnreadable, seq, 1)) {
 			return false
 		}
 		t.metrics.events.WithLabelValues("error", "decode").Inc()
@@ -306,22 +307,26 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 		return true
 	}
 	if !t.converter.OnNode(record) {
+		if !t.gap(seqGap(event.GapOtherNode, seq, 0)) {
+			return false
+		}
 		t.metrics.events.WithLabelValues("skipped", "other_node").Inc()
-		t.loader.Settle(seq, seq)
 		return true
 	}
 	e := t.converter.Event(record)
 	subject, err := e.Subject()
 	if err == nil {
-		err = t.enqueue(e.ID, subject, &e, settles{kill: e.Time, first: seq, last: seq})
+		err = t.enqueue(e.MsgID(), subject, &e, settles{event: true, boottime: e.BoottimeNS, first: seq, last: seq})
 	}
 	switch {
 	case errors.Is(err, bus.ErrFull):
 		return false
 	case err != nil:
+		if !t.gap(seqGap(event.GapDropped, seq, 1)) {
+			return false
+		}
 		t.metrics.events.WithLabelValues("error", "encode").Inc()
 		t.log.Error("event cannot be published", "id", e.ID, "seq", seq, "error", err)
-		t.loader.Settle(seq, seq)
 	}
 	t.metrics.observe(&e)
 	t.lookout.see(&e)
@@ -343,16 +348,24 @@ func (t *tracer) hooks() bus.Hooks {
 	return bus.Hooks{
 		OnAck: func(m bus.Msg, _ bool) {
 			tag := m.Tag.(settles)
-			if !tag.kill.IsZero() {
-				t.metrics.published.Observe(time.Since(tag.kill).Seconds())
+			if tag.event {
+				_, boottime := now() // the wall clock may be set meanwhile
+				t.metrics.published.Observe(time.Duration(boottime - tag.boottime).Seconds())
 			}
 			t.settle(tag)
+			if t.publisher.Pending() <= bus.Window/2 {
+				t.loader.Resume()
+			}
 		},
 		OnRetry: func(bus.Msg, error) { t.metrics.events.WithLabelValues("error", "publish").Inc() },
-		OnDrop: func(m bus.Msg, err error) {
+		OnDrop: func(m bus.Msg, _ error) *bus.Msg {
 			t.metrics.events.WithLabelValues("error", "dropped").Inc()
-			t.log.Error("event given up", "id", m.ID, "subject", m.Subject, "error", err)
-			t.settle(m.Tag.(settles))
+			tag := m.Tag.(settles)
+			if tag.event {
+				return t.dropped(tag)
+			}
+			t.settle(tag)
+			return nil
 		},
 	}
 }

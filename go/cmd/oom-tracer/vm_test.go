@@ -53,7 +53,7 @@ type observer struct {
 // observe loads the program with a tier; nil, and why, where this kernel does not have it.
 func observe(t *testing.T, tier loader.Tier) (*observer, error) {
 	t.Helper()
-	l, err := loader.Open(t.Context(), loader.Options{Tier: tier, JournalSlots: 1024, Log: slog.New(slog.DiscardHandler)})
+	l, err := loader.Open(t.Context(), loader.Options{Tier: tier, JournalSize: 2 << 20, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return nil, err
 	}
@@ -824,7 +824,7 @@ func runTier(t *testing.T, tier loader.Tier, scenarios []scenario) {
 
 // TestVMAuto: the best tier is chosen: every stock kernel has fentry.
 func TestVMAuto(t *testing.T) {
-	l, err := loader.Open(t.Context(), loader.Options{Tier: loader.TierAuto, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)})
+	l, err := loader.Open(t.Context(), loader.Options{Tier: loader.TierAuto, JournalSize: 128 << 10, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

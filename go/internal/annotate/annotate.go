@@ -123,10 +123,11 @@ func (a *Annotator) Hooks() bus.Hooks {
 			m.Tag.(*tag).retried = true
 			a.Metrics.failure("publish")
 		},
-		OnDrop: func(m bus.Msg, err error) {
+		OnDrop: func(m bus.Msg, err error) *bus.Msg {
 			a.Metrics.failure("dropped")
 			a.Log.Error("outcome given up", "id", m.ID, "error", err)
 			m.Tag.(*tag).settle()
+			return nil
 		},
 	}
 }

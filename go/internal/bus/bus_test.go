@@ -303,7 +303,10 @@ func (r *recorder) hooks() bus.Hooks {
 			}
 		},
 		OnRetry: func(m bus.Msg, err error) { r.note(func() { r.retries[m.ID] = append(r.retries[m.ID], err) }) },
-		OnDrop:  func(m bus.Msg, err error) { r.note(func() { r.drops[m.ID] = err }) },
+		OnDrop: func(m bus.Msg, err error) *bus.Msg {
+			r.note(func() { r.drops[m.ID] = err })
+			return nil
+		},
 	}
 }
 

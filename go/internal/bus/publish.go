@@ -49,8 +49,8 @@ type Hooks struct {
 	OnAck func(m Msg, duplicate bool)
 	// OnRetry is called when an attempt to publish m failed. It will be made again.
 	OnRetry func(m Msg, err error)
-	// OnDrop is called when m can never be stored, and is given up.
-	OnDrop func(m Msg, err error)
+	// OnDrop is called when m can never be stored, and is given up. What it returns, if anything, takes m's place.
+	OnDrop func(m Msg, err error) *Msg
 }
 
 // Stats count since the publisher was made.
@@ -349,12 +349,15 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 		}
 	}
 	drop := func(i int, err error) {
-		settle(i)
 		p.dropped.Add(1)
 		p.log.Error("message can never be stored, dropped", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
 		if p.hooks.OnDrop != nil {
-			p.hooks.OnDrop(*batch[i], err)
+			if instead := p.hooks.OnDrop(*batch[i], err); instead != nil {
+				*batch[i], progress = *instead, true
+				return
+			}
 		}
+		settle(i)
 	}
 
 	retry := func(i int, err error) {

@@ -595,8 +595,11 @@ func TestPublishExpires(t *testing.T) {
 	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	dropped, acked := make(chan string, 10), make(chan string, 10)
 	p, err := bus.NewPublisher(c, 10, bus.Hooks{
-		OnDrop: func(m bus.Msg, err error) { dropped <- m.ID },
-		OnAck:  func(m bus.Msg, _ bool) { acked <- m.ID },
+		OnDrop: func(m bus.Msg, err error) *bus.Msg {
+			dropped <- m.ID
+			return nil
+		},
+		OnAck: func(m bus.Msg, _ bool) { acked <- m.ID },
 	}, quiet())
 	check(t, err)
 	go func() { _ = p.Run(ctx) }()
@@ -633,8 +636,11 @@ func TestPublishRefused(t *testing.T) {
 	const patience = 500 * time.Millisecond
 	dropped, acked := make(chan string, 100), make(chan string, 100)
 	p, err := bus.NewPublisher(c, 10, bus.Hooks{
-		OnDrop: func(m bus.Msg, err error) { dropped <- m.ID },
-		OnAck:  func(m bus.Msg, _ bool) { acked <- m.ID },
+		OnDrop: func(m bus.Msg, err error) *bus.Msg {
+			dropped <- m.ID
+			return nil
+		},
+		OnAck: func(m bus.Msg, _ bool) { acked <- m.ID },
 	}, quiet())
 	check(t, err)
 	bus.SetPatience(p, patience)

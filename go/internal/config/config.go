@@ -48,8 +48,8 @@ type Kernel struct {
 	Tier string `yaml:"tier"`
 	// Notify is how the reader learns of a kill: auto, perf, ringbuf or poll.
 	Notify string `yaml:"notify"`
-	// JournalSlots is how many records the journal holds; a power of two, 64..65536.
-	JournalSlots int `yaml:"journal_slots"`
+	// JournalSize is how much memory the journal takes; a power of two, 128 KiB..256 MiB.
+	JournalSize Bytes `yaml:"journal_size"`
 	// PinDir is an absolute path in a bpffs, where the program stays while no tracer runs; empty: nowhere.
 	PinDir string `yaml:"pin_dir"`
 }
@@ -59,16 +59,14 @@ type NATS struct {
 	URL string `yaml:"url"` // comma-separated nats:// or tls:// URLs, without credentials
 	// CredsFile is a NATS credentials file (JWT and nkey seed), NKeyFile a bare nkey seed, TokenFile a token such as
 	// that of a service account. User goes with PasswordFile. At most one of the four ways, and only with a URL.
-	CredsFile    string `yaml:"creds_file"`
-	NKeyFile     string `yaml:"nkey_file"`
-	TokenFile    string `yaml:"token_file"`
-	User         string `yaml:"user"`
-	PasswordFile string `yaml:"password_file"`
-	TLS          TLS    `yaml:"tls"`
-	// Buffer is how many events wait in memory while NATS is away, 1..1000000.
-	Buffer   int      `yaml:"buffer"`
-	Embedded Embedded `yaml:"embedded"`
-	Stream   Stream   `yaml:"stream"`
+	CredsFile    string   `yaml:"creds_file"`
+	NKeyFile     string   `yaml:"nkey_file"`
+	TokenFile    string   `yaml:"token_file"`
+	User         string   `yaml:"user"`
+	PasswordFile string   `yaml:"password_file"`
+	TLS          TLS      `yaml:"tls"`
+	Embedded     Embedded `yaml:"embedded"`
+	Stream       Stream   `yaml:"stream"`
 }
 
 // TLS holds absolute file paths; empty ones mean the system's CAs and no client certificate.
@@ -194,9 +192,8 @@ type Log struct {
 func Default() Config {
 	return Config{
 		Node:   Node{CgroupRoot: "/", StateFile: "/var/lib/oom-tracer/state.json", StatusInterval: 5 * time.Minute, Neighbours: 5},
-		Kernel: Kernel{Tier: "auto", Notify: "auto", JournalSlots: 1024, PinDir: "/sys/fs/bpf/oom-tracer"},
+		Kernel: Kernel{Tier: "auto", Notify: "auto", JournalSize: 2 << 20, PinDir: "/sys/fs/bpf/oom-tracer"},
 		NATS: NATS{
-			Buffer: 10000,
 			Embedded: Embedded{
 				Listen: "127.0.0.1:4222",
 				Dir:    "/var/lib/oom-tracer/nats",

@@ -113,11 +113,10 @@ func TestEveryKeyIsRead(t *testing.T) {
 	}
 	want := Config{
 		Node:   Node{Name: "worker-1.example.com", CgroupRoot: "/kubelet.slice/kind", StateFile: "/srv/state.json", StatusInterval: 90 * time.Second},
-		Kernel: Kernel{Tier: "stack", Notify: "ringbuf", JournalSlots: 4096, PinDir: "/run/bpf/oom"},
+		Kernel: Kernel{Tier: "stack", Notify: "ringbuf", JournalSize: 4 << 20, PinDir: "/run/bpf/oom"},
 		NATS: NATS{
 			URL: "tls://a.example.com:4222, nats://[2001:db8::1]:4222,tls://b", User: "tracer", PasswordFile: "/run/secrets/password",
 			TLS:      TLS{CAFile: "/etc/ca.pem", CertFile: "/etc/cert.pem", KeyFile: "/etc/key.pem"},
-			Buffer:   500,
 			Embedded: Embedded{Listen: "[::1]:0", Dir: "/srv/nats"},
 			Stream:   Stream{MaxAge: 90 * time.Minute, MaxBytes: 512 << 20, Replicas: 3, DedupWindow: 90 * time.Second},
 		},
@@ -245,7 +244,7 @@ func TestParseOdd(t *testing.T) {
 		{"long key", strings.Repeat("k", 1000) + ": 1\n", `k…": unknown key: known here are node,`},
 		{"long value", "log: {level: " + strings.Repeat("v", 1000) + "}\n", `v…"`},
 		{"escape in a value", `log: {level: "\e[31m"}`, `not "\x1b[31m"`},
-		{"escape in a number", `nats: {buffer: !!int "\e[31m"}`, `not a number "\x1b[31m"`},
+		{"escape in a number", `node: {neighbours: !!int "\e[31m"}`, `not a number "\x1b[31m"`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := Parse("x", []byte(tt.text))
@@ -321,8 +320,8 @@ func TestValidate(t *testing.T) {
 		t.Errorf("the default: %v", err)
 	}
 	cfg.Log.Level = "loud"
-	cfg.NATS.Buffer = 0
-	want := "nats.buffer: must be from 1 to 1000000, not 0\nlog.level: must be one of debug, info, warn, error, not \"loud\""
+	cfg.Node.Neighbours = 51
+	want := "node.neighbours: must be from 0 to 50, not 51\nlog.level: must be one of debug, info, warn, error, not \"loud\""
 	if err := cfg.Validate(); err == nil || err.Error() != want {
 		t.Errorf("error:\n%v\nwant:\n%s", err, want)
 	}
@@ -333,7 +332,7 @@ func TestBoundsAreAllowed(t *testing.T) {
 	for _, text := range []string{
 		"node: {name: " + strings.Repeat("a.", 126) + "a}",
 		"kernel: {notify: perf}", "kernel: {notify: ringbuf}", "kernel: {notify: poll}",
-		"nats: {buffer: 1}", "nats: {buffer: 1000000}",
+		"kernel: {journal_size: 128KiB}", "kernel: {journal_size: 256MiB}", "node: {neighbours: 50}",
 		"nats: {embedded: {listen: '127.8.9.10:0'}}", "nats: {embedded: {listen: '[::1]:65535'}}",
 		"nats: {stream: {max_age: 1m, dedup_window: 1m}}", "nats: {stream: {dedup_window: 1s}}",
 		"nats: {stream: {max_bytes: 1MiB}}", "nats: {stream: {max_bytes: 1048576}}",
@@ -393,7 +392,7 @@ func FuzzParse(f *testing.F) {
 	}
 	for _, s := range []string{
 		"", "---\n---\n", "a: &a [*a]", "nats: {<<: {url: x}}", "? [a]\n: b", "\t", "\xff\xfe", "{{},<<}", "#\n - - QI\xd7", "0: [:!00 \xef", "! !00 \xf6",
-		"log: !!binary aGk=", "log: !<tag:yaml.org,2002:null> x", "log: !!map", "nats: {buffer: !!int x, user: !!str, url: !!merge <<}",
+		"log: !!binary aGk=", "log: !<tag:yaml.org,2002:null> x", "log: !!map", "node: {neighbours: !!int x, user: !!str, url: !!merge <<}",
 	} {
 		f.Add([]byte(s))
 	}

@@ -65,8 +65,8 @@ func (c *Config) faults() []fault {
 
 	oneOf("kernel.tier", c.Kernel.Tier, "auto", "fentry", "kprobe", "stack", "none")
 	oneOf("kernel.notify", c.Kernel.Notify, "auto", "perf", "ringbuf", "poll")
-	if n := c.Kernel.JournalSlots; n < 64 || n > 65536 || n&(n-1) != 0 {
-		bad("kernel.journal_slots", "must be a power of two from 64 to 65536, not %d", n)
+	if n := c.Kernel.JournalSize; n < 128<<10 || n > 256<<20 || n&(n-1) != 0 {
+		bad("kernel.journal_size", "must be a power of two from 128KiB to 256MiB, not %d bytes", n)
 	}
 	if d := c.Kernel.PinDir; d != "" && !isPath(d) {
 		bad("kernel.pin_dir", "must be the absolute path of a directory, or empty, not %s", show(d))
@@ -118,9 +118,6 @@ func (c *Config) faults() []fault {
 	pair("nats.password_file", n.PasswordFile, "nats.user", n.User)
 	pair("nats.tls.cert_file", n.TLS.CertFile, "nats.tls.key_file", n.TLS.KeyFile)
 	pair("nats.tls.key_file", n.TLS.KeyFile, "nats.tls.cert_file", n.TLS.CertFile)
-	if n.Buffer < 1 || n.Buffer > 1_000_000 {
-		bad("nats.buffer", "must be from 1 to 1000000, not %d", n.Buffer)
-	}
 
 	// A name is refused, even localhost: what it resolves to is not in this file.
 	if ap, err := netip.ParseAddrPort(n.Embedded.Listen); err != nil || !ap.Addr().IsLoopback() {

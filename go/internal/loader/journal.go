@@ -9,8 +9,6 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
 // state mirrors struct oom_state. It lies in memory that the kernel program writes: every access to it is
@@ -57,6 +55,9 @@ const (
 	stateVersion = 1
 )
 
+// statePrefix is how many bytes at the beginning of struct oom_state no version changes, up to acked.
+const statePrefix = 32
+
 // noBase stands in state.KernelBase until SetKernelBase.
 const noBase = math.MaxUint64
 
@@ -70,6 +71,7 @@ func mapArray(fd int, bytes uint64) ([]byte, error) {
 	return memory, nil
 }
 
+// mapState maps a state. Of one of another version only the first statePrefix bytes may be used.
 func mapState(fd int) ([]byte, *state, error) {
 	memory, err := mapArray(fd, uint64(unsafe.Sizeof(state{})))
 	if err != nil {
@@ -78,10 +80,24 @@ func mapState(fd int) ([]byte, *state, error) {
 	return memory, (*state)(unsafe.Pointer(&memory[0])), nil
 }
 
-// journal is the kernel's array of the last records: that of seq stands in slot seq modulo slots.
+// segment mirrors struct oom_segment up to its data.
+type segment struct {
+	Number   uint64 `abi:"number"`
+	FirstSeq uint64 `abi:"first_seq"`
+	Current  uint64 `abi:"current"`
+	Used     uint64 `abi:"used"`
+}
+
+const (
+	segmentHeader = uint64(unsafe.Sizeof(segment{}))
+	// SegmentSize is sizeof(struct oom_segment) in bytes.
+	SegmentSize = 32 << 10
+)
+
+// journal is the kernel's ring of the last records.
 type journal struct {
 	memory []byte
-	slots  uint64
+	slots  uint64 // segments; records in one of journal-v1
 	stride uint64 // bytes from slot to slot: the map's value size, rounded up to 8
 	dir    string // the pin directory of an earlier generation; empty for the one in use
 	end    uint64 // of an earlier generation: its last seq
@@ -103,25 +119,56 @@ const (
 	recordPrefix = 16
 )
 
-// read copies the record of seq out of its slot; nil when it does not stand there any more. head must
-// read the seq of the last record.
-func (j *journal) read(seq uint64, head func() uint64) []byte {
-	slot := j.memory[(seq&(j.slots-1))*j.stride:][:j.stride]
-	if binary.NativeEndian.Uint64(slot[seqOffset:]) != seq {
-		return nil
+func (j *journal) slot(n uint64) []byte { return j.memory[n&(j.slots-1)*j.stride:][:j.stride] }
+
+func (j *journal) segment(n uint64) *segment { return (*segment)(unsafe.Pointer(&j.slot(n)[0])) }
+
+// overwritten reports whether the segment with a number is, or may be under way to be, written over.
+func (j *journal) overwritten(number uint64) bool {
+	return number+j.slots <= atomic.LoadUint64(&j.segment(0).Current)+1
+}
+
+// read copies the record of seq; nil when it does not stand there any more.
+func (j *journal) read(seq uint64) []byte {
+	if j.stride != SegmentSize { // journal-v1: the slot of a record is its seq's. Nobody writes to it any more.
+		return copyRecord(j.slot(seq), seq, seq)
 	}
-	size := uint64(binary.NativeEndian.Uint32(slot[sizeOffset:]))
-	record := append([]byte(nil), slot[:min(max(size, recordPrefix), j.stride)]...)
-	// The copy must be done before head is read again: an atomic load alone does not wait for the loads before
-	// it, an atomic addition does.
-	var barrier uint32
-	atomic.AddUint32(&barrier, 1)
-	// The slot may have been written over meanwhile, and head says so late: the record after it may be
-	// under way already.
-	if seq+j.slots <= head()+1 || binary.NativeEndian.Uint64(record[seqOffset:]) != seq {
-		return nil
+	for number := atomic.LoadUint64(&j.segment(0).Current); ; number-- {
+		s := j.segment(number)
+		first := atomic.LoadUint64(&s.FirstSeq)
+		// The program names the next segment before it begins it.
+		if atomic.LoadUint64(&s.Number) == number && first > 0 && first <= seq {
+			record := copyRecord(j.slot(number)[segmentHeader:], first, seq)
+			// The copy must be done before current is read again: an atomic load alone does not wait for the loads
+			// before it, an atomic addition does.
+			var barrier uint32
+			atomic.AddUint32(&barrier, 1)
+			if j.overwritten(number) {
+				return nil
+			}
+			return record
+		}
+		if number == 0 || j.overwritten(number-1) {
+			return nil
+		}
 	}
-	return record
+}
+
+// copyRecord copies the record of seq out of data, in which records stand from that of first on; nil when it does not
+// stand there.
+func copyRecord(data []byte, first, seq uint64) []byte {
+	for ; len(data) >= recordPrefix && binary.NativeEndian.Uint64(data[seqOffset:]) == first; first++ {
+		size := min(max(uint64(binary.NativeEndian.Uint32(data[sizeOffset:])), recordPrefix), uint64(len(data)))
+		if first == seq {
+			record := append([]byte(nil), data[:size]...)
+			if binary.NativeEndian.Uint64(record[seqOffset:]) != seq {
+				return nil
+			}
+			return record
+		}
+		data = data[min((size+7)/8*8, uint64(len(data))):]
+	}
+	return nil
 }
 
 func (j *journal) close() { _ = unix.Munmap(j.memory) }
@@ -193,7 +240,7 @@ func (r *reader) advance(until uint64, lost bool, now time.Time) (records int) {
 			return records
 		}
 		if !taken {
-			r.wait, r.due = true, now.Add(pollTime)
+			r.wait, r.due = true, now.Add(idleTime)
 			return records
 		}
 		r.next = last + 1
@@ -243,6 +290,17 @@ type Counts struct {
 	LastKillNS uint64 // CLOCK_BOOTTIME of the last kill, 0 if there was none
 }
 
+// Since is what was counted since an earlier reading.
+func (c Counts) Since(before Counts) Counts {
+	c.Killed -= before.Killed
+	c.Exiting -= before.Exiting
+	c.Unknown -= before.Unknown
+	c.Groups -= before.Groups
+	c.KilledAgain -= min(c.KilledAgain, before.KilledAgain) // one that is under way may be taken back
+	c.Unhooked -= before.Unhooked
+	return c
+}
+
 // Unseen is how many kills the kernel has counted (oom_kill in /proc/vmstat) that the program saw no mark
 // of. With hooks the two figures are one; else they bound what may be.
 //
@@ -267,6 +325,3 @@ func (s *state) counts() Counts {
 		KernelBase: atomic.LoadUint64(&s.KernelBase), LastKillNS: atomic.LoadUint64(&s.LastKillBoottimeNS),
 	}
 }
-
-// maxRecord is sizeof(struct oom_event).
-const maxRecord = wire.MaxSize

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
 // record is the unchanging part of one.
@@ -19,37 +21,76 @@ func record(seq uint64) []byte {
 	return r
 }
 
-// put writes a record as the program does.
-func (j *journal) put(seq uint64) { copy(j.memory[(seq&(j.slots-1))*j.stride:], record(seq)) }
+// put writes a record as put_journal() in src/oom.bpf.c does.
+func (j *journal) put(seq uint64) {
+	first := j.segment(0)
+	s := j.segment(first.Current)
+	if s.Used > SegmentSize-segmentHeader-wire.MaxSize {
+		first.Current++
+		s = j.segment(first.Current)
+		s.FirstSeq, s.Number, s.Used = seq, first.Current, 0
+	} else if s.Used == 0 {
+		s.FirstSeq = seq
+	}
+	s.Used += uint64(copy(j.slot(first.Current)[segmentHeader+s.Used:], record(seq))) // a multiple of 8
+}
 
-// A slot that was written over, or may be under way to it, is not read.
+// A segment that was written over, or may be under way to it, is not read.
 func TestJournalRead(t *testing.T) {
-	j := &journal{memory: make([]byte, 8*64), slots: 8, stride: 64}
-	at := func(head uint64) func() uint64 { return func() uint64 { return head } }
-	if j.read(1, at(0)) != nil {
+	const slots = 4
+	j := &journal{memory: make([]byte, slots*SegmentSize), slots: slots, stride: SegmentSize}
+	if j.read(1) != nil {
 		t.Error("an empty journal has a record")
 	}
-	for seq := uint64(1); seq <= 11; seq++ {
+	var firsts []uint64 // seqs of the segments
+	for seq := uint64(1); ; seq++ {
 		j.put(seq)
-	}
-	for seq := uint64(1); seq <= 13; seq++ {
-		// 4 stands in its slot, but 12 may be half written there already.
-		want := seq >= 5 && seq <= 11
-		got := j.read(seq, at(11))
-		if (got != nil) != want || got != nil && !slices.Equal(got, record(seq)) {
-			t.Errorf("seq %d: %x", seq, got)
+		current := j.segment(0).Current
+		if int(current) == len(firsts) {
+			firsts = append(firsts, seq)
+		}
+		if current == 10 && seq == firsts[10]+5 {
+			break
 		}
 	}
-	// A size that is none must not lead out of the slot.
-	for _, size := range []uint32{0, 1, 64, 65, 1 << 31} {
-		binary.NativeEndian.PutUint32(j.memory[(9&7)*64+sizeOffset:], size)
-		if got := j.read(9, at(11)); len(got) < recordPrefix || len(got) > 64 {
+	last := firsts[10] + 5
+	for seq := uint64(1); seq <= last+2; seq++ {
+		// 7 stands in its element, but 11 may be half written there already.
+		want := seq >= firsts[8] && seq <= last
+		got := j.read(seq)
+		if (got != nil) != want || got != nil && !slices.Equal(got, record(seq)) {
+			t.Fatalf("seq %d, segments begin at %d: %x", seq, firsts, got)
+		}
+	}
+	// The program has named the next segment, and not begun it.
+	j.segment(0).Current++
+	if j.read(firsts[8]) != nil || j.read(firsts[9]) == nil || j.read(last) == nil {
+		t.Error("while a segment is begun, the oldest is read, or another is not")
+	}
+	j.segment(0).Current--
+	// A size that is none must not lead out of the segment.
+	data := j.slot(9)[segmentHeader:]
+	for _, size := range []uint32{0, 1, 7, SegmentSize, 1 << 31, 1<<32 - 1} {
+		binary.NativeEndian.PutUint32(data[sizeOffset:], size)
+		if got := j.read(firsts[9]); len(got) < recordPrefix || len(got) > len(data) {
 			t.Errorf("size %d: %d bytes", size, len(got))
 		}
+		if got := j.read(firsts[9] + 1); got != nil {
+			t.Errorf("size %d: read the next one: %x", size, got)
+		}
 	}
-	// It may be written over while it is read: head says so afterwards.
-	if got := j.read(11, at(19)); got != nil {
-		t.Errorf("read %x of a slot that was written over meanwhile", got)
+}
+
+// A journal of version 1 has a slot for each record.
+func TestJournalV1(t *testing.T) {
+	j := &journal{memory: make([]byte, 8*wire.MaxSize), slots: 8, stride: wire.MaxSize}
+	for seq := uint64(1); seq <= 11; seq++ {
+		copy(j.slot(seq), record(seq))
+	}
+	for seq := uint64(1); seq <= 13; seq++ {
+		if got := j.read(seq); (got != nil) != (seq >= 4 && seq <= 11) || got != nil && !slices.Equal(got, record(seq)) {
+			t.Errorf("seq %d: %x", seq, got)
+		}
 	}
 }
 
@@ -149,15 +190,15 @@ func TestReader(t *testing.T) {
 	f.put(11, 11)
 	f.put(15, 30)
 	f.notified(11, 30, f.now)
-	f.expect(t, pollTime)
+	f.expect(t, idleTime)
 	f.refuse = false
 	f.notified(30, 30, f.now)
-	f.expect(t, pollTime)
+	f.expect(t, idleTime)
 	f.look(30, f.now)
 	f.expect(t, visibleTime)
 	f.refuse = true
 	f.look(30, f.now)
-	f.expect(t, pollTime)
+	f.expect(t, idleTime)
 	f.refuse = false
 	if n := f.look(30, f.now); n != 0 {
 		t.Errorf("%d count as not notified, after a refusal", n)
@@ -262,6 +303,7 @@ func TestUnseen(t *testing.T) {
 		{"stack: more than that", Counts{Killed: 10, Unhooked: 10, Groups: 2, Exiting: 1}, 15, 2, 5},
 		{"none: every mark may be a kill", Counts{Unknown: 10}, 8, 0, 8},
 		{"none: more kills than marks", Counts{Unknown: 10}, 12, 2, 12},
+		{"none: a group may count twice", Counts{Unknown: 1, Groups: 1}, 2, 0, 2},
 		{"the kernel's count went back", Counts{KernelBase: 7, Killed: 3}, 5, 0, 0},
 	} {
 		if atLeast, atMost := tt.c.Unseen(tt.kernel); atLeast != tt.atLeast || atMost != tt.atMost {

@@ -22,6 +22,7 @@ func CheckLayout() error {
 		last   bool // the C struct ends where the Go struct does
 	}{
 		{"oom_event", reflect.TypeFor[wire.Header](), false},
+		{"oom_segment", reflect.TypeFor[segment](), false},
 		{"oom_stats", reflect.TypeFor[Stats](), true},
 		{"oom_state", reflect.TypeFor[state](), true},
 		{"oom_symbol", reflect.TypeFor[symbol](), true},

@@ -23,7 +23,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
-	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
 // What brings the program into the kernel: its variants by tier, its maps, its pins, and the change from the
@@ -51,16 +50,20 @@ var hookFunctions = []string{"out_of_memory", "oom_kill_process", "__oom_kill_pr
 // own. Only the stack then tells whether it was a kill.
 var fallbackFunctions = []string{"out_of_memory", "mark_oom_victim"}
 
+// segments is how many of them the journal has.
+func (o Options) segments() uint32 { return uint32(o.JournalSize / SegmentSize) }
+
 // ground is what a load of the program finds of those before it.
 type ground struct {
 	pins       *pins
-	state      *ebpf.Map // nil: none is there yet
+	state      *ebpf.Map // nil: none of this version is there yet
+	other      *ebpf.Map // the state of another version, if that is there
 	journal    *ebpf.Map // the journal in use, if it is as wanted
 	generation uint64    // of this load
 }
 
 func (g *ground) close() {
-	for _, m := range []*ebpf.Map{g.state, g.journal} {
+	for _, m := range []*ebpf.Map{g.state, g.other, g.journal} {
 		if m != nil {
 			m.Close()
 		}
@@ -166,8 +169,14 @@ func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
 			g.pins.close()
 		}
 	}()
-	if g.state, err = g.pins.openState(); err != nil {
+	m, ours, err := g.pins.openState()
+	if err != nil {
 		return nil, err
+	}
+	if ours {
+		g.state = m
+	} else {
+		g.other = m
 	}
 	generations, err := g.pins.generations()
 	if err != nil {
@@ -190,9 +199,9 @@ func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if journal != nil && (!ours || journal.MaxEntries() != uint32(opts.JournalSlots) || journal.ValueSize() != maxRecord) {
+	if journal != nil && (!ours || journal.MaxEntries() != opts.segments() || journal.ValueSize() != SegmentSize) {
 		opts.Log.Info("the journal is made anew, the one before is read to its end",
-			"slots", opts.JournalSlots, "before", journal.MaxEntries(), "same_version", ours)
+			"bytes", opts.JournalSize, "before", uint64(journal.MaxEntries())*uint64(journal.ValueSize()), "same_version", ours)
 		journal.Close()
 		journal = nil
 	}
@@ -357,7 +366,7 @@ func (l *Loader) setMaps(opts Options, g *ground) error {
 		case m != nil:
 			err = theirs.ReuseFD(m.FD())
 		case name == journalMap:
-			err = theirs.SetMaxEntries(uint32(opts.JournalSlots))
+			err = theirs.SetMaxEntries(opts.segments())
 		case name != stateMap: // of a way to notify that is not used
 			err = theirs.SetAutocreate(false)
 		}
@@ -374,7 +383,7 @@ func (l *Loader) mapMemory(opts Options) error {
 	if err != nil {
 		return fmt.Errorf("find map %s: %w", journalMap, err)
 	}
-	if l.journal, err = mapJournal(m.FileDescriptor(), uint32(opts.JournalSlots), maxRecord); err != nil {
+	if l.journal, err = mapJournal(m.FileDescriptor(), opts.segments(), SegmentSize); err != nil {
 		return err
 	}
 	if m, err = l.module.GetMap(stateMap); err != nil {
@@ -406,9 +415,13 @@ func (l *Loader) pinMaps() error {
 	if err := os.Mkdir(own, 0o700); err != nil {
 		return fmt.Errorf("make the pin directory: %w", err)
 	}
-	targets := map[string]string{journalMap: filepath.Join(own, journalPin+strconv.Itoa(wire.ABIVersion))}
+	targets := map[string]string{journalMap: filepath.Join(own, journalPin+journalVersion)}
 	if l.fresh {
 		targets[stateMap] = l.pins.path(statePin)
+		// Of another version. Who records for it stops when this one takes over.
+		if err := os.Remove(targets[stateMap]); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("remove the pinned state of another version: %w", err)
+		}
 	}
 	for name, path := range targets {
 		m, err := l.module.GetMap(name)
@@ -442,6 +455,9 @@ func (l *Loader) discard() {
 func (l *Loader) takeOver(g *ground) error {
 	// The mark that is under way meanwhile is told by one of them alone: the older program runs first,
 	// and the newer one knows what the older has told last.
+	if err := l.silence(g.other); err != nil {
+		return err
+	}
 	atomic.StoreUint64(&l.state.Generation, l.generation)
 	if l.pins == nil {
 		return nil
@@ -481,6 +497,24 @@ func (l *Loader) takeOver(g *ground) error {
 		}
 	}
 	l.log.Info("took over", "generation", l.generation, "seq", head, "unread", head-min(head, acked))
+	return nil
+}
+
+// silence ends the recording of a program whose state is of another version. What that has recorded and not published is
+// left: its records cannot be told from this epoch's.
+func (l *Loader) silence(other *ebpf.Map) error {
+	if other == nil {
+		return nil
+	}
+	memory, s, err := mapState(other.FD())
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(memory)
+	atomic.StoreUint64(&s.Generation, 0)
+	time.Sleep(takeOverTime)
+	l.left = &Left{Acked: atomic.LoadUint64(&s.Acked), Head: atomic.LoadUint64(&s.Head)}
+	l.log.Warn("the pinned state is of another version, a new one begins", "version", atomic.LoadUint32(&s.Version), "seq", l.left.Head, "unread", l.left.Head-min(l.left.Head, l.left.Acked))
 	return nil
 }
 
@@ -563,8 +597,8 @@ type variable struct {
 }
 
 func (l *Loader) setVariables(opts Options, tier uint32, symbols []symbol) error {
-	if n := opts.JournalSlots; n < 2 || n&(n-1) != 0 {
-		return fmt.Errorf("a journal of %d records: must be a power of two from 2 on", n)
+	if n := opts.JournalSize; n < 2*SegmentSize || n&(n-1) != 0 {
+		return fmt.Errorf("a journal of %d bytes: must be a power of two from %d on", n, 2*SegmentSize)
 	}
 	cpus, err := libbpfgo.NumPossibleCPUs()
 	if err != nil {
@@ -582,7 +616,7 @@ func (l *Loader) setVariables(opts Options, tier uint32, symbols []symbol) error
 		{"oom_nr_cpus", uint32(cpus)},
 		{"oom_one_memory_node", map[bool]uint32{true: 1}[one]},
 		{"oom_generation", l.generation},
-		{"oom_journal_slots", uint32(opts.JournalSlots)},
+		{"oom_segments", opts.segments()},
 		{"oom_symbol_count", uint32(len(symbols))},
 		{"oom_symbols", table},
 	}, faults()...) {

@@ -53,8 +53,8 @@ type Options struct {
 	// Notify is auto (the same as none), or the one way to notify; one that this process may not use is then an
 	// error.
 	Notify Notify
-	// JournalSlots is how many records the journal holds, a power of two from 2 on; of MaxSize bytes each.
-	JournalSlots int
+	// JournalSize is how many bytes the journal takes, a power of two from 2*SegmentSize on.
+	JournalSize uint64
 	// PinDir is a directory in a bpffs in which everything is pinned, so that recording goes on when
 	// this process has ended. It is made, its parent is not. Empty: nothing is pinned.
 	PinDir string
@@ -69,7 +69,7 @@ type Stats struct {
 }
 
 // Handler takes over what Run reads, one call at a time and in the order of seq. It must not block. A
-// function that returns false has not taken it, and is called with the same again a moment later.
+// function that returns false has not taken it, and is called with the same again after Resume.
 type Handler struct {
 	// Record gets a record. It may keep it.
 	Record func(seq uint64, record []byte) bool
@@ -87,9 +87,11 @@ type Loader struct {
 
 	pins       *pins // nil: nothing is pinned
 	fresh      bool
+	left       *Left // of a state of another version
 	journal    *journal
 	generation uint64
 
+	refused   atomic.Bool // the handler has refused a record
 	running   atomic.Bool
 	received  atomic.Uint64
 	caughtUp  atomic.Uint64
@@ -193,17 +195,28 @@ func (l *Loader) Settle(first, last uint64) {
 	})
 }
 
+// Left is what a program with a state of another version has recorded, and how much of that was published.
+type Left struct{ Acked, Head uint64 }
+
+// Left is nil unless Open found a state of another version.
+func (l *Loader) Left() *Left { return l.left }
+
+// Resume has Run hand over anew what the handler has refused.
+func (l *Loader) Resume() {
+	if l.refused.Swap(false) {
+		l.notifier.interrupt()
+	}
+}
+
 // stored reads a record from the journals.
 func (l *Loader) stored(seq uint64) []byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	head := func() uint64 { return atomic.LoadUint64(&l.state.Head) }
-	if record := l.journal.read(seq, head); record != nil {
+	if record := l.journal.read(seq); record != nil {
 		return record
 	}
 	for _, j := range l.older {
-		// Nobody writes to these.
-		if record := j.read(seq, func() uint64 { return seq }); record != nil && seq <= j.end {
+		if record := j.read(seq); record != nil && seq <= j.end {
 			return record
 		}
 	}
@@ -212,9 +225,10 @@ func (l *Loader) stored(seq uint64) []byte {
 
 const (
 	// pollTime is how often the journal is looked at where nothing notifies: a word of memory, without a system
-	// call. It is also the pause after the handler has refused a record.
+	// call.
 	pollTime = 200 * time.Millisecond
-	// idleTime is the same where records are notified, for what no notification named.
+	// idleTime is the same where records are notified, for what no notification named. It is also how long Run waits
+	// for Resume after the handler has refused a record.
 	idleTime = time.Second
 	// drainTime bounds how long Run waits, when it is told to end, for what is still to be read.
 	drainTime = 2 * time.Second
@@ -243,6 +257,7 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		r.idle = pollTime
 	}
 	around := func() {
+		l.refused.Store(r.wait)
 		l.next.Store(r.next)
 		l.turn.Store(int64(time.Since(l.opened)))
 	}
@@ -270,7 +285,8 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 			r.notified(seq, l.Counts().Head, time.Now())
 			around()
 		}
-		if !time.Now().Before(r.due) {
+		resumed := r.wait && !l.refused.Load()
+		if resumed || !time.Now().Before(r.due) {
 			look()
 		}
 	}

@@ -31,7 +31,7 @@ func open(t *testing.T, tier Tier) *Loader { return openNotified(t, tier, Notify
 
 func openNotified(t *testing.T, tier Tier, notify Notify) *Loader {
 	t.Helper()
-	l, err := Open(t.Context(), Options{Tier: tier, Notify: notify, JournalSlots: 1024, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	l, err := Open(t.Context(), Options{Tier: tier, Notify: notify, JournalSize: 2 << 20, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -297,10 +297,10 @@ func TestOneMemoryNode(t *testing.T) {
 
 func TestOpenFails(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
-	if _, err := Open(t.Context(), Options{Tier: TierAuto, Notify: "mail", JournalSlots: 64, Log: log}); err == nil || !strings.Contains(err.Error(), `"mail" is not known`) {
+	if _, err := Open(t.Context(), Options{Tier: TierAuto, Notify: "mail", JournalSize: 128 << 10, Log: log}); err == nil || !strings.Contains(err.Error(), `"mail" is not known`) {
 		t.Errorf("an unknown way to notify: %v", err)
 	}
-	if _, err := Open(t.Context(), Options{Tier: TierAuto, JournalSlots: 48, Log: log}); err == nil || !strings.Contains(err.Error(), "48 records") {
+	if _, err := Open(t.Context(), Options{Tier: TierAuto, JournalSize: 96 << 10, Log: log}); err == nil || !strings.Contains(err.Error(), "98304 bytes") {
 		t.Errorf("a journal of 48 records: %v", err)
 	}
 }
@@ -309,7 +309,7 @@ func TestOpenFails(t *testing.T) {
 func best(t *testing.T) Tier {
 	t.Helper()
 	for _, candidate := range tiers {
-		l, err := Open(t.Context(), Options{Tier: candidate.tier, JournalSlots: 64, Log: slog.New(slog.DiscardHandler)})
+		l, err := Open(t.Context(), Options{Tier: candidate.tier, JournalSize: 128 << 10, Log: slog.New(slog.DiscardHandler)})
 		if err == nil {
 			l.Close()
 			return candidate.tier

@@ -80,7 +80,8 @@ type notifier struct {
 	m      *ebpf.Map // nil: the program sends none
 	perf   *perf.Reader
 	ring   *ringbuf.Reader
-	failed atomic.Bool // there will be no more of them
+	failed atomic.Bool   // there will be no more of them
+	timer  chan struct{} // interrupts wait where it is only a timer
 
 	perfSample perf.Record
 	ringSample ringbuf.Record
@@ -93,7 +94,7 @@ func openNotifier(want Notify, perfErr error) (n *notifier, why error, err error
 		if want != NotifyAuto && want != way {
 			continue
 		}
-		n := &notifier{way: way}
+		n := &notifier{way: way, timer: make(chan struct{}, 1)}
 		err := n.open(perfErr)
 		if err == nil {
 			return n, why, nil
@@ -168,6 +169,7 @@ func (n *notifier) wait(ctx context.Context, deadline time.Time) (seq uint64, er
 		defer timer.Stop()
 		select {
 		case <-timer.C:
+		case <-n.timer:
 		case <-ctx.Done():
 		}
 		return 0, nil
@@ -194,6 +196,10 @@ func (n *notifier) interrupt() {
 	}
 	if n.ring != nil {
 		_ = n.ring.Flush()
+	}
+	select {
+	case n.timer <- struct{}{}:
+	default:
 	}
 }
 

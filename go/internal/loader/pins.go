@@ -18,13 +18,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
-	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
 // The pin directory, in bpffs:
 //
 //	state                    struct oom_state: which generation speaks, how far it has come
-//	<generation>/journal-v1  the journal of one load of the program; the version is the records' ABI
+//	<generation>/journal-v2  the journal of one load of the program, or of several; the version is that of its layout
 //	<generation>/<program>   the links, which hold the program and its maps
 //
 // A tracer pins a generation as a whole before it switches to it, so that at any moment one whole
@@ -33,6 +32,9 @@ import (
 const (
 	statePin   = "state"
 	journalPin = "journal-v"
+	// journalVersion is that of struct oom_segment. In version 1 each record had a slot of its own, of sizeof(struct
+	// oom_event).
+	journalVersion = "2"
 )
 
 // ErrNoBPFFS means that nothing can be pinned, because the directory is not in a bpffs.
@@ -180,41 +182,34 @@ func removePins(dir string, which func(name string) bool) error {
 	return nil
 }
 
-// openState opens the pinned state, if there is one. It fails on one that this version cannot read.
-func (p *pins) openState() (*ebpf.Map, error) {
-	m, err := ebpf.LoadPinnedMap(p.path(statePin), nil)
+// openState opens the pinned state, if there is one, and tells whether it is of this version. It fails on what is no state.
+func (p *pins) openState() (m *ebpf.Map, ours bool, err error) {
+	m, err = ebpf.LoadPinnedMap(p.path(statePin), nil)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
+		return nil, false, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open the pinned state %s: %w", p.path(statePin), err)
+		return nil, false, fmt.Errorf("open the pinned state %s: %w", p.path(statePin), err)
 	}
-	wrong := func(format string, args ...any) error {
+	none := func(format string, args ...any) error {
 		m.Close()
-		return fmt.Errorf("the pinned state %s is not of this version: %s; let the version that made it drain it and unload, "+
-			"or discard it with: oom-tracer unload --force", p.path(statePin), fmt.Sprintf(format, args...))
+		return fmt.Errorf("the pinned state %s is none: %s; discard it with: oom-tracer unload --force", p.path(statePin), fmt.Sprintf(format, args...))
 	}
-	if m.Type() != ebpf.Array || m.ValueSize() < 8 || m.MaxEntries() != 1 {
-		return nil, wrong("it is %v", m)
+	if m.Type() != ebpf.Array || m.Flags()&unix.BPF_F_MMAPABLE == 0 || m.ValueSize() < statePrefix || m.MaxEntries() != 1 {
+		return nil, false, none("it is %v", m)
 	}
 	value := make([]byte, m.ValueSize())
 	if err := m.Lookup(uint32(0), value); err != nil {
 		m.Close()
-		return nil, fmt.Errorf("read the pinned state: %w", err)
+		return nil, false, fmt.Errorf("read the pinned state: %w", err)
 	}
-	magic, version := binary.NativeEndian.Uint32(value), binary.NativeEndian.Uint32(value[4:])
-	switch {
-	case magic != stateMagic:
-		return nil, wrong("it begins with %#x", magic)
-	case version != stateVersion:
-		return nil, wrong("it has version %d, this one reads %d", version, stateVersion)
-	case uintptr(len(value)) != unsafe.Sizeof(state{}):
-		return nil, wrong("it has %d bytes, not %d", len(value), unsafe.Sizeof(state{}))
+	if magic := binary.NativeEndian.Uint32(value); magic != stateMagic {
+		return nil, false, none("it begins with %#x", magic)
 	}
-	return m, nil
+	return m, binary.NativeEndian.Uint32(value[4:]) == stateVersion && uintptr(len(value)) == unsafe.Sizeof(state{}), nil
 }
 
-// pinnedJournal opens the journal of a generation, and tells whether its records are of this version; nil
+// pinnedJournal opens the journal of a generation, and tells whether it is of this version; nil
 // if it has none.
 func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err error) {
 	entries, err := os.ReadDir(p.generation(generation))
@@ -238,7 +233,7 @@ func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err err
 			m.Close()
 			return nil, false, fmt.Errorf("the pinned journal %s is none: %v", path, m)
 		}
-		return m, version == strconv.Itoa(wire.ABIVersion), nil
+		return m, version == journalVersion, nil
 	}
 	return nil, false, nil
 }
@@ -255,7 +250,7 @@ func Unload(ctx context.Context, dir string, force bool) (unpublished uint64, er
 		return 0, err
 	}
 	defer p.close()
-	m, err := p.openState()
+	m, _, err := p.openState()
 	switch {
 	case err != nil && !force:
 		return 0, err
