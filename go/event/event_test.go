@@ -367,3 +367,20 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// TestMsgID: the kernel may mark a second thread of a process that is killed again. Both marks are stored, and are one kill.
+func TestMsgID(t *testing.T) {
+	id := event.VictimID("boot", 7, 100)
+	leader := event.Event{ID: id, Victim: event.Victim{PID: 7, TID: 7}}
+	thread := event.Event{ID: id, Victim: event.Victim{PID: 7, TID: 9}}
+	exiting := event.Event{ID: event.ExitingID(id, 9), Outcome: event.OutcomeExiting, Victim: event.Victim{PID: 7, TID: 9}}
+	unreadable := event.Event{ID: event.UnreadableID("boot", 9, 100), Victim: event.Victim{TID: 9}}
+	for _, e := range []event.Event{leader, exiting, unreadable} {
+		if e.MsgID() != e.ID {
+			t.Errorf("%s is published as %s", e.ID, e.MsgID())
+		}
+	}
+	if thread.MsgID() != id+"-9" {
+		t.Errorf("the thread's mark is published as %s", thread.MsgID())
+	}
+}

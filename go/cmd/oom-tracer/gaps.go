@@ -193,12 +193,12 @@ func (t *tracer) dropped(tag settles) *bus.Msg {
 	return &m
 }
 
-// say counts a gap, and logs it unless nothing is missing.
+// say counts and logs a gap, unless nothing is missing.
 func (t *tracer) say(g *event.Gap) {
-	t.metrics.gaps.WithLabelValues(string(g.Cause)).Inc()
 	if !g.Missing() {
 		return
 	}
+	t.metrics.gaps.WithLabelValues(string(g.Cause)).Inc()
 	t.lines.print(text.GapLine(g, false))
 	args := []any{"cause", string(g.Cause), "id", g.ID}
 	if g.LastSeq > 0 {

@@ -98,7 +98,7 @@ func parse(t *testing.T, m bus.Stored) (event.Event, error) {
 	if err != nil {
 		return e, err
 	}
-	if m.ID != e.ID {
+	if m.ID != e.MsgID() {
 		t.Errorf("message id %q of event %q", m.ID, e.ID)
 	}
 	if subject, err := e.Subject(); err != nil || subject != m.Subject {
@@ -526,11 +526,16 @@ func TestMalformedSamples(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	publishing, published := context.WithCancel(t.Context())
+	ran := make(chan error, 1)
+	go func() { ran <- tr.publisher.Run(publishing) }()
 	const lengths = 4200
 	for n := range lengths {
-		if !tr.record(uint64(1_000_000+n), bytes.Repeat([]byte{0xff}, n)) {
-			t.Fatalf("%d bytes are not taken", n)
-		}
+		until(t, "it is taken", func() bool { return tr.record(uint64(1_000_000+n), bytes.Repeat([]byte{0xff}, n)) })
+	}
+	published()
+	if err := <-ran; err != nil {
+		t.Error(err)
 	}
 	if got := testutil.ToFloat64(tr.metrics.events.WithLabelValues("error", "decode")); got != lengths {
 		t.Errorf("%v of %d bad samples are counted", got, lengths)
@@ -562,7 +567,8 @@ func TestOtherNode(t *testing.T) {
 		t.Error(err)
 	}
 	// Of the machine's other kills, those whose path is cut are everybody's, and the rest are skipped too.
-	all, _ := whole(t, cfg)
+	all, gaps := whole(t, cfg)
+	gaps = sinceStart(gaps)
 	skipped := testutil.ToFloat64(tr.metrics.events.WithLabelValues("skipped", "other_node"))
 	if read := tr.loader.Counts().Head; skipped < 2 || int(skipped)+len(all) != int(read) {
 		t.Errorf("%v of %d records were left to the other node, 2 kills were its; %d are published", skipped, read, len(all))
@@ -572,16 +578,57 @@ func TestOtherNode(t *testing.T) {
 			t.Errorf("published: %+v in %+v", e.Victim, e.Victim.Cgroup)
 		}
 	}
+	withoutHole(t, all, gaps, tr.loader.Counts().Head)
+	for _, g := range gaps {
+		if g.Cause != event.GapOtherNode || g.Missing() {
+			t.Errorf("%+v", g)
+		}
+	}
+}
+
+// TestRefused: what NATS refuses for good is in a gap, and holds up nothing.
+func TestRefused(t *testing.T) {
+	addr := freeAddr(t)
+	file := filepath.Join(t.TempDir(), "nats.conf")
+	if err := os.WriteFile(file, []byte("max_payload: 900\n"), 0o600); err != nil { // a kill takes more, a gap less
+		t.Fatal(err)
+	}
+	cfg := testConfig(t)
+	cfg.NATS.URL = "nats://" + addr
+	natsServer(t, addr, t.TempDir(), "-c", file)
+	if err := bus.EnsureStreams(t.Context(), connect(t, cfg), cfg.NATS.Stream); err != nil {
+		t.Fatal(err)
+	}
+	tr, stop := runTracer(t, cfg, io.Discard)
+	group := scratchtest.New(t, 8*mib)
+	scratchtest.Storm(t, group, bus.Window+50, 16, "plain") // more than may be on their way
+	until(t, "everything is acknowledged", func() bool { return tr.loader.Counts().Acked == tr.loader.Counts().Head })
+	head := tr.loader.Counts().Head
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+	events, gaps := record(t, connect(t, cfg))
+	gaps = sinceStart(gaps)
+	withoutHole(t, events, gaps, head)
+	dropped := 0
+	for _, g := range gaps {
+		if g.Cause == event.GapDropped && g.Count != nil && *g.Count == 1 && g.FirstSeq == g.LastSeq {
+			dropped++
+		}
+	}
+	if dropped < bus.Window+50 {
+		t.Errorf("%d kills are told as dropped, of %d events and %d gaps", dropped, len(events), len(gaps))
+	}
 }
 
 // natsServer runs a nats-server process on addr with its store in dir.
-func natsServer(t *testing.T, addr, dir string) *exec.Cmd {
+func natsServer(t *testing.T, addr, dir string, args ...string) *exec.Cmd {
 	t.Helper()
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := exec.Command(scratchtest.Program(t, "nats-server"), "-a", host, "-p", port, "-js", "-sd", dir)
+	server := exec.Command(scratchtest.Program(t, "nats-server"), append([]string{"-a", host, "-p", port, "-js", "-sd", dir}, args...)...)
 	server.Stderr = t.Output()
 	if err := server.Start(); err != nil {
 		t.Fatal(err)

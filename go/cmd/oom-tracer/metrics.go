@@ -109,7 +109,9 @@ func newMetrics() *metrics {
 		m.neighbours.WithLabelValues(result)
 	}
 	for _, cause := range event.GapCauses() {
-		m.gaps.WithLabelValues(string(cause))
+		if cause != event.GapOtherNode { // in which nothing is missing
+			m.gaps.WithLabelValues(string(cause))
+		}
 	}
 	return m
 }

@@ -57,7 +57,7 @@ func (f *fakePublisher) Stats() bus.Stats { return bus.Stats(*f) }
 // fakeMetrics are the metrics of a tracer that is not there.
 func fakeMetrics(f *fakeSides) *metrics {
 	m := newMetrics()
-	m.kernel, m.conn, m.publisher, m.vmstat = f, f, (*fakePublisher)(&f.publisher), "testdata/proc"
+	m.kernel, m.conn, m.publisher, m.vmstat, m.bounds = f, f, (*fakePublisher)(&f.publisher), "testdata/proc", new(reconciled).bounds
 	return m
 }
 

@@ -235,7 +235,7 @@ func (t *tracer) run(ctx context.Context) error {
 	draining, drained := context.WithTimeout(bounded, drainTime)
 	defer drained()
 	if left, drainErr := t.publisher.Drain(draining); left > 0 && t.loader.Pinned() {
-		t.log.Warn("not all is published, the rest stays in the journal for the next start", "left", left, "error", drainErr)
+		t.log.Warn("not all is published: the next start reads the rest from the journal, or reports what has been written over as a gap", "left", left, "error", drainErr)
 	} else if left > 0 {
 		err = errors.Join(err, fmt.Errorf("%d events could not be published before the end: %w", left, drainErr))
 	}

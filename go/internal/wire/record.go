@@ -142,8 +142,7 @@ type Record struct {
 	Paths [roles]string
 }
 
-// Decode reads one sample as the perf buffer hands it over: the record and up to seven bytes of
-// padding. It fails, naming the field, on anything that src/oom.bpf.c does not send.
+// Decode reads one record of the journal. It fails, naming the field, on anything that src/oom.bpf.c does not write.
 func Decode(sample []byte) (*Record, error) {
 	var r Record
 	if len(sample) < HeaderSize {
@@ -161,7 +160,7 @@ func Decode(sample []byte) (*Record, error) {
 	if r.Size < HeaderSize || r.Size > MaxSize {
 		return nil, fmt.Errorf("%w: size %d is not in %d..%d", ErrSample, r.Size, HeaderSize, MaxSize)
 	}
-	if n := uint32(len(sample)); n < r.Size || n-r.Size >= 8 {
+	if n := uint32(len(sample)); n != r.Size {
 		return nil, fmt.Errorf("%w: size %d in a sample of %d bytes", ErrSample, r.Size, n)
 	}
 	if r.Seq == 0 {
