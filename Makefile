@@ -183,6 +183,20 @@ test-descheduler: build/oom-descheduler build/descheduler build/kube ## our desc
 test-faults: build/faults/oom-tracer ## the selftest finds each wrong field that is put into the BPF program (needs root)
 	$(Q)tools/test-faults.sh $<
 
+# The commit before the journal was laid out anew. Its tracer is built in the cache, once.
+BEFORE := e4174ef
+before = $(CACHE)/tracer-$(BEFORE)/oom-tracer
+$(before): build/.deps
+	$(say) GO '$@ (of $(BEFORE))'
+	$(Q)rm -rf $(@D).tmp && mkdir -p $(@D).tmp && git archive $(BEFORE) | tar -xC $(@D).tmp
+	$(Q)$(MAKE) --no-print-directory -C $(@D).tmp build/oom-tracer VERSION=$(BEFORE) REVISION=$(BEFORE)
+	$(Q)mkdir -p $(@D) && mv $(@D).tmp/build/oom-tracer $@ && rm -rf $(@D).tmp
+
+.PHONY: test-upgrade
+test-upgrade: build build/hog build/nats-server $(before) ## a tracer takes over from one of before, and that one from it (needs root and the history of git)
+	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_BEFORE=$(before) \
+		$(GO) test -tags upgrade -count=1 -timeout 5m -run '^TestUpgrade$$' -v ./go/cmd/oom-tracer
+
 # A build for the tests: the program with the faults of src/faults.bpf.h in it, in the place of the real
 # one.
 build/faults/oom.bpf.o: $(BPF_FILES) build/.deps
