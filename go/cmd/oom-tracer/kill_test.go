@@ -586,6 +586,49 @@ func TestOtherNode(t *testing.T) {
 	}
 }
 
+// TestTwoNodes: of two nodes on one kernel each tells of its own kills, and names all others as the other's.
+func TestTwoNodes(t *testing.T) {
+	root := scratchtest.New(t, scratch.Unlimited)
+	groups := []*scratch.Cgroup{scratchtest.Child(t, root, "a", 8*mib), scratchtest.Child(t, root, "b", 8*mib)}
+	type node struct {
+		cfg    config.Config
+		tr     *tracer
+		stop   func() error
+		killed []int
+	}
+	var nodes []*node
+	for _, group := range groups {
+		n := &node{cfg: pinnedConfig(t)}
+		n.cfg.Node.CgroupRoot = group.Path()
+		n.tr, n.stop = runTracer(t, n.cfg, io.Discard)
+		nodes = append(nodes, n)
+	}
+	for range 3 {
+		for i, n := range nodes {
+			n.killed = append(n.killed, scratchtest.Storm(t, groups[i], 5, 16, "plain")...)
+		}
+	}
+	for i, n := range nodes {
+		until(t, "everything is acknowledged", func() bool { return n.tr.loader.Counts().Acked == n.tr.loader.Counts().Head })
+		head := n.tr.loader.Counts().Head
+		if err := n.stop(); err != nil {
+			t.Error(err)
+		}
+		events, gaps := whole(t, n.cfg)
+		gaps = sinceStart(gaps)
+		withoutHole(t, events, gaps, head)
+		var told []int
+		for _, e := range events {
+			if e.Victim.Cgroup != nil && !e.Victim.Cgroup.Truncated { // those that are cut are everybody's
+				told = append(told, int(e.Victim.PID))
+			}
+		}
+		if !slices.Equal(told, n.killed) || len(gaps) < 15 {
+			t.Errorf("node %d: killed were %v, told are %v; %d gaps", i, n.killed, told, len(gaps))
+		}
+	}
+}
+
 // TestRefused: what NATS refuses for good is in a gap, and holds up nothing.
 func TestRefused(t *testing.T) {
 	addr := freeAddr(t)
