@@ -174,8 +174,28 @@ func withoutHole(t *testing.T, events []event.Event, gaps []event.Gap, head uint
 
 // TestKilledInStorm: the tracer is killed with -9 at random points of a storm, ten times over, with its NATS
 // in it, and every other time the next one has another size of journal, which needs a new generation of it.
-// What the stream holds in the end is what the kernel killed.
+// What the stream holds in the end is what the kernel killed. OOM_TEST_SEEDS (1) says how often, OOM_TEST_SEED with which seed.
 func TestKilledInStorm(t *testing.T) {
+	seeds := 1
+	if s := os.Getenv("OOM_TEST_SEEDS"); s != "" {
+		var err error
+		if seeds, err = strconv.Atoi(s); err != nil {
+			t.Fatalf("OOM_TEST_SEEDS: %v", err)
+		}
+	}
+	for range seeds {
+		seed := rand.Uint64()
+		if s := os.Getenv("OOM_TEST_SEED"); s != "" {
+			var err error
+			if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
+				t.Fatalf("OOM_TEST_SEED: %v", err)
+			}
+		}
+		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) { killedInStorm(t, rand.New(rand.NewPCG(seed, 0))) })
+	}
+}
+
+func killedInStorm(t *testing.T, random *rand.Rand) {
 	const kills, rounds = 2000, 10
 	cfg := pinnedConfig(t)
 	group := scratchtest.New(t, 8*mib)
@@ -203,7 +223,7 @@ func TestKilledInStorm(t *testing.T) {
 			}
 			return scratchtest.Kills(t, group) > round*kills/rounds
 		})
-		time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
+		time.Sleep(time.Duration(random.IntN(500)) * time.Millisecond)
 		tracer.kill()
 		said = append(said, tracer.log.String())
 		cfg.Kernel.JournalSize = []config.Bytes{2 << 20, 4 << 20}[round%2]
