@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"runtime"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -129,6 +130,15 @@ func (j *journal) close() { _ = unix.Munmap(j.memory) }
 // visibleTime is longer than any CPU takes to show what another one has written: once head names a record, it stands
 // in its slot for everybody after this time (see put_journal() in src/oom.bpf.c).
 const visibleTime = 10 * time.Millisecond
+
+// visible returns up to where the records are visible for certain, where the last one is head. x86 shows what a CPU
+// has written in its order, so head comes last.
+func visible(head uint64) uint64 {
+	if runtime.GOARCH == "amd64" {
+		return head
+	}
+	return 0
+}
 
 // reader reads the journal in the order of seq.
 type reader struct {
