@@ -25,6 +25,7 @@
 #define MAX_CPUS 1024
 #define NAME_LEN 256 /* NAME_MAX and a NUL */
 #define MAX_FRAMES 48
+#define NEAR_FRAMES 16	   /* that out_of_memory() and its caller are among */
 #define LEN_PENDING 0xffff /* of a path whose end is not reached yet */
 
 /* Written by the loader before the program is loaded. */
@@ -72,6 +73,16 @@ struct {
 	__type(key, __u32);
 	__type(value, struct oom_state);
 } oom_state SEC(".maps");
+
+/* Set by the reader before it waits: the next record is to be notified. In memory that the reader maps.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} oom_waiting SEC(".maps");
 
 /* The room that the stack does not have. */
 struct scratch {
@@ -404,19 +415,29 @@ __noinline __u32 frame_of(__u64 address)
 	return OOM_FRAMES;
 }
 
-/* stack_frames tells as a set of bits which known functions led here, up to the one that decides. */
+/* Beside out_of_memory() nothing above one of its callers can decide: it is what they all call. */
+static __always_inline bool decided(__u32 frames)
+{
+	return frames & 1U << OOM_FRAME_OOM &&
+	       frames & (1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ | 1U << OOM_FRAME_PAGE_ALLOC |
+			 1U << OOM_FRAME_KSWAPD);
+}
+
+/*
+ * stack_frames tells as a set of bits which known functions led here, up to the one that decides. Each
+ * frame costs time, and the one that decides is among the first, unless a kernel puts more between.
+ */
 static __always_inline __u32 stack_frames(void *ctx, struct scratch *s)
 {
-	const __u32 deciding = 1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ |
-			       1U << OOM_FRAME_PAGE_ALLOC | 1U << OOM_FRAME_KSWAPD;
-	long bytes = bpf_get_stack(ctx, s->frames, sizeof(s->frames), 0);
+	long bytes = bpf_get_stack(ctx, s->frames, NEAR_FRAMES * sizeof(__u64), 0);
 	__u32 seen = 0;
 
-	for (int i = 0; i < MAX_FRAMES && i * (long)sizeof(__u64) < bytes; i++) {
-		/* Beside out_of_memory() nothing above it can decide: it is what they all call. */
-		seen |= 1U << (frame_of(s->frames[i]) & 31);
-		if (seen & 1U << OOM_FRAME_OOM && seen & deciding)
+	for (int i = 0; i < MAX_FRAMES && !decided(seen); i++) {
+		if (i == NEAR_FRAMES)
+			bytes = bpf_get_stack(ctx, s->frames, sizeof(s->frames), 0);
+		if (i * (long)sizeof(__u64) >= bytes)
 			break;
+		seen |= 1U << (frame_of(s->frames[i]) & 31);
 	}
 	return seen;
 }
@@ -549,50 +570,6 @@ static __always_inline __u8 outcome_of(bool killing, __u32 frames)
 	return has(frames, OOM_FRAME_OOM) ? OOM_OUTCOME_EXITING : OOM_OUTCOME_UNKNOWN;
 }
 
-/*
- * read_hooks takes scope, outcome and allocation from the hooks, if what they saw explains this mark:
- * then it returns true, and sets member if the mark follows another in the same group. ctx lies on the
- * stack.
- */
-static __always_inline bool read_hooks(void *ctx, struct oom_event *e, struct cause *c,
-				       struct task_struct *victim, __u32 frames, bool *member)
-{
-	bool killing = c->killing_tgid && c->killing_tgid == e->victim.tgid &&
-		       c->killing_start_boottime_ns == e->victim.start_boottime_ns;
-	__u32 stage = c->stage;
-	/* Copied, or CO-RE would take struct cause for one of the kernel's. */
-	struct oom_control *oc = c->oc;
-	struct task_struct *chosen;
-
-	c->saw_kill = killing;
-	/* What does not explain this mark explains no other. */
-	c->stage = CAUSE_NONE;
-	c->killing_tgid = 0;
-	if (stage == CAUSE_NONE || c->thread != bpf_get_current_pid_tgid() || !victim ||
-	    (__u64)oc <= launder(ctx) || BPF_CORE_READ(oc, zonelist) != c->zonelist ||
-	    BPF_CORE_READ(oc, memcg) != c->memcg || BPF_CORE_READ(oc, gfp_mask) != c->gfp_mask ||
-	    BPF_CORE_READ(oc, order) != c->order)
-		return false;
-	chosen = BPF_CORE_READ(oc, chosen);
-	/* oom_kill_process() marks a thread of the chosen one first, then the members of its group. */
-	if (BPF_CORE_READ(chosen, signal) != BPF_CORE_READ(victim, signal)) {
-		if (stage != CAUSE_SPENT || chosen != c->chosen)
-			return false;
-		if (has(frames, OOM_FRAME_OOM) ? !has(frames, OOM_FRAME_GROUP) : !killing)
-			return false;
-		*member = true;
-	}
-	c->chosen = chosen;
-	c->stage = CAUSE_SPENT;
-	e->scope = scope_of(c, BPF_CORE_READ(oc, constraint));
-	e->outcome = outcome_of(killing, frames);
-	e->alloc.gfp_mask = c->gfp_mask;
-	e->alloc.order = c->order;
-	e->alloc.total_pages = BPF_CORE_READ(oc, totalpages);
-	e->flags |= OOM_F_ALLOC;
-	return true;
-}
-
 /* read_stack takes scope and outcome from the functions on the stack, and returns whether it could. */
 static __always_inline bool read_stack(struct oom_event *e, __u32 frames)
 {
@@ -610,6 +587,68 @@ static __always_inline bool read_stack(struct oom_event *e, __u32 frames)
 		e->scope = OOM_SCOPE_GLOBAL;
 	e->outcome = outcome_of(false, frames);
 	return true;
+}
+
+/*
+ * read_context takes scope, outcome and allocation from the hooks, if what they saw explains this mark,
+ * else from the stack. It returns whether the mark follows another in the same group. ctx lies on the
+ * stack.
+ *
+ * The stack is not read for a kill that the hooks explain alone: __oom_kill_process() was entered for
+ * the one that is chosen, and nobody was marked for this call before. All others need it, to tell a
+ * member of a group, a task that is exiting, and the kill whose hook was missed.
+ */
+static __always_inline bool read_context(void *ctx, struct scratch *s, struct cause *c,
+					 struct task_struct *victim, struct oom_stats *stats)
+{
+	struct oom_event *e = &s->event;
+	bool killing = c->killing_tgid && c->killing_tgid == e->victim.tgid &&
+		       c->killing_start_boottime_ns == e->victim.start_boottime_ns;
+	__u32 stage = c->stage;
+	/* Copied, or CO-RE would take struct cause for one of the kernel's. */
+	struct oom_control *oc = c->oc;
+	struct task_struct *chosen = NULL;
+	bool same_call, first, member;
+	__u32 frames = 0;
+
+	c->saw_kill = killing;
+	/* What does not explain this mark explains no other. */
+	c->stage = CAUSE_NONE;
+	c->killing_tgid = 0;
+	if (oom_tier == OOM_TIER_NONE)
+		return false;
+	same_call = oom_tier >= OOM_TIER_KPROBE && stage != CAUSE_NONE &&
+		    c->thread == bpf_get_current_pid_tgid() && victim && (__u64)oc > launder(ctx) &&
+		    BPF_CORE_READ(oc, zonelist) == c->zonelist &&
+		    BPF_CORE_READ(oc, memcg) == c->memcg &&
+		    BPF_CORE_READ(oc, gfp_mask) == c->gfp_mask && BPF_CORE_READ(oc, order) == c->order;
+	if (same_call)
+		chosen = BPF_CORE_READ(oc, chosen);
+	/* oom_kill_process() marks a thread of the chosen one first, then the members of its group. */
+	first = same_call && BPF_CORE_READ(chosen, signal) == BPF_CORE_READ(victim, signal);
+	if (!first || !killing || stage != CAUSE_SEEN) {
+		frames = stack_frames(ctx, s);
+		stats->unwound++;
+	}
+	member = has(frames, OOM_FRAME_GROUP);
+	if (same_call && !first && stage == CAUSE_SPENT && chosen == c->chosen &&
+	    (has(frames, OOM_FRAME_OOM) ? has(frames, OOM_FRAME_GROUP) : killing))
+		member = true;
+	else if (!first) {
+		if (read_stack(e, frames))
+			e->tier = OOM_TIER_STACK;
+		return member;
+	}
+	e->tier = oom_tier;
+	c->chosen = chosen;
+	c->stage = CAUSE_SPENT;
+	e->scope = scope_of(c, BPF_CORE_READ(oc, constraint));
+	e->outcome = outcome_of(killing, frames);
+	e->alloc.gfp_mask = c->gfp_mask;
+	e->alloc.order = c->order;
+	e->alloc.total_pages = BPF_CORE_READ(oc, totalpages);
+	e->flags |= OOM_F_ALLOC;
+	return member;
 }
 
 static __always_inline void read_limit(struct oom_event *e, struct mem_cgroup *owner)
@@ -723,12 +762,23 @@ static __always_inline void put_journal(struct oom_event *e, struct oom_state *s
 	*(volatile __u64 *)&st->head = e->seq;
 }
 
-/* notify wakes the reader with the seq of the record. A notification that is refused costs time, no
- * record. */
+/*
+ * notify wakes the reader with the seq of the record, if it waits. A reader that is awake looks at head
+ * before it waits again. A notification that is refused costs time, no record.
+ *
+ * The reader sets waiting and then reads head, the program writes head and then reads waiting. A CPU
+ * may do the last two the other way round, so the reader looks once more when a moment has passed (see
+ * visibleTime).
+ */
 static __always_inline void notify(void *ctx, __u64 seq, struct oom_stats *stats)
 {
+	__u32 zero = 0, *waiting = bpf_map_lookup_elem(&oom_waiting, &zero);
 	long refused;
 
+	if (!waiting || !*(volatile __u32 *)waiting)
+		return;
+	/* First, or it could undo what the reader sets when it waits again. */
+	*(volatile __u32 *)waiting = 0;
 	switch (oom_notify) {
 	case OOM_NOTIFY_PERF:
 		refused = bpf_perf_event_output(ctx, &oom_perf, BPF_F_CURRENT_CPU, &seq, sizeof(seq));
@@ -739,10 +789,12 @@ static __always_inline void notify(void *ctx, __u64 seq, struct oom_stats *stats
 	default:
 		return;
 	}
-	if (refused)
+	if (refused) {
+		*(volatile __u32 *)waiting = 1;
 		stats->refused++;
-	else
+	} else {
 		stats->sent++;
+	}
 }
 
 SEC("tp_btf/mark_victim")
@@ -757,7 +809,7 @@ int oom_mark_victim(__u64 *ctx)
 	struct oom_stats *stats;
 	struct oom_event *e;
 	struct scratch *s;
-	__u32 zero = 0, frames = 0;
+	__u32 zero = 0;
 	__u64 size;
 
 	s = bpf_map_lookup_elem(&oom_scratch, &zero);
@@ -812,14 +864,7 @@ int oom_mark_victim(__u64 *ctx)
 		c->killing_again = 0;
 	}
 
-	c->saw_kill = false;
-	if (oom_tier != OOM_TIER_NONE)
-		frames = stack_frames(ctx, s);
-	member = has(frames, OOM_FRAME_GROUP);
-	if (oom_tier >= OOM_TIER_KPROBE && read_hooks(ctx, e, c, victim, frames, &member))
-		e->tier = oom_tier;
-	else if (read_stack(e, frames))
-		e->tier = OOM_TIER_STACK;
+	member = read_context(ctx, s, c, victim, stats);
 
 	trigger_memcg = memcg_of(current);
 	if (trigger_memcg) {

@@ -42,7 +42,7 @@ enum oom_tier {
 	OOM_TIER_FENTRY = 3,
 };
 
-/* How the reader learns of a record: by a sample of eight bytes, the record's seq. */
+/* How a reader that waits learns of a record: by a sample of eight bytes, the record's seq. */
 enum oom_notify {
 	OOM_NOTIFY_POLL = 0, /* not at all: it looks at oom_state.head */
 	OOM_NOTIFY_PERF = 1,
@@ -197,11 +197,12 @@ _Static_assert(sizeof(struct oom_segment) == 32 * 1024, "oom_segment");
  */
 struct oom_stats {
 	__u64 seen;    /* marks */
-	__u64 sent;    /* notifications */
+	__u64 sent;    /* notifications: only a reader that waits gets one */
 	__u64 refused; /* notifications: the buffer was full, or had no reader on that CPU */
+	__u64 unwound; /* marks that were explained with the help of the kernel stack */
 };
 
-_Static_assert(sizeof(struct oom_stats) == 24, "oom_stats");
+_Static_assert(sizeof(struct oom_stats) == 32, "oom_stats");
 
 /*
  * What lives on when programs and their readers change, as long as it is pinned: one per node. The

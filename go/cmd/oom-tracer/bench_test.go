@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -191,35 +190,6 @@ func benchPipeline(t *testing.T, f *figures, storm func() time.Duration) {
 	f.KillsPerSecond = benchKills / took.Seconds()
 	f.SampleBytes = float64(sampleBytes) / float64(samples)
 	f.Handed, f.Acked = quantilesOf(handed), quantilesOf(acked)
-}
-
-// bpfPerRun is the kernel's own mean time of a run of the youngest program of that name, in ns.
-func bpfPerRun(t *testing.T, name string) float64 {
-	var mean float64
-	for id := ebpf.ProgramID(0); ; {
-		next, err := ebpf.ProgramGetNextID(id)
-		if errors.Is(err, os.ErrNotExist) {
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		id = next
-		p, err := ebpf.NewProgramFromID(id)
-		if err != nil {
-			continue // gone meanwhile
-		}
-		if info, err := p.Info(); err == nil && info.Name == name {
-			if s, err := p.Stats(); err == nil && s.RunCount > 0 {
-				mean = float64(s.Runtime) / float64(s.RunCount)
-			}
-		}
-		p.Close()
-	}
-	if mean == 0 {
-		t.Fatalf("no program %s has run", name)
-	}
-	return mean
 }
 
 // benchProcess runs the real binary, idle and under storm.

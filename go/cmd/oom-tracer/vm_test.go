@@ -44,6 +44,7 @@ const tooMuch = 4096
 type observer struct {
 	tier    loader.Tier
 	task    bool // the tracepoint hands over the task
+	stats   func() (loader.Stats, error)
 	mu      sync.Mutex
 	events  []event.Event
 	console *kmsg.Reader
@@ -62,7 +63,7 @@ func observe(t *testing.T, tier loader.Tier) (*observer, error) {
 		t.Fatal(err)
 	}
 	c := wire.Converter{Node: self, CgroupRoot: "/", PageSize: uint64(os.Getpagesize()), GFPFlags: loader.GFPFlags(), Now: now}
-	o := &observer{tier: tier, task: l.Prototype() == loader.PrototypeTask}
+	o := &observer{tier: tier, task: l.Prototype() == loader.PrototypeTask, stats: l.Stats}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() {
@@ -954,6 +955,44 @@ func TestVMMissedHook(t *testing.T) {
 			if less > 0 {
 				t.Error("a single missed hook costs the context")
 			}
+		})
+	}
+}
+
+// TestVMHooksAlone: the kernel stack is read only for marks that the hooks do not explain. What the program costs is
+// printed.
+func TestVMHooksAlone(t *testing.T) {
+	counting, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer counting.Close()
+	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe, loader.TierStack} {
+		t.Run(string(tier), func(t *testing.T) {
+			o, err := observe(t, tier)
+			if err != nil {
+				fmt.Printf("TABLE\t%s\thooks-alone\tn/a\t%v\n", tier, err)
+				return
+			}
+			o.begin(t)
+			const kills = 100
+			hogProcess(t, scratchtest.New(t, 8*mib), 0, fmt.Sprint(kills), "32")
+			events, _ := o.take(t, kills, 0)
+			stats, err := o.stats()
+			want := uint64(kills)
+			if tier != loader.TierStack {
+				want = 0
+				for _, e := range events {
+					if e.Outcome != event.OutcomeKilled {
+						want++
+					}
+				}
+			}
+			if err != nil || len(events) != kills || stats.Seen != kills || stats.Unwound != want {
+				t.Errorf("%d events, %+v: %v", len(events), stats, err)
+			}
+			fmt.Printf("BENCH %s: %.0f ns a kill, %+v\n", tier, bpfPerRun(t, "oom_mark_victim"), stats)
+			o.stop()
 		})
 	}
 }

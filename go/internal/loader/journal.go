@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math"
+	"runtime"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -177,6 +178,15 @@ func (j *journal) close() { _ = unix.Munmap(j.memory) }
 // in its slot for everybody after this time (see put_journal() in src/oom.bpf.c).
 const visibleTime = 10 * time.Millisecond
 
+// visible returns up to where the records are visible for certain, where the last one is head. x86 shows what a CPU
+// has written in its order, so head comes last.
+func visible(head uint64) uint64 {
+	if runtime.GOARCH == "amd64" {
+		return head
+	}
+	return 0
+}
+
 // reader reads the journal in the order of seq.
 type reader struct {
 	next uint64        // what is to be handed over next
@@ -240,7 +250,7 @@ func (r *reader) advance(until uint64, lost bool, now time.Time) (records int) {
 			return records
 		}
 		if !taken {
-			r.wait, r.due = true, now.Add(idleTime)
+			r.wait, r.due = true, now.Add(retryTime)
 			return records
 		}
 		r.next = last + 1

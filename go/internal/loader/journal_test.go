@@ -190,15 +190,15 @@ func TestReader(t *testing.T) {
 	f.put(11, 11)
 	f.put(15, 30)
 	f.notified(11, 30, f.now)
-	f.expect(t, idleTime)
+	f.expect(t, retryTime)
 	f.refuse = false
 	f.notified(30, 30, f.now)
-	f.expect(t, idleTime)
+	f.expect(t, retryTime)
 	f.look(30, f.now)
 	f.expect(t, visibleTime)
 	f.refuse = true
 	f.look(30, f.now)
-	f.expect(t, idleTime)
+	f.expect(t, retryTime)
 	f.refuse = false
 	if n := f.look(30, f.now); n != 0 {
 		t.Errorf("%d count as not notified, after a refusal", n)

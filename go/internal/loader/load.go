@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/aquasecurity/libbpfgo"
 	"github.com/cilium/ebpf"
@@ -253,6 +254,7 @@ func (o *opening) load(tier int, functions []string) (_ *Loader, err error) {
 		tier:       t.tier,
 		prototype:  o.prototype,
 		notifier:   o.notifier,
+		idleTime:   idleTime,
 		stuckTime:  stuckTime,
 		opened:     time.Now(),
 		pins:       g.pins,
@@ -392,6 +394,13 @@ func (l *Loader) mapMemory(opts Options) error {
 	if l.stateMemory, l.state, err = mapState(m.FileDescriptor()); err != nil {
 		return err
 	}
+	if m, err = l.module.GetMap(waitingMap); err != nil {
+		return fmt.Errorf("find map %s: %w", waitingMap, err)
+	}
+	if l.waiting, err = mapArray(m.FileDescriptor(), 4); err != nil {
+		return fmt.Errorf("%s: %w", waitingMap, err)
+	}
+	l.notifier.waiting = (*uint32)(unsafe.Pointer(&l.waiting[0]))
 	if l.fresh {
 		var boot unix.Timespec
 		if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot); err != nil {

@@ -31,6 +31,7 @@ const (
 	programName = "oom_mark_victim"
 	statsMap    = "oom_stats"
 	stateMap    = "oom_state"
+	waitingMap  = "oom_waiting"
 	journalMap  = "oom_journal"
 )
 
@@ -64,8 +65,9 @@ type Options struct {
 // Stats are the kernel program's own counts since it was loaded, summed over the CPUs.
 type Stats struct {
 	Seen    uint64 `abi:"seen"`    // marks
-	Sent    uint64 `abi:"sent"`    // notifications
+	Sent    uint64 `abi:"sent"`    // notifications: only a reader that waits gets one
 	Refused uint64 `abi:"refused"` // notifications: the buffer was full, or had no reader on that CPU
+	Unwound uint64 `abi:"unwound"` // marks that were explained with the help of the kernel stack
 }
 
 // Handler takes over what Run reads, one call at a time and in the order of seq. It must not block. A
@@ -98,6 +100,7 @@ type Loader struct {
 	next      atomic.Uint64 // the seq that Run hands over next
 	turn      atomic.Int64  // when Run last came around, since opened
 	opened    time.Time
+	idleTime  time.Duration
 	stuckTime time.Duration
 	closeOnce sync.Once
 
@@ -105,6 +108,7 @@ type Loader struct {
 	module      *libbpfgo.Module
 	state       *state // nil after Close
 	stateMemory []byte
+	waiting     []byte     // oom_waiting
 	older       []*journal // of earlier generations, as long as they have what is not settled
 	acks        acks
 	final       Stats  // after Close
@@ -227,9 +231,11 @@ const (
 	// pollTime is how often the journal is looked at where nothing notifies: a word of memory, without a system
 	// call.
 	pollTime = 200 * time.Millisecond
-	// idleTime is the same where records are notified, for what no notification named. It is also how long Run waits
-	// for Resume after the handler has refused a record.
-	idleTime = time.Second
+	// idleTime is the same where records are notified: no notification names a record of a CPU that came online after
+	// the perf buffer was made.
+	idleTime = 10 * time.Second
+	// retryTime is how long Run waits for Resume after the handler has refused a record.
+	retryTime = time.Second
 	// drainTime bounds how long Run waits, when it is told to end, for what is still to be read.
 	drainTime = 2 * time.Second
 	// stuckTime is how long Run may hang while records wait.
@@ -240,13 +246,23 @@ const (
 // detaches the program, unless it is pinned, reads what is left and returns.
 func (l *Loader) Run(ctx context.Context, h Handler) error {
 	r := reader{
-		next: l.Counts().Acked + 1, due: time.Now(), idle: idleTime,
+		next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
 		stored: l.stored,
-		record: h.Record,
+		// refused is set before: Resume may be called while the handler refuses.
+		record: func(seq uint64, record []byte) bool {
+			l.refused.Store(true)
+			taken := h.Record(seq, record)
+			if taken {
+				l.refused.Store(false)
+			}
+			return taken
+		},
 		lost: func(first, last uint64) bool {
+			l.refused.Store(true)
 			if !h.Lost(first, last) {
 				return false
 			}
+			l.refused.Store(false)
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			atomic.AddUint64(&l.state.Lost, last-first+1)
@@ -257,12 +273,14 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		r.idle = pollTime
 	}
 	around := func() {
-		l.refused.Store(r.wait)
 		l.next.Store(r.next)
 		l.turn.Store(int64(time.Since(l.opened)))
 	}
+	var known uint64 // head when it was last looked at
+	unread := func() bool { return l.Counts().Head > known }
 	look := func() {
-		if n := r.look(l.Counts().Head, time.Now()); n > 0 {
+		known = l.Counts().Head
+		if n := r.look(known, time.Now()); n > 0 {
 			l.caughtUp.Add(uint64(n))
 			if !l.notifier.polls() {
 				l.log.Info("read records without a notification", "records", n, "seq", r.next-1)
@@ -275,14 +293,17 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 	defer l.running.Store(false)
 	defer context.AfterFunc(ctx, l.notifier.interrupt)()
 	for ctx.Err() == nil {
-		seq, err := l.notifier.wait(ctx, r.due)
+		seq, err := l.notifier.wait(ctx, r.due, unread)
 		switch {
 		case err != nil:
 			l.log.Error("kills are not notified any more, the journal is polled", "error", err)
 			r.idle = pollTime
 		case seq > 0:
 			l.received.Add(1)
-			r.notified(seq, l.Counts().Head, time.Now())
+			fallthrough
+		case unread():
+			known = l.Counts().Head
+			r.notified(max(seq, visible(known)), known, time.Now())
 			around()
 		}
 		resumed := r.wait && !l.refused.Load()
@@ -343,6 +364,7 @@ func (l *Loader) stats() (Stats, error) {
 		sum.Seen += cpu.Seen
 		sum.Sent += cpu.Sent
 		sum.Refused += cpu.Refused
+		sum.Unwound += cpu.Unwound
 		values = values[size:]
 	}
 	return sum, nil
@@ -399,8 +421,10 @@ func (l *Loader) unmap() {
 			j.close()
 		}
 	}
-	if l.state != nil {
-		_ = unix.Munmap(l.stateMemory)
-		l.state = nil
+	for _, memory := range [][]byte{l.stateMemory, l.waiting} {
+		if memory != nil {
+			_ = unix.Munmap(memory)
+		}
 	}
+	l.state, l.stateMemory, l.waiting = nil, nil, nil
 }

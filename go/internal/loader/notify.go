@@ -83,6 +83,9 @@ type notifier struct {
 	failed atomic.Bool   // there will be no more of them
 	timer  chan struct{} // interrupts wait where it is only a timer
 
+	// waiting is the program's oom_waiting: it notifies the next record while this is not 0, and then makes it 0.
+	waiting *uint32
+
 	perfSample perf.Record
 	ringSample ringbuf.Record
 }
@@ -151,9 +154,19 @@ func newMap(kind libbpfgo.MapType, name string, size, entries int) (*ebpf.Map, e
 	return ebpf.NewMapFromFD(m.FileDescriptor()) // takes it
 }
 
-// wait returns the seq that a notification names, or 0 where none came until the deadline, which must be one, or the
-// end of ctx. After an error it is only a timer.
-func (n *notifier) wait(ctx context.Context, deadline time.Time) (seq uint64, err error) {
+// wait asks for a notification of the next record, and returns the seq that it names. It returns 0 where unread then
+// reports that a record came before, at the deadline, which may come early, and at the end of ctx. After an error it is
+// only a timer.
+func (n *notifier) wait(ctx context.Context, deadline time.Time, unread func() bool) (seq uint64, err error) {
+	if !n.polls() {
+		// The program may have written head and seen nobody wait, and its head may not be visible yet.
+		if soon := time.Now().Add(visibleTime); atomic.SwapUint32(n.waiting, 1) == 0 && soon.Before(deadline) {
+			deadline = soon
+		}
+		if unread() {
+			return 0, nil
+		}
+	}
 	var sample []byte
 	switch {
 	case n.perf != nil && !n.failed.Load():
