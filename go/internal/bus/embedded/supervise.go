@@ -67,7 +67,9 @@ func (s *Server) Supervise(ctx context.Context, client Client) {
 		err := s.check()
 		broken := err != nil
 		if !broken && !started {
-			err = client.Started(ctx)
+			bounded, cancel := context.WithTimeout(ctx, patience)
+			err = client.Started(bounded)
+			cancel()
 			started = err == nil
 		}
 		if err == nil {
