@@ -137,6 +137,9 @@ func privateTracer(ctx context.Context, cfg *config.Config, node string, log *sl
 	if err != nil {
 		return nil, err
 	}
+	if err := t.server.Ready(); err != nil {
+		return nil, errors.Join(err, t.close(time.Now().Add(stopTime)))
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {

@@ -37,6 +37,7 @@ type tracer struct {
 	loader     *loader.Loader
 	converter  wire.Converter
 	server     *embedded.Server // nil with an external NATS
+	stream     config.Stream    // of the embedded one
 	conn       *bus.Conn
 	publisher  *bus.Publisher
 	metrics    *metrics
@@ -99,8 +100,8 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 			return nil, err
 		}
 	}
-	// An external NATS may come later than this agent; its own streams are its owner's.
-	natsOptions := bus.Options{Name: natsName(node), Background: t.server == nil}
+	// An external NATS, or the disk of the embedded one, may come later than this agent.
+	natsOptions := bus.Options{Name: natsName(node), Background: true}
 	if t.server != nil { // whoever fills its port keeps this process from nothing
 		natsOptions.InProcess = t.server
 	}
@@ -108,8 +109,13 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if err != nil {
 		return nil, err
 	}
-	if t.server != nil {
-		if err := bus.EnsureStreams(ctx, t.conn, cfg.NATS.Stream); err != nil {
+	t.stream = cfg.NATS.Stream
+	if t.server != nil && t.server.Ready() == nil {
+		err := t.ensureStreams(ctx)
+		if embedded.DiskTrouble(err) || t.server.Ready() != nil {
+			log.Warn("cannot make the streams, will retry: kills wait in the journal", "error", err)
+			t.server.Suspect()
+		} else if err != nil {
 			return nil, err
 		}
 	}
@@ -127,7 +133,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	registry := obs.NewRegistry("oom-tracer")
 	registry.MustRegister(t.metrics, obs.NewOOMKillCollector(string(t.vmstat)))
 	t.http, err = obs.Listen(cfg.Metrics.Listen, registry, obs.Checks{
-		Health: map[string]obs.Check{"reader": t.loader.Alive, "jetstream": t.storeHealthy},
+		Health: map[string]obs.Check{"reader": t.loader.Alive, "jetstream": t.natsHealthy},
 		Ready: map[string]obs.Check{
 			"reader": t.loader.Alive,
 			"nats":   t.natsReady,
@@ -158,21 +164,29 @@ func (t *tracer) serverName(cfg config.Config) string {
 	return cfg.NATS.URL
 }
 
-// storeHealthy fails when the embedded server has given up its store (a full or broken disk), which only a
-// restart cures.
-func (t *tracer) storeHealthy(context.Context) error {
+// ensureStreams makes the streams of the embedded server.
+func (t *tracer) ensureStreams(ctx context.Context) error {
+	return bus.EnsureStreams(ctx, t.conn, t.stream)
+}
+
+// natsHealthy fails when only a restart of this process may cure the embedded server.
+func (t *tracer) natsHealthy(context.Context) error {
 	if t.server == nil {
 		return nil
 	}
 	return t.server.Healthy()
 }
 
-// natsReady fails while events cannot be stored.
-func (t *tracer) natsReady(ctx context.Context) error {
-	if !t.conn.Connected() {
-		return bus.ErrDisconnected
+// natsReady fails while events cannot be stored. That passes by itself.
+func (t *tracer) natsReady(context.Context) error {
+	var err error
+	if t.server != nil {
+		err = t.server.Ready()
 	}
-	return errors.Join(t.storeHealthy(ctx), t.publisher.Failing())
+	if !t.conn.Connected() {
+		return errors.Join(err, bus.ErrDisconnected)
+	}
+	return errors.Join(err, t.publisher.Failing())
 }
 
 // run works until ctx ends or a part fails, then goes down along the flow.
@@ -199,6 +213,13 @@ func (t *tracer) run(ctx context.Context) error {
 		served <- err
 	}()
 
+	supervised := make(chan struct{})
+	go func() {
+		defer close(supervised)
+		if t.server != nil {
+			t.server.Supervise(ctx, embedded.Client{Started: t.ensureStreams, Failing: t.publisher.Failing})
+		}
+	}()
 	looked := make(chan struct{})
 	go func() {
 		defer close(looked)
@@ -228,6 +249,7 @@ func (t *tracer) run(ctx context.Context) error {
 	deadline := (<-stopped).Add(stopTime)
 	bounded, done := context.WithDeadline(downstream, deadline)
 	defer done()
+	wait(bounded, supervised)
 	wait(bounded, looked)
 	wait(bounded, kept)
 	wait(bounded, reported)
@@ -357,7 +379,12 @@ func (t *tracer) hooks() bus.Hooks {
 				t.loader.Resume()
 			}
 		},
-		OnRetry: func(bus.Msg, error) { t.metrics.events.WithLabelValues("error", "publish").Inc() },
+		OnRetry: func(bus.Msg, error) {
+			t.metrics.events.WithLabelValues("error", "publish").Inc()
+			if t.server != nil {
+				t.server.Suspect()
+			}
+		},
 		OnDrop: func(m bus.Msg, _ error) *bus.Msg {
 			t.metrics.events.WithLabelValues("error", "dropped").Inc()
 			tag := m.Tag.(settles)

@@ -237,7 +237,8 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 			server = "nats://" + addr
 		}
 		password := func() (string, error) { return ReadEmbeddedPassword(cfg.Embedded.Dir) }
-		if _, err := password(); err != nil {
+		// With a server of its own there is one when that is up.
+		if _, err := password(); err != nil && o.InProcess == nil {
 			return nil, nil, fmt.Errorf("%w (is oom-tracer running on this node, with its embedded server?)", err)
 		}
 		return []string{server}, append(options, c.userInfo(EmbeddedUser, password)), nil

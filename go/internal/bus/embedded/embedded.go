@@ -41,19 +41,35 @@ const (
 	maxPending  = 16 << 20 // of what a client does not read
 )
 
-// Server is a running server.
+// Server is the server, and what keeps it working: see Supervise.
 type Server struct {
-	srv      *server.Server
+	cfg      config.Embedded
+	log      *slog.Logger
 	listener *netlimit.Listener
-	shutdown func() // stops srv and the listener; once
-	release  func() // gives the directory up; once
+	suspect  chan struct{} // holds a token while something may be wrong
+
+	life   sync.Mutex // held by Shutdown and restart
+	closed bool       // by Shutdown; guarded by life
+
+	mu         sync.Mutex
+	instance   *instance // nil while the server is down
+	trouble    error     // why nothing is stored, as Supervise found it
+	restarting time.Time // since when; zero: it is not
+	hopeless   bool      // restarts do not help, and it is not the disk
+}
+
+// instance is one nats-server on the directory, from its start to its shutdown.
+type instance struct {
+	*server.Server
+	release func() // gives the directory up
 }
 
 // Start starts the server and returns when it takes connections, which it does after JetStream has
 // read its store. Connect to it with bus.Connect and the same configuration; from within the process with
 // bus.Options.InProcess too.
 //
-// It fails when cfg.Listen is not a loopback address or is taken, and when cfg.Dir is in use by another
+// A disk that is full, read-only or broken is no error: the server is then down, and Supervise starts it later.
+// Start fails when cfg.Listen is not a loopback address or is taken, and when cfg.Dir is in use by another
 // process or is not safe from other users.
 func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 	defer func() {
@@ -65,52 +81,61 @@ func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := openDir(cfg.Dir)
-	if err != nil {
-		return nil, fmt.Errorf("nats.embedded.dir: %w", err)
-	}
-	lock, err := lockDir(dir)
-	if err != nil {
-		dir.Close()
-		return nil, fmt.Errorf("nats.embedded.dir: %w", err)
-	}
-	s := &Server{}
-	pickedPort := listen.Port() == 0 // then a file says which
-	s.release = sync.OnceFunc(func() {
-		if pickedPort {
-			_ = dir.Remove(bus.AddressName)
-		}
-		lock.Close()
-		dir.Close()
-	})
-	s.shutdown = sync.OnceFunc(func() {
-		if s.listener != nil {
-			s.listener.Close()
-		}
-		if s.srv != nil {
-			s.srv.Shutdown()
-		}
-	})
-	defer func() {
-		if err != nil {
-			s.shutdown()
-			s.release()
-		}
-	}()
-	password, err := ensurePassword(dir, log)
-	if err != nil {
-		return nil, err
-	}
 	listener, err := net.Listen("tcp", listen.String())
 	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("address %s is in use: is another oom-tracer running? (%w)", listen, err)
 	} else if err != nil {
 		return nil, err
 	}
-	s.listener = netlimit.New(listener, maxConns, loginGrace)
+	s := &Server{
+		cfg: cfg, log: log, suspect: make(chan struct{}, 1),
+		listener: netlimit.New(listener, maxConns, loginGrace),
+	}
+	if err := s.start(); DiskTrouble(err) {
+		log.Warn("embedded nats-server cannot use its disk, will retry: kills wait in the journal", "dir", cfg.Dir, "error", err)
+		s.trouble = err
+		s.Suspect()
+	} else if err != nil {
+		s.listener.Close()
+		return nil, err
+	}
+	go s.serve()
+	return s, nil
+}
 
-	bridge := newLogger(log)
-	s.srv, err = server.NewServer(&server.Options{
+// start starts an instance.
+func (s *Server) start() (err error) {
+	dir, err := openDir(s.cfg.Dir)
+	if err != nil {
+		return fmt.Errorf("nats.embedded.dir: %w", err)
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		dir.Close()
+		return fmt.Errorf("nats.embedded.dir: %w", err)
+	}
+	_, port, _ := net.SplitHostPort(s.cfg.Listen)
+	pickedPort := port == "0" // then a file says which
+	i := &instance{release: func() {
+		if pickedPort {
+			_ = dir.Remove(bus.AddressName)
+		}
+		lock.Close()
+		dir.Close()
+	}}
+	defer func() {
+		if err != nil {
+			if i.Server != nil {
+				i.Shutdown()
+			}
+			i.release()
+		}
+	}()
+	password, err := ensurePassword(dir, s.log)
+	if err != nil {
+		return err
+	}
+	i.Server, err = server.NewServer(&server.Options{
 		ServerName: "oom-tracer",
 		// The port is ours, and so is the bound of its connections: nats-server's own would count this process's
 		// connection too, and whoever fills the port would keep it out.
@@ -121,8 +146,8 @@ func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 		MaxPayload:                 maxPayload,
 		MaxPending:                 maxPending,
 		JetStream:                  true,
-		StoreDir:                   cfg.Dir,
-		SyncAlways:                 cfg.SyncAlways,
+		StoreDir:                   s.cfg.Dir,
+		SyncAlways:                 s.cfg.SyncAlways,
 		// The stream's own max_bytes is the bound. The default, three quarters of what the disk has free at
 		// this moment, would refuse to bring back a stream that has filled the disk.
 		JetStreamMaxStore: 1 << 50,
@@ -133,25 +158,35 @@ func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 		NoLog:                  true, // no logger of its own
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	s.srv.SetLoggerV2(bridge, false, false, false)
+	bridge := newLogger(s.log, s.Suspect)
+	i.SetLoggerV2(bridge, false, false, false)
 	// Start returns when the server runs, or when something made it give up, which it only logs.
-	s.srv.Start()
+	i.Start()
 	if failure := bridge.started(); failure != "" {
-		return nil, fmt.Errorf("%s (nats.embedded.dir is %s)", failure, cfg.Dir)
+		return fmt.Errorf("%s (nats.embedded.dir is %s)", failure, s.cfg.Dir)
 	}
-	if !s.srv.ReadyForConnections(10 * time.Second) {
-		return nil, errors.New("not ready after 10s")
+	if !i.ReadyForConnections(10 * time.Second) {
+		return errors.New("not ready after 10s")
 	}
 	if pickedPort {
 		if err := dir.WriteFile(bus.AddressName, []byte(s.listener.Addr().String()+"\n")); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	go s.serve()
-	log.Info("embedded nats-server is ready", "address", s.listener.Addr().String(), "dir", cfg.Dir, "sync_always", cfg.SyncAlways)
-	return s, nil
+	s.mu.Lock()
+	s.instance = i
+	s.mu.Unlock()
+	s.log.Info("embedded nats-server is ready", "address", s.listener.Addr().String(), "dir", s.cfg.Dir, "sync_always", s.cfg.SyncAlways)
+	return nil
+}
+
+// current is the running instance; nil while the server is down.
+func (s *Server) current() *instance {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.instance
 }
 
 // serve hands the port's connections to the server until the listener is closed.
@@ -172,7 +207,7 @@ func (s *Server) serve() {
 // forward connects a client with the server until one of them ends it.
 func (s *Server) forward(client *netlimit.Conn) {
 	defer client.Close()
-	inner, err := s.srv.InProcessConn()
+	inner, err := s.InProcessConn()
 	if err != nil {
 		return
 	}
@@ -198,37 +233,48 @@ func (s *Server) forward(client *netlimit.Conn) {
 }
 
 // InProcessConn is a connection that needs no port. It implements nats.InProcessConnProvider.
-func (s *Server) InProcessConn() (net.Conn, error) { return s.srv.InProcessConn() }
+func (s *Server) InProcessConn() (net.Conn, error) {
+	if i := s.current(); i != nil {
+		return i.InProcessConn()
+	}
+	return nil, errors.New("embedded nats-server is down")
+}
 
 // ClientURL is where it listens: nats://host:port.
 func (s *Server) ClientURL() string { return "nats://" + s.listener.Addr().String() }
-
-// Healthy fails when JetStream has switched itself off, as nats-server does, until it is restarted, when
-// its disk is full or broken.
-func (s *Server) Healthy() error {
-	if !s.srv.JetStreamEnabled() {
-		return errors.New("embedded nats-server: jetstream has switched itself off, see its errors in the log (disk full?); a restart brings it back")
-	}
-	return nil
-}
 
 // Shutdown stops the server, writes its state to disk and releases the directory. It fails when that
 // takes longer than ctx allows; the directory then stays locked until the process ends. It may be
 // called more than once.
 func (s *Server) Shutdown(ctx context.Context) error {
+	s.listener.Close()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		s.shutdown()
-		s.srv.WaitForShutdown()
+		s.life.Lock()
+		defer s.life.Unlock()
+		s.closed = true
+		s.stop()
 	}()
 	select {
 	case <-done:
+		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("shut down embedded nats-server: %w", context.Cause(ctx))
 	}
-	s.release()
-	return nil
+}
+
+// stop ends the instance, if there is one.
+func (s *Server) stop() {
+	s.mu.Lock()
+	i := s.instance
+	s.instance = nil
+	s.mu.Unlock()
+	if i != nil {
+		i.Server.Shutdown()
+		i.WaitForShutdown()
+		i.release()
+	}
 }
 
 // onlyUser lets in the one user. nats-server's own check would do the same, and warn at each start of a
@@ -311,14 +357,9 @@ func lockDir(dir *statedir.Dir) (*os.File, error) {
 		}
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
-	// The pid is for the message above alone.
-	err = f.Truncate(0)
-	if err == nil {
-		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	}
-	if err != nil {
-		f.Close()
-		return nil, err
+	// The pid is for the message above alone: a full disk may leave it out.
+	if err := f.Truncate(0); err == nil {
+		_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
 	return f, nil
 }

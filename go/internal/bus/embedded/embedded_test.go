@@ -167,12 +167,12 @@ func TestRestart(t *testing.T) {
 				if !ack.Duplicate {
 					t.Errorf("start %d has forgotten an ID", i)
 				}
-				check(t, s.Healthy())
+				check(t, s.Ready())
 				c.Close()
 				check(t, s.Shutdown(ctx))
 				check(t, s.Shutdown(ctx))
-				if s.Healthy() == nil {
-					t.Error("healthy after its end")
+				if s.Ready() == nil {
+					t.Error("ready after its end")
 				}
 				if _, err := os.Stat(bus.AddressFile(cfg.Dir)); !errors.Is(err, fs.ErrNotExist) {
 					t.Errorf("the address file is left: %v", err)

@@ -13,7 +13,8 @@ import (
 // logger hands nats-server's log to slog. The server's notices are of interest only when one looks for
 // something, so they go to debug.
 type logger struct {
-	log *slog.Logger
+	log     *slog.Logger
+	trouble func() // called for each warning and error
 	// Of what the server warns of, others on the machine choose how often: each wrong password is one.
 	limit *rate.Limiter
 
@@ -23,8 +24,8 @@ type logger struct {
 	fatal   string // the first fatal message of the start, which Start returns as its error
 }
 
-func newLogger(log *slog.Logger) *logger {
-	return &logger{log: log, limit: rate.NewLimiter(rate.Every(5*time.Second), 30)}
+func newLogger(log *slog.Logger, trouble func()) *logger {
+	return &logger{log: log, trouble: trouble, limit: rate.NewLimiter(rate.Every(5*time.Second), 30)}
 }
 
 const said = "nats-server says"
@@ -36,6 +37,7 @@ func (l *logger) Warnf(format string, v ...any)  { l.limited(slog.LevelWarn, for
 func (l *logger) Errorf(format string, v ...any) { l.limited(slog.LevelError, format, v) }
 
 func (l *logger) limited(level slog.Level, format string, v []any) {
+	l.trouble()
 	l.mu.Lock()
 	left := l.left
 	allowed := l.limit.Allow()

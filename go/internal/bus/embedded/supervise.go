@@ -1,0 +1,204 @@
+package embedded
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
+)
+
+// nats-server does not recover from a failed write. The stream then refuses every message, or JetStream switches itself
+// off, until the server is restarted. So the server is restarted in place once the disk takes writes again.
+
+const (
+	checkTime   = 5 * time.Second  // between two checks while something is wrong
+	restTime    = time.Second      // between two checks in any case: other users of the machine can cause warnings
+	patience    = 15 * time.Second // while publishing fails and the server itself finds nothing wrong
+	restartTime = 10 * time.Second // between two restarts; doubled after each one that did not help
+	maxRestart  = 2 * time.Minute
+	hungTime    = time.Minute // a restart that takes longer does not end
+	enough      = 4           // restarts in a row, after which another one in place will not help either
+
+	probeName = "probe"
+	probeSize = 1 << 20 // what the disk must take before a restart
+)
+
+// Client is the view of the program that publishes.
+type Client struct {
+	// Started is called after each restart of the server, until it succeeds.
+	Started func(context.Context) error
+	// Failing is why messages are not acknowledged; nil: they are.
+	Failing func() error
+}
+
+// Suspect has Supervise check the server soon. It does not block.
+func (s *Server) Suspect() {
+	select {
+	case s.suspect <- struct{}{}:
+	default:
+	}
+}
+
+// Supervise keeps the server working until ctx ends. It sleeps while nothing is suspected. Where the server is up already, the
+// caller has done the work of client.Started.
+func (s *Server) Supervise(ctx context.Context, client Client) {
+	started := s.current() != nil
+	var (
+		since    time.Time // of the trouble; zero: there is none
+		next     time.Time // of the next restart, at the earliest
+		restarts int       // in a row
+		said     string
+	)
+	for {
+		var again <-chan time.Time
+		if !since.IsZero() {
+			again = time.After(checkTime)
+		}
+		select {
+		case <-s.suspect:
+		case <-again:
+		case <-ctx.Done():
+			return
+		}
+		err := s.check()
+		broken := err != nil
+		if !broken && !started {
+			bounded, cancel := context.WithTimeout(ctx, patience)
+			err = client.Started(bounded)
+			cancel()
+			started = err == nil
+		}
+		if err == nil {
+			err = client.Failing()
+		}
+		now := time.Now()
+		switch {
+		case err == nil:
+			if said != "" {
+				s.log.Info("embedded nats-server stores again", "after", now.Sub(since).Round(time.Second))
+			}
+			since, next, restarts, said = time.Time{}, time.Time{}, 0, ""
+		case since.IsZero():
+			since = now
+		}
+		if err != nil && now.After(next) && (broken || now.Sub(since) > patience) {
+			if diskErr := s.probe(); diskErr != nil {
+				err = diskErr
+			} else {
+				s.log.Warn("embedded nats-server is restarted", "reason", err)
+				started = false
+				next = now.Add(min(restartTime<<restarts, maxRestart))
+				if restarts < enough {
+					restarts++
+				}
+				if err = s.restart(); err == nil {
+					s.Suspect() // for client.Started
+					err = errors.New("embedded nats-server was restarted a moment ago")
+				}
+			}
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		s.mu.Lock()
+		s.trouble, s.hopeless = err, restarts >= enough && !DiskTrouble(err)
+		s.mu.Unlock()
+		if err != nil && err.Error() != said {
+			said = err.Error()
+			s.log.Warn("embedded nats-server does not store, will retry: kills wait in the journal", "error", err)
+		}
+		select {
+		case <-time.After(restTime):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// check asks the server itself.
+func (s *Server) check() error {
+	i := s.current()
+	if i == nil {
+		return errors.New("embedded nats-server is down")
+	}
+	if status := i.Healthz(nil); status.Error != "" {
+		return fmt.Errorf("embedded nats-server: %s", status.Error)
+	}
+	return nil
+}
+
+// probe fails while the disk takes no writes.
+func (s *Server) probe() error {
+	dir, err := statedir.Make(s.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := dir.WriteFile(probeName, make([]byte, probeSize)); err != nil {
+		return err
+	}
+	return dir.Remove(probeName)
+}
+
+// restart ends the instance and starts another one on the same directory and port.
+func (s *Server) restart() error {
+	s.mu.Lock()
+	s.restarting = time.Now()
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.restarting = time.Time{}
+		s.mu.Unlock()
+	}()
+	s.life.Lock()
+	defer s.life.Unlock()
+	if s.closed {
+		return errors.New("embedded nats-server is shut down")
+	}
+	s.stop()
+	return s.start()
+}
+
+// Ready is why nothing is stored at the moment. It passes by itself, as soon as the disk works.
+func (s *Server) Ready() error {
+	s.mu.Lock()
+	trouble := s.trouble
+	s.mu.Unlock()
+	if trouble != nil {
+		return trouble
+	}
+	return s.check()
+}
+
+// Healthy is what only a restart of the process may cure: a restart in place that does not end, or several that did not
+// help although the disk works. A disk that is full or broken is not among it: a new process would find the same disk, and the kills would
+// not be watched meanwhile.
+func (s *Server) Healthy() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.restarting.IsZero() && time.Since(s.restarting) > hungTime {
+		return fmt.Errorf("embedded nats-server: a restart in place hangs since %s", s.restarting.UTC().Format(time.RFC3339))
+	}
+	if s.hopeless {
+		return fmt.Errorf("embedded nats-server: restarts in place do not help: %w", s.trouble)
+	}
+	return nil
+}
+
+// DiskTrouble tells whether an error comes from a disk that is full, read-only or broken. nats-server hands on the words alone.
+func DiskTrouble(err error) bool {
+	if err == nil {
+		return false
+	}
+	text := err.Error()
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {
+		if strings.Contains(text, errno.Error()) {
+			return true
+		}
+	}
+	return false
+}
