@@ -276,7 +276,7 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		l.next.Store(r.next)
 		l.turn.Store(int64(time.Since(l.opened)))
 	}
-	var known uint64 // head when it was last looked at
+	known := l.Counts().Head // when it was last looked at; what is there now is looked for
 	unread := func() bool { return l.Counts().Head > known }
 	look := func() {
 		known = l.Counts().Head
