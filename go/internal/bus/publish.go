@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -79,9 +80,8 @@ type Publisher struct {
 	wake    chan struct{} // holds a token when there is something new to see
 
 	mu         sync.Mutex
-	queue      []*Msg // from head on; settled ones leave it at the end of their round
-	head       int
-	pending    int // what is in the queue and not settled
+	queue      []*Msg // settled ones leave it at the end of their round
+	pending    int    // what is in the queue and not settled
 	closing    bool
 	failing    error
 	complained bool // about failing, in the log
@@ -265,37 +265,22 @@ func (p *Publisher) loop(ctx context.Context) error {
 func (p *Publisher) batch() (batch []*Msg, finished bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	waiting := p.queue[p.head:]
-	if len(waiting) == 0 {
+	if len(p.queue) == 0 {
 		return nil, p.closing
 	}
 	// A copy: forget writes to the queue, and Enqueue may move it.
-	return append([]*Msg(nil), waiting[:min(len(waiting), p.window)]...), false
+	return slices.Clone(p.queue[:min(len(p.queue), p.window)]), false
 }
 
 // forget takes the settled ones of the first messages out of the queue.
 func (p *Publisher) forget(settled []bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	// The others move up to the end of their range, in order.
-	keep := p.head + len(settled)
-	for i := len(settled) - 1; i >= 0; i-- {
-		if !settled[i] {
-			keep--
-			p.queue[keep] = p.queue[p.head+i]
-		}
-	}
-	clear(p.queue[p.head:keep])
-	p.head = keep
-	if p.head == len(p.queue) {
-		p.queue, p.head = p.queue[:0], 0
-		if cap(p.queue) > 4*Window {
-			p.queue = nil
-		}
-	} else if p.head > len(p.queue)/2 && p.head > Window {
-		p.queue = append([]*Msg(nil), p.queue[p.head:]...)
-		p.head = 0
-	}
+	i := -1
+	p.queue = slices.DeleteFunc(p.queue, func(*Msg) bool {
+		i++
+		return i < len(settled) && settled[i]
+	})
 }
 
 // round publishes a batch and waits for what becomes of each message. It returns whether any message left
