@@ -173,6 +173,12 @@ test: test-parts verify-goldens ## every test, with real OOM kills in cgroups th
 		gotestsum --format pkgname --jsonfile ../../build/test-descheduler.json -- -race -count=1 -p 1 -timeout 20m ./...
 	$(Q)tools/no-skips.sh build/test.json build/test-descheduler.json
 
+# Those that need no API server.
+.PHONY: quick
+quick: build build/hog build/nats-server ## unit tests and contained kills, without Kubernetes: the loop for a change (needs root)
+	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname -- -short -count=1 -p 1 -timeout 10m \
+		$$($(GO) list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}' ./go/... | grep -v '/internal/kubetest\|/internal/nodetest' | cut -d' ' -f1)
+
 .PHONY: test-descheduler
 test-descheduler: build/oom-descheduler build/descheduler build/kube ## our descheduler and the unmodified one alone (part of make test)
 	$(Q)cd go/descheduler && OOM_TEST_BUILD=$(CURDIR)/build $(GO) tool -modfile=../../tools/go.mod \
