@@ -39,7 +39,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	client, err := pods.NewClient(api, name+"/"+obs.Version().Version)
+	client, err := pods.NewClient(api, name+"/"+obs.Version().Version, cfg.Annotator.QPS, cfg.Annotator.Burst)
 	if err != nil {
 		return err
 	}

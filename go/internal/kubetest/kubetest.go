@@ -125,7 +125,7 @@ func StartWith(t testing.TB, opts Options) *Cluster {
 		"service-account-issuer":   "https://kubernetes.default.svc",
 		"service-account-key-file": saPub, "service-account-signing-key-file": saKey,
 		"service-cluster-ip-range": "10.0.0.0/24", "endpoint-reconciler-type": "none",
-		"allow-privileged": "true", "enable-priority-and-fairness": "false", "profiling": "false",
+		"allow-privileged": "true", "profiling": "false",
 		"audit-policy-file": auditPolicyFile, "audit-log-path": auditLog,
 	}
 	maps.Copy(args, opts.Args)
