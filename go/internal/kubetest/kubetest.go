@@ -179,6 +179,18 @@ func (c *Cluster) Start() {
 	c.waitReady()
 }
 
+// Freeze stops the API server as it is, with all connections open, until thaw is called.
+func (c *Cluster) Freeze() (thaw func()) {
+	c.t.Helper()
+	signal := func(s syscall.Signal) {
+		if err := c.api.cmd.Process.Signal(s); err != nil {
+			c.t.Error(err)
+		}
+	}
+	signal(syscall.SIGSTOP)
+	return func() { signal(syscall.SIGCONT) }
+}
+
 func (c *Cluster) waitReady() {
 	c.t.Helper()
 	client, err := rest.HTTPClientFor(c.Admin)
