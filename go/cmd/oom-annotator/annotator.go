@@ -39,7 +39,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	client, err := pods.NewClient(api, name+"/"+obs.Version().Version)
+	client, err := pods.NewClient(api, name+"/"+obs.Version().Version, cfg.Annotator.QPS, cfg.Annotator.Burst)
 	if err != nil {
 		return err
 	}
@@ -80,7 +80,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	})
 	a := &annotate.Annotator{
 		Policy: cfg.Policy, Terms: terms, Wait: cfg.Annotator.WaitForPod,
-		API: client, Finder: store, Stale: watcher.Failing, Metrics: metrics, Log: log, Now: time.Now,
+		API: client, Finder: store, Stale: watcher.Failing, Turns: annotate.NewTurns(cfg.Annotator.Workers), Metrics: metrics, Log: log, Now: time.Now,
 	}
 	if cfg.Annotator.Events {
 		w.events = events
@@ -159,7 +159,9 @@ func (w *works) work(ctx context.Context, cfg config.Config, a *annotate.Annotat
 	ledger := &budget.Ledger{Cell: conn.Cell(budget.Key), Limits: cfg.Policy.Budgets, Keep: cfg.Policy.MaxEventAge, Now: time.Now}
 	a.Outlet, a.Ledger, a.Last = publisher, ledger, conn.Last
 	consumer, err := bus.NewConsumer(conn, bus.ConsumeOptions{
-		Name: name, Subjects: []string{"oom.v1." + string(event.KindKill) + ".>"}, Workers: cfg.Annotator.Workers,
+		Name: name, Subjects: []string{"oom.v1." + string(event.KindKill) + ".>"},
+		// Of these that many are left for kills that need no API server, whatever the others wait for.
+		Workers: (annotate.Waiting + 2) * cfg.Annotator.Workers,
 	})
 	if err != nil {
 		return err

@@ -3,9 +3,11 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -15,6 +17,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -58,10 +62,22 @@ func figure(t *testing.T, name string, value any) {
 	}
 }
 
-// benchPod is a pod as a cluster has them: two containers, a dozen environment variables, managed fields.
+// benchPod is a pod as a cluster has them: two containers, a dozen environment variables, managed fields. What does not
+// tell pods apart is made once: the server that has them shall not be what is measured.
 func benchPod(i int) corev1.Pod {
+	base := baseBenchPod()
+	p := benchPodWithout(i)
+	p.ManagedFields, p.Spec.Containers, p.Status.Conditions = base.ManagedFields, base.Spec.Containers, base.Status.Conditions
+	p.Status.ContainerStatuses = slices.Clone(base.Status.ContainerStatuses)
+	for c := range p.Status.ContainerStatuses {
+		p.Status.ContainerStatuses[c].ContainerID = fmt.Sprintf("containerd://%064x", 2*i+c)
+	}
+	return p
+}
+
+func benchPodWithout(i int) corev1.Pod {
 	yes := true
-	p := corev1.Pod{
+	return corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{
 			Namespace: fmt.Sprintf("team-%d", i%200), Name: fmt.Sprintf("deployment-%d-7d9c5b8f6d-%05x", i%5000, i), ResourceVersion: strconv.Itoa(1000 + i),
 			UID:             types.UID(fmt.Sprintf("5b1a7a5e-1c1d-4b6f-8a55-%012x", i)),
@@ -72,6 +88,10 @@ func benchPod(i int) corev1.Pod {
 		Spec:   corev1.PodSpec{NodeName: fmt.Sprintf("ip-10-%d-%d.eu-central-1.compute.internal", i%benchNodes/250, i%benchNodes%250), ServiceAccountName: "default"},
 		Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: "10.0.0.1", HostIP: "10.0.0.2"},
 	}
+}
+
+var baseBenchPod = sync.OnceValue(func() corev1.Pod {
+	var p corev1.Pod
 	for range 3 {
 		p.ManagedFields = append(p.ManagedFields, metav1.ManagedFieldsEntry{
 			Manager: "kubelet", Operation: "Update", APIVersion: "v1", FieldsType: "FieldsV1",
@@ -89,33 +109,73 @@ func benchPod(i int) corev1.Pod {
 		p.Spec.Containers = append(p.Spec.Containers, container)
 		p.Status.ContainerStatuses = append(p.Status.ContainerStatuses, corev1.ContainerStatus{
 			Name: container.Name, Image: container.Image, ImageID: container.Image + "@sha256:" + strings.Repeat("0123456789abcdef", 4),
-			ContainerID: fmt.Sprintf("containerd://%064x", 2*i+c), Ready: true,
+			Ready: true,
 		})
 	}
 	for _, kind := range []corev1.PodConditionType{corev1.PodReady, corev1.PodInitialized, corev1.PodScheduled, corev1.ContainersReady} {
 		p.Status.Conditions = append(p.Status.Conditions, corev1.PodCondition{Type: kind, Status: corev1.ConditionTrue, LastTransitionTime: metav1.Now()})
 	}
 	return p
+})
+
+// largeCluster answers like an API server with benchPods pods that nobody changes, in trouble where it says so: to fill a
+// real one with as many takes many minutes and gigabytes.
+type largeCluster struct {
+	watchList bool // it streams all pods, as servers do from Kubernetes 1.34 on
+	// Of every 50 requests it refuses one with 429, and of every 400 pages one because its continue token has expired.
+	trouble bool
+
+	t     *testing.T
+	codec *protobuf.Serializer
+	raw   *protobuf.RawSerializer
+	asked atomic.Int64
+	lists atomic.Int64 // those that began at the first page
 }
 
-// largeCluster answers like an API server with benchPods pods that nobody changes: to fill a real one with as
-// many takes many minutes and gigabytes.
-func largeCluster(t *testing.T) *rest.Config {
+func (c *largeCluster) start(t *testing.T) *rest.Config {
 	scheme := runtime.NewScheme()
 	if err := corev1.AddToScheme(scheme); err != nil {
 		t.Fatal(err)
 	}
-	codec := protobuf.NewSerializer(scheme, scheme)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Query().Get("watch") != "" {
-			w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf;stream=watch")
-			w.WriteHeader(http.StatusOK)
-			w.(http.Flusher).Flush()
-			<-r.Context().Done()
-			return
+	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
+	c.t, c.codec, c.raw = t, protobuf.NewSerializer(scheme, scheme), protobuf.NewRawSerializer(scheme, scheme)
+	server := httptest.NewServer(c)
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	return &rest.Config{Host: server.URL}
+}
+
+func (c *largeCluster) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	query := r.URL.Query()
+	from, _ := strconv.Atoi(query.Get("continue"))
+	limit, _ := strconv.Atoi(query.Get("limit"))
+	asked := c.asked.Add(1)
+	refuse := func(code int, reason metav1.StatusReason) {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(code)
+		fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","code":%d,"reason":%q}`, code, reason)
+	}
+	switch {
+	case c.trouble && asked%50 == 1:
+		refuse(http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests)
+	case query.Get("watch") != "" && query.Has("sendInitialEvents") && !c.watchList:
+		refuse(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid)
+	case query.Get("watch") != "":
+		w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf;stream=watch")
+		w.WriteHeader(http.StatusOK)
+		if query.Has("sendInitialEvents") {
+			c.stream(w)
 		}
-		from, _ := strconv.Atoi(r.URL.Query().Get("continue"))
-		limit, _ := strconv.Atoi(r.URL.Query().Get("limit"))
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	case c.trouble && from == 100_000 && c.lists.Load() == 1:
+		refuse(http.StatusGone, metav1.StatusReasonExpired)
+	default:
+		if from == 0 {
+			c.lists.Add(1)
+		}
 		list := corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}, ListMeta: metav1.ListMeta{ResourceVersion: "1000000"}}
 		for i := from; i < min(from+limit, benchPods); i++ {
 			list.Items = append(list.Items, benchPod(i))
@@ -124,15 +184,36 @@ func largeCluster(t *testing.T) *rest.Config {
 			list.Continue = strconv.Itoa(from + limit)
 		}
 		w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf")
-		if err := codec.Encode(&list, w); err != nil {
-			t.Error(err)
+		if err := c.codec.Encode(&list, w); err != nil {
+			c.t.Error(err)
 		}
-	}))
-	t.Cleanup(func() {
-		server.CloseClientConnections()
-		server.Close()
-	})
-	return &rest.Config{Host: server.URL}
+	}
+}
+
+// stream writes every pod, and the bookmark that says that these were all.
+func (c *largeCluster) stream(w io.Writer) {
+	out := protobuf.LengthDelimitedFramer.NewFrameWriter(w)
+	send := func(kind watch.EventType, pod *corev1.Pod) error {
+		pod.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
+		var object, frame bytes.Buffer
+		if err := c.codec.Encode(pod, &object); err != nil {
+			return err
+		}
+		if err := c.raw.Encode(&metav1.WatchEvent{Type: string(kind), Object: runtime.RawExtension{Raw: object.Bytes()}}, &frame); err != nil {
+			return err
+		}
+		_, err := out.Write(frame.Bytes())
+		return err
+	}
+	for i := range benchPods {
+		pod := benchPod(i)
+		if err := send(watch.Added, &pod); err != nil {
+			return // the client has gone
+		}
+	}
+	_ = send(watch.Bookmark, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
+		ResourceVersion: "1000000", Annotations: map[string]string{metav1.InitialEventsAnnotationKey: "true"},
+	}})
 }
 
 // memory reads a line of /proc/<pid>/status, in MiB.
@@ -152,19 +233,45 @@ func memory(t *testing.T, pid int, key string) float64 {
 	return 0
 }
 
+// benchReady starts an annotator that only observes, and measures what it took until it was ready.
+func benchReady(t *testing.T, c *largeCluster, name string) *rig {
+	began := time.Now()
+	r := newRig(t, (&kubetest.Cluster{}).In(t), c.start(t), func(cfg *config.Config) { cfg.Policy.Annotation = "" })
+	for deadline := began.Add(10 * time.Minute); ; time.Sleep(50 * time.Millisecond) { // on a machine that does other things too
+		status, body := r.get("/readyz")
+		if status == http.StatusOK {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not ready: %s", body)
+		}
+	}
+	figure(t, "pods_listed_s"+name, time.Since(began).Seconds())
+	pid := r.annotator.cmd.Process.Pid
+	figure(t, "rss_listed_mib"+name, memory(t, pid, "VmRSS"))
+	figure(t, "rss_peak_mib"+name, memory(t, pid, "VmHWM"))
+	if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil {
+		fields := strings.Fields(string(stat))
+		user, _ := strconv.ParseFloat(fields[13], 64)
+		kernel, _ := strconv.ParseFloat(fields[14], 64)
+		figure(t, "cpu_listed_s"+name, (user+kernel)/100)
+	}
+	if n := c.lists.Load(); c.watchList && n > 0 || n > 2 {
+		t.Errorf("%d lists began at the first page", n)
+	}
+	return r
+}
+
 // TestBenchMemory: memory and start-up of the annotator in a cluster of 150,000 pods on 10,000 nodes, and how
 // many kills a second are decided there.
 func TestBenchMemory(t *testing.T) {
-	c := largeCluster(t)
-	began := time.Now()
-	r := newRig(t, (&kubetest.Cluster{}).In(t), c, func(cfg *config.Config) { cfg.Policy.Annotation = "" })
-	r.ready()
+	for name, c := range map[string]*largeCluster{"_pages": {}, "_trouble": {trouble: true}, "_stream_trouble": {watchList: true, trouble: true}} {
+		t.Run(name, func(t *testing.T) { benchReady(t, c, name) })
+	}
+	r := benchReady(t, &largeCluster{watchList: true}, "")
 	one := benchPod(1)
 	figure(t, "bytes_of_a_pod_in_the_api", one.Size())
-	figure(t, "pods_listed_s", time.Since(began).Seconds())
 	pid := r.annotator.cmd.Process.Pid
-	figure(t, "rss_listed_mib", memory(t, pid, "VmRSS"))
-	figure(t, "rss_peak_mib", memory(t, pid, "VmHWM"))
 	_, body := r.get("/metrics")
 	for _, key := range []string{"go_memstats_heap_inuse_bytes ", "go_memstats_alloc_bytes "} {
 		if _, rest, ok := strings.Cut(body, "\n"+key); ok {

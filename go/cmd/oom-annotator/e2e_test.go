@@ -64,7 +64,8 @@ func TestEndToEnd(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}
-	// The last one, for it takes the server away.
+	// The last ones, for they take the server away.
+	t.Run("Frozen", func(t *testing.T) { testFrozen(t, c.In(t), account) })
 	t.Run("Outage", func(t *testing.T) { testOutage(t, c.In(t), account) })
 }
 
@@ -1260,6 +1261,58 @@ func testToken(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	write(account.BearerToken)
 	r.patience = 2 * patience
 	r.want(e.ID, "annotated/marked")
+}
+
+// testFrozen: the API server is stopped in the middle of everything. Kills that do not need it are decided as fast as ever,
+// and those that do are marked once it goes on.
+func testFrozen(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
+	const marks, others = 40, 400
+	var all []*corev1.Pod
+	for i := range marks {
+		all = append(all, c.Pod("shop", fmt.Sprint("frozen-", i), node))
+	}
+	r := newRig(t, c, account, func(cfg *config.Config) {
+		keep(cfg)
+		cfg.Annotator.Workers = 2
+	})
+	r.ready()
+	thaw := c.Freeze()
+	frozen := true
+	defer func() {
+		if frozen {
+			thaw()
+		}
+	}()
+	want := map[string]bool{}
+	for _, pod := range all {
+		e := r.killOf(pod, "")
+		want[e.ID] = true
+		r.publish(e)
+	}
+	time.Sleep(time.Second)
+	began := time.Now()
+	for i := range others {
+		e := r.killOf(all[i%marks], "")
+		e.Limit.Level = event.LevelContainer // its own limit: nothing to do
+		r.publish(e)
+	}
+	for range others {
+		if o := r.outcome(); want[o.Kill] || o.Result != event.ResultSkipped || o.Reason != event.ReasonLevel {
+			t.Fatalf("outcome %+v", o)
+		}
+	}
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("%d kills that need no API server took %s while it was frozen", others, took)
+	} else {
+		t.Logf("%d kills that need no API server took %s while it was frozen", others, took)
+	}
+	thaw()
+	frozen = false
+	for range marks {
+		if o := r.outcome(); !want[o.Kill] || o.Result != event.ResultAnnotated {
+			t.Errorf("outcome %+v", o)
+		}
+	}
 }
 
 // testOutage: the API server is away when the kills come, and when the annotator starts.

@@ -141,7 +141,7 @@ func podsNow(ctx context.Context, cfg config.Config, log *slog.Logger) (*pods.St
 	if err != nil {
 		return nil, err
 	}
-	client, err := pods.NewClient(api, name+"-explain/"+obs.Version().Version)
+	client, err := pods.NewClient(api, name+"-explain/"+obs.Version().Version, cfg.Annotator.QPS, cfg.Annotator.Burst)
 	if err != nil {
 		return nil, err
 	}

@@ -51,14 +51,14 @@ type waiting struct {
 	table    text.Table
 	kills    map[string]bool // of the pod, by ID
 	others   int             // kills of other pods
-	outcomes map[string]string
+	outcomes map[string]bool
 	failing  error // the last time that the stream could not be read
 }
 
 // await waits for the kill of a pod to be published, and with --outcome for what oom-annotator made of it. It fails when
 // that did not come in time, and says what did.
 func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
-	w := &waiting{uid: o.podUID, outcome: o.outcome, kills: map[string]bool{}, outcomes: map[string]string{}}
+	w := &waiting{uid: o.podUID, outcome: o.outcome, kills: map[string]bool{}, outcomes: map[string]bool{}}
 	began := time.Now()
 	from := began.Add(-o.since)
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
@@ -110,12 +110,11 @@ func (w *waiting) take(m bus.Stored) (string, error) {
 		if err != nil || o.Stage != event.StageAnnotate {
 			return "", err
 		}
-		line := w.table.OutcomeLine(nil, &o)
-		w.outcomes[o.Kill] = line
-		if w.kills[o.Kill] {
-			return line, nil
+		if !w.kills[o.Kill] {
+			return "", nil
 		}
-		return "", nil
+		w.outcomes[o.Kill] = true
+		return w.table.OutcomeLine(nil, &o), nil
 	}
 	e, err := event.Parse(m.Data)
 	if err == nil {
@@ -135,7 +134,7 @@ func (w *waiting) take(m bus.Stored) (string, error) {
 // done tells whether all came that is waited for.
 func (w *waiting) done() bool {
 	for id := range w.kills {
-		if _, known := w.outcomes[id]; known || !w.outcome {
+		if w.outcomes[id] || !w.outcome {
 			return true
 		}
 	}

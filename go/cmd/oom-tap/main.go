@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
@@ -44,7 +45,8 @@ Usage:
 
 Installed as kubectl-oom it is also: kubectl oom pod NAME
 
-Exit status: 0 done; 1 failed, or what await waits for did not come in time; 2 the command line is wrong.
+Exit status: 0 done; 1 failed, or what await waits for did not come in time; 2 the command line is wrong;
+3 no kill in the pod is known, but there may have been some: kills without an outcome, or gaps.
 
 Flags of %s:
 `
@@ -66,9 +68,13 @@ type usageError struct{ error }
 func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	err := dispatch(ctx, args, stdout, stderr)
 	var wrong usageError
+	var unknown unknownError
 	switch {
 	case err == nil:
 		return 0
+	case errors.As(err, &unknown):
+		fmt.Fprintf(stderr, "oom-tap: %v\n", err)
+		return 3
 	case errors.As(err, &wrong):
 		fmt.Fprintf(stderr, "oom-tap: %v; see oom-tap --help\n", err)
 		return 2
@@ -130,7 +136,7 @@ func (o *options) tailFlags(flags *flag.FlagSet) {
 	})
 	flags.StringVar(&o.node, "node", "", "only this `node`")
 	flags.BoolVar(&o.kills, "kills", false, "kills alone: leave out tasks that were already exiting, what the other pods held, and gaps")
-	flags.BoolVar(&o.outcomes, "outcomes", false, "kills with what oom-annotator made of them, one line each, once that is known; tasks that were already exiting are left out")
+	flags.BoolVar(&o.outcomes, "outcomes", false, "kills with what oom-annotator made of them, one line each, once that is known, or after 5s without; tasks that were already exiting are left out")
 	flags.StringVar(&o.namespace, "namespace", "", "with --outcomes, which this implies: only pods of this `namespace`")
 	flags.StringVar(&o.pod, "pod", "", "likewise: only pods of this `name`")
 	o.outputFlag(flags)
@@ -194,10 +200,10 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	case "nodes", "status":
 		o.outputFlag(flags)
 	case "pod":
-		o.since, o.namespace = 168*time.Hour, "default"
+		o.since = 168 * time.Hour
 		durationFlag(flags, &o.since, "since", "begin with what was stored this `duration` ago (default 168h)")
 		for _, name := range []string{"namespace", "n"} {
-			flags.StringVar(&o.namespace, name, o.namespace, "the pod's `namespace`")
+			flags.StringVar(&o.namespace, name, o.namespace, "the pod's `namespace` (default: that of the kubeconfig's context)")
 		}
 		o.outputFlag(flags)
 		// As kubectl has it the name may stand first.
@@ -249,6 +255,12 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	case len(o.reason) > maxReason:
 		return usageError{fmt.Errorf("--reason must have at most %d bytes", maxReason)}
 	}
+	if command == "pod" && o.namespace == "" {
+		var err error
+		if o.namespace, err = kubeNamespace(); err != nil {
+			return err
+		}
+	}
 	o.outcomes = o.outcomes || o.namespace != "" || o.pod != ""
 	if o.version {
 		fmt.Fprintf(stdout, "oom-tap %s\n", obs.Version())
@@ -288,6 +300,20 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return brake(ctx, conn, command, cfg, o, stdout)
 	}
 	return tail(ctx, conn, o, stdout, stderr)
+}
+
+// kubeNamespace is the namespace that kubectl would use.
+func kubeNamespace() (string, error) {
+	rules := clientcmd.NewDefaultClientConfigLoadingRules()
+	rules.WarnIfAllMissing = false
+	namespace, _, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).Namespace()
+	switch {
+	case err == nil:
+		return namespace, nil
+	case clientcmd.IsEmptyConfig(err):
+		return "default", nil
+	}
+	return "", fmt.Errorf("read the namespace of the kubeconfig's context: %w (--namespace names one)", err)
 }
 
 func scopeList() string {
@@ -376,6 +402,8 @@ func tail(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writ
 		line := []byte(shownAs)
 		if o.output == "json" {
 			line = rendered(m.Data, terminal)
+		} else if shownAs == "" {
+			return nil
 		}
 		switch _, err := fmt.Fprintf(stdout, "%s\n", line); {
 		case errors.Is(err, syscall.EPIPE):
@@ -405,7 +433,7 @@ func missingStream(err error, o options) error {
 // errEnough ends the tail: --count is reached, or whoever read our output (head, grep -m) has gone.
 var errEnough = errors.New("enough")
 
-// parse reads a message, as a line of the table. Its node is the one that the server let the publisher speak
+// parse reads a message, as a line of the table; an empty one where there is nothing to say to people. Its node is the one that the server let the publisher speak
 // for, which is in the subject: one node's tracer must not report kills of another.
 func parse(m bus.Stored, table *text.Table) (line, id string, err error) {
 	kind, _, node, err := event.ParseSubject(m.Subject)
@@ -419,6 +447,9 @@ func parse(m bus.Stored, table *text.Table) (line, id string, err error) {
 		}
 		if err != nil {
 			return "", "", err
+		}
+		if !g.Missing() {
+			return "", g.ID, nil
 		}
 		return table.GapLine(&g), g.ID, nil
 	}

@@ -39,14 +39,18 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	if err != nil {
 		return err
 	}
-	gaps := map[string][]event.Gap{}
+	gaps := map[string]gapsOf{}
 	err = each(ctx, conn, bus.TailOptions{Subjects: []string{pattern}}, stderr, func(m bus.Stored, node string) error {
 		g, err := event.ParseGap(m.Data)
 		if err == nil {
 			err = sameNode(g.Node.Name, node)
 		}
 		if err == nil && g.Missing() {
-			gaps[node] = append(gaps[node], g)
+			of := gaps[node]
+			if of.count++; !g.Time.Before(of.last.Time) {
+				of.last = g
+			}
+			gaps[node] = of
 		}
 		return err
 	})
@@ -86,16 +90,20 @@ func watched(s *event.NodeStatus, now time.Time) string {
 	return "watched"
 }
 
-// told says how many gaps a node has told of, and what the last one was.
-func told(gaps []event.Gap, now time.Time) string {
-	if len(gaps) == 0 {
-		return "-"
-	}
-	last := slices.MaxFunc(gaps, func(a, b event.Gap) int { return a.Time.Compare(b.Time) })
-	return fmt.Sprintf("%d, %s %s", len(gaps), last.Cause, ago(now.Sub(last.Time)))
+// gapsOf is how many gaps a node has published, and the last one.
+type gapsOf struct {
+	count int
+	last  event.Gap
 }
 
-func writeNodes(w io.Writer, all []event.NodeStatus, gaps map[string][]event.Gap, now time.Time) error {
+func (g gapsOf) text(now time.Time) string {
+	if g.count == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%d, %s %s", g.count, g.last.Cause, ago(now.Sub(g.last.Time)))
+}
+
+func writeNodes(w io.Writer, all []event.NodeStatus, gaps map[string]gapsOf, now time.Time) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "NODE\tSTATE\tHEARD\tTIER\tKERNEL\tVERSION\tSEQ\tUNACKED\tGAPS\tLAST KILL")
 	for i := range all {
@@ -106,7 +114,7 @@ func writeNodes(w io.Writer, all []event.NodeStatus, gaps map[string][]event.Gap
 		}
 		columns := []string{
 			s.Node.Name, watched(s, now), ago(now.Sub(s.Time)), s.Node.Tier, s.Node.Kernel, s.Version,
-			fmt.Sprint(s.Seq), fmt.Sprint(s.Seq - min(s.Seq, s.Acked)), told(gaps[s.Node.Name], now), last,
+			fmt.Sprint(s.Seq), fmt.Sprint(s.Seq - min(s.Seq, s.Acked)), gaps[s.Node.Name].text(now), last,
 		}
 		for i, c := range columns {
 			columns[i] = text.Printable(c)

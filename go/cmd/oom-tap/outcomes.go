@@ -6,23 +6,31 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"syscall"
+	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// maxWaiting is how many kills are kept for their outcomes.
-const maxWaiting = 10_000
+const (
+	// maxKills is how many kills are kept for their outcomes.
+	maxKills = 10_000
+	// outcomeWait is how long a kill may have none before it is shown without.
+	outcomeWait = 5 * time.Second
+)
 
-// killed is a kill that waits for its outcome.
+// killed is a kill that the stream has shown.
 type killed struct {
-	event event.Event
-	raw   []byte
+	event  *event.Event // nil once it was shown with an outcome
+	raw    []byte
+	stored time.Time // by the server's clock
+	shown  bool      // without an outcome
 }
 
-// joiner puts kills and their outcomes together: in the stream the outcome comes after its kill, some time
+// joiner puts kills and their outcomes together: in the stream the outcomes come after their kill, some time
 // later.
 type joiner struct {
 	o        options
@@ -30,14 +38,25 @@ type joiner struct {
 	stdout   io.Writer
 	terminal bool
 
-	seen    *recent
-	waiting map[string]killed
-	order   []string // of waiting, and of what is no longer in it
-	shown   int
+	mu    sync.Mutex
+	seen  *recent
+	kills map[string]*killed // by ID
+	order []string           // of kills
+	next  int                // of order: the first that may have to be shown without an outcome
+	shown int
+
+	last time.Time // when the newest message was stored
+	came time.Time // when it came here
 }
 
 // take takes a kill or an outcome, in the stream's order.
 func (j *joiner) take(m bus.Stored) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.last, j.came = m.Time, time.Now()
+	if err := j.overdue(m.Time); err != nil {
+		return err
+	}
 	kind, _, node, err := event.ParseSubject(m.Subject)
 	if err != nil {
 		return err
@@ -48,13 +67,10 @@ func (j *joiner) take(m bus.Stored) error {
 		if err == nil {
 			err = sameNode(e.Node.Name, node)
 		}
-		if err != nil {
-			return err
+		if err == nil && j.seen.add(e.ID) {
+			err = j.wait(e.ID, &killed{event: &e, raw: m.Data, stored: m.Time})
 		}
-		if j.seen.add(e.ID) {
-			j.wait(killed{e, m.Data})
-		}
-		return nil
+		return err
 	case event.KindOutcome:
 		o, err := event.ParseOutcome(m.Data)
 		if err == nil && o.Node != node {
@@ -63,15 +79,23 @@ func (j *joiner) take(m bus.Stored) error {
 		if err != nil {
 			return err
 		}
-		k, known := j.waiting[o.Kill]
-		if !j.seen.add(o.ID) || !j.wanted(&o, known) {
+		k := j.kills[o.Kill]
+		if !j.seen.add(o.ID) {
 			return nil
 		}
-		delete(j.waiting, o.Kill)
-		if !known {
-			return j.print(nil, &o, nil, m.Data)
+		if k == nil {
+			k = &killed{}
+			// The scope of an outcome is its kill's, and this kill is of another one, or of before --since.
+			if len(j.o.scopes) > 0 {
+				return nil
+			}
 		}
-		return j.print(&k.event, &o, k.raw, m.Data)
+		e, raw := k.event, k.raw
+		k.event, k.raw = nil, nil
+		if !j.wanted(&o) {
+			return nil
+		}
+		return j.print(e, &o, raw, m.Data)
 	}
 	shownAs, id, err := parse(m, j.table)
 	if err != nil || !j.seen.add(id) {
@@ -80,40 +104,76 @@ func (j *joiner) take(m bus.Stored) error {
 	return j.line([]byte(shownAs), m.Data)
 }
 
-func (j *joiner) wait(k killed) {
-	j.waiting[k.event.ID] = k
-	j.order = append(j.order, k.event.ID)
-	for len(j.waiting) > maxWaiting || len(j.order) > 2*maxWaiting {
-		delete(j.waiting, j.order[0])
-		j.order = j.order[1:]
+// wait keeps a kill. The oldest goes, and is shown first where nothing has come for it.
+func (j *joiner) wait(id string, k *killed) error {
+	j.kills[id] = k
+	if j.order = append(j.order, id); len(j.order) <= maxKills {
+		return nil
 	}
+	oldest := j.kills[j.order[0]]
+	delete(j.kills, j.order[0])
+	j.order = j.order[1:]
+	if j.next > 0 {
+		j.next--
+		return nil
+	}
+	return j.without(oldest)
 }
 
-// wanted tells whether the flags select an outcome. Its scope is that of its kill.
-func (j *joiner) wanted(o *event.Outcome, known bool) bool {
-	if !known && len(j.o.scopes) > 0 {
-		return false
+// overdue shows the kills without an outcome for which none has come for too long, at a time of the server's clock. Where the
+// stream is not followed they are shown at its end.
+func (j *joiner) overdue(now time.Time) error {
+	for ; !j.o.noFollow && j.next < len(j.order); j.next++ {
+		k := j.kills[j.order[j.next]]
+		if now.Sub(k.stored) <= outcomeWait {
+			return nil
+		}
+		if err := j.without(k); err != nil {
+			j.next++
+			return err
+		}
 	}
+	return nil
+}
+
+// idle does so while no message comes.
+func (j *joiner) idle() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.last.IsZero() {
+		return nil
+	}
+	return j.overdue(j.last.Add(time.Since(j.came)))
+}
+
+// rest shows all kills that have no outcome.
+func (j *joiner) rest() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for ; j.next < len(j.order); j.next++ {
+		if err := j.without(j.kills[j.order[j.next]]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// without shows a kill that has no outcome. Nobody has said yet whose it is, so that it may be of the pod that is asked
+// for, unless it was outside of all pods.
+func (j *joiner) without(k *killed) error {
+	if k.event == nil || k.shown || k.event.Container == nil && (j.o.namespace != "" || j.o.pod != "") {
+		return nil
+	}
+	k.shown = true
+	return j.print(k.event, nil, k.raw, nil)
+}
+
+// wanted tells whether the flags select an outcome.
+func (j *joiner) wanted(o *event.Outcome) bool {
 	if j.o.namespace == "" && j.o.pod == "" {
 		return true
 	}
 	return o.Pod != nil && (j.o.namespace == "" || o.Pod.Namespace == j.o.namespace) && (j.o.pod == "" || o.Pod.Name == j.o.pod)
-}
-
-// rest shows the kills that have no outcome.
-func (j *joiner) rest() error {
-	if j.o.namespace != "" || j.o.pod != "" {
-		return nil // nobody has said whose they are
-	}
-	for _, id := range j.order {
-		if k, ok := j.waiting[id]; ok {
-			delete(j.waiting, id)
-			if err := j.print(&k.event, nil, k.raw, nil); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }
 
 // print writes a kill and its outcome as one line. Either may be unknown.
@@ -154,7 +214,29 @@ type writeError struct{ error }
 
 // outcomes prints kills with what became of them; see tail.
 func outcomes(ctx context.Context, conn *bus.Conn, o options, t bus.TailOptions, table *text.Table, stdout, stderr io.Writer) error {
-	j := &joiner{o: o, table: table, stdout: stdout, terminal: isTerminal(stdout), seen: newRecent(2 * maxWaiting), waiting: map[string]killed{}}
+	j := &joiner{o: o, table: table, stdout: stdout, terminal: isTerminal(stdout), seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+			if !conn.Connected() {
+				continue // the outcomes may be there
+			}
+			if err := j.idle(); err != nil {
+				cancel(err)
+				return
+			}
+		}
+	}()
 	err := bus.Tail(ctx, conn, t, func(m bus.Stored) error {
 		err := j.take(m)
 		var write writeError
@@ -166,6 +248,13 @@ func outcomes(ctx context.Context, conn *bus.Conn, o options, t bus.TailOptions,
 		}
 		return nil
 	})
+	cause := context.Cause(ctx)
+	cancel(nil)
+	<-ended
+	var write writeError
+	if errors.Is(cause, errEnough) || errors.As(cause, &write) {
+		return cause
+	}
 	if err == nil && o.noFollow {
 		err = j.rest()
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -19,33 +20,58 @@ import (
 // entry is a message of a pod's story.
 type entry struct {
 	line, kill string
-	raw        []byte
 	node       string
 	outcome    *event.Outcome
 	event      *event.Event
 }
 
+// story is what is known of a pod, and how much of the rest may be its too.
+type story struct {
+	o       options
+	results map[string]event.Result // of its kills, by ID: the last one
+	uids    map[string]bool         // of the pods that had this name
+	nodes   map[string]bool         // that they ran on
+	marked  time.Time               // last
+
+	kills int
+	gaps  int // of all nodes
+	// The kills in pods that have no outcome. Of more than maxKills the oldest are counted only.
+	waiting   map[string]bool
+	order     []string
+	forgotten int
+}
+
 // pod tells the story of one pod: its kills, what became of them, and what is missing of its node. Which pod a
 // kill hit is what oom-annotator has said; a kill that it has not spoken of yet is the pod's by the UID.
+//
+// The stream is read twice: first the outcomes, to know which kills are the pod's. So nothing of other pods is kept.
 func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
-	var patterns []string
+	pattern := map[event.Kind]string{}
 	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap} {
-		pattern, err := event.Filter(kind, "", "")
-		if err != nil {
+		var err error
+		if pattern[kind], err = event.Filter(kind, "", ""); err != nil {
 			return err
 		}
-		patterns = append(patterns, pattern)
 	}
 	terminal := isTerminal(stdout)
 	plain := os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb"
 	table := text.Table{Color: terminal && !plain}
 	from := time.Now().Add(-o.since)
+	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}}
 
-	var all []entry
-	kills, uids := map[string]bool{}, map[string]bool{} // of the pod
-	seen := map[string]bool{}
+	err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, func(m bus.Stored) error {
+		if e, _, err := read(m, &table); err == nil && s.ours(e.outcome) { // what cannot be read is said below
+			s.results[e.kill] = e.outcome.Result
+			s.uids[e.outcome.Pod.UID], s.nodes[e.node] = true, true
+		}
+		return nil
+	})
+	if err != nil {
+		return missingStream(err, o)
+	}
 	oldest := time.Time{}
-	err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: patterns, Since: from}, func(m bus.Stored) error {
+	seen := newRecent(4 * maxKills)
+	err = bus.Tail(ctx, conn, bus.TailOptions{Subjects: slices.Collect(maps.Values(pattern)), Since: from}, func(m bus.Stored) error {
 		if oldest.IsZero() {
 			oldest = m.Time
 		}
@@ -54,63 +80,110 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 			skip(stderr, m, err)
 			return nil
 		}
-		if seen[id] {
+		if !seen.add(id) || !s.tells(&e) {
 			return nil
 		}
-		seen[id] = true
-		if out := e.outcome; out != nil {
-			if out.Pod == nil || out.Pod.Name != o.pod || out.Pod.Namespace != o.namespace {
-				return nil
-			}
-			kills[out.Kill], uids[out.Pod.UID] = true, true
-		}
-		all = append(all, e)
-		return nil
-	})
-	if err != nil {
-		return missingStream(err, o)
-	}
-	nodes := map[string]bool{}
-	for i := range all {
-		e := &all[i]
-		if e.event != nil && e.event.Container != nil && e.event.Container.PodUID != "" && uids[e.event.Container.PodUID] {
-			kills[e.kill] = true
-		}
-		if kills[e.kill] {
-			nodes[e.node] = true
-		}
-	}
-	story := slices.DeleteFunc(all, func(e entry) bool {
-		return e.kill != "" && !kills[e.kill] || e.kill == "" && !nodes[e.node]
-	})
-	for _, e := range story {
 		line := []byte(e.line)
 		if o.output == "json" {
-			line = rendered(e.raw, terminal)
+			line = rendered(m.Data, terminal)
 		}
 		switch _, err := fmt.Fprintf(stdout, "%s\n", line); {
 		case errors.Is(err, syscall.EPIPE):
-			return nil
+			return errEnough
 		case err != nil:
 			return fmt.Errorf("write: %w", err)
 		}
-	}
-	if o.output == "json" {
+		return nil
+	})
+	if errors.Is(err, errEnough) {
 		return nil
 	}
-	if len(kills) == 0 {
-		fmt.Fprintf(stdout, "no kill in pod %s/%s is known since %s\n", text.Printable(o.namespace), text.Printable(o.pod), from.UTC().Format(time.RFC3339))
-	} else {
-		fmt.Fprintln(stdout, summary(story, o, len(uids)))
+	if err != nil {
+		return missingStream(err, o)
 	}
 	if oldest.IsZero() || oldest.Sub(from) > time.Hour {
 		reach := "it holds nothing"
 		if !oldest.IsZero() {
 			reach = "the first message is of " + oldest.UTC().Format(time.RFC3339)
 		}
-		fmt.Fprintf(stderr, "oom-tap: the stream may not reach back that far: %s\n", reach)
+		defer fmt.Fprintf(stderr, "oom-tap: the stream may not reach back that far: %s\n", reach)
+	}
+	if s.kills > 0 || len(s.results) > 0 {
+		if o.output != "json" {
+			fmt.Fprintln(stdout, s.summary())
+		}
+		return nil
+	}
+	if err := s.unknown(); err != nil {
+		return err
+	}
+	if o.output != "json" {
+		fmt.Fprintf(stdout, "no kill in pod %s/%s is known since %s\n", text.Printable(o.namespace), text.Printable(o.pod), from.UTC().Format(time.RFC3339))
 	}
 	return nil
+}
+
+// ours tells whether an outcome is of the pod.
+func (s *story) ours(o *event.Outcome) bool {
+	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && o.Pod.Namespace == s.o.namespace
+}
+
+// tells takes a message, in the stream's order, and reports whether it is of the story.
+func (s *story) tells(e *entry) bool {
+	switch {
+	case e.outcome != nil:
+		delete(s.waiting, e.kill)
+		if !s.ours(e.outcome) {
+			return false
+		}
+		if e.outcome.Result == event.ResultAnnotated {
+			s.marked = e.outcome.Time
+		}
+		return true
+	case e.event == nil:
+		s.gaps++
+		return s.nodes[e.node]
+	}
+	_, ours := s.results[e.kill]
+	if c := e.event.Container; c != nil {
+		if ours = ours || c.PodUID != "" && s.uids[c.PodUID]; !ours {
+			s.wait(e.kill)
+		}
+	}
+	if ours {
+		s.kills++
+	}
+	return ours
+}
+
+// wait notes a kill in a pod that nobody has spoken of yet.
+func (s *story) wait(kill string) {
+	s.waiting[kill] = true
+	if s.order = append(s.order, kill); len(s.order) > maxKills {
+		if s.waiting[s.order[0]] {
+			delete(s.waiting, s.order[0])
+			s.forgotten++
+		}
+		s.order = s.order[1:]
+	}
+}
+
+// unknownError means that there may have been kills that were not seen.
+type unknownError struct{ error }
+
+// unknown is why a pod of which no kill is known may have had one all the same.
+func (s *story) unknown() error {
+	var why []string
+	if n := len(s.waiting) + s.forgotten; n > 0 {
+		why = append(why, fmt.Sprintf("of %d kills in pods oom-annotator has not said whose they are (see whether it runs)", n))
+	}
+	if s.gaps > 0 {
+		why = append(why, fmt.Sprintf("kills may be missing from the record (%d gaps, see oom-tap nodes)", s.gaps))
+	}
+	if why == nil {
+		return nil
+	}
+	return unknownError{fmt.Errorf("no kill in pod %s/%s is known, but there may have been some: %s", text.Printable(s.o.namespace), text.Printable(s.o.pod), strings.Join(why, "; "))}
 }
 
 // read reads a kill, an outcome or a gap.
@@ -119,7 +192,7 @@ func read(m bus.Stored, table *text.Table) (e entry, id string, err error) {
 	if err != nil {
 		return entry{}, "", err
 	}
-	e.raw, e.node = m.Data, node
+	e.node = node
 	switch kind {
 	case event.KindOutcome:
 		o, err := event.ParseOutcome(m.Data)
@@ -147,39 +220,25 @@ func read(m bus.Stored, table *text.Table) (e entry, id string, err error) {
 }
 
 // summary is the story in one sentence.
-func summary(story []entry, o options, pods int) string {
-	kills := 0
-	last := map[string]string{} // by the kill: its last result
-	marked := time.Time{}
-	for _, e := range story {
-		switch {
-		case e.event != nil:
-			kills++
-		case e.outcome != nil:
-			last[e.kill] = string(e.outcome.Result)
-			if e.outcome.Result == event.ResultAnnotated {
-				marked = e.outcome.Time
-			}
-		}
-	}
-	counts := map[string]int{}
-	for _, result := range last {
+func (s *story) summary() string {
+	counts := map[event.Result]int{}
+	for _, result := range s.results {
 		counts[result]++
 	}
 	var results []string
 	for result, n := range counts {
-		results = append(results, fmt.Sprintf("%d %s", n, text.Printable(result)))
+		results = append(results, fmt.Sprintf("%d %s", n, text.Printable(string(result))))
 	}
 	slices.Sort(results)
-	s := fmt.Sprintf("%s/%s: %d kills", text.Printable(o.namespace), text.Printable(o.pod), kills)
-	if pods > 1 {
-		s += fmt.Sprintf(" in %d pods of that name", pods)
+	line := fmt.Sprintf("%s/%s: %d kills", text.Printable(s.o.namespace), text.Printable(s.o.pod), s.kills)
+	if len(s.uids) > 1 {
+		line += fmt.Sprintf(" in %d pods of that name", len(s.uids))
 	}
 	if results != nil {
-		s += "; in the end " + strings.Join(results, ", ")
+		line += "; in the end " + strings.Join(results, ", ")
 	}
-	if marked.IsZero() {
-		return s + "; never marked"
+	if s.marked.IsZero() {
+		return line + "; never marked"
 	}
-	return s + "; marked last at " + marked.UTC().Format(time.RFC3339)
+	return line + "; marked last at " + s.marked.UTC().Format(time.RFC3339)
 }

@@ -32,6 +32,7 @@ const (
 	maxDetail    = 500              // bytes of an outcome's detail
 	maxComm      = 64               // bytes of a process's name; the kernel's have 15
 	maxContainer = 64               // bytes of a container's ID
+	handleTime   = 10 * time.Second // of one attempt to mark a pod
 )
 
 // conditionReason is that of the condition of a marked pod.
@@ -57,6 +58,7 @@ type Outlet interface {
 // Ledger gives the right to mark; see budget.Ledger.
 type Ledger interface {
 	Claim(ctx context.Context, kill, node, owner string, killed time.Time) (budget.Verdict, error)
+	Release(ctx context.Context, kill string) error
 }
 
 // Last reads the last message on a subject of the stream. Its error wraps bus.ErrNoMessage where there is none; see bus.Conn.
@@ -81,6 +83,45 @@ type Message struct {
 	Settler Settler
 }
 
+// Turns bound how many kills use the API server at once, and how many wait for that. The zero value lets all through.
+type Turns struct{ waiting, using chan struct{} }
+
+// NewTurns makes turns for so many at once. Eight times as many may wait.
+func NewTurns(using int) Turns {
+	return Turns{waiting: make(chan struct{}, Waiting*using), using: make(chan struct{}, using)}
+}
+
+// Waiting is how many may wait for each that uses the API server.
+const Waiting = 8
+
+// take waits for a turn. It reports false where too many wait already, or for too long.
+func (t Turns) take(ctx context.Context) bool {
+	if t.using == nil {
+		return true
+	}
+	select {
+	case t.waiting <- struct{}{}:
+	default:
+		return false
+	}
+	defer func() { <-t.waiting }()
+	patience := time.NewTimer(handleTime)
+	defer patience.Stop()
+	select {
+	case t.using <- struct{}{}:
+		return true
+	case <-patience.C:
+	case <-ctx.Done():
+	}
+	return false
+}
+
+func (t Turns) end() {
+	if t.using != nil {
+		<-t.using
+	}
+}
+
 // Annotator works on kills. Its methods may be called from any goroutine.
 type Annotator struct {
 	Policy config.Policy
@@ -93,6 +134,7 @@ type Annotator struct {
 	Ledger  Ledger
 	Last    Last
 	Outlet  Outlet
+	Turns   Turns
 	Events  EventRecorder // nil: none are written
 	Metrics *Metrics
 	Log     *slog.Logger
@@ -148,6 +190,10 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 		return
 	}
 	c := newCase(e, &m.Stored, a.Now())
+	if c.Ahead > clockTolerance {
+		a.Metrics.failure(clockReason)
+		a.Log.Warn("the clock of a node is ahead, the time of the stream counts", "node", e.Node.Name, "id", e.ID, "ahead", c.Ahead)
+	}
 	if e.Container != nil {
 		c.Found, c.Err = a.Finder.Find(e.Node.Name, e.Container.PodUID, e.Container.ContainerID)
 	}
@@ -164,6 +210,13 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 	}
 	a.Metrics.identified(&c)
 	if d.Act {
+		// The API server may not answer. Those that need it must not hold up those that do not.
+		if !a.Turns.take(ctx) {
+			a.Metrics.waiting("turn")
+			m.Settler.Retry(delay(m.Attempt, lastRetry))
+			return
+		}
+		defer a.Turns.end()
 		// A message that comes again may have been decided otherwise before: that stays.
 		if a.repeated(ctx, m, e) {
 			return
@@ -193,7 +246,9 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 
 // repeated settles a kill whose outcome the stream holds. Where it cannot look, the kill comes again.
 func (a *Annotator) repeated(ctx context.Context, m Message, e *event.Event) bool {
-	before, err := stored(ctx, a.Last, e.ID, e.Node.Name)
+	looking, cancel := context.WithTimeout(ctx, handleTime)
+	defer cancel()
+	before, err := stored(looking, a.Last, e.ID, e.Node.Name)
 	switch {
 	case err != nil:
 		if ctx.Err() == nil {
@@ -342,6 +397,8 @@ func podName(p *event.PodRef) string {
 //
 // The decision that it returns has Act set where this call made the mark.
 func (a *Annotator) act(ctx context.Context, c *Case) (Decision, error) {
+	ctx, cancel := context.WithTimeout(ctx, handleTime)
+	defer cancel()
 	known := c.Found.Pod
 	var last error
 	for try := range conflicts {
@@ -387,6 +444,7 @@ func (a *Annotator) act(ctx context.Context, c *Case) (Decision, error) {
 				annotated = true
 			}
 		}
+		c.annotated = c.annotated || annotated
 		// The annotation goes first: it is what says whose mark this is, and who takes it away takes back all of it.
 		if annotated && a.Terms.Condition != "" {
 			var patch []byte
@@ -416,7 +474,7 @@ func (a *Annotator) act(ctx context.Context, c *Case) (Decision, error) {
 
 // claim asks for the right to mark the pod. Where it is refused, the decision that it returns says why.
 func (a *Annotator) claim(ctx context.Context, c *Case) (Decision, error) {
-	v, err := a.Ledger.Claim(ctx, c.Event.ID, c.Event.Node.Name, ownerOf(c.Found.Pod), c.Killed)
+	v, err := a.Ledger.Claim(ctx, c.Event.ID, c.Event.Node.Name, ownerOf(c.Found.Pod), c.Event.Time)
 	switch {
 	case err != nil:
 		return Decision{}, err
@@ -515,7 +573,20 @@ func (a *Annotator) failed(ctx context.Context, m Message, c *Case, err error) (
 		m.Settler.Retry(after)
 		return d, true
 	}
+	if d.Reason != event.ReasonUnavailable && !c.annotated { // else the mark may be there
+		if err := a.release(ctx, c.Event.ID); err != nil {
+			a.Log.Warn("could not give back the budget of a mark that was refused, will try again", "id", c.Event.ID, "error", err)
+			m.Settler.Retry(delay(m.Attempt, lastRetry))
+			return d, true
+		}
+	}
 	return d, false
+}
+
+func (a *Annotator) release(ctx context.Context, kill string) error {
+	ctx, cancel := context.WithTimeout(ctx, handleTime)
+	defer cancel()
+	return a.Ledger.Release(ctx, kill)
 }
 
 // unwrap is the API server's own error within err, else err.

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -36,24 +38,25 @@ type world struct {
 	*Annotator
 	now time.Time
 
-	mu      sync.Mutex
-	pod     *corev1.Pod // on the API server; nil: none
-	getErr  []error     // what the next ones answer; nil: as it should
-	patches []string
-	patched []error // likewise
-	status  []error // likewise
-	find    error
-	stale   error
-	full    error // of the outlet
-	verdict budget.Verdict
-	claim   error
-	claims  []string
-	stored  map[string]string // outcomes that the stream holds, by subject
-	lastErr error
-	asked   []string // the subjects that were looked at
-	events  []string // in Kubernetes
-	out     []bus.Msg
-	settled []string
+	mu       sync.Mutex
+	pod      *corev1.Pod // on the API server; nil: none
+	getErr   []error     // what the next ones answer; nil: as it should
+	patches  []string
+	patched  []error // likewise
+	status   []error // likewise
+	find     error
+	stale    error
+	full     error // of the outlet
+	verdict  budget.Verdict
+	claim    error
+	claims   []string
+	released error
+	stored   map[string]string // outcomes that the stream holds, by subject
+	lastErr  error
+	asked    []string // the subjects that were looked at
+	events   []string // in Kubernetes
+	out      []bus.Msg
+	settled  []string
 }
 
 func newWorld() *world {
@@ -72,6 +75,11 @@ func newWorld() *world {
 func (w *world) Claim(_ context.Context, kill, node, owner string, killed time.Time) (budget.Verdict, error) {
 	w.claims = append(w.claims, fmt.Sprintf("%s %s %s %d", kill, node, owner, killed.Unix()))
 	return w.verdict, w.claim
+}
+
+func (w *world) Release(_ context.Context, kill string) error {
+	w.claims = append(w.claims, "release "+kill)
+	return w.released
 }
 
 func (w *world) last(_ context.Context, subject string) ([]byte, error) {
@@ -418,6 +426,9 @@ func TestHandleChanged(t *testing.T) {
 		{"changes without an end", func(w *world) { w.patched = []error{conflict, conflict, conflict, conflict, conflict} }, "none", "retry", 5},
 		{"refused once", func(w *world) { w.patched = []error{invalid} }, "annotated/marked", "ack", 2},
 		{"refused for good", func(w *world) { w.patched = []error{invalid, invalid, invalid} }, "failed/rejected", "ack", 2},
+		{"refused for good, and NATS is away", func(w *world) {
+			w.patched, w.released = []error{invalid, invalid, invalid}, errors.New("nats is away")
+		}, "none", "retry", 2},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld()
@@ -426,9 +437,113 @@ func TestHandleChanged(t *testing.T) {
 			if len(w.patches) != tt.patches {
 				t.Errorf("%d patches, want %d", len(w.patches), tt.patches)
 			}
+			// Only a mark that was refused for good, and is nowhere, gives its right back.
+			if got, want := slices.Contains(w.claims, "release boot-1-2"), strings.HasPrefix(tt.name, "refused for good"); got != want {
+				t.Errorf("released: %v, want %v", got, want)
+			}
 		})
 	}
 }
+
+// A node's clock that is ahead makes no mark from the future.
+func TestHandleAhead(t *testing.T) {
+	w, e := newWorld(), kill()
+	e.Time = time.Unix(1000, 0).AddDate(1, 0, 0)
+	w.want(t, w.handle(t, e), "annotated/marked", "ack")
+	if len(w.patches) != 1 || !strings.Contains(w.patches[0], `\"time\":\"1970-01-01T00:16:40Z\"`) {
+		t.Errorf("patches %q", w.patches)
+	}
+	clock := w.Metrics.events.WithLabelValues("error", "clock")
+	if n := testutil.ToFloat64(clock); n != 1 {
+		t.Errorf("%g kills with a clock that is ahead, want 1", n)
+	}
+	e.Time = time.Unix(1001, 0) // what two clocks differ by
+	w.handle(t, e)
+	if n := testutil.ToFloat64(clock); n != 1 {
+		t.Errorf("%g kills with a clock that is ahead, want 1", n)
+	}
+}
+
+// An API server that does not answer holds up as many kills as may wait for it, and none that does not need it.
+func TestHandleTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		const using = 2
+		w.Turns = NewTurns(using)
+		w.API = frozen{w}
+		var handled sync.WaitGroup
+		begin := func(e *event.Event, to *worker) {
+			data, _ := json.Marshal(e)
+			subject, _ := e.Subject()
+			handled.Go(func() {
+				w.Handle(t.Context(), Message{Stored: bus.Stored{ID: "x", Subject: subject, Data: data, Seq: 9, Time: time.Unix(1000, 0)}, Attempt: 1, Settler: to})
+			})
+		}
+		var acting, more, none worker
+		for range using + using*Waiting {
+			begin(kill(), &acting)
+		}
+		synctest.Wait()
+		begin(kill(), &more)
+		e := kill()
+		e.Limit.Level = event.LevelContainer
+		for range 100 {
+			begin(e, &none)
+		}
+		synctest.Wait() // no time passes
+		if acting.count("") != 0 || more.count("retry") != 1 || none.count("ack") != 100 {
+			t.Errorf("at once: those that wait %q, one more %q, those that need no API %d", acting.all, more.all, none.count("ack"))
+		}
+		began := time.Now()
+		handled.Wait()
+		if took := time.Since(began); acting.count("retry") != using+using*Waiting || took > 2*handleTime {
+			t.Errorf("those that wait: %q after %s", acting.all, took)
+		}
+		// Their turns are free again.
+		w.API = w
+		var late worker
+		begin(kill(), &late)
+		handled.Wait()
+		if late.count("ack") != 1 {
+			t.Errorf("then: %q", late.all)
+		}
+	})
+}
+
+// frozen is an API server that does not answer.
+type frozen struct{ *world }
+
+func (frozen) Get(ctx context.Context, _, _ string) (*corev1.Pod, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// worker is a Settler for several goroutines.
+type worker struct {
+	mu  sync.Mutex
+	all []string
+}
+
+func (s *worker) add(act string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.all = append(s.all, act)
+}
+
+func (s *worker) count(act string) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.all {
+		if act == "" || a == act {
+			n++
+		}
+	}
+	return n
+}
+
+func (s *worker) Ack()                { s.add("ack") }
+func (s *worker) Term(string)         { s.add("term") }
+func (s *worker) Retry(time.Duration) { s.add("retry") }
 
 // Between the read and the patch the pod is reborn: the server's refusal, of either kind, ends the work.
 func TestHandleRebornBetween(t *testing.T) {

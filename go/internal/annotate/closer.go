@@ -153,7 +153,8 @@ func (c *Closer) look(ctx context.Context, p *pods.Pod, now time.Time) {
 			return event.ResultExpired, event.ReasonReconfigured, ""
 		})
 	case p.Marked:
-		if age > c.Lifetime {
+		// Annotators before this one took over the time of a node whose clock was ahead: such a mark would never end.
+		if age > c.Lifetime || age < -c.Lifetime {
 			c.unmark(ctx, p, c.Terms.Mark, c.over(ctx, p))
 		}
 	case p.Condition != "" && p.Condition == p.Mark.Kill:

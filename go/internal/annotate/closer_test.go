@@ -186,6 +186,22 @@ func TestCloserOver(t *testing.T) {
 }
 
 // A mark by the key of another configuration is taken back at once, whether marks are set now or not. Its time need not be over.
+// A mark from the future, of an annotator that took over the time of a node whose clock was ahead.
+func TestCloserFuture(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, r, w, b := newCloser()
+		b.pod.Annotations = map[string]string{
+			mark: "true", c.Terms.Summary: fmt.Sprintf(`{"event":"boot-1-2","annotation":%q,"time":"%d-01-01T00:00:00Z"}`, mark, time.Now().Year()+1),
+		}
+		w.hit = []*pods.Pod{c.Terms.Read(b.pod)}
+		r.annotated["oom.v1.outcome.boot-1-2_annotate.node-1"] = "uid-1"
+		run(t, c, closeInterval/2)
+		if len(b.patches) != 1 || !strings.Contains(b.patches[0], `"`+mark+`":null`) || len(r.out) != 1 || r.out[0].Result != event.ResultExpired {
+			t.Errorf("patches %q, outcomes %+v", b.patches, r.out)
+		}
+	})
+}
+
 func TestCloserReconfigured(t *testing.T) {
 	for _, key := range []string{"", "example.com/new"} {
 		synctest.Test(t, func(t *testing.T) {

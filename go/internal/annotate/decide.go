@@ -16,12 +16,14 @@ import (
 
 // Case is all that a decision depends on.
 type Case struct {
-	Event  *event.Event
-	Killed time.Time // the same at every attempt
-	Age    time.Duration
+	Event *event.Event
+	Ahead time.Duration // by how much the clock of its node was ahead of the stream's, which the event has now
+	Age   time.Duration
 	// Found is the pod of the kill. Err, of pods.Store.Find, is why there is none.
 	Found pods.Found
 	Err   error
+
+	annotated bool // by this attempt, or one before
 }
 
 // Decision is what is to become of a kill.

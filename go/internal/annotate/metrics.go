@@ -18,7 +18,10 @@ type Metrics struct {
 }
 
 // The reasons of events_total{stage="error"} that are no reasons of an outcome.
-var errorReasons = []string{"publish", "dropped"}
+var errorReasons = []string{"publish", "dropped", clockReason}
+
+// clockReason is that of a kill whose node's clock is ahead of the stream's.
+const clockReason = "clock"
 
 // repeatedReason is that of a mark that an attempt before had made, and of a kill whose outcome was told.
 const repeatedReason = "repeated"
@@ -44,7 +47,7 @@ func NewMetrics() *Metrics {
 	for stage, reasons := range map[string][]string{
 		"observed":   {"kill"},
 		"identified": {"pod", "gone", "host", "not_found", "refused"},
-		"skipped":    {"wait_pod", "wait_container", repeatedReason},
+		"skipped":    {"wait_pod", "wait_container", "wait_turn", repeatedReason},
 		"error":      errorReasons,
 	} {
 		for _, reason := range reasons {

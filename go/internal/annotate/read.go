@@ -49,11 +49,13 @@ func read(m *bus.Stored) (*event.Event, *refusal) {
 	return &e, nil
 }
 
-// newCase begins the case of a kill. Where its node's clock goes wrong it is as old as the message, at least.
+// clockTolerance is how much later than the stream's a kill's time may be, before it is logged.
+const clockTolerance = 2 * time.Second
+
+// newCase begins the case of a kill. Where its node's clock is ahead the time of the stream counts, in whatever is made of the
+// event: a mark from the future would never end.
 func newCase(e *event.Event, m *bus.Stored, now time.Time) Case {
-	killed := e.Time
-	if m.Time.Before(killed) {
-		killed = m.Time
-	}
-	return Case{Event: e, Killed: killed, Age: now.Sub(killed)}
+	ahead := max(e.Time.Sub(m.Time), 0)
+	e.Time = e.Time.Add(-ahead)
+	return Case{Event: e, Ahead: ahead, Age: now.Sub(e.Time)}
 }

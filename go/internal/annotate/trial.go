@@ -67,7 +67,7 @@ func (t *Trial) act(c *Case, now time.Time) Decision {
 		return skip(event.ReasonAlready)
 	}
 	m := budget.Mark{Kill: c.Event.ID, Node: c.Event.Node.Name, Owner: ownerOf(p), Time: now}
-	if refusal := t.state.Claim(t.Policy.Budgets, m, c.Killed, t.Policy.MaxEventAge); refusal != "" {
+	if refusal := t.state.Claim(t.Policy.Budgets, m, c.Event.Time, t.Policy.MaxEventAge); refusal != "" {
 		return Decision{Result: event.ResultSkipped, Reason: event.ReasonBudget, Detail: string(refusal)}
 	}
 	t.mark(p)

@@ -4,7 +4,8 @@
 //
 // Rule of the package: what was refused once stays refused. A claim is held against the marks since its
 // kill's time less the window, and not since now less the window: of those there are never fewer later on,
-// whenever, and however often, the kill comes again.
+// whenever, and however often, the kill comes again. The one exception is a mark that the API server refused for good: it
+// counts no more.
 package budget
 
 import (
@@ -37,7 +38,7 @@ type Pause struct {
 }
 
 // Mark is the right to mark one pod, for one kill. Whether that was done stands in the outcome of the kill. A
-// right that was not used, because the pod was gone, is not given back.
+// right that was not used because the pod was gone is not given back; one whose patch was refused for good is.
 type Mark struct {
 	Kill string `json:"kill"` // event.Event's ID
 	Node string `json:"node"`

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -71,6 +72,27 @@ func (l *Ledger) Claim(ctx context.Context, kill, node, owner string, killed tim
 		return Verdict{}, fmt.Errorf("claim a mark: %w", err)
 	}
 	return v, nil
+}
+
+// Release gives back the right to mark a pod for a kill, of which nothing was made.
+func (l *Ledger) Release(ctx context.Context, kill string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	err := l.Cell.Update(ctx, func(data []byte) ([]byte, error) {
+		s, err := Parse(data)
+		if err != nil {
+			return nil, err
+		}
+		had := len(s.Marks)
+		if s.Marks = slices.DeleteFunc(s.Marks, func(m Mark) bool { return m.Kill == kill }); len(s.Marks) == had {
+			return nil, nil
+		}
+		return json.Marshal(&s)
+	})
+	if err != nil {
+		return fmt.Errorf("give back the right to mark a pod: %w", err)
+	}
+	return nil
 }
 
 // State reads what is shared.

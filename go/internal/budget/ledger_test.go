@@ -98,6 +98,29 @@ func TestLedgerRace(t *testing.T) {
 }
 
 // Once SetPause has returned nothing is granted, by anybody.
+func TestLedgerRelease(t *testing.T) {
+	all := ledgers(t, 2, config.Budgets{Window: time.Hour, Cluster: 1})
+	claim := func(kill, want string) {
+		t.Helper()
+		v, err := all[0].Claim(t.Context(), kill, "node", "owner", time.Now())
+		if err != nil || string(v.Refusal) != want {
+			t.Errorf("%s: %q, %v; want %q", kill, v.Refusal, err, want)
+		}
+	}
+	claim("first", "")
+	claim("second", "cluster: 1 of 1 within 1h0m0s")
+	for range 2 { // the second time there is nothing to give back
+		if err := all[1].Release(t.Context(), "first"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	claim("third", "")
+	if err := all[1].Release(t.Context(), "first"); err != nil {
+		t.Fatal(err)
+	}
+	claim("fourth", "cluster: 1 of 1 within 1h0m0s")
+}
+
 func TestLedgerPause(t *testing.T) {
 	all := ledgers(t, 3, config.Budgets{Window: time.Hour, Cluster: 1000})
 	var paused atomic.Bool

@@ -157,6 +157,9 @@ type Annotator struct {
 	WaitForPod time.Duration `yaml:"wait_for_pod"`
 	// Workers is how many events are worked on at once, 1..256.
 	Workers int `yaml:"workers"`
+	// QPS is how many requests are sent to the API server per second, and Burst how many at once. 0: the client sets no limit.
+	QPS   int `yaml:"qps"`
+	Burst int `yaml:"burst"`
 	// Events has a Kubernetes Event written for each kill.
 	Events bool `yaml:"events"`
 	// Listen is Metrics.Listen for oom-annotator, which may run beside oom-tracer.

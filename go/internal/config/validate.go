@@ -159,6 +159,14 @@ func (c *Config) faults() []fault {
 	if a.Workers < 1 || a.Workers > 256 {
 		bad("annotator.workers", "must be from 1 to 256, not %d", a.Workers)
 	}
+	if a.QPS < 0 || a.QPS > 10_000 {
+		bad("annotator.qps", "must be from 0 to 10000, not %d", a.QPS)
+	}
+	if a.Burst < 0 || a.Burst > 10_000 {
+		bad("annotator.burst", "must be from 0 to 10000, not %d", a.Burst)
+	} else if (a.Burst == 0) != (a.QPS == 0) {
+		clash("annotator.burst", "annotator.qps", "must be 0 where annotator.qps is, and only there")
+	}
 	if a.Listen != "" {
 		if err := checkListen(a.Listen); err != nil {
 			bad("annotator.listen", "%v", err)

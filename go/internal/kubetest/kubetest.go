@@ -125,7 +125,7 @@ func StartWith(t testing.TB, opts Options) *Cluster {
 		"service-account-issuer":   "https://kubernetes.default.svc",
 		"service-account-key-file": saPub, "service-account-signing-key-file": saKey,
 		"service-cluster-ip-range": "10.0.0.0/24", "endpoint-reconciler-type": "none",
-		"allow-privileged": "true", "enable-priority-and-fairness": "false", "profiling": "false",
+		"allow-privileged": "true", "profiling": "false",
 		"audit-policy-file": auditPolicyFile, "audit-log-path": auditLog,
 	}
 	maps.Copy(args, opts.Args)
@@ -177,6 +177,18 @@ func (c *Cluster) Start() {
 	c.t.Helper()
 	c.api.Start(c.t)
 	c.waitReady()
+}
+
+// Freeze stops the API server as it is, with all connections open, until thaw is called.
+func (c *Cluster) Freeze() (thaw func()) {
+	c.t.Helper()
+	signal := func(s syscall.Signal) {
+		if err := c.api.cmd.Process.Signal(s); err != nil {
+			c.t.Error(err)
+		}
+	}
+	signal(syscall.SIGSTOP)
+	return func() { signal(syscall.SIGCONT) }
 }
 
 func (c *Cluster) waitReady() {

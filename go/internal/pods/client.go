@@ -18,13 +18,11 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 )
 
-// What is asked of the API server at most, by this process.
+// What one request to the API server may take.
 const (
-	queriesPerSecond = 100
-	queriesAtOnce    = 200
-	requestTimeout   = 5 * time.Second // of one request that is not a watch
-	listTimeout      = 30 * time.Second
-	maxEvents        = 500 // on one pod, for one reason
+	requestTimeout = 5 * time.Second // of one that is neither a list nor a watch
+	listTimeout    = 30 * time.Second
+	maxEvents      = 500 // on one pod, for one reason
 )
 
 // FieldManager is who the API server writes down as having set a field. deploy/manifests/admission.yaml goes by it.
@@ -54,8 +52,9 @@ func Config(kubeconfig string) (*rest.Config, error) {
 	return cfg, nil
 }
 
-// NewClient makes a client. Nothing is asked of the server.
-func NewClient(cfg *rest.Config, userAgent string) (*Client, error) {
+// NewClient makes a client that sends at most qps requests a second, and burst at once; with qps 0 it leaves that to the
+// server's priority and fairness. Nothing is asked of the server.
+func NewClient(cfg *rest.Config, userAgent string, qps, burst int) (*Client, error) {
 	// A scheme of our own: client-go's knows every kind there is, which would be most of the program.
 	scheme := runtime.NewScheme()
 	if err := corev1.AddToScheme(scheme); err != nil {
@@ -69,7 +68,9 @@ func NewClient(cfg *rest.Config, userAgent string) (*Client, error) {
 	cfg.ContentType = runtime.ContentTypeProtobuf
 	cfg.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
 	cfg.UserAgent = userAgent
-	cfg.QPS, cfg.Burst = queriesPerSecond, queriesAtOnce
+	if cfg.QPS, cfg.Burst = float32(qps), burst; qps == 0 {
+		cfg.QPS = -1 // client-go takes 0 for its default of 5
+	}
 	cfg.WarningHandler = rest.NoWarnings{}
 	client, err := rest.RESTClientFor(cfg)
 	if err != nil {
@@ -181,10 +182,14 @@ func (c *Client) list(ctx context.Context, next string, limit int64) (*corev1.Po
 	return list, nil
 }
 
-// watch follows all pods from a version on, for about that time.
+// watch follows all pods for about that time: from a version on, or from the pods as they are, which the server then
+// streams first. A server without WatchList refuses the latter as invalid.
 func (c *Client) watch(ctx context.Context, version string, lasts time.Duration) (watch.Interface, error) {
 	seconds := int64(lasts.Seconds())
 	o := &metav1.ListOptions{Watch: true, ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds}
+	if version == "" {
+		o.SendInitialEvents, o.ResourceVersionMatch = new(true), metav1.ResourceVersionMatchNotOlderThan
+	}
 	w, err := c.rest.Get().Resource("pods").VersionedParams(o, c.params).MaxRetries(0).Watch(ctx)
 	if err != nil {
 		return nil, explain("watch", "pods", err)

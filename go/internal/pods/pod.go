@@ -32,6 +32,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	resourcehelper "k8s.io/component-helpers/resource"
 )
 
 // Annotations of the kubelet (pkg/kubelet/types/pod_update.go): on a mirror pod both hold the UID of its
@@ -54,7 +55,7 @@ type Pod struct {
 	Containers []Container
 	// Owner is what would make a new pod in this one's place, as <kind>/<name>; empty: nothing would.
 	Owner string
-	// Request is how much memory its containers ask for, in bytes.
+	// Request is how much memory the scheduler reserves for it, in bytes.
 	Request int64
 	// Mark is what the pod was marked for; nil: nothing.
 	Mark *Mark
@@ -143,9 +144,8 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 		p.DaemonSet = owner.Kind == "DaemonSet" && strings.HasPrefix(owner.APIVersion, "apps/")
 		p.Owner = unique.Make(topOwner(owner, in.Labels)).Value()
 	}
-	for i := range in.Spec.Containers {
-		p.Request += in.Spec.Containers[i].Resources.Requests.Memory().Value()
-	}
+	requests := resourcehelper.PodRequests(in, resourcehelper.PodResourcesOptions{})
+	p.Request = requests.Memory().Value()
 	if t.Mark != "" {
 		_, p.Marked = in.Annotations[t.Mark]
 	}
@@ -197,11 +197,20 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 func topOwner(owner *metav1.OwnerReference, labels map[string]string) string {
 	kind, name := owner.Kind, owner.Name
 	switch kind {
-	case "ReplicaSet": // <deployment>-<hash> (getNewReplicaSet in pkg/controller/deployment/sync.go)
-		if hash := labels["pod-template-hash"]; hash != "" && strings.HasSuffix(name, "-"+hash) {
-			kind, name = "Deployment", strings.TrimSuffix(name, "-"+hash)
+	case "ReplicaSet": // <workload>-<hash>, and the pod has the hash as a label, whose key depends on the workload
+		for label, workload := range map[string]string{
+			"pod-template-hash":          "Deployment", // getNewReplicaSet in pkg/controller/deployment/sync.go
+			"rollouts-pod-template-hash": "Rollout",    // DefaultRolloutUniqueLabelKey in argo-rollouts
+		} {
+			if stem, ok := strings.CutSuffix(name, "-"+labels[label]); ok && labels[label] != "" && stem != "" {
+				return workload + "/" + stem
+			}
 		}
-	case "Job": // <cronjob>-<minutes since 1970> (getJobName in pkg/controller/cronjob/cronjob_controllerv2.go)
+	case "Job":
+		if set := labels["jobset.sigs.k8s.io/jobset-name"]; set != "" && strings.HasPrefix(name, set+"-") {
+			return "JobSet/" + set
+		}
+		// <cronjob>-<minutes since 1970> (getJobName in pkg/controller/cronjob/cronjob_controllerv2.go)
 		if i := strings.LastIndexByte(name, '-'); i > 0 && len(name)-i > 8 && strings.Trim(name[i+1:], "0123456789") == "" {
 			kind, name = "CronJob", name[:i]
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -73,6 +74,7 @@ func TestRead(t *testing.T) {
 func TestOwner(t *testing.T) {
 	for _, tt := range []struct{ kind, name, hash, want string }{
 		{"ReplicaSet", "cart-5d4f", "5d4f", "Deployment/cart"},
+		{"ReplicaSet", "-5d4f", "5d4f", "ReplicaSet/-5d4f"},
 		{"ReplicaSet", "cart-5d4f", "", "ReplicaSet/cart-5d4f"},
 		{"ReplicaSet", "cart", "5d4f", "ReplicaSet/cart"},
 		{"StatefulSet", "db", "", "StatefulSet/db"},
@@ -87,6 +89,45 @@ func TestOwner(t *testing.T) {
 		}
 		if got := terms.Read(in).Owner; got != tt.want {
 			t.Errorf("%s %s (%s): %q, want %q", tt.kind, tt.name, tt.hash, got, tt.want)
+		}
+	}
+	// Workloads that are no part of Kubernetes.
+	for _, tt := range []struct{ kind, name, label, value, want string }{
+		{"ReplicaSet", "cart-6c8b9", "rollouts-pod-template-hash", "6c8b9", "Rollout/cart"}, // Argo Rollouts
+		{"ReplicaSet", "cart-6c8b9", "rollouts-pod-template-hash", "other", "ReplicaSet/cart-6c8b9"},
+		{"Job", "train-workers-0", "jobset.sigs.k8s.io/jobset-name", "train", "JobSet/train"},
+		{"Job", "train-workers-0", "jobset.sigs.k8s.io/jobset-name", "tra", "Job/train-workers-0"},
+	} {
+		in := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{
+			Labels:          map[string]string{tt.label: tt.value},
+			OwnerReferences: []metav1.OwnerReference{{Kind: tt.kind, Name: tt.name, Controller: new(true)}},
+		}}
+		if got := terms.Read(in).Owner; got != tt.want {
+			t.Errorf("%s %s (%s=%s): %q, want %q", tt.kind, tt.name, tt.label, tt.value, got, tt.want)
+		}
+	}
+}
+
+// TestRequest: what the scheduler reserves, which is more than the containers' sum.
+func TestRequest(t *testing.T) {
+	memory := func(size string) corev1.ResourceRequirements {
+		return corev1.ResourceRequirements{Requests: corev1.ResourceList{corev1.ResourceMemory: resource.MustParse(size)}}
+	}
+	always := corev1.ContainerRestartPolicyAlways
+	podLevel := memory("300Mi")
+	for name, tt := range map[string]struct {
+		spec corev1.PodSpec
+		want int64
+	}{
+		"none":           {corev1.PodSpec{Containers: []corev1.Container{{}}}, 0},
+		"containers":     {corev1.PodSpec{Containers: []corev1.Container{{Resources: memory("100Mi")}, {Resources: memory("28Mi")}}}, 128 << 20},
+		"a large init":   {corev1.PodSpec{Containers: []corev1.Container{{Resources: memory("100Mi")}}, InitContainers: []corev1.Container{{Resources: memory("200Mi")}}}, 200 << 20},
+		"native sidecar": {corev1.PodSpec{Containers: []corev1.Container{{Resources: memory("100Mi")}}, InitContainers: []corev1.Container{{Resources: memory("50Mi"), RestartPolicy: &always}}}, 150 << 20},
+		"overhead":       {corev1.PodSpec{Containers: []corev1.Container{{Resources: memory("100Mi")}}, Overhead: memory("20Mi").Requests}, 120 << 20},
+		"of the pod":     {corev1.PodSpec{Containers: []corev1.Container{{}}, Resources: &podLevel}, 300 << 20},
+	} {
+		if got := terms.Read(&corev1.Pod{Spec: tt.spec}).Request; got != tt.want {
+			t.Errorf("%s: %d, want %d", name, got, tt.want)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
 )
 
@@ -29,13 +30,21 @@ func asStatus(err error, status *apierrors.APIStatus) bool { return errors.As(er
 
 // Watcher keeps a Store like the cluster.
 //
-// client-go's reflector would do the same, but holds every page of its first list until the last one has
-// come: 150,000 whole pods are more than a gigabyte. Here each page is reduced when it is there.
+// It streams the pods where the server can (WatchList, KEP-3157; from Kubernetes 1.34 on), and lists them by pages
+// where it cannot. client-go's reflector does the same, but holds every page of a list until the last one has come:
+// 150,000 whole pods are more than a gigabyte. It also lists anew after every watch that a proxy or a server in
+// trouble ends with a 5xx. Here each pod is reduced when it comes, and only a version that the server no longer
+// keeps leads to another list.
 type Watcher struct {
 	client *Client
 	store  *Store
 	terms  Terms
 	log    *slog.Logger
+
+	// Of Run alone.
+	version string // to watch from; empty: all pods are to be read first
+	next    string // the continue token of a list that is not complete
+	uids    map[string]struct{}
 
 	mu      sync.Mutex
 	failing error
@@ -60,9 +69,12 @@ func (w *Watcher) Failing() error {
 
 // Run lists and watches until ctx ends, whatever the server answers.
 func (w *Watcher) Run(ctx context.Context) {
-	version, failures := "", 0
+	failures := 0
 	for {
-		err := w.step(ctx, &version)
+		err := w.follow(ctx)
+		if w.version == "" && (apierrors.IsInvalid(unwrapStatus(err)) || apierrors.IsBadRequest(unwrapStatus(err))) {
+			err = w.list(ctx) // no WatchList on this server
+		}
 		if ctx.Err() != nil {
 			return
 		}
@@ -112,73 +124,98 @@ func (w *Watcher) note(err error) {
 	}
 }
 
-// step lists, where there is no version to go on from, and watches. It returns nil when a watch ended as it
-// should.
-func (w *Watcher) step(ctx context.Context, version *string) error {
-	if *version == "" {
-		v, err := w.list(ctx)
+// list brings the store to the state of one version, page by page. After an error the next call goes on with the page
+// that failed, unless the server no longer keeps that version.
+func (w *Watcher) list(ctx context.Context) error {
+	for {
+		page, err := w.client.list(ctx, w.next, pageSize)
+		if expired(err) {
+			w.next = ""
+		}
 		if err != nil {
 			return err
 		}
-		*version = v
-		w.once.Do(func() { close(w.synced) })
-	}
-	err := w.follow(ctx, version)
-	if apierrors.IsResourceExpired(unwrapStatus(err)) || apierrors.IsGone(unwrapStatus(err)) {
-		*version = "" // the next step lists
-	}
-	return err
-}
-
-// list brings the store to the state of one version.
-func (w *Watcher) list(ctx context.Context) (version string, err error) {
-	for next, uids := "", map[string]struct{}{}; ; {
-		page, err := w.client.list(ctx, next, pageSize)
-		if err != nil {
-			// A list that takes longer than the server keeps its version begins again with the next step.
-			return "", err
+		if w.next == "" {
+			w.uids = map[string]struct{}{}
 		}
 		for i := range page.Items {
 			p := w.terms.Read(&page.Items[i])
 			w.store.Set(p)
-			uids[p.UID] = struct{}{}
+			w.uids[p.UID] = struct{}{}
 		}
-		if next = page.Continue; next == "" {
-			w.store.Retain(uids)
-			return page.ResourceVersion, nil
+		if w.next = page.Continue; w.next == "" {
+			w.listed(page.ResourceVersion)
+			return nil
 		}
 	}
 }
 
-// follow watches from a version on and keeps it up to date.
-func (w *Watcher) follow(ctx context.Context, version *string) error {
-	ctx, cancel := context.WithCancel(ctx)
+// listed notes that the store has all pods of a version.
+func (w *Watcher) listed(version string) {
+	w.store.Retain(w.uids)
+	w.version, w.uids = version, nil
+	w.once.Do(func() { close(w.synced) })
+}
+
+// follow keeps the store up to date until the watch ends. Where no version is known the server first streams all pods.
+func (w *Watcher) follow(ctx context.Context) error {
+	lasts := watchTime + rand.N(watchTime)
+	ctx, cancel := context.WithTimeout(ctx, lasts+listTimeout) // for a server that does not end it
 	defer cancel()
 	began := time.Now()
-	stream, err := w.client.watch(ctx, *version, watchTime+rand.N(watchTime))
+	stream, err := w.client.watch(ctx, w.version, lasts)
+	if expired(err) {
+		w.version = ""
+	}
 	if err != nil {
 		return err
 	}
 	defer stream.Stop()
-	w.note(nil)
+	if w.version == "" {
+		w.next, w.uids = "", map[string]struct{}{}
+	} else {
+		w.note(nil)
+	}
 	for e := range stream.ResultChan() {
-		switch pod, ok := e.Object.(*corev1.Pod); {
+		pod, ok := e.Object.(*corev1.Pod)
+		switch {
 		case e.Type == watch.Error:
-			return fmt.Errorf("watch pods: %w", apierrors.FromObject(e.Object))
+			err := apierrors.FromObject(e.Object)
+			if expired(err) {
+				w.version = ""
+			}
+			return fmt.Errorf("watch pods: %w", err)
 		case !ok:
 			return fmt.Errorf("watch pods: %T came where a pod was due", e.Object)
-		default:
-			switch e.Type {
-			case watch.Added, watch.Modified:
-				w.store.Set(w.terms.Read(pod))
-			case watch.Deleted:
-				w.store.Delete(w.terms.Read(pod))
+		case e.Type == watch.Added, e.Type == watch.Modified:
+			p := w.terms.Read(pod)
+			w.store.Set(p)
+			if w.version == "" {
+				w.uids[p.UID] = struct{}{}
 			}
-			*version = pod.ResourceVersion
+		case e.Type == watch.Deleted:
+			p := w.terms.Read(pod)
+			w.store.Delete(p)
+			delete(w.uids, p.UID)
+		}
+		switch {
+		case w.version != "":
+			w.version = pod.ResourceVersion
+		case pod.Annotations[metav1.InitialEventsAnnotationKey] == "true": // of a bookmark
+			w.listed(pod.ResourceVersion)
+			w.note(nil)
 		}
 	}
-	if time.Since(began) < time.Second {
+	switch {
+	case w.version == "":
+		return errors.New("watch pods: the API server ended the stream before all pods had come")
+	case time.Since(began) < time.Second:
 		return errors.New("watch pods: the API server ends the watch at once")
 	}
 	return nil
+}
+
+// expired tells whether the server no longer keeps the version that was asked for.
+func expired(err error) bool {
+	return apierrors.IsResourceExpired(unwrapStatus(err)) || apierrors.IsGone(unwrapStatus(err))
 }
