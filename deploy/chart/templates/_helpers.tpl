@@ -6,15 +6,34 @@ app.kubernetes.io/part-of: oom-tracer
 {{- end }}
 {{- end }}
 
+{{- /* An image: registry/repository:tag@digest. The registry and the tag of all of ours stand below image. */ -}}
 {{- define "oom.image" -}}
-{{- with .root.Values.image.registry }}{{ . }}/{{ end }}{{ .name }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
+{{- with .image.registry | default .registry }}{{ . }}/{{ end }}{{ .image.repository }}:{{ .image.tag | default .tag }}{{ with .image.digest }}@{{ . }}{{ end }}
+{{- end }}
+{{- define "oom.ourImage" -}}
+{{- include "oom.image" (dict "image" .image "registry" .root.Values.image.registry "tag" (.root.Values.image.tag | default .root.Chart.AppVersion)) }}
 {{- end }}
 
 {{- /* What every pod of ours says. */ -}}
 {{- define "oom.pod" -}}
 enableServiceLinks: false
-{{- with .Values.image.pullSecrets }}
+{{- with .root.Values.image.pullSecrets }}
 imagePullSecrets: {{ toJson . }}
+{{- end }}
+{{- with .of.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with merge (dict) (.of.nodeSelector | default dict) (ternary dict .root.Values.nodeSelector (.everywhere | default false)) }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with concat (.of.tolerations | default list) .root.Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
 
@@ -91,6 +110,58 @@ oom-tracer-nats.{{ .Release.Namespace }}.svc
 {{ .Values.nats.passwordSecret | default "oom-tracer-nats" }}
 {{- end }}
 
+{{- /* Whether there is a cluster to ask: "true", or "" for helm template and for what uses it (Argo CD). */ -}}
+{{- define "oom.live" -}}
+{{- if lookup "v1" "Namespace" "" "kube-system" }}true{{ end }}
+{{- end }}
+
+{{- /* A Secret that somebody else makes, {root, value, name, keys}: refused where it is missing or incomplete. */ -}}
+{{- define "oom.need" -}}
+{{- if include "oom.live" .root }}
+{{- $secret := lookup "v1" "Secret" .root.Release.Namespace .name }}
+{{- if not $secret }}
+{{- fail (printf "%s: there is no Secret %s in namespace %s: make it first, with the keys %s (deploy/docs/install.md)" .value .name .root.Release.Namespace (join ", " .keys)) }}
+{{- end }}
+{{- range .keys }}
+{{- if not (index ($secret.data | default dict) .) }}
+{{- fail (printf "%s: the Secret %s in namespace %s has no key %s: it needs %s (deploy/docs/install.md)" $.value $.name $.root.Release.Namespace . (join ", " $.keys)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "oom.passwordNames" -}}
+tracer annotator owner operator tap route auth issuer
+{{- end }}
+
+{{- /* The chart's own passwords, base64, as JSON. Made once: later renderings read them from the cluster, and one that cannot is refused.
+What is made is kept in .Values, so that all templates of one rendering have the same. */ -}}
+{{- define "oom.made" -}}
+{{- if not (hasKey .Values "made") }}
+{{- $have := (lookup "v1" "Secret" .Release.Namespace "oom-tracer-nats").data | default dict }}
+{{- if not (include "oom.live" .) }}
+{{- fail "nats.passwordSecret: this chart is rendered without a cluster (helm template, Argo CD), and each rendering would make other passwords. Make a Secret once, as deploy/docs/install.md says (Passwords), and set nats.passwordSecret to its name" }}
+{{- end }}
+{{- $made := dict }}
+{{- range splitList " " (include "oom.passwordNames" .) }}
+{{- /* A letter first: the server reads each as a value of its configuration. */}}
+{{- $_ := set $made . (index $have . | default (printf "p%s" (randAlphaNum 31) | b64enc)) }}
+{{- end }}
+{{- $_ := set .Values "made" $made }}
+{{- end }}
+{{- toJson .Values.made }}
+{{- end }}
+
+{{- /* Changes with the passwords: servers and oom-auth read them at their start. Of a Secret of the user's only its version, since a weak
+password could be guessed from a hash. */ -}}
+{{- define "oom.passwordsVersion" -}}
+{{- if .Values.nats.passwordSecret }}
+{{- lookup "v1" "Secret" .Release.Namespace .Values.nats.passwordSecret | dig "metadata" "resourceVersion" "" }}
+{{- else }}
+{{- include "oom.made" . | sha256sum }}
+{{- end }}
+{{- end }}
+
 {{- /* How tracers say who they are. */ -}}
 {{- define "oom.tracers" -}}
 {{- .Values.nats.tracers | default (ternary "tokens" "shared" (eq .Values.nats.mode "cluster")) }}
@@ -164,9 +235,10 @@ user: {{ .user | quote }}
 {{- end }}
 {{- end }}
 {{- $_ := set $nats "tls" $tls }}
-{{- $listen := ternary (printf ":%d" (int $root.Values.metrics.tracerPort)) "" $root.Values.metrics.enabled }}
-{{- $annotatorListen := ternary (printf ":%d" (int $root.Values.metrics.annotatorPort)) "" $root.Values.metrics.enabled }}
-{{- $authListen := ternary (printf ":%d" (int $root.Values.metrics.authPort)) "" $root.Values.metrics.enabled }}
+{{- /* Probes ask the same port, so that it is open without metrics.enabled too. */}}
+{{- $listen := printf ":%d" (int $root.Values.metrics.tracerPort) }}
+{{- $annotatorListen := printf ":%d" (int $root.Values.metrics.annotatorPort) }}
+{{- $authListen := printf ":%d" (int $root.Values.metrics.authPort) }}
 {{- $decided := dict "nats" $nats
 	"node" (dict "state_file" "/var/lib/oom-tracer/state.json")
 	"kernel" (dict "pin_dir" "/run/oom-tracer/bpf/oom-tracer")
@@ -230,12 +302,17 @@ user: {{ .user | quote }}
 {{- if and .Values.annotator.enabled (ne .Values.nats.mode "embedded") }}true{{ end }}
 {{- end }}
 {{- define "oom.annotation" -}}
-{{- if not .Values.dryRun }}{{ dig "policy" "annotation" "" .Values.config | splitList "=" | first }}{{ end }}
+{{- if not .Values.dryRun }}{{ include "oom.mark" . | splitList "=" | first }}{{ end }}
+{{- end }}
+
+{{- /* config.policy.annotation. A key that is null has its default, here as in the program. */ -}}
+{{- define "oom.mark" -}}
+{{- dig "policy" "annotation" "oom-tracer.alpha.kubernetes.io/evict-me=true" .Values.config }}
 {{- end }}
 
 {{- /* The value that goes with it: Policy.Mark in go/internal/config. */ -}}
 {{- define "oom.annotationValue" -}}
-{{- $annotation := dig "policy" "annotation" "" .Values.config }}
+{{- $annotation := include "oom.mark" . }}
 {{- if contains "=" $annotation }}{{ regexReplaceAll "^[^=]*=" $annotation "" }}{{ else }}true{{ end }}
 {{- end }}
 

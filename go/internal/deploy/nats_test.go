@@ -3,6 +3,7 @@ package deploy
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,6 +39,9 @@ type servers struct {
 	logs      []string                 // files
 }
 
+// passwordNames are the keys of the Secret with the passwords.
+var passwordNames = []string{"tracer", "annotator", "owner", "operator", "tap", "route", "auth", "issuer"}
+
 // startServers starts the servers, and makes the streams as the owner's Job does.
 func startServers(t *testing.T, args ...string) *servers {
 	t.Helper()
@@ -63,8 +67,8 @@ func (s *servers) setup() {
 func newServers(t *testing.T, edit func(files map[string]string), args ...string) *servers {
 	t.Helper()
 	s := &servers{t: t, objects: render(t, args...), passwords: map[string]string{}}
-	for name, value := range get[corev1.Secret](t, s.objects, "Secret", "oom-tracer-nats").Data {
-		s.passwords[name] = string(value)
+	for _, name := range passwordNames {
+		s.passwords[name] = "p" + rand.Text()
 	}
 	set := get[appsv1.StatefulSet](t, s.objects, "StatefulSet", "oom-tracer-nats")
 	files := get[corev1.ConfigMap](t, s.objects, "ConfigMap", "oom-tracer-nats").Data

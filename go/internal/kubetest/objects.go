@@ -236,6 +236,53 @@ func (c *Cluster) DryRun(object *unstructured.Unstructured) error {
 	return c.apply(client, mapper, object, metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
 }
 
+// Objects writes and reads objects of any kind, by what the server knew when it was made.
+type Objects struct {
+	c      *Cluster
+	client dynamic.Interface
+	mapper meta.RESTMapper
+}
+
+// Objects knows the kinds that the server knows now.
+func (c *Cluster) Objects() *Objects {
+	c.t.Helper()
+	client, mapper := c.dynamic()
+	return &Objects{c: c, client: client, mapper: mapper}
+}
+
+// Apply applies an object, server side, and refuses unknown fields.
+func (o *Objects) Apply(object *unstructured.Unstructured) error {
+	return o.c.apply(o.client, o.mapper, object, metav1.PatchOptions{})
+}
+
+func (o *Objects) at(object *unstructured.Unstructured) (dynamic.ResourceInterface, error) {
+	kind := object.GroupVersionKind()
+	mapping, err := o.mapper.RESTMapping(kind.GroupKind(), kind.Version)
+	if err != nil {
+		return nil, err
+	}
+	return o.client.Resource(mapping.Resource).Namespace(object.GetNamespace()), nil
+}
+
+// Get reads the object of this kind and name.
+func (o *Objects) Get(object *unstructured.Unstructured) (*unstructured.Unstructured, error) {
+	at, err := o.at(object)
+	if err != nil {
+		return nil, err
+	}
+	return at.Get(o.c.t.Context(), object.GetName(), metav1.GetOptions{})
+}
+
+// Delete deletes the object of this kind and name, and what there is of it at once.
+func (o *Objects) Delete(object *unstructured.Unstructured) error {
+	at, err := o.at(object)
+	if err != nil {
+		return err
+	}
+	now, background := int64(0), metav1.DeletePropagationBackground
+	return at.Delete(o.c.t.Context(), object.GetName(), metav1.DeleteOptions{GracePeriodSeconds: &now, PropagationPolicy: &background})
+}
+
 // dynamic is a client for every kind that the server knows now.
 func (c *Cluster) dynamic() (dynamic.Interface, meta.RESTMapper) {
 	c.t.Helper()
@@ -309,14 +356,15 @@ func Parse(r io.Reader) ([]*unstructured.Unstructured, error) {
 	}
 }
 
-// Chart renders the chart with these values (key=value) and returns the objects of some of its templates.
+// Chart renders the chart with these values (key=value) and returns the objects of some of its templates. Without a cluster to ask it
+// makes no passwords, and takes the Secret oom-tracer-nats.
 func Chart(t testing.TB, values []string, templates ...string) []*unstructured.Unstructured {
 	t.Helper()
 	chart, err := Path("deploy/chart")
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"template", "oom-tracer", chart, "--namespace", "oom-tracer", "--kube-version", "1.36.3"}
+	args := []string{"template", "oom-tracer", chart, "--namespace", "oom-tracer", "--kube-version", "1.36.3", "--set", "nats.passwordSecret=oom-tracer-nats"}
 	for _, v := range values {
 		args = append(args, "--set", v)
 	}
