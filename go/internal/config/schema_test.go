@@ -21,8 +21,6 @@ var bounds = map[string]func(*jsonschema.Schema){
 	"node.neighbours":        between("0", "50"),
 	"kernel.tier":            oneOf("auto", "fentry", "kprobe", "stack", "none"),
 	"kernel.notify":          oneOf("auto", "perf", "ringbuf", "poll"),
-	"kernel.journal_slots":   between("64", "65536"),
-	"nats.buffer":            between("1", "1000000"),
 	"nats.stream.replicas":   oneOf(1, 3, 5),
 	"policy.budgets.node":    between("0", "1000"),
 	"policy.budgets.owner":   between("0", "1000"),
