@@ -175,7 +175,7 @@ func copyRecord(data []byte, first, seq uint64) []byte {
 func (j *journal) close() { _ = unix.Munmap(j.memory) }
 
 // visibleTime is longer than any CPU takes to show what another one has written: once head names a record, it stands
-// in its slot for everybody after this time (see put_journal() in src/oom.bpf.c).
+// in its slot for everybody after this time (see put_journal() in src/journal.bpf.h).
 const visibleTime = 10 * time.Millisecond
 
 // visible returns up to where the records are visible for certain, where the last one is head. x86 shows what a CPU

@@ -21,7 +21,7 @@ func record(seq uint64) []byte {
 	return r
 }
 
-// put writes a record as put_journal() in src/oom.bpf.c does.
+// put writes a record as put_journal() in src/journal.bpf.h does.
 func (j *journal) put(seq uint64) {
 	first := j.segment(0)
 	s := j.segment(first.Current)
