@@ -3,6 +3,7 @@ package loader
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -124,23 +125,32 @@ var ErrNoStack = errors.New("the kernel stack cannot be read as proof")
 
 // stackSymbols finds the address ranges of stackFunctions in the text of /proc/kallsyms. Parts that
 // the compiler split off (.cold, .part.0, .constprop.0) count as their function.
+//
+// The kernel's own symbols come first and in the order of their addresses (scripts/kallsyms.c), so a function ends
+// where the next one begins. There are some 200,000 lines.
 func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 	var found []symbol
-	var text []uint64
+	open := 0 // index in found of the first one whose end is not known yet
 	missing := maps.Clone(stackRequired)
 	scan := bufio.NewScanner(kallsyms)
 	for scan.Scan() {
-		// address type name, and behind a tab [module]. There are some 200,000 lines.
+		// address type name, and behind a tab [module].
 		number, rest, _ := bytes.Cut(scan.Bytes(), []byte(" "))
 		kindOf, name, _ := bytes.Cut(rest, []byte(" "))
-		if len(kindOf) != 1 || !bytes.Contains([]byte("tTwW"), kindOf) || bytes.IndexByte(name, '\t') >= 0 {
+		if bytes.IndexByte(name, '\t') >= 0 {
+			break
+		}
+		if len(kindOf) != 1 || bytes.IndexByte([]byte("tTwW"), kindOf[0]) < 0 {
 			continue
 		}
 		address, err := strconv.ParseUint(string(number), 16, 64)
 		if err != nil {
 			return nil, fmt.Errorf("read kallsyms: %w", err)
 		}
-		text = append(text, address)
+		for open < len(found) && found[open].Start < address {
+			found[open].End = address
+			open++
+		}
 		name, _, _ = bytes.Cut(name, []byte("."))
 		kind, ok := stackFunctions[string(name)]
 		if !ok {
@@ -161,13 +171,8 @@ func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 	if len(found) > maxSymbols {
 		return nil, fmt.Errorf("%w: kallsyms has %d parts of the functions, more than %d", ErrNoStack, len(found), maxSymbols)
 	}
-	slices.Sort(text)
-	for i := range found {
-		next, _ := slices.BinarySearch(text, found[i].Start+1)
-		if next == len(text) {
-			return nil, fmt.Errorf("%w: no end of the function at %#x", ErrNoStack, found[i].Start)
-		}
-		found[i].End = text[next]
+	if open < len(found) {
+		return nil, fmt.Errorf("%w: no end of the function at %#x", ErrNoStack, found[open].Start)
 	}
 	return found, nil
 }
@@ -190,31 +195,76 @@ func oneMemoryNode(sysfs string) (bool, error) {
 // ___GFP_*_BIT in include/linux/gfp_types.h, which there is since v6.10. The map is empty where there is
 // none, or no BTF.
 func GFPFlags() map[int]string {
-	names := map[int]string{}
-	// An anonymous enumeration can only be found by walking all types, which is not done for nothing.
 	raw, err := os.ReadFile("/sys/kernel/btf/vmlinux")
-	if err != nil || !bytes.Contains(raw, []byte("___GFP_DMA_BIT\x00")) {
-		return names
-	}
-	kernel, err := btf.LoadKernelSpec()
 	if err != nil {
-		return names
+		return nil
 	}
-	for typ, err := range kernel.All() {
-		if err != nil {
+	return gfpFlags(raw)
+}
+
+// gfpFlags finds the enumeration in raw BTF (Documentation/bpf/btf.rst) by its first value. It has no name, so
+// a library would have to decode all types to find it.
+func gfpFlags(raw []byte) map[int]string {
+	u32 := func(b []byte) uint32 { return binary.NativeEndian.Uint32(b) }
+	const headerSize, typeSize, enumSize = 24, 12, 8
+	if len(raw) < headerSize {
+		return nil
+	}
+	// struct btf_header: magic, version, flags, hdr_len, type_off, type_len, str_off, str_len.
+	header, body := raw[:headerSize], raw[min(u32(raw[4:]), uint32(len(raw))):]
+	section := func(at int) []byte {
+		off, size := uint64(u32(header[at:])), uint64(u32(header[at+4:]))
+		if off+size > uint64(len(body)) {
+			return nil
+		}
+		return body[off : off+size]
+	}
+	types, text := section(8), section(16)
+	first := bytes.Index(text, []byte("\x00___GFP_DMA_BIT\x00")) + 1
+	if first == 0 {
+		return nil
+	}
+	for len(types) >= typeSize {
+		// struct btf_type: name_off, info (kind in bits 24 to 28, vlen in bits 0 to 15), size or type.
+		info := u32(types[4:])
+		kind, n := info>>24&0x1f, int(info&0xffff)
+		types = types[typeSize:]
+		size, known := btfExtra(kind, n)
+		if !known || size > len(types) {
+			return nil
+		}
+		if kind == btfKindEnum && n > 0 && u32(types) == uint32(first) {
+			names := map[int]string{}
+			for ; n > 0; n-- {
+				name, _, _ := bytes.Cut(text[min(u32(types), uint32(len(text))):], []byte{0})
+				// ___GFP_IO_BIT is what the kernel's own code calls __GFP_IO.
+				if name, ok := strings.CutSuffix(string(name), "_BIT"); ok && u32(types[4:]) < 32 {
+					names[int(u32(types[4:]))] = strings.TrimPrefix(name, "_")
+				}
+				types = types[enumSize:]
+			}
 			return names
 		}
-		enum, ok := typ.(*btf.Enum)
-		if !ok || len(enum.Values) == 0 || !strings.HasPrefix(enum.Values[0].Name, "___GFP_") {
-			continue
-		}
-		for _, v := range enum.Values {
-			if name, ok := strings.CutSuffix(v.Name, "_BIT"); ok && v.Value < 32 {
-				// ___GFP_IO_BIT is what the kernel's own code calls __GFP_IO.
-				names[int(v.Value)] = strings.TrimPrefix(name, "_")
-			}
-		}
-		return names
+		types = types[size:]
 	}
-	return names
+	return nil
+}
+
+const btfKindEnum = 6
+
+// btfExtra is how many bytes follow a struct btf_type.
+func btfExtra(kind uint32, n int) (size int, known bool) {
+	switch kind {
+	case 1, 14, 17: // INT, VAR, DECL_TAG
+		return 4, true
+	case 3: // ARRAY
+		return 12, true
+	case 4, 5, 15, 19: // STRUCT, UNION, DATASEC, ENUM64
+		return 12 * n, true
+	case btfKindEnum, 13: // FUNC_PROTO
+		return 8 * n, true
+	case 2, 7, 8, 9, 10, 11, 12, 16, 18: // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
+		return 0, true
+	}
+	return 0, false
 }

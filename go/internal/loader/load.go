@@ -90,6 +90,8 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err != nil {
 		return nil, err
 	}
+	limitHeap()
+	defer trimHeap()
 	bridgeLog(opts.Log, true)
 	// Where bpf(2) is refused, no tier has to be tried.
 	if err := CheckBPF(); err != nil {
@@ -125,6 +127,9 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	}
 	o := opening{opts: opts, ground: g, prototype: prototype, notifier: notifier}
 	o.symbols, o.stackErr = StackSymbols("/proc")
+	if opts.Tier == TierAuto || opts.Tier == TierFentry {
+		o.fentryErr = checkFentry(kernel)
+	}
 	o.kprobeMulti, o.kprobeErr = kprobeWay("/sys", kernel, perfErr)
 	for i, t := range tiers {
 		if opts.Tier != TierAuto && opts.Tier != t.tier {
@@ -218,6 +223,7 @@ type opening struct {
 	notifier    *notifier
 	symbols     []symbol
 	stackErr    error
+	fentryErr   error
 	kprobeMulti bool
 	kprobeErr   error
 }
@@ -227,6 +233,8 @@ func (o *opening) tier(i int) (*Loader, error) {
 	switch t := tiers[i]; {
 	case t.tier == TierStack && o.stackErr != nil:
 		return nil, o.stackErr
+	case t.tier == TierFentry && o.fentryErr != nil:
+		return nil, o.fentryErr
 	case t.tier == TierKprobe && o.kprobeErr != nil:
 		return nil, o.kprobeErr
 	case t.hooks == "":
@@ -471,6 +479,13 @@ func (l *Loader) takeOver(g *ground) error {
 	if l.pins == nil {
 		return nil
 	}
+	generations, err := l.pins.generations()
+	if err != nil {
+		return err
+	}
+	if len(generations) == 1 {
+		return nil
+	}
 	time.Sleep(takeOverTime)
 	head := atomic.LoadUint64(&l.state.Head)
 	acked := atomic.LoadUint64(&l.state.Acked)
@@ -481,10 +496,6 @@ func (l *Loader) takeOver(g *ground) error {
 	ownInfo, err := libbpfgo.GetMapInfoByFD(own.FileDescriptor())
 	if err != nil {
 		return fmt.Errorf("look at map %s: %w", journalMap, err)
-	}
-	generations, err := l.pins.generations()
-	if err != nil {
-		return err
 	}
 	for _, n := range generations {
 		if n == l.generation {

@@ -289,6 +289,7 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		around()
 	}
 	around()
+	go giveBack()
 	l.running.Store(true)
 	defer l.running.Store(false)
 	defer context.AfterFunc(ctx, l.notifier.interrupt)()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -274,6 +275,95 @@ ffffffffc0000000 t out_of_memory	[evil]
 	}
 	if _, err := StackSymbols(t.TempDir()); !errors.Is(err, ErrNoStack) {
 		t.Errorf("without kallsyms: %v", err)
+	}
+}
+
+// TestStackSymbolsGarbage: reading kallsyms allocates as much for many lines as for few.
+func TestStackSymbolsGarbage(t *testing.T) {
+	var text strings.Builder
+	for _, name := range []string{"__oom_kill_process", "oom_kill_process", "out_of_memory", "mem_cgroup_out_of_memory", "__alloc_pages_slowpath"} {
+		fmt.Fprintf(&text, "%x t %s\n", 0xffffffff81000000+uint64(text.Len()), name)
+	}
+	few := text.String() + "ffffffff82000000 t end\n"
+	for range 10000 {
+		fmt.Fprintf(&text, "%x t some_function\n", 0xffffffff81000000+uint64(text.Len()))
+	}
+	allocated := func(text string) int64 {
+		return testing.Benchmark(func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := stackSymbols(strings.NewReader(text)); err != nil {
+					b.Fatal(err)
+				}
+			}
+		}).AllocedBytesPerOp()
+	}
+	if a, b := allocated(few), allocated(text.String()); b > 2*a {
+		t.Errorf("%d bytes for %d lines, %d bytes for %d", a, strings.Count(few, "\n"), b, strings.Count(text.String(), "\n"))
+	}
+}
+
+// TestGFPFlags: the names are those that a library finds when it decodes all types.
+func TestGFPFlags(t *testing.T) {
+	kernel, err := btf.LoadKernelSpec()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[int]string{}
+	for typ, err := range kernel.All() {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if enum, ok := typ.(*btf.Enum); ok && len(enum.Values) > 0 && enum.Values[0].Name == "___GFP_DMA_BIT" {
+			for _, v := range enum.Values {
+				if name, ok := strings.CutSuffix(v.Name, "_BIT"); ok && v.Value < 32 {
+					want[int(v.Value)] = name[1:]
+				}
+			}
+		}
+	}
+	if got := GFPFlags(); !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	raw, err := os.ReadFile("/sys/kernel/btf/vmlinux")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{0, 10, 24, 1000, len(raw) / 2, len(raw) - 1} {
+		if got := gfpFlags(raw[:n]); len(got) > 0 {
+			t.Errorf("%v in the first %d bytes", got, n)
+		}
+	}
+}
+
+// loads counts the attempts to load the object, and what is refused of them.
+type loads struct {
+	slog.Handler
+	n *atomic.Int32
+}
+
+func (l loads) Handle(_ context.Context, r slog.Record) error {
+	r.Attrs(func(a slog.Attr) bool {
+		if strings.HasPrefix(a.Value.String(), "libbpf: loading object 'oom_tracer'") {
+			l.n.Add(1)
+		}
+		return true
+	})
+	return nil
+}
+
+func (loads) Enabled(context.Context, slog.Level) bool { return true }
+
+// TestLoadedOnce: a tier that the kernel refuses costs no attempt to load the object.
+func TestLoadedOnce(t *testing.T) {
+	counted := loads{slog.DiscardHandler, new(atomic.Int32)}
+	l, err := Open(t.Context(), Options{Tier: TierAuto, JournalSlots: 1024, Log: slog.New(counted)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if n := counted.n.Load(); n != 1 {
+		t.Errorf("tier %s: the object was loaded %d times", l.Tier(), n)
 	}
 }
 

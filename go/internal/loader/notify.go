@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"runtime"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -226,6 +227,48 @@ func (n *notifier) close() {
 	if n.m != nil {
 		_ = n.m.Close()
 	}
+}
+
+// checkFentry reports whether the kernel takes programs for fentry: nil, or why not. It loads one that does nothing. The
+// attempt with all hooks costs much more, for libbpf first reads all of the kernel's types.
+func checkFentry(kernel *btf.Spec) error {
+	var function *btf.Func
+	if err := kernel.TypeByName(hookFunctions[0], &function); err != nil {
+		return fmt.Errorf("find %s in the kernel's BTF: %w", hookFunctions[0], err)
+	}
+	id, err := kernel.TypeID(function)
+	if err != nil {
+		return fmt.Errorf("find %s in the kernel's BTF: %w", hookFunctions[0], err)
+	}
+	instructions := [16]byte{0: 0xb7, 8: 0x95} // r0 = 0; exit
+	license := [4]byte{'G', 'P', 'L'}
+	// union bpf_attr for BPF_PROG_LOAD (include/uapi/linux/bpf.h).
+	attr := struct {
+		kind, instructionCount             uint32
+		instructions, license              uint64
+		logLevel, logSize                  uint32
+		logBuffer                          uint64
+		version, flags                     uint32
+		name                               [16]byte
+		ifindex, attachType, btf, funcSize uint32
+		funcInfo                           uint64
+		funcCount, lineSize                uint32
+		lineInfo                           uint64
+		lineCount, attachTo                uint32
+	}{
+		kind: uint32(ebpf.Tracing), instructionCount: 2, attachType: uint32(ebpf.AttachTraceFEntry), attachTo: uint32(id),
+	}
+	var pinner runtime.Pinner
+	defer pinner.Unpin()
+	pinner.Pin(&instructions)
+	pinner.Pin(&license)
+	attr.instructions = uint64(uintptr(unsafe.Pointer(&instructions)))
+	attr.license = uint64(uintptr(unsafe.Pointer(&license)))
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	if errno != 0 {
+		return fmt.Errorf("load a program for fentry: %w", errno)
+	}
+	return unix.Close(int(fd))
 }
 
 // kprobeWay says how kprobes can be attached: by a perf event each, or by a kprobe.multi link (v5.18, commit
