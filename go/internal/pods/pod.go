@@ -15,9 +15,8 @@
 //     name a pod that is gone by then, nor decide anything while the API server is away.
 //   - A watch costs memory, and the decoding of every change of every pod, all the time and in each replica.
 //     Stored whole, as the original does on every node, a pod takes some 22 KB. Reduced to the fields of Pod
-//     while the list is read, page by page, 150,000 pods are some 65 MB of live heap: measured by
-//     make bench-annotate, the whole process has 150 MiB (RSS) at its peak and 140 MiB afterwards, is ready
-//     12 s after its start, and decides 11,400 kills a second.
+//     while they are read, 150,000 pods are some 60 MB of live heap. make bench-annotate measures memory, time
+//     until ready and decisions a second; deploy/docs/scale.md has the figures.
 //
 // The watch is what keeps its cost constant when things go wrong, and it is paid by a few replicas, not on
 // the nodes.
