@@ -57,12 +57,18 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	registry.MustRegister(metrics, events, &w.brake, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "oom_tracer_known_pods", Help: "Pods of the cluster that the annotator follows.",
 	}, func() float64 { return float64(store.Len()) }))
-	server, err := obs.Listen(cfg.Annotator.Listen, registry, obs.Checks{
-		Ready: map[string]obs.Check{
-			"pods": func(context.Context) error { return watcher.Failing() },
-			"nats": func(context.Context) error { return w.natsFailing() },
-		},
-	}, log)
+	checks := map[string]func() error{"pods": watcher.Failing, "nats": w.natsFailing}
+	ready := map[string]obs.Check{}
+	for check, failing := range checks {
+		ready[check] = func(context.Context) error { return failing() }
+		registry.MustRegister(readyGauge(check, failing))
+	}
+	registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "oom_tracer_kills_waiting", Help: "Number of OOM kills in the stream that no annotator had received when this one last received a kill, plus those that it works on.",
+	}, func() float64 { return float64(w.waiting()) }), prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "oom_tracer_pod_watch_errors_total", Help: "Number of failed attempts to list or watch the pods of the cluster.",
+	}, func() float64 { return float64(watcher.Errors()) }))
+	server, err := obs.Listen(cfg.Annotator.Listen, registry, obs.Checks{Ready: ready}, log)
 	if err != nil {
 		return fmt.Errorf("serve metrics: %w", err)
 	}
@@ -94,6 +100,19 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	bounded(rest.Wait)
 	log.Info("stopped")
 	return err
+}
+
+// readyGauge shows a check of /readyz to whoever scrapes: up says only that the process answers.
+func readyGauge(check string, failing func() error) prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "oom_tracer_ready", Help: "Whether a check of /readyz passes: pods (all pods are known and followed), nats (kills can be read and outcomes stored).",
+		ConstLabels: prometheus.Labels{"check": check},
+	}, func() float64 {
+		if failing() != nil {
+			return 0
+		}
+		return 1
+	})
 }
 
 // hostname names this process where several run.
@@ -143,6 +162,16 @@ func (w *works) natsFailing() error {
 		return errors.New("nothing is consumed before the pods are known")
 	}
 	return errors.Join(w.consumer.Failing(), w.publisher.Failing())
+}
+
+// waiting is how many kills wait to be decided.
+func (w *works) waiting() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.consumer == nil {
+		return 0
+	}
+	return w.consumer.Waiting()
 }
 
 // work consumes kills until ctx ends.

@@ -17,7 +17,7 @@ import (
 // nodes shows the last status of every node that has ever said one, and the gaps of each, as far as the
 // streams reach back.
 func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
-	var all []event.NodeStatus
+	var all []heard
 	terminal := isTerminal(stdout)
 	err := each(ctx, conn, bus.TailOptions{Stream: event.NodesStreamName}, stderr, func(m bus.Stored, node string) error {
 		s, err := event.ParseNodeStatus(m.Data)
@@ -28,7 +28,7 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 			fmt.Fprintf(stdout, "%s\n", rendered(m.Data, terminal))
 		}
 		if err == nil {
-			all = append(all, s)
+			all = append(all, heard{s, m.Time})
 		}
 		return err
 	})
@@ -47,9 +47,8 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 		}
 		if err == nil && g.Missing() {
 			of := gaps[node]
-			if of.count++; !g.Time.Before(of.last.Time) {
-				of.last = g
-			}
+			of.count++
+			of.cause, of.last = g.Cause, m.Time // in the stream's order
 			gaps[node] = of
 		}
 		return err
@@ -57,7 +56,7 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	if err != nil {
 		return missingStream(err, o)
 	}
-	slices.SortFunc(all, func(a, b event.NodeStatus) int { return strings.Compare(a.Node.Name, b.Node.Name) })
+	slices.SortFunc(all, func(a, b heard) int { return strings.Compare(a.Node.Name, b.Node.Name) })
 	return writeNodes(stdout, all, gaps, time.Now())
 }
 
@@ -76,15 +75,33 @@ func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writ
 	})
 }
 
+// heard is the last status of a node, and when that was stored. The node's own clock may be wrong, so that it only measures
+// time between two of its own times.
+type heard struct {
+	event.NodeStatus
+	stored time.Time
+}
+
+// clock says how wrong the clock of a node is, unless that may be the way to NATS.
+func (s *heard) clock() string {
+	switch ahead := s.Time.Sub(s.stored); {
+	case ahead > 2*time.Second:
+		return ", clock " + span(ahead) + " ahead"
+	case ahead < -time.Minute:
+		return ", clock " + span(-ahead) + " behind"
+	}
+	return ""
+}
+
 // watched says whether a node is watched at a moment: what it said last, unless that is too long ago.
-func watched(s *event.NodeStatus, now time.Time) string {
+func watched(s *heard, now time.Time) string {
 	switch {
 	case s.Phase == event.PhaseStop && s.Pinned:
 		return "stopped, kernel records" // and the next tracer tells
 	case s.Phase == event.PhaseStop:
 		return "stopped"
-	// Once the due time again, for a clock that goes differently and a server that was slow.
-	case s.Due != nil && now.After(s.Due.Add(s.Due.Sub(s.Time))):
+	// Twice the due time, for a clock that goes differently and a server that was slow.
+	case s.Due != nil && now.Sub(s.stored) > 2*s.Due.Sub(s.Time):
 		return "QUIET"
 	}
 	return "watched"
@@ -93,27 +110,28 @@ func watched(s *event.NodeStatus, now time.Time) string {
 // gapsOf is how many gaps a node has published, and the last one.
 type gapsOf struct {
 	count int
-	last  event.Gap
+	cause event.GapCause
+	last  time.Time // when it was stored
 }
 
 func (g gapsOf) text(now time.Time) string {
 	if g.count == 0 {
 		return "-"
 	}
-	return fmt.Sprintf("%d, %s %s", g.count, g.last.Cause, ago(now.Sub(g.last.Time)))
+	return fmt.Sprintf("%d, %s %s", g.count, g.cause, ago(now.Sub(g.last)))
 }
 
-func writeNodes(w io.Writer, all []event.NodeStatus, gaps map[string]gapsOf, now time.Time) error {
+func writeNodes(w io.Writer, all []heard, gaps map[string]gapsOf, now time.Time) error {
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "NODE\tSTATE\tHEARD\tTIER\tKERNEL\tVERSION\tSEQ\tUNACKED\tGAPS\tLAST KILL")
 	for i := range all {
 		s := &all[i]
 		last := "-"
 		if s.LastKill != nil {
-			last = ago(now.Sub(*s.LastKill))
+			last = ago(s.Time.Sub(*s.LastKill) + now.Sub(s.stored))
 		}
 		columns := []string{
-			s.Node.Name, watched(s, now), ago(now.Sub(s.Time)), s.Node.Tier, s.Node.Kernel, s.Version,
+			s.Node.Name, watched(s, now) + s.clock(), ago(now.Sub(s.stored)), s.Node.Tier, s.Node.Kernel, s.Version,
 			fmt.Sprint(s.Seq), fmt.Sprint(s.Seq - min(s.Seq, s.Acked)), gaps[s.Node.Name].text(now), last,
 		}
 		for i, c := range columns {
@@ -127,15 +145,17 @@ func writeNodes(w io.Writer, all []event.NodeStatus, gaps map[string]gapsOf, now
 	return nil
 }
 
-// ago is a time span in its largest unit, as people say it.
-func ago(d time.Duration) string {
+func ago(d time.Duration) string { return span(d) + " ago" }
+
+// span is a time span in its largest unit, as people say it.
+func span(d time.Duration) string {
 	switch d = max(d, 0); {
 	case d < 2*time.Minute:
-		return fmt.Sprintf("%ds ago", int(d.Seconds()))
+		return fmt.Sprintf("%ds", int(d.Seconds()))
 	case d < 2*time.Hour:
-		return fmt.Sprintf("%dm ago", int(d.Minutes()))
+		return fmt.Sprintf("%dm", int(d.Minutes()))
 	case d < 48*time.Hour:
-		return fmt.Sprintf("%dh ago", int(d.Hours()))
+		return fmt.Sprintf("%dh", int(d.Hours()))
 	}
-	return fmt.Sprintf("%dd ago", int(d.Hours()/24))
+	return fmt.Sprintf("%dd", int(d.Hours()/24))
 }

@@ -65,6 +65,7 @@ type Consumer struct {
 
 	mu        sync.Mutex
 	undecided map[uint64]*Delivery // by Stored.Seq
+	behind    uint64               // messages that the server had still to deliver with the last one
 	failing   error
 	consumed  bool  // there was a stream to consume
 	unsettled error // why nothing can be settled
@@ -86,6 +87,14 @@ func (c *Consumer) Failing() error {
 		return c.unsettled
 	}
 	return c.failing
+}
+
+// Waiting is how many messages are not settled here, and how many the server had still to deliver with the last one. Those that
+// were given back, to come again, do not count.
+func (c *Consumer) Waiting() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.undecided) + int(c.behind)
 }
 
 func (c *Consumer) setFailing(err error) {
@@ -287,6 +296,7 @@ func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.behind = meta.NumPending
 	if before, ok := c.undecided[d.Seq]; ok {
 		if before.Time.Equal(d.Time) {
 			return nil, nil

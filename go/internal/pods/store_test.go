@@ -17,7 +17,7 @@ import (
 // id is a container's ID of one digit.
 func id(digit string) string { return strings.Repeat(digit, 64) }
 
-func key(t *testing.T, id string) [32]byte {
+func key(t *testing.T, id string) ContainerID {
 	t.Helper()
 	key, ok := containerKey(id)
 	if !ok {

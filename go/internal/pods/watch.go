@@ -47,6 +47,7 @@ type Watcher struct {
 	uids    map[string]struct{}
 
 	mu      sync.Mutex
+	errors  uint64
 	failing error
 	synced  chan struct{}
 	once    sync.Once
@@ -65,6 +66,13 @@ func (w *Watcher) Failing() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.failing
+}
+
+// Errors is how many attempts to list or watch have failed.
+func (w *Watcher) Errors() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.errors
 }
 
 // Run lists and watches until ctx ends, whatever the server answers.
@@ -114,7 +122,9 @@ func unwrapStatus(err error) error {
 func (w *Watcher) note(err error) {
 	w.mu.Lock()
 	before := w.failing
-	w.failing = err
+	if w.failing = err; err != nil {
+		w.errors++
+	}
 	w.mu.Unlock()
 	switch {
 	case err != nil && (before == nil || before.Error() != err.Error()):
