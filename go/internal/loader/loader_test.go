@@ -357,7 +357,7 @@ func (loads) Enabled(context.Context, slog.Level) bool { return true }
 // TestLoadedOnce: a tier that the kernel refuses costs no attempt to load the object.
 func TestLoadedOnce(t *testing.T) {
 	counted := loads{slog.DiscardHandler, new(atomic.Int32)}
-	l, err := Open(t.Context(), Options{Tier: TierAuto, JournalSlots: 1024, Log: slog.New(counted)})
+	l, err := Open(t.Context(), Options{Tier: TierAuto, JournalSize: 2 << 20, Log: slog.New(counted)})
 	if err != nil {
 		t.Fatal(err)
 	}
