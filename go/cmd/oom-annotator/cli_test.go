@@ -6,13 +6,16 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 )
 
 // TestCommandLine: what is wrong is named in one line, and nothing is begun.
 func TestCommandLine(t *testing.T) {
 	dir := t.TempDir()
-	bad, good := filepath.Join(dir, "bad.yaml"), filepath.Join(dir, "good.yaml")
-	for file, data := range map[string]string{bad: "policy:\n  annotation: -a\n  scope: []\n", good: "annotator:\n  listen: \"\"\n"} {
+	bad, good, asJSON := filepath.Join(dir, "bad.yaml"), filepath.Join(dir, "good.yaml"), filepath.Join(dir, "json.yaml")
+	for file, data := range map[string]string{bad: "policy:\n  annotation: -a\n  scope: []\n", good: "annotator:\n  listen: \"\"\n",
+		asJSON: "log:\n  format: json\nannotator:\n  listen: \"\"\n"} {
 		if err := os.WriteFile(file, []byte(data), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -41,10 +44,11 @@ func TestCommandLine(t *testing.T) {
 		{"--config " + bad, 1, "", "policy.annotation: must be key=value, a key or empty"},
 		{"--config " + bad, 1, "", "\noom-annotator: " + bad + ":3: policy.scope: unknown key: did you mean scopes?\n"},
 		{"--config " + good, 1, "", "(outside of a cluster, name a kubeconfig file)\n"},
+		{"--config " + asJSON, 1, "", `"msg":"oom-annotator failed","error":"`},
 		{"--config " + good + " --kubeconfig /nowhere", 1, "", "read kubeconfig /nowhere: "},
 	} {
 		var stdout, stderr bytes.Buffer
-		status := realMain(t.Context(), strings.Fields(tt.args), &stdout, &stderr)
+		status := cli.Run(t.Context(), "oom-annotator", dispatch, strings.Fields(tt.args), &stdout, &stderr)
 		if status != tt.status || !strings.Contains(stdout.String(), tt.stdout) || !strings.Contains(stderr.String(), tt.stderr) ||
 			(tt.stderr == "") != (stderr.Len() == 0) || (tt.stdout == "") != (stdout.Len() == 0) {
 			t.Errorf("%s: status %d\nstdout: %s\nstderr: %s", tt.args, status, &stdout, &stderr)

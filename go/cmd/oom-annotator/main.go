@@ -9,14 +9,13 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"strings"
-	"syscall"
 
 	"k8s.io/klog/v2"
 
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
@@ -33,33 +32,7 @@ Exit status: 0 done; 1 failed; 2 the command line is wrong.
 Flags%s:
 `
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-ctx.Done()
-		stop() // a second signal ends the process at once
-	}()
-	os.Exit(realMain(ctx, os.Args[1:], os.Stdout, os.Stderr))
-}
-
-// usageError means that the command line is wrong.
-type usageError struct{ error }
-
-func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	err := dispatch(ctx, args, stdout, stderr)
-	var wrong usageError
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &wrong):
-		fmt.Fprintf(stderr, "oom-annotator: %v; see oom-annotator --help\n", err)
-		return 2
-	default:
-		// A config that is wrong has a line for each fault.
-		fmt.Fprintf(stderr, "oom-annotator: %s\n", strings.ReplaceAll(err.Error(), "\n", "\noom-annotator: "))
-		return 1
-	}
-}
+func main() { cli.Main("oom-annotator", dispatch) }
 
 func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	command := ""
@@ -67,7 +40,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		command, args = args[0], args[1:]
 	}
 	flags := flag.NewFlagSet("oom-annotator", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // what is wrong is said once, by realMain
+	flags.SetOutput(io.Discard) // what is wrong is said once, by cli.Run
 	configPath := flags.String("config", "/etc/oom-tracer/config.yaml", "the config `file`")
 	kubeconfig := flags.String("kubeconfig", "", "the kubeconfig `file` (default: annotator.kubeconfig in the config, the service account of the pod)")
 	logLevel := flags.String("log-level", "", "the log's `level`: debug, info, warn or error (default: log.level in the config)")
@@ -79,7 +52,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		of = " of explain"
 		t.flags(flags)
 	default:
-		return usageError{fmt.Errorf("unknown command %q", command)}
+		return cli.Usagef("unknown command %q", command)
 	}
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
@@ -88,19 +61,19 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		flags.PrintDefaults()
 		return nil
 	case err != nil:
-		return usageError{err}
+		return cli.Usagef("%w", err)
 	case flags.NArg() > 0:
-		return usageError{fmt.Errorf("unexpected argument %q", flags.Arg(0))}
+		return cli.Usagef("unexpected argument %q", flags.Arg(0))
 	}
 	if err := t.check(); err != nil {
-		return usageError{err}
+		return cli.Usagef("%w", err)
 	}
 	// Held against the rules for the config's own keys.
 	held := config.Default()
 	if *logLevel != "" {
 		held.Log.Level = *logLevel
 		if err := held.Validate(); err != nil {
-			return usageError{fmt.Errorf("--log-level: %w", err)}
+			return cli.Usagef("--log-level: %w", err)
 		}
 	}
 	if *version {
@@ -138,5 +111,5 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	if command == "explain" {
 		return explain(ctx, cfg, t, log, stdout, stderr)
 	}
-	return run(ctx, cfg, log)
+	return cli.Logged(log, run(ctx, cfg, log))
 }

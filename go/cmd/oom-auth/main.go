@@ -9,16 +9,15 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 
 	"k8s.io/klog/v2"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/callout"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
@@ -39,43 +38,17 @@ Flags:
 
 const name = "oom-auth"
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-ctx.Done()
-		stop() // a second signal ends the process at once
-	}()
-	os.Exit(realMain(ctx, os.Args[1:], os.Stdout, os.Stderr))
-}
-
-// usageError means that the command line is wrong.
-type usageError struct{ error }
-
-func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	err := dispatch(ctx, args, stdout, stderr)
-	var wrong usageError
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &wrong):
-		fmt.Fprintf(stderr, "oom-auth: %v; see oom-auth --help\n", err)
-		return 2
-	default:
-		// A config that is wrong has a line for each fault.
-		fmt.Fprintf(stderr, "oom-auth: %s\n", strings.ReplaceAll(err.Error(), "\n", "\noom-auth: "))
-		return 1
-	}
-}
+func main() { cli.Main(name, dispatch) }
 
 func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if len(args) > 0 && args[0] == "issuer" {
 		if len(args) != 3 {
-			return usageError{errors.New("issuer needs two files")}
+			return cli.Usagef("issuer needs two files")
 		}
 		return issuer(args[1], args[2])
 	}
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // what is wrong is said once, by realMain
+	flags.SetOutput(io.Discard) // what is wrong is said once, by cli.Run
 	configPath := flags.String("config", "/etc/oom-tracer/config.yaml", "the config `file`")
 	kubeconfig := flags.String("kubeconfig", "", "the kubeconfig `file` (default: auth.kubeconfig in the config, the service account of the pod)")
 	version := flags.Bool("version", false, "print the version and end")
@@ -86,9 +59,9 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		flags.PrintDefaults()
 		return nil
 	case err != nil:
-		return usageError{err}
+		return cli.Usagef("%w", err)
 	case flags.NArg() > 0:
-		return usageError{fmt.Errorf("unexpected argument %q", flags.Arg(0))}
+		return cli.Usagef("unexpected argument %q", flags.Arg(0))
 	}
 	if *version {
 		fmt.Fprintf(stdout, "oom-auth %s\n", obs.Version())
@@ -111,7 +84,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return err
 	}
 	klog.SetSlogLogger(log) // client-go's
-	return run(ctx, cfg, log)
+	return cli.Logged(log, run(ctx, cfg, log))
 }
 
 // readKeys makes the keys that belong to the secret in a file.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
@@ -21,7 +22,7 @@ const victimMax = 128 << 20
 // nothing. It ends with an error if nobody kills it.
 func victim(args []string, stdout io.Writer) error {
 	if len(args) != 1 || args[0] == "" || args[0][0] == '-' {
-		return usageError{errors.New("victim needs the name of a file")}
+		return cli.Usagef("victim needs the name of a file")
 	}
 	file, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, os.ErrExist) {

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"slices"
 	"strings"
 	"syscall"
@@ -21,6 +20,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
@@ -51,38 +51,7 @@ Exit status: 0 done; 1 failed, or what await waits for did not come in time; 2 t
 Flags of %s:
 `
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-ctx.Done()
-		stop() // a second signal ends the process at once
-	}()
-	// A closed pipe is an error of the write, which tail knows.
-	signal.Ignore(syscall.SIGPIPE)
-	os.Exit(realMain(ctx, os.Args[1:], os.Stdout, os.Stderr))
-}
-
-// usageError means that the command line is wrong.
-type usageError struct{ error }
-
-func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	err := dispatch(ctx, args, stdout, stderr)
-	var wrong usageError
-	var unknown unknownError
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &unknown):
-		fmt.Fprintf(stderr, "oom-tap: %v\n", err)
-		return 3
-	case errors.As(err, &wrong):
-		fmt.Fprintf(stderr, "oom-tap: %v; see oom-tap --help\n", err)
-		return 2
-	default:
-		fmt.Fprintf(stderr, "oom-tap: %v\n", err)
-		return 1
-	}
-}
+func main() { cli.Main("oom-tap", dispatch) }
 
 // options are the flags.
 type options struct {
@@ -191,7 +160,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	}
 	o := options{output: "text", color: "auto"}
 	flags := flag.NewFlagSet("oom-tap", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // what is wrong is said once, by realMain
+	flags.SetOutput(io.Discard) // what is wrong is said once, by cli.Run
 	flags.StringVar(&o.configPath, "config", "/etc/oom-tracer/config.yaml", "the config `file`: where NATS is")
 	flags.BoolVar(&o.version, "version", false, "print the version and end")
 	switch command {
@@ -223,7 +192,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		flags.BoolVar(&o.empty, "empty", false, "where no revision is valid: begin with no pause and no budget used")
 	case "resume", "setup":
 	default:
-		return usageError{fmt.Errorf("unknown command %q", command)}
+		return cli.Usagef("unknown command %q", command)
 	}
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
@@ -232,28 +201,28 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		flags.PrintDefaults()
 		return nil
 	case err != nil:
-		return usageError{err}
+		return cli.Usagef("%w", err)
 	}
 	rest := flags.Args()
 	if command == "pod" && o.pod == "" && len(rest) > 0 {
 		o.pod, rest = rest[0], rest[1:]
 	}
 	if len(rest) > 0 {
-		return usageError{fmt.Errorf("unexpected argument %q", rest[0])}
+		return cli.Usagef("unexpected argument %q", rest[0])
 	}
 	if err := o.check(); err != nil {
-		return usageError{err}
+		return cli.Usagef("%w", err)
 	}
 	switch {
 	case o.version:
 	case command == "pod" && o.pod == "":
-		return usageError{errors.New("pod needs the pod's name")}
+		return cli.Usagef("pod needs the pod's name")
 	case command == "await" && o.podUID == "":
-		return usageError{errors.New("await needs --pod-uid")}
+		return cli.Usagef("await needs --pod-uid")
 	case command == "pause" && strings.TrimSpace(o.reason) == "":
-		return usageError{errors.New("pause needs --reason: who is paged meanwhile will ask")}
+		return cli.Usagef("pause needs --reason: who is paged meanwhile will ask")
 	case len(o.reason) > maxReason:
-		return usageError{fmt.Errorf("--reason must have at most %d bytes", maxReason)}
+		return cli.Usagef("--reason must have at most %d bytes", maxReason)
 	}
 	if command == "pod" && o.namespace == "" {
 		var err error

@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 )
 
 // start starts a NATS server with its stream, for the life of the test.
@@ -66,7 +68,7 @@ func TestCancel(t *testing.T) {
 			return len(p), nil
 		})
 		var stderr strings.Builder
-		if status := realMain(ctx, append(tt.args, "--config", s.config), stdout, &stderr); status != tt.status || stderr.String() != tt.stderr {
+		if status := cli.Run(ctx, "oom-tap", dispatch, append(tt.args, "--config", s.config), stdout, &stderr); status != tt.status || stderr.String() != tt.stderr {
 			t.Errorf("%q: status %d, want %d; stderr %q, want %q", tt.args, status, tt.status, stderr.String(), tt.stderr)
 		}
 		if lines == 0 || lines == n {
@@ -90,7 +92,7 @@ func TestWriteErrors(t *testing.T) {
 	} {
 		var stderr strings.Builder
 		stdout := writerFunc(func([]byte) (int, error) { return 0, tt.err })
-		status := realMain(t.Context(), []string{"--config", s.config, "--since", "1h"}, stdout, &stderr)
+		status := cli.Run(t.Context(), "oom-tap", dispatch, []string{"--config", s.config, "--since", "1h"}, stdout, &stderr)
 		if status != tt.status || stderr.String() != tt.stderr {
 			t.Errorf("%v: status %d, stderr %q", tt.err, status, stderr.String())
 		}
@@ -163,7 +165,7 @@ func TestTerminal(t *testing.T) {
 				screen, stdout = openTerminal(t)
 			}
 			var stderr strings.Builder
-			status := realMain(t.Context(), append([]string{"--config", s.config, "--since", "1h", "--no-follow"}, tt.args...), stdout, &stderr)
+			status := cli.Run(t.Context(), "oom-tap", dispatch, append([]string{"--config", s.config, "--since", "1h", "--no-follow"}, tt.args...), stdout, &stderr)
 			stdout.Close()
 			shown, err := io.ReadAll(screen)
 			if err != nil && !errors.Is(err, syscall.EIO) { // EIO is how a terminal ends

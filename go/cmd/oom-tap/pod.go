@@ -14,6 +14,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
@@ -168,8 +169,8 @@ func (s *story) wait(kill string) {
 	}
 }
 
-// unknownError means that there may have been kills that were not seen.
-type unknownError struct{ error }
+// exitUnknown is the status where there may have been kills that were not seen.
+const exitUnknown = 3
 
 // unknown is why a pod of which no kill is known may have had one all the same.
 func (s *story) unknown() error {
@@ -183,7 +184,7 @@ func (s *story) unknown() error {
 	if why == nil {
 		return nil
 	}
-	return unknownError{fmt.Errorf("no kill in pod %s/%s is known, but there may have been some: %s", text.Printable(s.o.namespace), text.Printable(s.o.pod), strings.Join(why, "; "))}
+	return cli.Status(exitUnknown, fmt.Errorf("no kill in pod %s/%s is known, but there may have been some: %s", text.Printable(s.o.namespace), text.Printable(s.o.pod), strings.Join(why, "; ")))
 }
 
 // read reads a kill, an outcome or a gap.

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,6 +20,8 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
@@ -79,8 +83,8 @@ func expectStatus(err error, want string) error {
 // A write that fails is a failure of the command whose purpose it was.
 func TestDoctorIntoClosedPipe(t *testing.T) {
 	var said bytes.Buffer
-	code := realMain(t.Context(), []string{"doctor", "--config", writeConfig(t, testConfig(t))}, brokenPipe{}, &said)
-	if code != exitFailure || !strings.Contains(said.String(), "write the findings: io: read/write on closed pipe") {
+	code := cli.Run(t.Context(), "oom-tracer", dispatch, []string{"doctor", "--config", writeConfig(t, testConfig(t))}, brokenPipe{}, &said)
+	if code != cli.ExitFailure || !strings.Contains(said.String(), "write the findings: io: read/write on closed pipe") {
 		t.Errorf("exit status %d, %q", code, &said)
 	}
 }
@@ -158,10 +162,10 @@ func TestRealMain(t *testing.T) {
 	}{
 		{[]string{"--version"}, 0},
 		{[]string{"--help"}, 0},
-		{[]string{"config", "check", "--config", "/nowhere"}, exitFailure},
-		{[]string{"nonsense"}, exitUsage},
+		{[]string{"config", "check", "--config", "/nowhere"}, cli.ExitFailure},
+		{[]string{"nonsense"}, cli.ExitUsage},
 	} {
-		if code := realMain(t.Context(), tt.args, io.Discard, io.Discard); code != tt.code {
+		if code := cli.Run(t.Context(), "oom-tracer", dispatch, tt.args, io.Discard, io.Discard); code != tt.code {
 			t.Errorf("%v: %d, want %d", tt.args, code, tt.code)
 		}
 	}
@@ -224,6 +228,64 @@ func TestSignals(t *testing.T) {
 			}
 			if tt.signals == 1 && !strings.Contains(tracer.log.String(), "events could not be published before the end") {
 				t.Errorf("the log says\n%s", &tracer.log)
+			}
+		})
+	}
+}
+
+// With log.format json every line on standard error is JSON, whatever the kernel refuses and however it ends; with
+// log.kills json so is every kill on standard output, as it stands on NATS.
+func TestJSONOutput(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer taken.Close()
+	for _, tt := range []struct {
+		name, kills string
+		change      func(*config.Config)
+		fails       bool
+	}{
+		{"json", config.KillsJSON, func(*config.Config) {}, false},
+		{"text", config.KillsText, func(*config.Config) {}, false},
+		{"none", config.KillsNone, func(*config.Config) {}, false},
+		{"the port is taken", config.KillsJSON, func(c *config.Config) { c.Metrics.Listen = taken.Addr().String() }, true},
+		{"an unsafe directory", config.KillsJSON, func(c *config.Config) { c.NATS.Embedded.Dir = os.TempDir() }, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := withListen(t, testConfig(t))
+			cfg.Log = config.Log{Level: "debug", Format: "json", Kills: tt.kills}
+			cfg.Metrics.Listen = freeAddr(t)
+			tt.change(&cfg)
+			tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)
+			var out, log scratchtest.Output
+			tracer.Stdout, tracer.Stderr = &out, &log
+			must(t, tracer.Start())
+			if tt.fails {
+				if tracer.Wait() == nil || !strings.Contains(log.String(), `"msg":"oom-tracer failed"`) {
+					t.Errorf("it ended well:\n%s", &log)
+				}
+			} else {
+				until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+				group := scratchtest.New(t, 8*mib)
+				scratchtest.Storm(t, group, 2, 16, "plain")
+				want := stored(t, cfg, group, 2)
+				must(t, tracer.Process.Signal(syscall.SIGTERM))
+				must(t, tracer.Wait())
+				printed := strings.Split(strings.TrimSpace(out.String()), "\n")
+				if tt.kills == config.KillsNone && out.String() != "" || tt.kills == config.KillsText && strings.Contains(out.String(), "{") {
+					t.Errorf("printed:\n%s", &out)
+				}
+				for _, e := range want {
+					data, err := json.Marshal(e)
+					must(t, err)
+					if tt.kills == config.KillsJSON && !slices.Contains(printed, string(data)) {
+						t.Errorf("not printed: %s\nbut\n%s", data, &out)
+					}
+				}
+			}
+			for line := range strings.Lines(log.String()) {
+				if !json.Valid([]byte(line)) {
+					t.Errorf("on standard error: %s", line)
+				}
 			}
 		})
 	}

@@ -13,7 +13,6 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 // What is missing, and how that is known: from holes in the seqs, from the kernel's own count of kills,
@@ -199,7 +198,7 @@ func (t *tracer) say(g *event.Gap) {
 		return
 	}
 	t.metrics.gaps.WithLabelValues(string(g.Cause)).Inc()
-	t.lines.print(text.GapLine(g, false))
+	t.lines.gap(g)
 	args := []any{"cause", string(g.Cause), "id", g.ID}
 	if g.LastSeq > 0 {
 		args = append(args, "first_seq", g.FirstSeq, "last_seq", g.LastSeq)

@@ -838,8 +838,10 @@ nats:
   embedded: {dir: %q, listen: %q, sync_always: %t}
   stream: {max_bytes: %d}
 metrics: {listen: %q}
+log: {level: %s, format: %s, kills: %q}
 `, cfg.Node.StateFile, cfg.Node.StatusInterval, cfg.Node.CgroupRoot, cfg.Kernel.Tier, cfg.Kernel.Notify, cfg.Kernel.JournalSize, cfg.Kernel.PinDir,
-		cfg.NATS.URL, cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.NATS.Embedded.SyncAlways, cfg.NATS.Stream.MaxBytes, cfg.Metrics.Listen)
+		cfg.NATS.URL, cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.NATS.Embedded.SyncAlways, cfg.NATS.Stream.MaxBytes, cfg.Metrics.Listen,
+		cfg.Log.Level, cfg.Log.Format, cfg.Log.Kills)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -10,11 +10,10 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
@@ -37,28 +36,7 @@ Exit status: 0 done; 1 failed (doctor: tracing cannot work; config check: the co
 Flags:
 `
 
-// Exit statuses.
-const (
-	exitFailure = 1
-	exitUsage   = 2
-)
-
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-ctx.Done()
-		// From here on a second signal ends the process at once.
-		stop()
-	}()
-	// A reader of the printed lines that goes away must not take the tracer with it.
-	signal.Ignore(syscall.SIGPIPE)
-	os.Exit(realMain(ctx, os.Args[1:], os.Stdout, os.Stderr))
-}
-
-// usageError means that the command line is wrong.
-type usageError struct{ error }
-
-func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+func main() { cli.Main("oom-tracer", dispatch) }
 
 // options are the flags.
 type options struct {
@@ -69,22 +47,6 @@ type options struct {
 	btf        string // doctor only
 	force      bool   // unload only
 	version    bool
-}
-
-func realMain(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	err := dispatch(ctx, args, stdout, stderr)
-	var wrong usageError
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &wrong):
-		fmt.Fprintf(stderr, "oom-tracer: %v; see oom-tracer --help\n", err)
-		return exitUsage
-	default:
-		// A config that is wrong has a line for each fault.
-		fmt.Fprintf(stderr, "oom-tracer: %s\n", strings.ReplaceAll(err.Error(), "\n", "\noom-tracer: "))
-		return exitFailure
-	}
 }
 
 func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
@@ -101,7 +63,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	case hogCommand:
 		return hog(args)
 	default:
-		return usagef("unknown command %q", command)
+		return cli.Usagef("unknown command %q", command)
 	}
 
 	o, flags, err := parseFlags(command, args)
@@ -119,7 +81,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 		return nil
 	}
 	if command == "config" {
-		return usagef("config needs a command: config check")
+		return cli.Usagef("config needs a command: config check")
 	}
 
 	if o.btf != "" {
@@ -150,16 +112,17 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	}
 	switch command {
 	case "selftest":
-		return selftest(ctx, cfg, node, stdout, log)
+		err = selftest(ctx, cfg, node, stdout, log)
 	case "doctor":
-		return doctor(ctx, cfg, node, o.output, stdout)
+		err = doctor(ctx, cfg, node, o.output, stdout)
 	default:
-		return run(ctx, cfg, node, stdout, log)
+		err = run(ctx, cfg, node, stdout, log)
 	}
+	return cli.Logged(log, err)
 }
 
 // parseFlags reads what stands behind the command, and checks what needs no config to be checked. Its
-// error is a usageError or flag.ErrHelp.
+// error is of cli.Usagef or flag.ErrHelp.
 func parseFlags(command string, args []string) (o options, flags *flag.FlagSet, err error) {
 	flags = flag.NewFlagSet("oom-tracer", flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // its error comes back, and is printed once
@@ -179,23 +142,23 @@ func parseFlags(command string, args []string) (o options, flags *flag.FlagSet, 
 	case errors.Is(err, flag.ErrHelp):
 		return o, flags, err
 	case err != nil:
-		return o, flags, usagef("%v", err)
+		return o, flags, cli.Usagef("%v", err)
 	case flags.NArg() > 0:
-		return o, flags, usagef("unexpected argument %q", flags.Arg(0))
+		return o, flags, cli.Usagef("unexpected argument %q", flags.Arg(0))
 	case command == "doctor" && o.output != "text" && o.output != "json":
-		return o, flags, usagef("--output: must be text or json, not %q", o.output)
+		return o, flags, cli.Usagef("--output: must be text or json, not %q", o.output)
 	}
 	if o.logLevel != "" {
 		// Held against the rule for the config's own key.
 		cfg := config.Default()
 		cfg.Log.Level = o.logLevel
 		if err := cfg.Validate(); err != nil {
-			return o, flags, usagef("--log-level: %v", err)
+			return o, flags, cli.Usagef("--log-level: %v", err)
 		}
 	}
 	if o.nodeName != "" {
 		if _, err := event.NodeToken(o.nodeName); err != nil {
-			return o, flags, usagef("--node-name: %v", err)
+			return o, flags, cli.Usagef("--node-name: %v", err)
 		}
 	}
 	return o, flags, nil

@@ -120,7 +120,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		}
 	}
 	t.metrics = newMetrics()
-	t.lines = newPrinter(stdout, func() { t.metrics.events.WithLabelValues("skipped", "print").Inc() })
+	t.lines = newPrinter(stdout, cfg.Log.Kills, func() { t.metrics.events.WithLabelValues("skipped", "print").Inc() })
 	if t.publisher, err = bus.NewPublisher(t.conn, bus.Window, t.hooks(), log); err != nil {
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
@@ -352,7 +352,7 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 	}
 	t.metrics.observe(&e)
 	t.lookout.see(&e)
-	t.lines.print(text.Line(&e, false))
+	t.lines.kill(&e)
 	t.told = e.Time
 	return true
 }
@@ -452,16 +452,17 @@ func now() (time.Time, uint64) {
 	return time.Now(), uint64(boot.Nano())
 }
 
-// printer writes lines without ever holding up its caller: standard output may be a pipe that nobody
-// reads.
+// printer writes kills and gaps to standard output, as log.kills says. It never holds up its caller: standard output may
+// be a pipe that nobody reads.
 type printer struct {
+	format  string
 	lines   chan string
 	done    chan struct{}
 	dropped func()
 }
 
-func newPrinter(w io.Writer, dropped func()) *printer {
-	p := &printer{lines: make(chan string, 1024), done: make(chan struct{}), dropped: dropped}
+func newPrinter(w io.Writer, format string, dropped func()) *printer {
+	p := &printer{format: format, lines: make(chan string, 1024), done: make(chan struct{}), dropped: dropped}
 	go func() {
 		defer close(p.done)
 		for line := range p.lines {
@@ -471,7 +472,29 @@ func newPrinter(w io.Writer, dropped func()) *printer {
 	return p
 }
 
-func (p *printer) print(line string) {
+func (p *printer) kill(e *event.Event) {
+	p.print(e, func() string { return text.Line(e, false) })
+}
+
+func (p *printer) gap(g *event.Gap) {
+	p.print(g, func() string { return text.GapLine(g, false) })
+}
+
+// print writes v as JSON or as text.
+func (p *printer) print(v any, asText func() string) {
+	var line string
+	switch p.format {
+	case config.KillsNone:
+		return
+	case config.KillsJSON:
+		data, err := json.Marshal(v)
+		if err != nil { // it is not on NATS either, and the log has it
+			return
+		}
+		line = string(data)
+	default:
+		line = asText()
+	}
 	select {
 	case p.lines <- line:
 	default:

@@ -185,11 +185,20 @@ type Metrics struct {
 	Listen string `yaml:"listen"`
 }
 
-// Log is about the program's own messages on standard error.
+// Log is about what a program prints: its own messages, on standard error, and kills.
 type Log struct {
 	Level  string `yaml:"level"`  // debug, info, warn or error
 	Format string `yaml:"format"` // text or json
+	// Kills is how oom-tracer prints kills and gaps on standard output: text, json or none.
+	Kills string `yaml:"kills"`
 }
+
+// Values of Log.Kills.
+const (
+	KillsText = "text"
+	KillsJSON = "json"
+	KillsNone = "none"
+)
 
 // Default is the configuration of an empty file, and of the one that is shipped.
 func Default() Config {
@@ -229,7 +238,7 @@ func Default() Config {
 		},
 		Auth:    Auth{ServiceAccount: "oom-tracer/oom-tracer", Audience: "oom-tracer-nats", Listen: "127.0.0.1:9107"},
 		Metrics: Metrics{Listen: "127.0.0.1:9105"},
-		Log:     Log{Level: "info", Format: "text"},
+		Log:     Log{Level: "info", Format: "text", Kills: KillsText},
 	}
 }
 

@@ -134,7 +134,7 @@ func TestEveryKeyIsRead(t *testing.T) {
 			ServiceAccount: "monitoring/agent", Audience: "example.com/nats", IssuerFile: "/run/secrets/issuer", Kubeconfig: "/etc/auth/kubeconfig", Listen: ":9997",
 		},
 		Metrics: Metrics{Listen: ":9999"},
-		Log:     Log{Level: "debug", Format: "json"},
+		Log:     Log{Level: "debug", Format: "json", Kills: "none"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("full.yaml (-want +got):\n%s", diff)

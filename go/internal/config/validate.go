@@ -199,6 +199,7 @@ func (c *Config) faults() []fault {
 	}
 	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
 	oneOf("log.format", c.Log.Format, "text", "json")
+	oneOf("log.kills", c.Log.Kills, KillsText, KillsJSON, KillsNone)
 	return faults
 }
 
