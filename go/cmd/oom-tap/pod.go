@@ -141,6 +141,8 @@ func (s *story) tells(e *entry) bool {
 			s.marked = e.outcome.Time
 		}
 		return true
+	case e.event == nil && e.line == "": // in which nothing is missing
+		return false
 	case e.event == nil:
 		s.gaps++
 		return s.nodes[e.node]
