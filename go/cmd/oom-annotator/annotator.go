@@ -113,6 +113,7 @@ func boundMemory(ctx context.Context, synced <-chan struct{}) {
 	before := debug.SetMemoryLimit(-1)
 	debug.SetMemoryLimit(min(before, listMemory))
 	defer debug.SetMemoryLimit(before)
+	defer debug.SetGCPercent(debug.SetGCPercent(200)) // that limit is enough: while there are few pods garbage need not be collected often
 	select {
 	case <-synced:
 	case <-ctx.Done():
