@@ -262,6 +262,52 @@ func benchReady(t *testing.T, c *largeCluster, name string) *rig {
 	return r
 }
 
+// TestBenchRealPods: the same with as many pods as a real API server is given here, which streams them.
+func TestBenchRealPods(t *testing.T) {
+	count := 10_000
+	if text := os.Getenv("OOM_BENCH_PODS"); text != "" {
+		var err error
+		if count, err = strconv.Atoi(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := kubetest.StartWith(t, kubetest.Options{Args: map[string]string{"audit-policy-file": "", "audit-log-path": ""}})
+	for i := range 200 {
+		c.Namespace(fmt.Sprint("team-", i))
+	}
+	account := c.Annotator()
+	var creating sync.WaitGroup
+	var failed atomic.Int64
+	for w := range 16 {
+		creating.Go(func() {
+			for i := w; i < count; i += 16 {
+				pod := benchPod(i)
+				pod.ResourceVersion, pod.UID, pod.ManagedFields = "", "", nil
+				pod.OwnerReferences[0].UID = "0f1e2d3c"
+				if _, err := c.Client.CoreV1().Pods(pod.Namespace).Create(t.Context(), &pod, metav1.CreateOptions{}); err != nil {
+					if failed.Add(1) == 1 {
+						t.Error(err)
+					}
+					return
+				}
+			}
+		})
+	}
+	creating.Wait()
+	if failed.Load() > 0 {
+		t.FailNow()
+	}
+	began := time.Now()
+	r := newRig(t, c, account, func(cfg *config.Config) { cfg.Policy.Annotation = "" })
+	r.ready()
+	figure(t, "real_pods", count)
+	figure(t, "real_pods_ready_s", time.Since(began).Seconds())
+	figure(t, "real_pods_rss_peak_mib", memory(t, r.annotator.cmd.Process.Pid, "VmHWM"))
+	if _, body := r.get("/metrics"); !strings.Contains(body, fmt.Sprintf("oom_tracer_known_pods %d", count)) {
+		t.Error("not all pods are known")
+	}
+}
+
 // TestBenchMemory: memory and start-up of the annotator in a cluster of 150,000 pods on 10,000 nodes, and how
 // many kills a second are decided there.
 func TestBenchMemory(t *testing.T) {

@@ -1321,7 +1321,17 @@ func testOutage(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	second := c.Pod("shop", "outage-2", node)
 	r := newRig(t, c, account, keep)
 	r.ready()
+	pods := func(want string) error { // what an alert goes by
+		if _, body := r.get("/metrics"); !strings.Contains(body, `oom_tracer_ready{check="pods"} `+want) {
+			return fmt.Errorf("not %s", want)
+		}
+		return nil
+	}
+	if err := pods("1"); err != nil {
+		t.Error(err)
+	}
 	c.Stop()
+	eventually(t, "oom_tracer_ready of pods", func() error { return pods("0") })
 	e := r.killOf(pod, "")
 	r.publish(e)
 	eventually(t, "the annotator says that the server is away", func() error {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,10 +11,14 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 // start starts a NATS server with its stream, for the life of the test.
@@ -178,6 +183,42 @@ func TestTerminal(t *testing.T) {
 				t.Errorf("%q, want %q and not %q", got, tt.want, tt.wantNot)
 			}
 		})
+	}
+}
+
+// However long the stream is, no more of it is kept; and what is not kept is shown, or counted.
+func TestBounded(t *testing.T) {
+	const kills = 3 * maxKills
+	lines := 0
+	stdout := writerFunc(func(p []byte) (int, error) {
+		lines += bytes.Count(p, []byte("\n"))
+		return len(p), nil
+	})
+	j := &joiner{o: options{output: "text"}, table: &text.Table{}, stdout: stdout, seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
+	s := &story{o: options{namespace: "shop", pod: "cart-0"}, results: map[string]event.Result{}, waiting: map[string]bool{}}
+	for i := range kills {
+		e := event.Event{Schema: event.Schema, ID: fmt.Sprint("k-", i), Node: event.Node{Name: "node-1"}, Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled,
+			Seq: uint64(i + 1), BoottimeNS: 1, Victim: event.Victim{PID: 1, TID: 1, Comm: "java"}, Time: time.Unix(1000, 0).UTC(), Container: &event.Container{PodUID: fmt.Sprint(i)}}
+		data, err := json.Marshal(&e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := j.take(bus.Stored{Subject: "oom.v1.kill.global.node-1", Data: data, Time: time.Unix(1000, 0)}); err != nil {
+			t.Fatal(err)
+		}
+		if s.tells(&entry{kill: e.ID, event: &e}) {
+			t.Fatal("a kill of another pod is of the story")
+		}
+	}
+	if len(j.kills) != maxKills || len(j.order) != maxKills || lines != kills-maxKills {
+		t.Errorf("%d kills are kept, %d are shown", len(j.kills), lines)
+	}
+	if err := s.unknown(); len(s.waiting) != maxKills || len(s.order) != maxKills || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("of %d kills", kills)) {
+		t.Errorf("%d kills are kept: %v", len(s.waiting), err)
+	}
+	// An hour later.
+	if err := j.overdue(time.Unix(4600, 0)); err != nil || lines != kills {
+		t.Errorf("%d kills are shown, %v", lines, err)
 	}
 }
 

@@ -42,9 +42,9 @@ type Watcher struct {
 	log    *slog.Logger
 
 	// Of Run alone.
-	version string // to watch from; empty: all pods are to be read first
-	next    string // the continue token of a list that is not complete
-	uids    map[string]struct{}
+	version string              // to watch from; empty: all pods are to be read first
+	next    string              // the continue token of a list that is not complete
+	uids    map[string]struct{} // what that list has had so far; nil where the store was empty
 
 	mu      sync.Mutex
 	errors  uint64
@@ -146,12 +146,10 @@ func (w *Watcher) list(ctx context.Context) error {
 			return err
 		}
 		if w.next == "" {
-			w.uids = map[string]struct{}{}
+			w.begin()
 		}
 		for i := range page.Items {
-			p := w.terms.Read(&page.Items[i])
-			w.store.Set(p)
-			w.uids[p.UID] = struct{}{}
+			w.set(w.terms.Read(&page.Items[i]))
 		}
 		if w.next = page.Continue; w.next == "" {
 			w.listed(page.ResourceVersion)
@@ -160,9 +158,25 @@ func (w *Watcher) list(ctx context.Context) error {
 	}
 }
 
-// listed notes that the store has all pods of a version.
+// begin begins with the first pod of all.
+func (w *Watcher) begin() {
+	if w.next, w.uids = "", nil; w.store.Len() > 0 {
+		w.uids = map[string]struct{}{}
+	}
+}
+
+func (w *Watcher) set(p *Pod) {
+	w.store.Set(p)
+	if w.uids != nil {
+		w.uids[p.UID] = struct{}{}
+	}
+}
+
+// listed notes that the store has all pods of a version. What it had before, and was not listed, is gone.
 func (w *Watcher) listed(version string) {
-	w.store.Retain(w.uids)
+	if w.uids != nil {
+		w.store.Retain(w.uids)
+	}
 	w.version, w.uids = version, nil
 	w.once.Do(func() { close(w.synced) })
 }
@@ -182,7 +196,7 @@ func (w *Watcher) follow(ctx context.Context) error {
 	}
 	defer stream.Stop()
 	if w.version == "" {
-		w.next, w.uids = "", map[string]struct{}{}
+		w.begin()
 	} else {
 		w.note(nil)
 	}
@@ -198,11 +212,7 @@ func (w *Watcher) follow(ctx context.Context) error {
 		case !ok:
 			return fmt.Errorf("watch pods: %T came where a pod was due", e.Object)
 		case e.Type == watch.Added, e.Type == watch.Modified:
-			p := w.terms.Read(pod)
-			w.store.Set(p)
-			if w.version == "" {
-				w.uids[p.UID] = struct{}{}
-			}
+			w.set(w.terms.Read(pod))
 		case e.Type == watch.Deleted:
 			p := w.terms.Read(pod)
 			w.store.Delete(p)

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 )
@@ -130,6 +132,37 @@ func TestWatcher(t *testing.T) {
 			proxy.Cut()
 			c.Pod("shop", name+"-2", "node-1")
 			seen(name+"-2", true)
+			// A version that the server no longer keeps: what was deleted meanwhile is gone from a list.
+			if tt.name == "stream" || tt.name == "pages" {
+				tt.lists, tt.streams = 2*tt.lists+1, tt.streams+1 // the pods of the first list, and two more
+				gone := c.GetPod("shop", name)
+				proxy.Fault(func(*http.Request) kubetest.Fault { return kubetest.Fault{Code: 503} })
+				proxy.Cut()
+				if err := c.Client.CoreV1().Pods("shop").Delete(t.Context(), name, metav1.DeleteOptions{GracePeriodSeconds: new(int64)}); err != nil {
+					t.Fatal(err)
+				}
+				n = 0
+				proxy.Fault(func(r *http.Request) kubetest.Fault {
+					if n++; n == 1 {
+						return kubetest.Fault{Code: 410}
+					}
+					if paged(r) {
+						streams.Add(1)
+					} else if r.URL.Query().Get("watch") == "" {
+						lists.Add(1)
+					}
+					return tt.fault(r, int(lists.Load()), int(watches.Load()))
+				})
+				c.Eventually("the deleted pod is gone", func() error {
+					if err := w.Failing(); err != nil || store.Has(string(gone.UID)) {
+						return fmt.Errorf("known still, %v", err)
+					}
+					return nil
+				})
+				if n := store.Len(); n < count {
+					t.Errorf("%d pods are known then, want %d", n, count)
+				}
+			}
 			if l, s := int(lists.Load()), int(streams.Load()); l > tt.lists || s > tt.streams {
 				t.Errorf("%d lists and %d streams, want at most %d and %d", l, s, tt.lists, tt.streams)
 			}
