@@ -233,7 +233,10 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 	r := reader{
 		next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
 		stored: l.stored,
-		record: h.Record,
+		record: func(seq uint64, record []byte) bool {
+			waitForVictim(record)
+			return h.Record(seq, record)
+		},
 		lost: func(first, last uint64) bool {
 			if !h.Lost(first, last) {
 				return false
