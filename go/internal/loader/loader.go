@@ -266,10 +266,11 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		}
 		around()
 	}
-	around()
 	go giveBack()
 	l.running.Store(true)
 	defer l.running.Store(false)
+	r.seen = visible(l.Counts().Head) // what an earlier reader has left
+	look()
 	defer context.AfterFunc(ctx, l.notifier.interrupt)()
 	for ctx.Err() == nil {
 		seq, err := l.notifier.wait(ctx, r.due, unread)
