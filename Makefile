@@ -291,7 +291,7 @@ demo-node: node-images ## the same cluster for people: one kill as it happens, t
 .PHONY: bench
 bench: build build/hog ## latency, loss and cost over at least 1,000 real kills (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
-		$(GO) test -tags bench -count=1 -timeout 20m -run TestBench -v ./go/cmd/oom-tracer
+		$(GO) test -tags bench -count=1 -p 1 -timeout 20m -run TestBench -v ./go/internal/loader ./go/cmd/oom-tracer
 
 .PHONY: bench-annotate
 bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, decisions a second, memory at 150,000 pods (needs root)

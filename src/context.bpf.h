@@ -61,29 +61,19 @@ __noinline __u32 frame_of(__u64 address)
 	return OOM_FRAMES;
 }
 
-/* Beside out_of_memory() nothing above one of its callers can decide: it is what they all call. */
-static __always_inline bool decided(__u32 frames)
-{
-	return frames & 1U << OOM_FRAME_OOM &&
-	       frames & (1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ | 1U << OOM_FRAME_PAGE_ALLOC |
-			 1U << OOM_FRAME_KSWAPD);
-}
-
-/*
- * stack_frames tells as a set of bits which known functions led here, up to the one that decides. Each
- * frame costs time, and the one that decides is among the first, unless a kernel puts more between.
- */
+/* stack_frames tells as a set of bits which known functions led here, up to the one that decides. */
 static __always_inline __u32 stack_frames(void *ctx, struct scratch *s)
 {
-	long bytes = bpf_get_stack(ctx, s->frames, NEAR_FRAMES * sizeof(__u64), 0);
+	const __u32 deciding = 1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ |
+			       1U << OOM_FRAME_PAGE_ALLOC | 1U << OOM_FRAME_KSWAPD;
+	long bytes = bpf_get_stack(ctx, s->frames, sizeof(s->frames), 0);
 	__u32 seen = 0;
 
-	for (int i = 0; i < MAX_FRAMES && !decided(seen); i++) {
-		if (i == NEAR_FRAMES)
-			bytes = bpf_get_stack(ctx, s->frames, sizeof(s->frames), 0);
-		if (i * (long)sizeof(__u64) >= bytes)
-			break;
+	for (int i = 0; i < MAX_FRAMES && i * (long)sizeof(__u64) < bytes; i++) {
+		/* Beside out_of_memory() nothing above it can decide: it is what they all call. */
 		seen |= 1U << (frame_of(s->frames[i]) & 31);
+		if (seen & 1U << OOM_FRAME_OOM && seen & deciding)
+			break;
 	}
 	return seen;
 }

@@ -7,7 +7,6 @@
 /* Levels of a cgroup path, and ancestors of a memory cgroup, that are looked at. */
 #define MAX_DEPTH 64
 #define MAX_FRAMES 48
-#define NEAR_FRAMES 16 /* that out_of_memory() and its caller are among */
 
 /* Written by the loader before the program is loaded. */
 const volatile __u32 oom_tier;

@@ -49,7 +49,7 @@ type kernelSide interface {
 // The metrics that are read at the scrape.
 var (
 	tierDesc      = desc("tier_info", "Where the context of kills comes from, how they are notified, and what mark_victim hands over; always 1.", "tier", "notify", "prototype")
-	samplesDesc   = desc("samples_total", "Records of the kernel program since it was loaded (seen), notifications that a buffer took (sent) or not (refused) and that were read (received), and records that were found without one while the reader slept (caught_up).", "state")
+	samplesDesc   = desc("samples_total", "Records of the kernel program since it was loaded (seen), notifications of a waiting reader that a buffer took (sent) or not (refused) and that were read (received), and records that no notification led to (caught_up).", "state")
 	seqDesc       = desc("seq", "The sequence number of the kernel's last record, since recording began.")
 	journalDesc   = desc("journal_records", "Records in the kernel's journal that are not acknowledged by JetStream yet.")
 	lostDesc      = desc("lost_records_total", "Records that were lost since recording began; a gap event tells which.")

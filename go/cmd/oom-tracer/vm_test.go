@@ -975,7 +975,7 @@ func TestVMHooksAlone(t *testing.T) {
 				return
 			}
 			o.begin(t)
-			const kills = 100
+			const kills = 20
 			hogProcess(t, scratchtest.New(t, 8*mib), 0, fmt.Sprint(kills), "32")
 			events, _ := o.take(t, kills, 0)
 			stats, err := o.stats()

@@ -250,6 +250,7 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		stored: l.stored,
 		// refused is set before: Resume may be called while the handler refuses.
 		record: func(seq uint64, record []byte) bool {
+			waitForVictim(record)
 			l.refused.Store(true)
 			taken := h.Record(seq, record)
 			if taken {
@@ -288,10 +289,11 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		}
 		around()
 	}
-	around()
 	go giveBack()
 	l.running.Store(true)
 	defer l.running.Store(false)
+	r.seen = visible(l.Counts().Head) // what an earlier reader has left
+	look()
 	defer context.AfterFunc(ctx, l.notifier.interrupt)()
 	for ctx.Err() == nil {
 		seq, err := l.notifier.wait(ctx, r.due, unread)

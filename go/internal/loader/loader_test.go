@@ -2,6 +2,7 @@ package loader
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -633,6 +634,38 @@ func TestAllNotified(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// TestGiveWay: only a record of a kill that may have been for the whole node waits, and only while the kill is fresh.
+func TestGiveWay(t *testing.T) {
+	const killed = 1e12
+	for _, tt := range []struct {
+		name  string
+		scope event.Scope
+		age   time.Duration
+		want  time.Duration
+	}{
+		{"global", event.ScopeGlobal, 0, giveWayTime},
+		{"a part is over", event.ScopeGlobal, 30 * time.Millisecond, giveWayTime - 30*time.Millisecond},
+		{"not known", event.ScopeUnknown, time.Millisecond, giveWayTime - time.Millisecond},
+		{"sysrq", event.ScopeSysrq, time.Millisecond, giveWayTime - time.Millisecond},
+		{"of a cgroup", event.ScopeCgroup, time.Millisecond, 0},
+		{"old", event.ScopeGlobal, time.Minute, 0},
+		{"of another clock", event.ScopeGlobal, -time.Minute, 0},
+	} {
+		scopes := []event.Scope{event.ScopeUnknown, event.ScopeGlobal, event.ScopeCgroup, event.ScopeCpuset, event.ScopeMempolicy, event.ScopeSysrq}
+		header := wire.Header{BoottimeNS: killed, Scope: uint8(slices.Index(scopes, tt.scope))}
+		record, err := binary.Append(nil, binary.NativeEndian, &header)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := giveWay(record, uint64(killed+int64(tt.age))); got != tt.want {
+			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
+		}
+	}
+	if got := giveWay(make([]byte, recordPrefix), 0); got != 0 {
+		t.Errorf("a record of another version waits %s", got)
 	}
 }
 
