@@ -110,7 +110,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		return nil, err
 	}
 	t.stream = cfg.NATS.Stream
-	if t.server != nil && t.server.Ready() == nil {
+	if t.server != nil && !embedded.DiskTrouble(t.server.Ready()) {
 		err := t.ensureStreams(ctx)
 		if embedded.DiskTrouble(err) || t.server.Ready() != nil {
 			log.Warn("cannot make the streams, will retry: kills wait in the journal", "error", err)

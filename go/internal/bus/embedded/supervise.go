@@ -43,10 +43,10 @@ func (s *Server) Suspect() {
 	}
 }
 
-// Supervise keeps the server working until ctx ends. It sleeps while nothing is suspected. Where the server is up already, the
+// Supervise keeps the server working until ctx ends. It sleeps while nothing is suspected. Where the server is ready already, the
 // caller has done the work of client.Started.
 func (s *Server) Supervise(ctx context.Context, client Client) {
-	started := s.current() != nil
+	started := s.Ready() == nil
 	var (
 		since    time.Time // of the trouble; zero: there is none
 		next     time.Time // of the next restart, at the earliest
@@ -66,11 +66,15 @@ func (s *Server) Supervise(ctx context.Context, client Client) {
 		}
 		err := s.check()
 		broken := err != nil
-		if !broken && !started {
+		if s.current() != nil && !started { // it also makes a stream anew, around its messages, whose description is damaged
 			bounded, cancel := context.WithTimeout(ctx, patience)
 			err = client.Started(bounded)
 			cancel()
 			started = err == nil
+			if err == nil {
+				err = s.check()
+				broken = err != nil
+			}
 		}
 		if err == nil {
 			err = client.Failing()

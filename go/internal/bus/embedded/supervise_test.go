@@ -68,8 +68,10 @@ func supervise(t *testing.T, dir string) *supervised {
 	check(t, err)
 	t.Cleanup(conn.Close)
 	set := func(ctx context.Context) error { return bus.EnsureStreams(ctx, conn, streamConfig) }
-	if s.Ready() == nil {
+	if err := s.Ready(); err == nil {
 		check(t, set(context10s(t)))
+	} else {
+		s.Suspect()
 	}
 	hooks := bus.Hooks{OnRetry: func(bus.Msg, error) { s.Suspect() }}
 	publisher, err := bus.NewPublisher(conn, 1000, hooks, log)
