@@ -134,6 +134,14 @@ func changes(t *testing.T) []*change {
 		}
 	}
 	full = map[string]any{"config": full}
+	inBase := map[string]map[string]any{}
+	for name, text := range bases {
+		var set map[string]any
+		if err := yaml.Unmarshal([]byte(text), &set); err != nil {
+			t.Fatal(err)
+		}
+		inBase[name] = set
+	}
 	var all []*change
 	add := func(path string, value any) {
 		c := &change{name: fmt.Sprintf("%s=%v", path, value), base: baseOf(path)}
@@ -168,6 +176,9 @@ func changes(t *testing.T) []*change {
 			return
 		}
 		now, _ := at(defaults, path)
+		if set, ok := at(inBase[baseOf(path)], path); ok {
+			now = set
+		}
 		if other, ok := at(full, path); ok { // a key of config
 			add(path, other)
 			return
@@ -283,6 +294,12 @@ func state(o *unstructured.Unstructured) map[string]any {
 	metadata := s["metadata"].(map[string]any)
 	for _, name := range []string{"managedFields", "resourceVersion", "generation", "uid", "creationTimestamp"} {
 		delete(metadata, name)
+	}
+	// Of a Job the server writes its id into the labels and the selector; of a DaemonSet its generation.
+	unstructured.RemoveNestedField(s, "metadata", "annotations")
+	if o.GetKind() == "Job" {
+		unstructured.RemoveNestedField(s, "spec", "selector")
+		unstructured.RemoveNestedField(s, "spec", "template", "metadata", "labels")
 	}
 	return s
 }

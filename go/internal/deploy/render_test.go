@@ -420,7 +420,7 @@ func TestRefused(t *testing.T) {
 		"config.nats.stream.max_age=7d":                                        "/config/nats/stream/max_age",
 		"tracer.image=x":                                                       "/tracer/image",
 		"nats.image.digest=sha256:1":                                           "/nats/image/digest",
-		"labels.app\\.kubernetes\\.io/name=x":                                  "/labels",
+		"labels.app\\.kubernetes\\.io/name=x":                                  "invalid propertyName 'app.kubernetes.io/name'",
 		"tracer.statePath=relative":                                            "/tracer/statePath",
 		"descheduler.interval=0s":                                              "/descheduler/interval",
 		"descheduler.policy.profils=x":                                         "/descheduler/policy",
