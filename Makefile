@@ -153,6 +153,16 @@ image: ## build the images (CONTAINER_TOOL=, IMAGE_ARCH=, BASE=, IMAGE_PREFIX=, 
 base-image: ## make localhost/debian:bookworm, for networks where BASE cannot be pulled (needs root)
 	$(Q)$(image_env) tools/image/base.sh
 
+.PHONY: image-index
+image-index: ## build the images for amd64 and arm64, both under one name, NAME:TAG-index (needs podman or buildah)
+	$(Q)$(image_env) tools/image/index.sh
+
+# The programs are built for their lists of modules.
+RELEASE_DIR ?= build/release-$(VERSION)
+.PHONY: release
+release: build build/oom-descheduler ## images as OCI archives, chart, manifests, oom-tap for Linux, macOS and Windows, SBOMs, provenance, checksums (RELEASE_DIR=, IMAGES=none)
+	$(Q)$(image_env) IMAGES='$(IMAGES)' OBS=$(obs) tools/release.sh $(RELEASE_DIR)
+
 .PHONY: test-image
 test-image: BASE := localhost/debian:bookworm
 test-image: build/hog base-image image ## run the images on this kernel, with the capabilities of the manifest and a real OOM kill (needs root)

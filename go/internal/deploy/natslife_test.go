@@ -85,7 +85,7 @@ func TestOtherServers(t *testing.T) {
 	three.setup()
 	three.as("tracer").stores("oom.v1.kill.global.node-3")
 	owner := three.owner()
-	for name, want := range map[string]uint64{"OOM": 4, "OOM_NODES": 1, "KV_OOM_ANNOTATOR": 1} {
+	for name, want := range map[string]uint64{"OOM": 4, "OOM_NODES": 1, "KV_OOM_ANNOTATOR": 2} {
 		eventually(t, name, func() error {
 			stream, err := owner.js.Stream(t.Context(), name)
 			if err != nil {
@@ -94,6 +94,11 @@ func TestOtherServers(t *testing.T) {
 			info := stream.CachedInfo()
 			if info.State.Msgs != want || info.Config.Replicas != 3 || info.Cluster == nil || len(info.Cluster.Replicas) != 2 {
 				return fmt.Errorf("%d messages, want %d; %d replicas, on %+v", info.State.Msgs, want, info.Config.Replicas, info.Cluster)
+			}
+			if name == "KV_OOM_ANNOTATOR" {
+				if msg, err := stream.GetMsg(t.Context(), want); err != nil || string(msg.Data) != `{"paused": true}` {
+					return fmt.Errorf("the state is %+v: %v", msg, err)
+				}
 			}
 			for i := range want {
 				if name != "OOM" {
