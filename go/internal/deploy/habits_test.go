@@ -34,7 +34,7 @@ func TestPriorityQuota(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := kubetest.StartWith(t, kubetest.Options{
-		AuditPolicy: "{apiVersion: audit.k8s.io/v1, kind: Policy, rules: [{level: None}]}",
+		AuditPolicy: "apiVersion: audit.k8s.io/v1\nkind: Policy\nrules: [{level: None}]\n",
 		Args:        map[string]string{"admission-control-config-file": file},
 	})
 	c.Namespace(namespace)
