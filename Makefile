@@ -153,6 +153,16 @@ image: ## build the images (CONTAINER_TOOL=, IMAGE_ARCH=, BASE=, IMAGE_PREFIX=, 
 base-image: ## make localhost/debian:bookworm, for networks where BASE cannot be pulled (needs root)
 	$(Q)$(image_env) tools/image/base.sh
 
+.PHONY: image-index
+image-index: ## build the images for amd64 and arm64, both under one name, NAME:TAG-index (needs podman or buildah)
+	$(Q)$(image_env) tools/image/index.sh
+
+# The programs are built for their lists of modules.
+RELEASE_DIR ?= build/release-$(VERSION)
+.PHONY: release
+release: build build/oom-descheduler ## images as OCI archives, chart, manifests, oom-tap for Linux, macOS and Windows, SBOMs, provenance, checksums (RELEASE_DIR=, IMAGES=none)
+	$(Q)$(image_env) IMAGES='$(IMAGES)' OBS=$(obs) tools/release.sh $(RELEASE_DIR)
+
 .PHONY: test-image
 test-image: BASE := localhost/debian:bookworm
 test-image: build/hog base-image image ## run the images on this kernel, with the capabilities of the manifest and a real OOM kill (needs root)
@@ -162,7 +172,7 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 ##@ Test
 
 .PHONY: test-parts
-test-parts: build build/hog build/nats-server build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
+test-parts: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
 
 # One package at a time: a tracer sees every kill of the machine, and the tests count.
 .PHONY: test
@@ -307,6 +317,11 @@ build/nats-server: go.mod tools/build-module.sh
 	@mkdir -p build
 	$(Q)binary=$$(tools/build-module.sh . github.com/nats-io/nats-server/v2) && ln -sfn "$$binary" $@
 
+# The command with which an administrator backs up streams.
+build/nats: tools/nats/go.mod tools/build-module.sh
+	@mkdir -p build
+	$(Q)binary=$$(tools/build-module.sh tools/nats github.com/nats-io/natscli nats) && ln -sfn "$$binary" $@
+
 # The unmodified one, for the tests.
 build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
 	@mkdir -p build
@@ -341,7 +356,7 @@ build/deploy: tools/deploy/go.mod tools/deploy/build.sh
 	$(Q)dir=$$(tools/deploy/build.sh) && ln -sfnT "$$dir" $@ && touch $@
 
 .PHONY: test-deploy
-test-deploy: build build/nats-server build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
+test-deploy: build build/nats-server build/nats build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname --jsonfile build/test-deploy.json -- -race -count=1 ./go/internal/deploy
 	$(Q)tools/no-skips.sh build/test-deploy.json
 
@@ -407,11 +422,13 @@ verify-vmlinux: ## the headers in vmlinux/ are what the kernels named beside the
 	$(Q)for arch in amd64 arm64; do VERIFY=1 STALE_OK='$(STALE_OK)' tools/vmlinux.sh $$arch vmlinux/$$arch; done
 
 .PHONY: manifests
-manifests: ## render deploy/chart into deploy/manifests
+manifests: ## make the schema of config in deploy/chart from the Go types, and render deploy/chart into deploy/manifests
+	$(Q)CGO_ENABLED=0 $(GO) test ./go/internal/config -run '^TestValuesSchema$$' -update
 	$(Q)tools/deploy/manifests.sh deploy/manifests
 
 .PHONY: verify-manifests
-verify-manifests: ## deploy/manifests is what deploy/chart renders
+verify-manifests: ## deploy/manifests is what deploy/chart renders, and the schema of config is that of the Go types
+	$(Q)CGO_ENABLED=0 $(GO) test ./go/internal/config -run '^TestValuesSchema$$'
 	$(Q)mkdir -p build && rm -rf build/manifests && tools/deploy/manifests.sh build/manifests
 	$(Q)diff -r deploy/manifests build/manifests
 

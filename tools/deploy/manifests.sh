@@ -3,6 +3,8 @@
 # one below it, which kubectl apply -f DIR leaves out.
 #
 #   tools/deploy/manifests.sh DIR
+#
+# CHART is another directory of the chart, SET further values (key=value).
 set -euo pipefail
 
 cd "$(dirname "$0")/../.."
@@ -10,8 +12,8 @@ target=$(realpath -m "$1")
 helm=$(tools/deploy/build.sh)/helm
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$helm" template oom-tracer deploy/chart --namespace oom-tracer --kube-version 1.30.0 \
-	--values deploy/manifests-values.yaml --set descheduler.enabled=true --output-dir "$work" >/dev/null
+"$helm" template oom-tracer "${CHART:-deploy/chart}" --namespace oom-tracer --kube-version 1.30.0 \
+	--values deploy/manifests-values.yaml --set "descheduler.enabled=true${SET:+,$SET}" --output-dir "$work" >/dev/null
 mkdir -p "$target/descheduler"
 rm -f "$target"/*.yaml "$target"/descheduler/*.yaml
 cd "$work/oom-tracer/templates"

@@ -235,9 +235,10 @@ user: {{ .user | quote }}
 {{- end }}
 {{- end }}
 {{- $_ := set $nats "tls" $tls }}
-{{- /* Probes ask the same port, so that it is open without metrics.enabled too. */}}
-{{- $listen := printf ":%d" (int $root.Values.metrics.tracerPort) }}
-{{- $annotatorListen := printf ":%d" (int $root.Values.metrics.annotatorPort) }}
+{{- /* Probes ask the same port, so that it is open without metrics.enabled too. In a file for one program the port of the other is empty: the
+two may be equal, which one file cannot say. */}}
+{{- $listen := ternary "" (printf ":%d" (int $root.Values.metrics.tracerPort)) (eq .who "annotator") }}
+{{- $annotatorListen := ternary (printf ":%d" (int $root.Values.metrics.annotatorPort)) "" (eq .who "annotator") }}
 {{- $authListen := printf ":%d" (int $root.Values.metrics.authPort) }}
 {{- $decided := dict "nats" $nats
 	"node" (dict "state_file" "/var/lib/oom-tracer/state.json")

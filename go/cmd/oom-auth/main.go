@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
 
 	"k8s.io/klog/v2"
 
@@ -30,6 +31,8 @@ Usage:
   oom-auth [flags]                 answer until SIGTERM or SIGINT; all replicas share the questions
   oom-auth issuer SECRET CONFIG    write the public keys that belong to the secret in the file SECRET into the file
                                    CONFIG, which the server's auth_callout block includes
+  oom-auth reload PIDFILE DIR...   have the nats-server of PIDFILE read its configuration again when a file in a DIR changed:
+                                   it does not see by itself that certificates were renewed
 
 Exit status: 0 done; 1 failed; 2 the command line is wrong.
 
@@ -46,6 +49,12 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 			return cli.Usagef("issuer needs two files")
 		}
 		return issuer(args[1], args[2])
+	}
+	if len(args) > 0 && args[0] == "reload" {
+		if len(args) < 3 {
+			return cli.Usagef("reload needs a file and a directory")
+		}
+		return reload(ctx, args[1], args[2:], 10*time.Second, slog.New(slog.NewTextHandler(stderr, nil)))
 	}
 	flags := flag.NewFlagSet(name, flag.ContinueOnError)
 	flags.SetOutput(io.Discard) // what is wrong is said once, by cli.Run

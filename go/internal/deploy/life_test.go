@@ -134,6 +134,14 @@ func changes(t *testing.T) []*change {
 		}
 	}
 	full = map[string]any{"config": full}
+	inBase := map[string]map[string]any{}
+	for name, text := range bases {
+		var set map[string]any
+		if err := yaml.Unmarshal([]byte(text), &set); err != nil {
+			t.Fatal(err)
+		}
+		inBase[name] = set
+	}
 	var all []*change
 	add := func(path string, value any) {
 		c := &change{name: fmt.Sprintf("%s=%v", path, value), base: baseOf(path)}
@@ -168,6 +176,9 @@ func changes(t *testing.T) []*change {
 			return
 		}
 		now, _ := at(defaults, path)
+		if set, ok := at(inBase[baseOf(path)], path); ok {
+			now = set
+		}
 		if other, ok := at(full, path); ok { // a key of config
 			add(path, other)
 			return
@@ -283,6 +294,16 @@ func state(o *unstructured.Unstructured) map[string]any {
 	metadata := s["metadata"].(map[string]any)
 	for _, name := range []string{"managedFields", "resourceVersion", "generation", "uid", "creationTimestamp"} {
 		delete(metadata, name)
+	}
+	// Of a Job the server writes its id into the labels and the selector; of a DaemonSet its generation into the annotations.
+	unstructured.RemoveNestedField(s, "metadata", "annotations")
+	if o.GetKind() == "Service" { // one that is made anew has another address
+		unstructured.RemoveNestedField(s, "spec", "clusterIP")
+		unstructured.RemoveNestedField(s, "spec", "clusterIPs")
+	}
+	if o.GetKind() == "Job" {
+		unstructured.RemoveNestedField(s, "spec", "selector")
+		unstructured.RemoveNestedField(s, "spec", "template", "metadata", "labels")
 	}
 	return s
 }
@@ -501,6 +522,10 @@ func TestUpgrades(t *testing.T) {
 				t.Errorf("%s sees %v", name, volume.Secret.Items)
 			}
 		}
+	}
+	notes, err := helm("get", "notes", "oom-tracer")
+	if n := strings.Count(strings.TrimSpace(notes), "\n"); err != nil || n > 10 || !strings.Contains(notes, "oom-operator") {
+		t.Errorf("NOTES of %d lines (%v):\n%s", n, err, notes)
 	}
 	// One upgrade that changes what was refused once: the Job of the set-up.
 	annotations, _ := servers()

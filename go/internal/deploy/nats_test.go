@@ -37,6 +37,10 @@ type servers struct {
 	seeds     string                   // the directory with the nodes' keys, with nats.tracers nkeys
 	token     func(node string) string // of the pod of a node's tracer, with nats.tracers tokens
 	logs      []string                 // files
+	dirs      []string                 // of the servers: configuration and store
+	routes    []string                 // addresses
+	env       []string                 // of the servers
+	processes []*exec.Cmd
 }
 
 // passwordNames are the keys of the Secret with the passwords.
@@ -87,18 +91,21 @@ func newServers(t *testing.T, edit func(files map[string]string), args ...string
 	routes := map[int]string{}
 	for i := range int(*set.Spec.Replicas) {
 		routes[i] = freeAddr(t)
+		s.routes = append(s.routes, routes[i])
 		for j, e := range env {
 			env[j] = strings.ReplaceAll(e, fmt.Sprintf("oom-tracer-nats-%d.oom-tracer-nats-peers.oom-tracer.svc:6222", i), routes[i])
 		}
 	}
 	for i := range int(*set.Spec.Replicas) {
 		dir, addr := t.TempDir(), freeAddr(t)
+		s.dirs = append(s.dirs, dir)
 		for name, text := range files {
 			text = replaced(t, name == "nats.conf", text, `"0.0.0.0:4222"`, fmt.Sprintf("%q", addr))
 			text = replaced(t, name == "nats.conf", text, `http: "0.0.0.0:8222"`, "")
 			text = replaced(t, name == "nats.conf", text, "store_dir: /data", fmt.Sprintf("store_dir: %q", dir))
 			text = replaced(t, name == "nats.conf" && len(routes) > 1, text, `"0.0.0.0:6222"`, fmt.Sprintf("%q", routes[i]))
 			text = strings.ReplaceAll(text, "../nats-issuer/issuer.conf", "issuer.conf")
+			text = strings.ReplaceAll(text, "/run/nats/", dir+"/")
 			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -109,12 +116,30 @@ func newServers(t *testing.T, edit func(files map[string]string), args ...string
 				t.Fatalf("oom-auth issuer: %v: %s", err, out)
 			}
 		}
-		cmd := exec.Command(scratchtest.Program(t, "nats-server"), "--config", filepath.Join(dir, "nats.conf"))
-		cmd.Env = append([]string{fmt.Sprintf("POD_NAME=oom-tracer-nats-%d", i)}, env...)
-		s.logs = append(s.logs, startLogged(t, cmd))
 		s.urls = append(s.urls, "nats://"+addr)
 	}
+	s.env, s.processes, s.logs = env, make([]*exec.Cmd, len(s.dirs)), make([]string, len(s.dirs))
+	for i := range s.dirs {
+		s.start(i)
+	}
 	return s
+}
+
+// start starts a server, with the environment of now.
+func (s *servers) start(i int) {
+	s.t.Helper()
+	cmd := exec.Command(scratchtest.Program(s.t, "nats-server"), "--config", filepath.Join(s.dirs[i], "nats.conf"))
+	cmd.Env = append([]string{fmt.Sprintf("POD_NAME=oom-tracer-nats-%d", i)}, s.env...)
+	s.logs[i], s.processes[i] = startLogged(s.t, cmd), cmd
+}
+
+// stop ends a server as the kubelet does, and waits for it.
+func (s *servers) stop(i int) {
+	s.t.Helper()
+	if err := s.processes[i].Process.Signal(syscall.SIGTERM); err != nil {
+		s.t.Fatal(err)
+	}
+	_ = s.processes[i].Wait()
 }
 
 // startLogged starts a program, and returns the file that it logs to.

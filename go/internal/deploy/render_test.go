@@ -278,7 +278,10 @@ func TestEveryKey(t *testing.T) {
 		want.Node.StateFile, want.Kernel.PinDir = "/var/lib/oom-tracer/state.json", "/run/oom-tracer/bpf/oom-tracer"
 		want.NATS.PasswordFile = "/etc/oom-tracer/secret/password"
 		want.NATS.TLS = config.TLS{CAFile: "/etc/oom-tracer/tls/ca.crt", CertFile: "/etc/oom-tracer/tls/tls.crt", KeyFile: "/etc/oom-tracer/tls/tls.key"}
-		want.Metrics.Listen, want.Annotator.Listen, want.Annotator.Kubeconfig = ":9105", ":9106", ""
+		want.Metrics.Listen, want.Annotator.Listen, want.Annotator.Kubeconfig = ":9105", "", ""
+		if who == "annotator" {
+			want.Metrics.Listen, want.Annotator.Listen = "", ":9106"
+		}
 		want.Auth = config.Auth{ServiceAccount: "oom-tracer/oom-tracer", Audience: want.Auth.Audience, IssuerFile: "/etc/oom-tracer/issuer/issuer", Listen: ":9107"}
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%s:\n%+v\nwant:\n%+v", who, got, want)
@@ -420,7 +423,7 @@ func TestRefused(t *testing.T) {
 		"config.nats.stream.max_age=7d":                                        "/config/nats/stream/max_age",
 		"tracer.image=x":                                                       "/tracer/image",
 		"nats.image.digest=sha256:1":                                           "/nats/image/digest",
-		"labels.app\\.kubernetes\\.io/name=x":                                  "/labels",
+		"labels.app\\.kubernetes\\.io/name=x":                                  "invalid propertyName 'app.kubernetes.io/name'",
 		"tracer.statePath=relative":                                            "/tracer/statePath",
 		"descheduler.interval=0s":                                              "/descheduler/interval",
 		"descheduler.policy.profils=x":                                         "/descheduler/policy",

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Writes a release into a new directory. `make release` calls it.
+#
+#   tools/release.sh DIRECTORY
+#
+#   images/NAME.tar         each image for amd64 and arm64, as an OCI archive; images.txt: their names and digests
+#   oom-tracer-VERSION.tgz  the chart; its appVersion is the tag of the images
+#   manifests.tar.gz        the chart as make manifests renders it, with these images
+#   oom-tap_OS_ARCH.tar.gz  oom-tap, also as kubectl-oom (zip for Windows)
+#   sbom/NAME.spdx.json     the Go modules of each program, with their hashes (SPDX 2.3)
+#   provenance.json         what was built from which commit, with what (in-toto, SLSA v1)
+#   SHA256SUMS              of all of these
+#
+# The environment is that of tools/image/build.sh. Without images: IMAGES=none.
+set -euo pipefail
+
+out=$(realpath -m "$1")
+cd "$(dirname "$0")/.."
+tools/install-deps.sh "$CACHE/libbpf-bookworm-backports" jq zip
+helm=$(tools/deploy/build.sh)/helm
+if [[ -e $out ]]; then
+	echo "$0: $out is there already: name a new directory (RELEASE_DIR=)" >&2
+	exit 2
+fi
+mkdir -p "$out/images" "$out/sbom"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
+started=$(date -u +%FT%TZ)
+
+[[ ${IMAGES:-} == none ]] || tools/image/index.sh "$out/images"
+
+# The tag of the images is what the chart installs by default.
+cp -r deploy/chart "$work/chart"
+"$helm" package "$work/chart" --app-version "$TAG" --destination "$out" >/dev/null
+mkdir "$work/manifests"
+CHART=$work/chart SET="image.tag=$TAG" tools/deploy/manifests.sh "$work/manifests"
+archive=(--sort=name --owner=0 --group=0 --numeric-owner "--mtime=@$SOURCE_DATE_EPOCH")
+tar -C "$work" "${archive[@]}" -czf "$out/manifests.tar.gz" manifests
+
+for target in linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 windows/arm64; do
+	os=${target%/*} arch=${target#*/} suffix=''
+	[[ $os != windows ]] || suffix=.exe
+	name=oom-tap_${os}_$arch
+	mkdir "$work/$name"
+	echo "==> $name"
+	CGO_ENABLED=0 GOOS=$os GOARCH=$arch "$GO" build -trimpath -ldflags "-s -w -X $OBS.version=$VERSION -X $OBS.revision=$REVISION" \
+		-o "$work/$name/oom-tap$suffix" ./go/cmd/oom-tap
+	cp "$work/$name/oom-tap$suffix" "$work/$name/kubectl-oom$suffix"
+	touch -d "@$SOURCE_DATE_EPOCH" "$work/$name"/*
+	if [[ $os == windows ]]; then
+		(cd "$work/$name" && zip -qX "$out/$name.zip" kubectl-oom.exe oom-tap.exe)
+	else
+		tar -C "$work/$name" "${archive[@]}" -czf "$out/$name.tar.gz" kubectl-oom oom-tap
+	fi
+done
+
+# The modules are the same for every system and architecture. libbpf, libelf and zlib are in oom-tracer, statically.
+for program in oom-tracer oom-annotator oom-auth oom-tap oom-descheduler; do
+	"$GO" version -m "build/$program" | jq -Rn --arg name "$program" --arg version "$VERSION" --arg time "$started" --arg revision "$REVISION" '
+		[inputs | split("\t")] as $lines | ($lines[0][0] | split(": ")[1]) as $go
+		| [$lines[] | select(.[1] == "dep" or .[1] == "=>") | {name: .[2], version: .[3], hash: .[4]}]
+			+ [{name: "stdlib", version: $go}]
+			+ (if $name == "oom-tracer" then [{name: "libbpf"}, {name: "libelf"}, {name: "zlib"}] else [] end)
+		| {spdxVersion: "SPDX-2.3", dataLicense: "CC0-1.0", SPDXID: "SPDXRef-DOCUMENT", name: $name,
+			documentNamespace: "https://github.com/oom-tracer/oom-tracer/sbom/\($name)/\($revision)",
+			creationInfo: {created: $time, creators: ["Tool: oom-tracer-tools/release.sh"]},
+			packages: ([{SPDXID: "SPDXRef-0", name: $name, versionInfo: $version, downloadLocation: "NOASSERTION"}]
+				+ [to_entries[] | {SPDXID: "SPDXRef-\(.key + 1)", name: .value.name, downloadLocation: "NOASSERTION"}
+					+ (if .value.version then {versionInfo: .value.version} else {} end)
+					+ (if (.value.version // "") | startswith("v") then {externalRefs: [{referenceCategory: "PACKAGE-MANAGER", referenceType: "purl",
+						referenceLocator: "pkg:golang/\(.value.name)@\(.value.version)"}], comment: "Go module hash \(.value.hash)"} else {} end)]),
+			relationships: ([{spdxElementId: "SPDXRef-DOCUMENT", relationshipType: "DESCRIBES", relatedSpdxElement: "SPDXRef-0"}]
+				+ [range(1; length + 1) | {spdxElementId: "SPDXRef-0", relationshipType: "DEPENDS_ON", relatedSpdxElement: "SPDXRef-\(.)"}])}
+	' >"$out/sbom/$program.spdx.json"
+done
+
+cd "$out"
+files() { find . -type f ! -name SHA256SUMS ! -name provenance.json -printf '%P\n' | LC_ALL=C sort; }
+files | xargs sha256sum | jq -Rn --arg revision "$REVISION" --arg version "$VERSION" --arg base "$BASE" --arg go "$("$GO" env GOVERSION)" \
+	--arg started "$started" --arg ended "$(date -u +%FT%TZ)" '
+	{_type: "https://in-toto.io/Statement/v1", predicateType: "https://slsa.dev/provenance/v1",
+		subject: [inputs | capture("^(?<sha256>[0-9a-f]+)  (?<name>.*)$") | {name, digest: {sha256}}],
+		predicate: {
+			buildDefinition: {buildType: "https://github.com/oom-tracer/oom-tracer/make-release",
+				externalParameters: {version: $version, base: $base}, internalParameters: {go: $go},
+				resolvedDependencies: [{uri: "git+https://github.com/oom-tracer/oom-tracer", digest: {gitCommit: $revision}}]},
+			runDetails: {builder: {id: "make release"}, metadata: {startedOn: $started, finishedOn: $ended}}}}' >provenance.json
+{ files && echo provenance.json; } | xargs sha256sum >SHA256SUMS
+echo "==> $out: $(wc -l <SHA256SUMS) files"
