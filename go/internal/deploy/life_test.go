@@ -97,6 +97,8 @@ var with = map[string]string{
 	"nats.mode=external":                   `{config: {nats: {url: "nats://x:4222"}}}`,
 	"nats.mode=embedded":                   `{descheduler: {enabled: false}}`,
 	"nats.tracers=nkeys":                   `{nats: {nodeKeys: {node-1: UC4TMAWHBXJLKRO6XD3NBEVJUHBUXMRVQQFQWJKVOLNYNQX2R72AU7OJ}}}`,
+	"config.annotator.qps=50":              `{config: {annotator: {burst: 100}}}`,
+	"config.annotator.burst=100":           `{config: {annotator: {qps: 50}}}`,
 	"nats.routesTLSSecret":                 `{nats: {tlsSecret: a}}`,
 	"tracer.seccompProfile.type=Localhost": `{tracer: {seccompProfile: {localhostProfile: a.json}}}`,
 }
@@ -104,6 +106,7 @@ var with = map[string]string{
 // silent are the values that change nothing in the cluster, each for its reason.
 var silent = map[string]string{
 	"global":                                 "helm's own",
+	"nats.external.tap.secret":               "of helm test alone, whose hook is no part of the release",
 	"tracer.seccompProfile.localhostProfile": "goes with type Localhost, which is tried",
 	"config.node.state_file":                 "the chart's", "config.kernel.pin_dir": "the chart's",
 	"config.nats.creds_file": "the chart's", "config.nats.nkey_file": "the chart's", "config.nats.token_file": "the chart's",
@@ -328,7 +331,11 @@ func TestEveryValue(t *testing.T) {
 	}
 	for name, example := range examples {
 		if example.values != "" {
-			all = append(all, &change{name: "example " + name, base: "cluster", values: readFile(t, filepath.Join(root, example.values))})
+			values := readFile(t, filepath.Join(root, example.values))
+			if name == "embedded" {
+				values += "\n---\n" + with["nats.mode=embedded"]
+			}
+			all = append(all, &change{name: "example " + name, base: "cluster", values: values})
 		}
 	}
 	renderAll(t, all)

@@ -223,7 +223,7 @@ func checkTracer(t *testing.T, template corev1.PodTemplateSpec) {
 		t.Errorf("capabilities %+v", got)
 	}
 	if spec.HostPID || spec.HostIPC || spec.SecurityContext.SeccompProfile.Type == corev1.SeccompProfileTypeUnconfined ||
-		spec.PriorityClassName != "system-node-critical" || !reflect.DeepEqual(spec.Tolerations, []corev1.Toleration{{Operator: corev1.TolerationOpExists}}) {
+		spec.PriorityClassName != "system-node-critical" || !slices.Contains(spec.Tolerations, corev1.Toleration{Operator: corev1.TolerationOpExists}) {
 		t.Errorf("spec %+v", spec)
 	}
 	// Where the node's mounts are private the runtime refuses anything else.
