@@ -134,6 +134,7 @@ func (t *tracer) begin() error {
 func (t *tracer) startBase() {
 	if base := t.base.Swap(nil); base != nil {
 		t.loader.SetKernelBase(*base)
+		t.state.touch()
 	}
 }
 
@@ -273,6 +274,7 @@ func (t *tracer) unseen(ctx context.Context) {
 		}
 		t.save(ctx, false) // before the base, or a tracer that ends now has told nobody
 		t.loader.SetKernelBase(counts.KernelBase + atLeast)
+		t.state.touch()
 	}
 	t.reconciled.advance(counts, kernel, atLeast)
 }

@@ -37,8 +37,9 @@ type savedState struct {
 // that cannot be written stops the tracer: the first is a gap, the second is tried again.
 type stateFile struct {
 	path     string
-	previous *savedState // what it held at the start; nil if there was none
-	lost     bool        // there was one, and it could not be used
+	previous *savedState   // what it held at the start; nil if there was none
+	lost     bool          // there was one, and it could not be used
+	changed  chan struct{} // holds a token when there may be something new to write
 
 	writing sync.Mutex // what is newer is written later; guards what follows
 	retries int        // failed writes in a row
@@ -58,7 +59,7 @@ func openStateFile(path string, log *slog.Logger) *stateFile {
 	if path == "" {
 		return nil
 	}
-	s := &stateFile{path: path}
+	s := &stateFile{path: path, changed: make(chan struct{}, 1)}
 	dir, err := statedir.Open(filepath.Dir(path))
 	if err == nil {
 		defer dir.Close()
@@ -108,11 +109,23 @@ func (s *stateFile) write(state savedState) error {
 	return dir.WriteFile(filepath.Base(s.path), append(data, '\n'))
 }
 
+// touch has the file written soon.
+func (s *stateFile) touch() {
+	if s == nil {
+		return
+	}
+	select {
+	case s.changed <- struct{}{}:
+	default:
+	}
+}
+
 // add keeps a gap until it is published.
 func (s *stateFile) add(g event.Gap) {
 	if s == nil {
 		return
 	}
+	defer s.touch()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.unpublished, s.stale = append(s.unpublished, g), true
@@ -179,7 +192,7 @@ func (t *tracer) savedState(clean bool) savedState {
 	return state
 }
 
-// How often the file is brought up to date, if there was a kill; and after failed writes, from one to the other.
+// How long after a kill the file is brought up to date; and after failed writes, from one to the other.
 const (
 	saveTime     = time.Second
 	maxRetryTime = time.Minute
@@ -220,21 +233,26 @@ func (s *stateFile) due() bool {
 	return time.Now().After(s.next)
 }
 
-// keepState keeps the file up to date until ctx ends. Between kills it looks at memory and does nothing.
+// keepState keeps the file up to date until ctx ends. Between kills it sleeps.
 func (t *tracer) keepState(ctx context.Context) {
 	if t.state == nil {
 		return
 	}
-	tick := time.NewTicker(saveTime)
-	defer tick.Stop()
 	for {
 		select {
-		case <-tick.C:
-			if t.state.outdated(t.loader.Counts()) && t.state.due() {
-				t.save(ctx, false)
-			}
+		case <-t.state.changed:
 		case <-ctx.Done():
 			return
+		}
+		for t.state.outdated(t.loader.Counts()) {
+			select {
+			case <-time.After(saveTime): // a storm is written once a second
+			case <-ctx.Done():
+				return
+			}
+			if t.state.due() {
+				t.save(ctx, false)
+			}
 		}
 	}
 }

@@ -350,6 +350,7 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 		t.metrics.events.WithLabelValues("error", "encode").Inc()
 		t.log.Error("event cannot be published", "id", e.ID, "seq", seq, "error", err)
 	}
+	t.state.touch()
 	t.metrics.observe(&e)
 	t.lookout.see(&e)
 	t.lines.kill(&e)
@@ -399,6 +400,7 @@ func (t *tracer) hooks() bus.Hooks {
 
 // settle lets go of what a message was kept for.
 func (t *tracer) settle(tag settles) {
+	defer t.state.touch()
 	if tag.last > 0 {
 		t.loader.Settle(tag.first, tag.last)
 	}
