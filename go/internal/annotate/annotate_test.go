@@ -73,16 +73,22 @@ func newWorld() *world {
 }
 
 func (w *world) Claim(_ context.Context, kill, node, owner string, killed time.Time) (budget.Verdict, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.claims = append(w.claims, fmt.Sprintf("%s %s %s %d", kill, node, owner, killed.Unix()))
 	return w.verdict, w.claim
 }
 
 func (w *world) Release(_ context.Context, kill string) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.claims = append(w.claims, "release "+kill)
 	return w.released
 }
 
 func (w *world) last(_ context.Context, subject string) ([]byte, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.asked = append(w.asked, subject)
 	data, ok := w.stored[subject]
 	if w.lastErr == nil && !ok {
@@ -92,6 +98,8 @@ func (w *world) last(_ context.Context, subject string) ([]byte, error) {
 }
 
 func (w *world) Record(e *event.Event, o *event.Outcome) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.events = append(w.events, e.ID+" "+string(o.Result))
 }
 
@@ -153,8 +161,10 @@ func (w *world) Enqueue(m bus.Msg) error {
 	if w.full != nil {
 		return w.full
 	}
+	w.mu.Lock()
 	w.out = append(w.out, m)
 	_, before := w.stored[m.Subject]
+	w.mu.Unlock()
 	w.Hooks().OnAck(m, before)
 	return nil
 }
