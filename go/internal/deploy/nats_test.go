@@ -230,10 +230,14 @@ func (s *servers) secret(name string) string {
 // config writes the rendered config of a program, with the addresses and the password of this test.
 func (s *servers) config(who string) string {
 	s.t.Helper()
-	text := get[corev1.ConfigMap](s.t, s.objects, "ConfigMap", "oom-tracer").Data["owner.yaml"]
+	base := "owner"
+	if who == "annotator" { // which has a port of its own
+		base = who
+	}
+	text := get[corev1.ConfigMap](s.t, s.objects, "ConfigMap", "oom-tracer").Data[base+".yaml"]
 	text = replaced(s.t, true, text, "nats://oom-tracer-nats.oom-tracer.svc:4222", strings.Join(s.urls, ","))
-	text = replaced(s.t, true, text, "/etc/oom-tracer/secret/owner", s.secret(who))
-	text = replaced(s.t, true, text, "user: oom-owner", "user: oom-"+who)
+	text = replaced(s.t, true, text, "/etc/oom-tracer/secret/"+base, s.secret(who))
+	text = replaced(s.t, true, text, "user: oom-"+base, "user: oom-"+who)
 	text = replaced(s.t, true, text, "/etc/oom-tracer/issuer/issuer", s.secret("issuer"))
 	text = replaced(s.t, true, text, "listen: :9107", "listen: "+freeAddr(s.t))
 	file := filepath.Join(s.t.TempDir(), "config.yaml")
