@@ -77,6 +77,8 @@ type options struct {
 	duration time.Duration
 	// Of restore alone.
 	empty bool
+	// Of nodes alone.
+	failOn []string
 
 	output string
 	color  string
@@ -166,7 +168,10 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	switch command {
 	case "tail":
 		o.tailFlags(flags)
-	case "nodes", "status":
+	case "nodes":
+		o.outputFlag(flags)
+		o.failOnFlag(flags)
+	case "status":
 		o.outputFlag(flags)
 	case "pod":
 		o.since = 168 * time.Hour

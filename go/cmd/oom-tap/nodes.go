@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -14,8 +17,21 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// nodes shows the last status of every node that has ever said one, and the gaps of each, as far as the
-// streams reach back.
+// failOnFlag registers --fail-on.
+func (o *options) failOnFlag(flags *flag.FlagSet) {
+	flags.Func("fail-on", "end with status 1 where a node is `quiet` (nobody watches it, or no node is known) or has a gap; one or both, as quiet,gap", func(s string) error {
+		o.failOn = strings.Split(s, ",")
+		for _, what := range o.failOn {
+			if what != "quiet" && what != "gap" {
+				return fmt.Errorf("must be quiet, gap or quiet,gap, not %q", s)
+			}
+		}
+		return nil
+	})
+	durationFlag(flags, &o.since, "since", "gaps that were published up to this `duration` ago (default: as far as the stream reaches back)")
+}
+
+// nodes shows the last status of every node that has ever said one, and the gaps of each.
 func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	var all []heard
 	terminal := isTerminal(stdout)
@@ -32,20 +48,21 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 		}
 		return err
 	})
-	if err != nil || o.output == "json" {
+	if err != nil || o.output == "json" && o.failOn == nil {
 		return missingStream(err, o)
 	}
 	pattern, err := event.Filter(event.KindGap, "", "")
 	if err != nil {
 		return err
 	}
+	now := time.Now()
 	gaps := map[string]gapsOf{}
 	err = each(ctx, conn, bus.TailOptions{Subjects: []string{pattern}}, stderr, func(m bus.Stored, node string) error {
 		g, err := event.ParseGap(m.Data)
 		if err == nil {
 			err = sameNode(g.Node.Name, node)
 		}
-		if err == nil && g.Missing() {
+		if err == nil && g.Missing() && (o.since == 0 || now.Sub(m.Time) <= o.since) {
 			of := gaps[node]
 			of.count++
 			of.cause, of.last = g.Cause, m.Time // in the stream's order
@@ -57,7 +74,40 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 		return missingStream(err, o)
 	}
 	slices.SortFunc(all, func(a, b heard) int { return strings.Compare(a.Node.Name, b.Node.Name) })
-	return writeNodes(stdout, all, gaps, time.Now())
+	if o.output != "json" {
+		if err := writeNodes(stdout, all, gaps, now); err != nil {
+			return err
+		}
+	}
+	return o.fails(all, gaps, now)
+}
+
+// fails is what --fail-on asks for.
+func (o *options) fails(all []heard, gaps map[string]gapsOf, now time.Time) error {
+	var why, quiet []string
+	for i := range all {
+		if state := watched(&all[i], now); state == "QUIET" || state == "stopped" {
+			quiet = append(quiet, text.Printable(all[i].Node.Name))
+		}
+	}
+	switch {
+	case !slices.Contains(o.failOn, "quiet"):
+	case len(all) == 0:
+		why = append(why, "no node is known")
+	case len(quiet) > 0:
+		why = append(why, "nobody watches "+strings.Join(quiet, ", "))
+	}
+	if slices.Contains(o.failOn, "gap") && len(gaps) > 0 {
+		names := slices.Sorted(maps.Keys(gaps))
+		for i, name := range names {
+			names[i] = text.Printable(name)
+		}
+		why = append(why, "kills may be missing of "+strings.Join(names, ", "))
+	}
+	if why == nil {
+		return nil
+	}
+	return errors.New(strings.Join(why, "; "))
 }
 
 // each reads what a stream holds now. What one refuses is said, and the rest is read.
