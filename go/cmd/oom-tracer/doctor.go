@@ -926,7 +926,7 @@ func (x *examiner) nats(ctx context.Context) []finding {
 	} else {
 		conn.Close()
 	}
-	return []finding{warn("nats", err.Error(), "start NATS, or correct nats.* in the config; until then events wait in memory (nats.buffer)"), unknown}
+	return []finding{warn("nats", err.Error(), "start NATS, or correct nats.* in the config; until then kills wait in the journal (kernel.journal_size)"), unknown}
 }
 
 // jetstream says whether a server that is reached can store events.
@@ -944,7 +944,7 @@ func (x *examiner) jetstream(h bus.Health) finding {
 	case x.cfg.NATS.URL == "":
 		return warn(check, h.Err.Error(), "see the tracer's log (its disk may be full), and restart it")
 	default:
-		return warn(check, h.Err.Error(), "enable JetStream on the server, for this user's account; until then events wait in memory (nats.buffer)")
+		return warn(check, h.Err.Error(), "enable JetStream on the server, for this user's account; until then kills wait in the journal (kernel.journal_size)")
 	}
 }
 

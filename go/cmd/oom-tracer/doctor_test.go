@@ -1105,7 +1105,7 @@ func TestDoctorExternalNATS(t *testing.T) {
 	t.Run("not reachable", func(t *testing.T) {
 		p := newPatient(t)
 		p.cfg.NATS.URL = "nats://" + freeAddr(t)
-		p.expect(finding{"nats", statusWarn, "nobody listens there", "until then events wait in memory"}, unknown)
+		p.expect(finding{"nats", statusWarn, "nobody listens there", "until then kills wait in the journal"}, unknown)
 	})
 	t.Run("a password that is wrong", func(t *testing.T) {
 		p := newPatient(t)
