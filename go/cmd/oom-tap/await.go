@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"syscall"
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -35,10 +34,7 @@ func victim(args []string, stdout io.Writer) error {
 	if err := file.Close(); err != nil {
 		return fmt.Errorf("write the file of the victim: %w", err)
 	}
-	memory, err := syscall.Mmap(-1, 0, victimMax, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON)
-	if err != nil {
-		return fmt.Errorf("map %d MiB: %w", victimMax>>20, err)
-	}
+	memory := make([]byte, victimMax) // of the kernel, page by page as it is written to
 	for i := 0; i < len(memory); i += os.Getpagesize() {
 		memory[i] = 1
 	}

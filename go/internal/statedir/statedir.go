@@ -70,7 +70,7 @@ func check(path string, missing bool) (fs.FileInfo, error) {
 	rest := split(path)
 	for len(rest) > 0 {
 		if others(info) && info.Mode()&fs.ModeSticky == 0 {
-			return nil, fmt.Errorf("%s has mode %04o, other users can replace %s in it: %w; chmod 0755 %s", at, info.Mode().Perm(), rest[0], ErrUnsafe, at)
+			return nil, fmt.Errorf("%s has mode %04o, other users can replace %s in it: %w; chmod 0755 %s", at, perm(info), rest[0], ErrUnsafe, at)
 		}
 		next := filepath.Join(at, rest[0]) // or the one above: the target of a link may say ..
 		rest = rest[1:]
@@ -106,7 +106,7 @@ func check(path string, missing bool) (fs.FileInfo, error) {
 		}
 	}
 	if others(info) {
-		return nil, fmt.Errorf("%s has mode %04o, other users can write to it: %w; look at what it holds, then chmod 0700 %s", at, info.Mode().Perm(), ErrUnsafe, at)
+		return nil, fmt.Errorf("%s has mode %04o, other users can write to it: %w; look at what it holds, then chmod 0700 %s", at, perm(info), ErrUnsafe, at)
 	}
 	return info, nil
 }
@@ -129,13 +129,13 @@ func lstat(path string) (fs.FileInfo, error) {
 
 // foreign reports whether something belongs to somebody else, and to whom.
 func foreign(info fs.FileInfo) (uid uint32, ok bool) {
-	st := info.Sys().(*syscall.Stat_t)
-	return st.Uid, st.Uid != 0 && int(st.Uid) != os.Geteuid()
+	uid = owner(info)
+	return uid, uid != 0 && int(uid) != os.Geteuid()
 }
 
 // others reports whether its mode lets other users write to something. An access control list shows in it too: its
 // mask is the group's part.
-func others(info fs.FileInfo) bool { return info.Mode().Perm()&0o022 != 0 }
+func others(info fs.FileInfo) bool { return perm(info)&0o022 != 0 }
 
 // Path is the absolute path of a file in the directory, for messages.
 func (d *Dir) Path(name string) string { return filepath.Join(d.path, name) }
@@ -146,7 +146,7 @@ func (d *Dir) Private() error {
 	if err != nil {
 		return err
 	}
-	if perm := info.Mode().Perm(); perm&0o077 != 0 {
+	if perm := perm(info); perm&0o077 != 0 {
 		return fmt.Errorf("%s has mode %04o, other users can look into it: %w; chmod 0700 %s", d.path, perm, ErrUnsafe, d.path)
 	}
 	return nil
@@ -180,7 +180,7 @@ func (d *Dir) check(name string, info fs.FileInfo) error {
 		return fmt.Errorf("%s belongs to user %d: %w; remove it", path, uid, ErrUnsafe)
 	}
 	if others(info) {
-		return fmt.Errorf("%s has mode %04o, other users can write to it: %w; remove it, or look at it, then chmod go-w %s", path, info.Mode().Perm(), ErrUnsafe, path)
+		return fmt.Errorf("%s has mode %04o, other users can write to it: %w; remove it, or look at it, then chmod go-w %s", path, perm(info), ErrUnsafe, path)
 	}
 	return nil
 }
@@ -190,7 +190,7 @@ func (d *Dir) checkFile(name string, info fs.FileInfo) error {
 	switch {
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a regular file (%v): %w; remove it", d.Path(name), info.Mode().Type(), ErrUnsafe)
-	case info.Sys().(*syscall.Stat_t).Nlink != 1:
+	case hardLinked(info):
 		return fmt.Errorf("%s is a hard link to a file that has another name too: %w; remove it", d.Path(name), ErrUnsafe)
 	}
 	return d.check(name, info)
@@ -210,7 +210,7 @@ func (d *Dir) read(name string, limit int64, forbidden fs.FileMode) ([]byte, err
 	if err := d.checkFile(name, info); err != nil {
 		return nil, err
 	}
-	if perm := info.Mode().Perm(); perm&forbidden != 0 {
+	if perm := perm(info); perm&forbidden != 0 {
 		return nil, fmt.Errorf("%s has mode %04o and must have 0600, other users may have read it: %w", d.Path(name), perm, ErrUnsafe)
 	}
 	if info.Size() > limit {
