@@ -52,7 +52,7 @@ type Gap struct {
 	Since *time.Time `json:"since,omitempty"`
 	Until *time.Time `json:"until,omitempty"`
 	// FirstSeq and LastSeq are the range of Event.Seq that is missing, in the epoch of Node or, for
-	// GapRestart and GapReboot, in the one before. Absent where nothing had been recorded.
+	// GapRestart, GapReboot and GapBoot, in the one before. Absent where nothing had been recorded.
 	FirstSeq uint64 `json:"first_seq,omitempty"`
 	LastSeq  uint64 `json:"last_seq,omitempty"`
 	// Count is how many are missing; absent when that is not known.

@@ -942,7 +942,7 @@ func (x *examiner) jetstream(h bus.Health) finding {
 	case h.JetStream:
 		return warn(check, fmt.Sprintf("enabled, but %v", h.Err), "make the stream: oom-tap setup")
 	case x.cfg.NATS.URL == "":
-		return warn(check, h.Err.Error(), "see the tracer's log (its disk may be full), and restart it")
+		return warn(check, h.Err.Error(), "see the tracer's log: once its disk works it restarts its NATS by itself")
 	default:
 		return warn(check, h.Err.Error(), "enable JetStream on the server, for this user's account; until then kills wait in the journal (kernel.journal_size)")
 	}

@@ -994,7 +994,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 	}
 	t.Run("its JetStream has switched itself off", func(t *testing.T) {
 		f := newPatient(t).jetstream(bus.Health{Connected: true, Err: errors.New("check jetstream: not enabled")})
-		if f.Status != statusWarn || f.Detail != "check jetstream: not enabled" || !strings.Contains(f.Remedy, "its disk may be full") {
+		if f.Status != statusWarn || f.Detail != "check jetstream: not enabled" || !strings.Contains(f.Remedy, "its disk works") {
 			t.Errorf("%+v", f)
 		}
 	})

@@ -70,13 +70,15 @@ func (t *tracer) begin() error {
 			// What was told in the last second is not in the file, and an exiting task is no kill.
 			exact = before.Clean && before.Head == before.Acked
 		}
+		var unread uint64 // by a tracer of another version
 		if left := t.loader.Left(); left != nil && left.Head > left.Acked {
+			unread = left.Head - left.Acked
 			g.FirstSeq, g.LastSeq = left.Acked+1, left.Head
 			if known && sameBoot && before.Kernel != nil { // what was published since the file was written is not missing
 				published := left.Acked - min(left.Acked, before.Acked)
 				missed -= min(missed, published)
 			}
-			exact = known && missed == left.Head-left.Acked
+			exact = known && missed == unread
 		}
 		switch {
 		case !known && sameBoot: // nothing proves that there was none
@@ -86,6 +88,9 @@ func (t *tracer) begin() error {
 			gaps = append(gaps, g)
 		case known && missed > 0:
 			g.CountMax = &missed
+			gaps = append(gaps, g)
+		case unread > 0: // marks that the kernel does not count, or a kernel that does not
+			g.CountMax = &unread
 			gaps = append(gaps, g)
 		}
 	}

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -599,6 +600,49 @@ func TestGapOutlivesTracer(t *testing.T) {
 	}
 	if count[event.GapReboot] != 1 || count[event.GapBoot] != 1 {
 		t.Errorf("gaps %+v", gaps)
+	}
+}
+
+// TestOtherVersion: after a pinned state of another version, what was not published is in a gap that names its seqs, also where the
+// kernel's count misses nothing.
+func TestOtherVersion(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*savedState)
+		cause  event.GapCause
+	}{
+		{"counted", func(*savedState) {}, event.GapRestart},
+		{"nothing missing by the kernel's count", func(r *savedState) { *r.Kernel += 100 }, event.GapRestart},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := pinnedConfig(t)
+			head := settled(t, cfg).Head
+			scratchtest.Storm(t, scratchtest.New(t, 8*mib), 5, 16, "plain")
+			state, err := ebpf.LoadPinnedMap(filepath.Join(cfg.Kernel.PinDir, "state"), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer state.Close()
+			value := make([]byte, state.ValueSize())
+			if err := state.Lookup(uint32(0), value); err != nil {
+				t.Fatal(err)
+			}
+			value[4]++ // struct oom_state.version
+			if err := state.Put(uint32(0), value); err != nil {
+				t.Fatal(err)
+			}
+			change(t, cfg, tt.change)
+			settled(t, cfg)
+			_, gaps := whole(t, cfg)
+			g := found(t, gaps, tt.cause)
+			if g.FirstSeq != head+1 || g.LastSeq < head+5 {
+				t.Errorf("seqs %d to %d, of 5 after %d: %+v", g.FirstSeq, g.LastSeq, head, g)
+			}
+			n := g.LastSeq - head
+			if exact := g.Count != nil && *g.Count == n; !exact && (g.CountMax == nil || *g.CountMax != n) {
+				t.Errorf("of %d records: %+v", n, g)
+			}
+		})
 	}
 }
 
