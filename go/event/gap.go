@@ -27,6 +27,9 @@ const (
 	// GapStateLost: the state file of an earlier tracer could not be used. What that one had not published, and what
 	// happened after it, is not known.
 	GapStateLost GapCause = "state_lost"
+	// GapStoreLost: the store of the embedded NATS was damaged and lost messages that it had acknowledged. CountMax is
+	// how many: kills, gaps and outcomes.
+	GapStoreLost GapCause = "store_lost"
 	// GapDropped: NATS has refused the event for good. Seqs and count are exact.
 	GapDropped GapCause = "dropped"
 	// GapOtherNode: the kills were on another node of the same kernel, whose own tracer tells of them. None is missing.
@@ -35,7 +38,7 @@ const (
 
 // GapCauses lists every cause, in the order of the documentation.
 func GapCauses() []GapCause {
-	return []GapCause{GapWrapped, GapUnreadable, GapRestart, GapReboot, GapBoot, GapUnseen, GapStateLost, GapDropped, GapOtherNode}
+	return []GapCause{GapWrapped, GapUnreadable, GapRestart, GapReboot, GapBoot, GapUnseen, GapStateLost, GapStoreLost, GapDropped, GapOtherNode}
 }
 
 // Gap says that kills may have happened that no event tells of. A time without kills is only proved where

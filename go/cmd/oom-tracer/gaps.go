@@ -173,7 +173,7 @@ func (t *tracer) complete(g *event.Gap) settles {
 	case event.GapWrapped, event.GapUnreadable, event.GapDropped, event.GapOtherNode:
 		g.ID = event.SeqGapID(g.Node.BootID, g.Node.Epoch, g.FirstSeq, g.LastSeq)
 		return settles{first: g.FirstSeq, last: g.LastSeq}
-	case event.GapStateLost: // at each start anew
+	case event.GapStateLost, event.GapStoreLost: // each time anew
 		_, boottime := now()
 		g.ID = event.GapID(g.Node.BootID, g.Cause, g.Node.Epoch, boottime)
 	case event.GapUnseen:
@@ -282,6 +282,30 @@ func (t *tracer) unseen(ctx context.Context) {
 		t.state.touch()
 	}
 	t.reconciled.advance(counts, kernel, atLeast)
+}
+
+// checkStore compares what the embedded NATS holds with what it held at the last reading, which may be that of an earlier tracer. What
+// it has lost is a gap.
+func (t *tracer) checkStore(ctx context.Context) {
+	if t.server == nil || t.server.Ready() != nil {
+		return // once it works, the file is written
+	}
+	held, err := t.conn.Held(ctx)
+	if err != nil {
+		return
+	}
+	t.state.mu.Lock()
+	before := t.state.held
+	t.state.mu.Unlock()
+	if before != nil {
+		if lost := before.Lost(held, t.stream, time.Now()); lost > 0 &&
+			!t.gap(event.Gap{Cause: event.GapStoreLost, Since: &before.FirstTime, Until: &before.LastTime, CountMax: &lost}) {
+			return
+		}
+	}
+	t.state.mu.Lock()
+	t.state.held = &held
+	t.state.mu.Unlock()
 }
 
 // reconciled holds the program's counts against the kernel's. What cannot be told apart (Counts.Unseen) since the last

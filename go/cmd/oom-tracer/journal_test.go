@@ -452,6 +452,40 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// TestStoreDamaged: a power cut has emptied a file of the embedded NATS. What it had acknowledged is gone, and a gap says so, once.
+func TestStoreDamaged(t *testing.T) {
+	cfg := withListen(t, pinnedConfig(t))
+	group := scratchtest.New(t, 8*mib)
+	lost := func() (found []event.Gap) {
+		t.Helper()
+		tr, stop := runTracer(t, cfg, io.Discard)
+		until(t, "everything is published", func() bool { return tr.publisher.Pending() == 0 && !tr.state.outdated(tr.loader.Counts()) })
+		must(t, stop())
+		_, gaps := whole(t, cfg)
+		for _, g := range gaps {
+			if g.Cause == event.GapStoreLost {
+				found = append(found, g)
+			}
+		}
+		return found
+	}
+	_, stop := runTracer(t, cfg, io.Discard)
+	scratchtest.Storm(t, group, 3, 16, "plain")
+	stored(t, cfg, group, 3)
+	must(t, stop())
+	if gaps := lost(); len(gaps) > 0 {
+		t.Fatalf("gaps of a store that is whole: %+v", gaps)
+	}
+	must(t, os.Truncate(filepath.Join(cfg.NATS.Embedded.Dir, "jetstream/$G/streams/OOM/msgs/1.blk"), 0))
+	for range 2 {
+		gaps := lost()
+		if len(gaps) != 1 || gaps[0].CountMax == nil || *gaps[0].CountMax < 3 || gaps[0].Count != nil || !gaps[0].Missing() ||
+			gaps[0].Since == nil || !gaps[0].Since.Before(*gaps[0].Until) {
+			t.Errorf("%+v", gaps)
+		}
+	}
+}
+
 // found is the last gap of a cause.
 func found(t *testing.T, gaps []event.Gap, cause event.GapCause) event.Gap {
 	t.Helper()

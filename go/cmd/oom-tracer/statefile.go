@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
@@ -31,6 +32,8 @@ type savedState struct {
 	Acked  uint64  `json:"acked"`
 	// Unpublished are gaps that NATS has not acknowledged yet: no journal has them.
 	Unpublished []event.Gap `json:"untold,omitempty"`
+	// Held is what the stream of the embedded NATS held; absent with another NATS.
+	Held *bus.Held `json:"held,omitempty"`
 }
 
 // stateFile is the file that outlives tracers and boots (node.state_file). Neither a file that cannot be read nor one
@@ -48,7 +51,8 @@ type stateFile struct {
 	mu          sync.Mutex // guards what follows
 	last        loader.Counts
 	unpublished []event.Gap
-	stale       bool // unpublished has changed since the file was written
+	held        *bus.Held // of the last reading, at the start of the one in the file
+	stale       bool      // the file has to be written, whatever the counts are
 }
 
 // maxState bounds what is read. Each gap takes less than 1 KiB.
@@ -64,6 +68,9 @@ func openStateFile(path string, log *slog.Logger) *stateFile {
 	if err == nil {
 		defer dir.Close()
 		s.previous, err = readState(dir, filepath.Base(path))
+	}
+	if s.previous != nil {
+		s.held = s.previous.Held
 	}
 	switch {
 	case err == nil, errors.Is(err, fs.ErrNotExist):
@@ -143,6 +150,17 @@ func (s *stateFile) remove(id string) {
 	s.stale = s.stale || len(s.unpublished) != n
 }
 
+// expire has the file written, although nothing was recorded.
+func (s *stateFile) expire() {
+	if s == nil {
+		return
+	}
+	defer s.touch()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stale = true
+}
+
 // empty reports whether there is no gap that has to be published yet.
 func (s *stateFile) empty() bool {
 	if s == nil {
@@ -188,7 +206,7 @@ func (t *tracer) savedState(clean bool) savedState {
 	t.state.mu.Lock()
 	defer t.state.mu.Unlock()
 	t.state.last, t.state.stale = counts, false
-	state.Unpublished = slices.Clone(t.state.unpublished)
+	state.Unpublished, state.Held = slices.Clone(t.state.unpublished), t.state.held
 	return state
 }
 
@@ -206,6 +224,7 @@ func (t *tracer) save(ctx context.Context, clean bool) {
 	}
 	s.writing.Lock()
 	defer s.writing.Unlock()
+	t.checkStore(ctx)
 	err := s.write(t.savedState(clean))
 	if err != nil {
 		s.mu.Lock()

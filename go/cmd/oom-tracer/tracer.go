@@ -169,6 +169,15 @@ func (t *tracer) ensureStreams(ctx context.Context) error {
 	return bus.EnsureStreams(ctx, t.conn, t.stream)
 }
 
+// storeStarted makes the streams of an embedded server that was started anew, and has its store checked.
+func (t *tracer) storeStarted(ctx context.Context) error {
+	if err := t.ensureStreams(ctx); err != nil {
+		return err
+	}
+	t.state.expire()
+	return nil
+}
+
 // natsHealthy fails when only a restart of this process may cure the embedded server.
 func (t *tracer) natsHealthy(context.Context) error {
 	if t.server == nil {
@@ -217,7 +226,7 @@ func (t *tracer) run(ctx context.Context) error {
 	go func() {
 		defer close(supervised)
 		if t.server != nil {
-			t.server.Supervise(ctx, embedded.Client{Started: t.ensureStreams, Failing: t.publisher.Failing})
+			t.server.Supervise(ctx, embedded.Client{Started: t.storeStarted, Failing: t.publisher.Failing})
 		}
 	}()
 	looked := make(chan struct{})

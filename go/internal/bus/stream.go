@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -104,6 +105,51 @@ func streamInfo(ctx context.Context, c *Conn, name string) (info *jetstream.Stre
 		return nil, fmt.Errorf("look up: %w", err)
 	}
 	return info, nil
+}
+
+// Held is what the stream [event.StreamName] holds.
+type Held struct {
+	FirstSeq  uint64    `json:"first_seq"`
+	FirstTime time.Time `json:"first_time"`
+	LastSeq   uint64    `json:"last_seq"`
+	LastTime  time.Time `json:"last_time"`
+	Deleted   uint64    `json:"deleted"` // between the first and the last
+	Bytes     uint64    `json:"bytes"`
+}
+
+// Held asks the server. It does not wait for a connection, and takes at most 1 s.
+func (c *Conn) Held(ctx context.Context) (Held, error) {
+	if !c.Connected() {
+		return Held{}, ErrDisconnected
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	info, err := streamInfo(ctx, c, event.StreamName)
+	if err != nil {
+		return Held{}, err
+	}
+	s := info.State
+	return Held{s.FirstSeq, s.FirstTime, s.LastSeq, s.LastTime, uint64(s.NumDeleted), s.Bytes}, nil
+}
+
+// Lost is how many of the messages that the stream held before are gone now, although neither cfg.MaxAge nor cfg.MaxBytes can be the
+// reason: a damaged store, or somebody who purged it. Where that is not sure, they do not count.
+func (before Held) Lost(now Held, cfg config.Stream, at time.Time) uint64 {
+	if before.LastSeq == 0 || before.FirstSeq > before.LastSeq {
+		return 0 // it was empty
+	}
+	if now.LastSeq < before.LastSeq { // nats-server does not go back: the stream or its end is another one
+		return before.LastSeq - max(now.LastSeq, before.FirstSeq-1)
+	}
+	lost := now.Deleted - min(now.Deleted, before.Deleted) // nothing of ours deletes single messages
+	if now.FirstSeq <= before.FirstSeq || 2*before.Bytes > uint64(cfg.MaxBytes) {
+		return lost
+	}
+	expired := func(stored time.Time) bool { return cfg.MaxAge > 0 && at.Sub(stored) >= cfg.MaxAge }
+	if !expired(before.FirstTime) || now.FirstSeq > before.LastSeq && !expired(before.LastTime) {
+		lost += min(now.FirstSeq-1, before.LastSeq) - (before.FirstSeq - 1)
+	}
+	return lost
 }
 
 // ErrNoMessage is wrapped by Last's error where the stream holds no message on the subject.

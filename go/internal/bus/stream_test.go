@@ -13,6 +13,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
 )
 
 func TestEnsureStream(t *testing.T) {
@@ -146,4 +147,83 @@ func TestCheck(t *testing.T) {
 	}
 	wantError(t, h.Err, "check jetstream", "not enabled")
 	wantError(t, bus.EnsureStreams(ctx, c, streamConfig), "not enabled")
+}
+
+func TestHeldLost(t *testing.T) {
+	at := time.Now()
+	ago := func(d time.Duration) time.Time { return at.Add(-d) }
+	cfg := config.Stream{MaxAge: time.Hour, MaxBytes: 1 << 20}
+	before := bus.Held{FirstSeq: 11, FirstTime: ago(50 * time.Minute), LastSeq: 30, LastTime: ago(10 * time.Minute), Bytes: 1 << 10}
+	with := func(h bus.Held, change func(*bus.Held)) bus.Held { change(&h); return h }
+	for name, tt := range map[string]struct {
+		before, now bus.Held
+		want        uint64
+	}{
+		"the same":                 {before, before, 0},
+		"more":                     {before, with(before, func(h *bus.Held) { h.LastSeq = 40 }), 0},
+		"was empty":                {bus.Held{FirstSeq: 31, LastSeq: 30}, bus.Held{FirstSeq: 31, LastSeq: 30}, 0},
+		"was new":                  {bus.Held{}, before, 0},
+		"made anew":                {before, bus.Held{}, 20},
+		"made anew, and used":      {before, bus.Held{FirstSeq: 1, LastSeq: 3}, 20},
+		"its end":                  {before, with(before, func(h *bus.Held) { h.LastSeq = 25 }), 5},
+		"its middle":               {before, with(before, func(h *bus.Held) { h.Deleted = 4 }), 4},
+		"its middle, as before":    {with(before, func(h *bus.Held) { h.Deleted = 4 }), with(before, func(h *bus.Held) { h.Deleted = 4 }), 0},
+		"its beginning":            {before, with(before, func(h *bus.Held) { h.FirstSeq = 14 }), 3},
+		"all":                      {before, with(before, func(h *bus.Held) { h.FirstSeq = 31 }), 20},
+		"all, then more":           {before, with(before, func(h *bus.Held) { h.FirstSeq, h.LastSeq = 31, 33 }), 20},
+		"its beginning may be old": {with(before, func(h *bus.Held) { h.FirstTime = ago(2 * time.Hour) }), with(before, func(h *bus.Held) { h.FirstSeq = 14 }), 0},
+		"all, though not all old":  {with(before, func(h *bus.Held) { h.FirstTime = ago(2 * time.Hour) }), with(before, func(h *bus.Held) { h.FirstSeq = 31 }), 20},
+		"all is old": {with(before, func(h *bus.Held) { h.FirstTime, h.LastTime = ago(2*time.Hour), ago(time.Hour) }),
+			with(before, func(h *bus.Held) { h.FirstSeq = 31 }), 0},
+		"it was full": {with(before, func(h *bus.Held) { h.Bytes = 1<<19 + 1 }), with(before, func(h *bus.Held) { h.FirstSeq = 14 }), 0},
+	} {
+		if got := tt.before.Lost(tt.now, cfg, at); got != tt.want {
+			t.Errorf("%s: %d, want %d", name, got, tt.want)
+		}
+	}
+}
+
+// What expires is not lost; what somebody purges is.
+func TestHeld(t *testing.T) {
+	ctx := begin(t)
+	d := startNatsd(t, "")
+	log, _ := newLog(t)
+	c := connect(ctx, t, d.owner(), bus.Options{}, log)
+	cfg := streamConfig
+	cfg.MaxAge, cfg.DedupWindow = 2*time.Second, time.Second
+	check(t, bus.EnsureStreams(ctx, c, cfg))
+	fill := func() bus.Held {
+		t.Helper()
+		for range 3 {
+			_, err := c.JetStream().Publish(ctx, "oom.v1.kill.global.n", []byte("{}"))
+			check(t, err)
+		}
+		held, err := c.Held(ctx)
+		check(t, err)
+		return held
+	}
+	before := fill()
+	if before.FirstSeq != 1 || before.LastSeq != 3 || before.FirstTime.IsZero() || before.LastTime.Before(before.FirstTime) || before.Bytes == 0 {
+		t.Fatalf("%+v", before)
+	}
+	for {
+		held, err := c.Held(ctx)
+		check(t, err)
+		if lost := before.Lost(held, cfg, time.Now()); lost > 0 {
+			t.Fatalf("%d lost: %+v", lost, held)
+		}
+		if held.FirstSeq == 4 {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	before = fill()
+	s, err := c.JetStream().Stream(ctx, event.StreamName)
+	check(t, err)
+	check(t, s.Purge(ctx))
+	held, err := c.Held(ctx)
+	check(t, err)
+	if lost := before.Lost(held, cfg, before.LastTime); lost != 3 {
+		t.Errorf("%d lost: %+v", lost, held)
+	}
 }

@@ -8,15 +8,21 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 )
 
 // Each file of the store damaged at rest, as after a power cut: the server starts, and stores what comes.
 func TestDamagedStore(t *testing.T) {
 	whole := filepath.Join(t.TempDir(), "nats")
+	var before bus.Held
 	t.Run("fill", func(t *testing.T) {
 		s := supervise(t, whole)
 		s.publish(t, 20)
 		s.stored(t, 10*time.Second)
+		var err error
+		before, err = s.conn.Held(context10s(t))
+		check(t, err)
 	})
 	var files []string
 	check(t, filepath.WalkDir(whole, func(path string, d fs.DirEntry, err error) error {
@@ -56,6 +62,11 @@ func TestDamagedStore(t *testing.T) {
 				state := stream.CachedInfo().State
 				if state.LastSeq != 23 || state.Msgs != 23 && filepath.Base(file) != "1.blk" {
 					t.Errorf("the stream holds %d messages, %d..%d", state.Msgs, state.FirstSeq, state.LastSeq)
+				}
+				held, err := s.conn.Held(context10s(t))
+				check(t, err)
+				if lost := before.Lost(held, streamConfig, time.Now()); lost != 23-state.Msgs {
+					t.Errorf("%d messages are lost, the comparison says %d: %+v and now %+v", 23-state.Msgs, lost, before, held)
 				}
 			})
 		}
