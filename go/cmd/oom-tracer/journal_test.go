@@ -520,6 +520,20 @@ func TestStateFileAway(t *testing.T) {
 				}
 			},
 		},
+		"a read-only disk": {
+			func(t *testing.T, dir string) {
+				must(t, unix.Mount("tmpfs", dir, "tmpfs", unix.MS_RDONLY, "mode=0700"))
+				t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+			},
+			func(t *testing.T, dir string) { must(t, unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "")) },
+		},
+		"a file in the place of the directory": {
+			func(t *testing.T, dir string) {
+				must(t, os.Remove(dir))
+				must(t, os.WriteFile(dir, nil, 0o600))
+			},
+			func(t *testing.T, dir string) { must(t, os.Remove(dir)) },
+		},
 		"another user's directory": {
 			func(t *testing.T, dir string) {
 				if err := os.Chown(dir, scratchtest.Nobody, scratchtest.Nobody); err != nil {
