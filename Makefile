@@ -174,11 +174,11 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 .PHONY: test-parts
 test-parts: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
 
-# One package at a time: a tracer sees every kill of the machine, and the tests count.
+# A tracer sees every kill of the machine, and the tests count: packages with kills wait for each other (scratchtest.Alone).
 .PHONY: test
 test: test-parts verify-goldens ## every test, with real OOM kills in cgroups that the tests make (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
-		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 1 -timeout 20m ./...
+		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 2 -timeout 40m ./...
 	$(Q)cd go/descheduler && OOM_TEST_BUILD=$(CURDIR)/build $(GO) tool -modfile=../../tools/go.mod \
 		gotestsum --format pkgname --jsonfile ../../build/test-descheduler.json -- -race -count=1 -p 1 -timeout 20m ./...
 	$(Q)tools/no-skips.sh build/test.json build/test-descheduler.json
@@ -186,7 +186,7 @@ test: test-parts verify-goldens ## every test, with real OOM kills in cgroups th
 # Those that need no API server.
 .PHONY: quick
 quick: build build/hog build/nats-server ## unit tests and contained kills, without Kubernetes: the loop for a change (needs root)
-	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname -- -short -count=1 -p 1 -timeout 10m \
+	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname -- -short -count=1 -p 2 -timeout 10m \
 		$$($(GO) list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}' ./go/... | grep -v '/internal/kubetest\|/internal/nodetest' | cut -d' ' -f1)
 
 .PHONY: test-descheduler

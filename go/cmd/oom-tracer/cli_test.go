@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 	if addrs := os.Getenv(floodAddrs); addrs != "" {
 		flood(strings.Fields(addrs))
 	}
-	testscript.Main(m, map[string]func(){"oom-tracer": main})
+	testscript.Main(scratchtest.Alone{M: m}, map[string]func(){"oom-tracer": main})
 }
 
 // TestScript runs testdata/script with the real program. Beyond testscript's own, the commands are

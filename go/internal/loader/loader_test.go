@@ -30,6 +30,8 @@ import (
 
 const mib = 1 << 20
 
+func TestMain(m *testing.M) { os.Exit(scratchtest.Alone{M: m}.Run()) }
+
 func open(t *testing.T, tier Tier) *Loader { return openNotified(t, tier, NotifyAuto) }
 
 func openNotified(t *testing.T, tier Tier, notify Notify) *Loader {

@@ -26,9 +26,12 @@ func Program(t testing.TB, name string) string {
 	return filepath.Join(dir, name)
 }
 
-// New makes a cgroup that goes with the test.
+// New makes a cgroup that goes with the test. From then on this process is [Alone].
 func New(t testing.TB, limit uint64) *scratch.Cgroup {
 	t.Helper()
+	if err := alone(); err != nil {
+		t.Fatal(err)
+	}
 	h, err := scratch.Find("/proc")
 	if err != nil {
 		t.Fatal(err)
