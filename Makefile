@@ -211,7 +211,7 @@ $(before): build/.deps
 .PHONY: test-upgrade
 test-upgrade: build build/hog build/nats-server $(before) ## a tracer takes over from one of before, and that one from it (needs root and the history of git)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_BEFORE=$(before) \
-		$(GO) test -tags upgrade -count=1 -timeout 5m -run '^TestUpgrade$$' -v ./go/cmd/oom-tracer
+		$(GO) test -tags upgrade -count=1 -timeout 5m -run '^TestUpgrade$$' -v ./go/internal/agent
 
 # A build for the tests: the program with the faults of src/faults.bpf.h in it, in the place of the real
 # one.
@@ -234,16 +234,16 @@ build/static/oom-tracer: $(GO_FILES) $(OBJECT)
 	$(say) GO $@
 	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) build -trimpath -tags 'netgo osusergo' -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
 
-build/static/vm.test: $(GO_FILES) $(wildcard go/cmd/oom-tracer/*_test.go) $(OBJECT)
+build/static/vm.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT)
 	@mkdir -p $(@D)
 	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -trimpath -tags 'vm netgo osusergo' -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -trimpath -tags 'vm netgo osusergo' -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
 
 # The tests that put faults into the program have a build with that program.
-build/static/vm-faults.test: $(GO_FILES) $(wildcard go/cmd/oom-tracer/*_test.go) $(OBJECT) build/faults/oom.bpf.o
+build/static/vm-faults.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT) build/faults/oom.bpf.o
 	@mkdir -p $(@D)
 	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -trimpath -tags 'vm faults netgo osusergo' -overlay build/faults/overlay.json -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -trimpath -tags 'vm faults netgo osusergo' -overlay build/faults/overlay.json -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
 
 # oom-tap and hog are static as they are.
 VM_TEST_BINARY ?= build/static/vm.test
@@ -301,7 +301,7 @@ demo-node: node-images ## the same cluster for people: one kill as it happens, t
 .PHONY: bench
 bench: build build/hog ## latency, loss and cost over at least 1,000 real kills (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
-		$(GO) test -tags bench -count=1 -p 1 -timeout 20m -run TestBench -v ./go/internal/loader ./go/cmd/oom-tracer
+		$(GO) test -tags bench -count=1 -p 1 -timeout 20m -run TestBench -v ./go/internal/loader ./go/internal/agent
 
 .PHONY: bench-annotate
 bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, decisions a second, memory at 150,000 pods (needs root)

@@ -8,13 +8,14 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"os"
 	"strings"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/agent"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/doctor"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
@@ -60,8 +61,8 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	}
 	switch command {
 	case "run", "selftest", "doctor", "config", "config check", "unload":
-	case hogCommand:
-		return hog(args)
+	case agent.VictimCommand:
+		return agent.Victim(args)
 	default:
 		return cli.Usagef("unknown command %q", command)
 	}
@@ -85,7 +86,7 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	}
 
 	if o.btf != "" {
-		return doctorBTF(o.btf, o.output, stdout)
+		return doctor.RunBTF(o.btf, o.output, stdout)
 	}
 
 	cfg, err := loadConfig(o)
@@ -112,11 +113,11 @@ func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) erro
 	}
 	switch command {
 	case "selftest":
-		err = selftest(ctx, cfg, node, stdout, log)
+		err = agent.Selftest(ctx, cfg, node, stdout, log)
 	case "doctor":
-		err = doctor(ctx, cfg, node, o.output, stdout)
+		err = doctor.Run(ctx, cfg, node, o.output, stdout)
 	default:
-		err = run(ctx, cfg, node, stdout, log)
+		err = agent.Run(ctx, cfg, node, stdout, log)
 	}
 	return cli.Logged(log, err)
 }
@@ -177,21 +178,6 @@ func loadConfig(o options) (config.Config, error) {
 		cfg.Log.Level = o.logLevel
 	}
 	return cfg, nil
-}
-
-// run traces until ctx ends.
-func run(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
-	protect(log)
-	t, err := start(ctx, cfg, node, stdout, log)
-	if err != nil && ctx.Err() != nil {
-		// Told to end while it waited for something: that is no failure.
-		log.Info("stopped before it had begun", "while", err)
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	return t.run(ctx)
 }
 
 // unload ends the recording that goes on in the kernel.

@@ -9,6 +9,8 @@ package bus
 import (
 	"math/rand/v2"
 	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
 )
 
 // Times. All of them are upper bounds of one step, not of the whole.
@@ -33,4 +35,13 @@ func backoff(n int) time.Duration {
 		d = min(backoffMin<<shift, backoffMax)
 	}
 	return d/2 + rand.N(d/2)
+}
+
+// TracerName names the connection of a node's tracer. The permissions of its inbox follow from it.
+func TracerName(node string) string {
+	token, err := event.NodeToken(node)
+	if err != nil {
+		token = node // nothing can be published for it either
+	}
+	return "oom-tracer." + token
 }

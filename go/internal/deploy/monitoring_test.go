@@ -244,7 +244,7 @@ func TestQueries(t *testing.T) {
 		t.Fatalf("%d queries", len(queries))
 	}
 
-	golden, err := os.ReadFile(root + "/go/cmd/oom-tracer/testdata/metrics-start.golden")
+	golden, err := os.ReadFile(root + "/go/internal/agent/testdata/metrics-start.golden")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"bufio"
@@ -9,7 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"math"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +21,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
@@ -34,14 +34,14 @@ const (
 	rssSlack = 512 << 10
 )
 
-// selftest causes one contained OOM kill and checks what comes back out of NATS against what this
+// Selftest causes one contained OOM kill and checks what comes back out of NATS against what this
 // process, the cgroup's files and the kernel's console say of it.
-func selftest(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
+func Selftest(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
 	h, err := scratch.Find("/proc")
 	if err != nil {
 		return err
 	}
-	running := tracerRunning(ctx, cfg.Metrics.Listen)
+	running := obs.TracerRuns(ctx, cfg.Metrics.Listen)
 	if running {
 		fmt.Fprintf(stdout, "selftest: through the tracer that runs at %s, cgroup v%d\n", cfg.Metrics.Listen, h.Version)
 		if cfg.Node.CgroupRoot != "/" {
@@ -90,26 +90,6 @@ func selftest(ctx context.Context, cfg config.Config, node string, stdout io.Wri
 	}
 	fmt.Fprintln(stdout, "selftest: ok: victim, cgroup, scope, limit and memory are right")
 	return nil
-}
-
-// tracerRunning asks whether a tracer of this config runs already.
-func tracerRunning(ctx context.Context, addr string) bool {
-	if addr == "" {
-		return false
-	}
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/metrics", nil)
-	if err != nil {
-		return false
-	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return false
-	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))
-	return err == nil && response.StatusCode == http.StatusOK && strings.Contains(string(body), tierMetric+"{")
 }
 
 // privateTracer runs a tracer in this process, whose NATS is its own. cfg is changed to lead there.
@@ -183,7 +163,7 @@ func causeKill(ctx context.Context, h scratch.Hierarchy) (_ *expectation, err er
 		defer console.Close()
 	}
 
-	victim := exec.CommandContext(ctx, "/proc/self/exe", hogCommand, strconv.Itoa(2*selftestLimit>>20))
+	victim := exec.CommandContext(ctx, "/proc/self/exe", VictimCommand, strconv.Itoa(2*selftestLimit>>20))
 	var complaints strings.Builder
 	victim.Stderr = &complaints
 	victim.WaitDelay = time.Second

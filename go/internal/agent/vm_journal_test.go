@@ -1,6 +1,6 @@
 //go:build vm
 
-package main
+package agent
 
 import (
 	"context"
@@ -21,6 +21,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
@@ -55,7 +56,7 @@ func vmTracer(t *testing.T, config string) *process {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.kill)
-	until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), "127.0.0.1:9105") })
+	until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), "127.0.0.1:9105") })
 	return p
 }
 

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"errors"
@@ -14,7 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -23,6 +22,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -93,29 +93,11 @@ func exposition(t *testing.T, registry *prometheus.Registry) string {
 	return buildLabels.ReplaceAllString(ours.String(), `$1="…"`)
 }
 
-// golden compares got with a file of testdata, or writes it.
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := "testdata/" + name
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("%s (-golden +got; -update writes it):\n%s", path, diff)
-	}
-}
-
 // Every name, label and help text, from the first scrape on: alerts and dashboards are written to them.
 func TestMetricsExposition(t *testing.T) {
 	m := fakeMetrics(&fakeSides{tier: loader.TierStack, notify: loader.NotifyPerf, prototype: loader.PrototypeTask, counts: loader.Counts{KernelBase: 42}})
 	registry := register(t, m)
-	golden(t, "metrics-start.golden", exposition(t, registry))
+	scratchtest.Golden(t, "metrics-start.golden", exposition(t, registry), *update)
 	problems, err := testutil.GatherAndLint(registry)
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +129,7 @@ func TestMetricsCount(t *testing.T) {
 	m.published.Observe(0.003)
 	m.events.WithLabelValues("error", "decode").Inc()
 	m.gaps.WithLabelValues("wrapped").Inc()
-	golden(t, "metrics-counted.golden", exposition(t, register(t, m)))
+	scratchtest.Golden(t, "metrics-counted.golden", exposition(t, register(t, m)), *update)
 }
 
 // A count that cannot be read is absent and an error of the scrape, never 0; the rest is served.

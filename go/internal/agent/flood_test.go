@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"fmt"
@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
@@ -51,9 +52,9 @@ func flood(addrs []string) {
 func TestFlooded(t *testing.T) {
 	const connections = 5000
 	cfg := withListen(t, pinnedConfig(t))
-	cfg.Metrics.Listen = freeAddr(t)
+	cfg.Metrics.Listen = scratchtest.FreeAddr(t)
 	tracer := startProcess(t, cfg)
-	until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+	until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
 	group := scratchtest.New(t, 8*mib)
 	scratchtest.Storm(t, group, 3, 16, "plain")
 	stored(t, cfg, group, 3)
@@ -78,7 +79,7 @@ func TestFlooded(t *testing.T) {
 		}
 		most = max(most, rss(t, tracer.Process.Pid))
 		probes++
-		if ready, said, err := readiness(t.Context(), cfg.Metrics.Listen); err != nil {
+		if ready, said, err := obs.Readiness(t.Context(), cfg.Metrics.Listen); err != nil {
 			failed++
 		} else if !ready {
 			t.Errorf("not ready: %s", said)
@@ -97,7 +98,7 @@ func TestFlooded(t *testing.T) {
 	_ = child.Process.Kill()
 	_ = child.Wait()
 	stored(t, cfg, group, 6)
-	if ready, said, err := readiness(t.Context(), cfg.Metrics.Listen); !ready || err != nil {
+	if ready, said, err := obs.Readiness(t.Context(), cfg.Metrics.Listen); !ready || err != nil {
 		t.Errorf("afterwards: %s, %v", said, err)
 	}
 	tracer.stop(t)

@@ -1,10 +1,11 @@
-package main
+package doctor
 
 import (
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -30,9 +31,27 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
+
+const testNode = "node-1.example"
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func TestMain(m *testing.M) { os.Exit(scratchtest.Alone{M: m}.Run()) }
+
+// testConfig leads to directories of the test's own.
+func testConfig(t *testing.T) config.Config {
+	t.Helper()
+	cfg := config.Default()
+	cfg.NATS.Embedded.Dir = filepath.Join(t.TempDir(), "nats")
+	cfg.NATS.Embedded.Listen = "127.0.0.1:0"
+	cfg.Metrics.Listen = ""
+	cfg.Kernel.PinDir = ""
+	return cfg
+}
 
 // must ends the test on an error of its own set-up.
 func must(t *testing.T, err error) {
@@ -203,7 +222,7 @@ func (p *patient) noHooks() {
 }
 
 // withoutHooks is what is found then.
-var withoutHooks = finding{"hooks", statusWarn, "none; the owner of a limit is inferred, and what was to be allocated is not known (fentry: load the BPF object: operation not permitted; kprobe: attach kprobe_out_of_memory: no such file or directory)", "CONFIG_KPROBE_EVENTS=y"}
+var withoutHooks = Finding{"hooks", StatusWarn, "none; the owner of a limit is inferred, and what was to be allocated is not known (fentry: load the BPF object: operation not permitted; kprobe: attach kprobe_out_of_memory: no such file or directory)", "CONFIG_KPROBE_EVENTS=y"}
 
 // nothing has every tier refused.
 func (p *patient) nothing(err error) {
@@ -259,25 +278,25 @@ var checks = []string{
 
 // expect holds the findings against those wanted: every one that is not ok must be among them, detail
 // and remedy being parts of what it says. What is wanted as ok must say so.
-func (p *patient) expect(want ...finding) {
+func (p *patient) expect(want ...Finding) {
 	p.t.Helper()
 	p.check(p.examine(p.t.Context()), want)
 }
 
-func (p *patient) check(got, want []finding) {
+func (p *patient) check(got, want []Finding) {
 	p.t.Helper()
 	var names []string
 	for _, f := range got {
 		names = append(names, f.Check)
-		i := slices.IndexFunc(want, func(w finding) bool { return w.Check == f.Check })
-		w := finding{Status: statusOK}
+		i := slices.IndexFunc(want, func(w Finding) bool { return w.Check == f.Check })
+		w := Finding{Status: StatusOK}
 		if i >= 0 {
 			w = want[i]
 		}
 		if f.Status != w.Status || !strings.Contains(f.Detail, w.Detail) || !strings.Contains(f.Remedy, w.Remedy) {
 			p.t.Errorf("%s:\n got %s: %s -> %s\nwant %s: %s -> %s", f.Check, f.Status, f.Detail, f.Remedy, w.Status, w.Detail, w.Remedy)
 		}
-		if f.Detail == "" || (f.Remedy == "") != (f.Status == statusOK) {
+		if f.Detail == "" || (f.Remedy == "") != (f.Status == StatusOK) {
 			p.t.Errorf("%s is %s with detail %q and remedy %q", f.Check, f.Status, f.Detail, f.Remedy)
 		}
 	}
@@ -287,9 +306,9 @@ func (p *patient) check(got, want []finding) {
 }
 
 // withoutStack are the findings where neither hooks nor the stack are to be had.
-func withoutStack(s status, cause finding) []finding {
-	findings := []finding{cause, {"stack", s, "not available: scope, outcome and limit of kills are unknown", "see kallsyms"}}
-	if s == statusWarn {
+func withoutStack(s Status, cause Finding) []Finding {
+	findings := []Finding{cause, {"stack", s, "not available: scope, outcome and limit of kills are unknown", "see kallsyms"}}
+	if s == StatusWarn {
 		findings = append(findings, withoutHooks)
 	}
 	return findings
@@ -303,94 +322,94 @@ func TestDoctorFindings(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		change func(*patient)
-		want   []finding
+		want   []Finding
 	}{
-		{"all is well", func(*patient) {}, []finding{
-			{"kernel", statusOK, "6.12.95+deb12-cloud-amd64 " + runtime.GOARCH + ", node node-1", ""},
-			{"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""},
-			{"protection", statusOK, "can have oom_score_adj -998", ""},
-			{"lockdown", statusOK, "integrity", ""},
-			{"memlock", statusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 32 KiB, 2064 KiB are free to each user", ""},
-			{"bpf", statusOK, "is permitted", ""},
-			{"notify", statusOK, "kills are notified by a perf buffer", ""},
-			{"btf", statusOK, "/kernel/btf/vmlinux", ""},
-			{"mark_victim", statusOK, "hands over the task", ""},
-			{"kallsyms", statusOK, "shows the kernel's addresses", ""},
-			{"hooks", statusOK, "fentry works", ""},
-			{"stack", statusOK, "not needed beside the hooks", ""},
-			{"program", statusOK, "loads and attaches; tier fentry", ""},
-			{"cgroup", statusOK, "v2: memory controller at ", ""},
-			{"bpffs", statusOK, "not used (kernel.pin_dir is empty)", ""},
-			{"tracer", statusOK, "none runs with this config", ""},
-			{"nats", statusOK, "the embedded server does not run; it can listen at 127.0.0.1:0", ""},
-			{"jetstream", statusOK, "comes with the embedded server", ""},
+		{"all is well", func(*patient) {}, []Finding{
+			{"kernel", StatusOK, "6.12.95+deb12-cloud-amd64 " + runtime.GOARCH + ", node node-1", ""},
+			{"capabilities", StatusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""},
+			{"protection", StatusOK, "can have oom_score_adj -998", ""},
+			{"lockdown", StatusOK, "integrity", ""},
+			{"memlock", StatusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 32 KiB, 2064 KiB are free to each user", ""},
+			{"bpf", StatusOK, "is permitted", ""},
+			{"notify", StatusOK, "kills are notified by a perf buffer", ""},
+			{"btf", StatusOK, "/kernel/btf/vmlinux", ""},
+			{"mark_victim", StatusOK, "hands over the task", ""},
+			{"kallsyms", StatusOK, "shows the kernel's addresses", ""},
+			{"hooks", StatusOK, "fentry works", ""},
+			{"stack", StatusOK, "not needed beside the hooks", ""},
+			{"program", StatusOK, "loads and attaches; tier fentry", ""},
+			{"cgroup", StatusOK, "v2: memory controller at ", ""},
+			{"bpffs", StatusOK, "not used (kernel.pin_dir is empty)", ""},
+			{"tracer", StatusOK, "none runs with this config", ""},
+			{"nats", StatusOK, "the embedded server does not run; it can listen at 127.0.0.1:0", ""},
+			{"jetstream", StatusOK, "comes with the embedded server", ""},
 		}},
 
-		{"no proc", func(p *patient) { p.without("sys/kernel/osrelease") }, []finding{
-			{"kernel", statusFail, "osrelease: no such file", "mount proc"},
-			{"program", statusOK, "", ""},
+		{"no proc", func(p *patient) { p.without("sys/kernel/osrelease") }, []Finding{
+			{"kernel", StatusFail, "osrelease: no such file", "mount proc"},
+			{"program", StatusOK, "", ""},
 		}},
 
 		// Hooks.
-		{"kprobe alone", func(p *patient) { p.noHooks(); delete(p.refuse, loader.TierKprobe) }, []finding{
-			{"hooks", statusOK, "kprobe works (fentry: load the BPF object: operation not permitted)", ""},
-			{"kallsyms", statusOK, "shows the kernel's addresses", ""},
-			{"stack", statusOK, "not needed beside the hooks", ""},
-			{"program", statusOK, "tier kprobe", ""},
+		{"kprobe alone", func(p *patient) { p.noHooks(); delete(p.refuse, loader.TierKprobe) }, []Finding{
+			{"hooks", StatusOK, "kprobe works (fentry: load the BPF object: operation not permitted)", ""},
+			{"kallsyms", StatusOK, "shows the kernel's addresses", ""},
+			{"stack", StatusOK, "not needed beside the hooks", ""},
+			{"program", StatusOK, "tier kprobe", ""},
 		}},
-		{"no hooks", func(p *patient) { p.noHooks() }, []finding{
+		{"no hooks", func(p *patient) { p.noHooks() }, []Finding{
 			withoutHooks,
-			{"stack", statusOK, "proves scope and outcome", ""},
-			{"program", statusOK, "tier stack", ""},
+			{"stack", StatusOK, "proves scope and outcome", ""},
+			{"program", StatusOK, "tier stack", ""},
 		}},
-		{"fentry demanded", func(p *patient) { p.cfg.Kernel.Tier = "fentry"; p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG) }, []finding{
-			{"capabilities", statusOK, "no need of CAP_SYSLOG", ""},
-			{"hooks", statusOK, "fentry works", ""},
-			{"kallsyms", statusOK, "not needed beside the hooks", ""},
-			{"stack", statusOK, "not needed beside the hooks", ""},
+		{"fentry demanded", func(p *patient) { p.cfg.Kernel.Tier = "fentry"; p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG) }, []Finding{
+			{"capabilities", StatusOK, "no need of CAP_SYSLOG", ""},
+			{"hooks", StatusOK, "fentry works", ""},
+			{"kallsyms", StatusOK, "not needed beside the hooks", ""},
+			{"stack", StatusOK, "not needed beside the hooks", ""},
 		}},
-		{"kprobe demanded", func(p *patient) { p.cfg.Kernel.Tier = "kprobe" }, []finding{
-			{"hooks", statusOK, "kprobe works", ""},
-			{"program", statusOK, "tier kprobe", ""},
+		{"kprobe demanded", func(p *patient) { p.cfg.Kernel.Tier = "kprobe" }, []Finding{
+			{"hooks", StatusOK, "kprobe works", ""},
+			{"program", StatusOK, "tier kprobe", ""},
 		}},
-		{"fentry demanded and refused", func(p *patient) { p.cfg.Kernel.Tier = "fentry"; p.noHooks() }, []finding{
-			{"hooks", statusFail, "(fentry: load the BPF object: operation not permitted)", "or set kernel.tier to auto"},
-			{"stack", statusOK, "not used: kernel.tier is fentry", ""},
-			{"program", statusFail, "use tier fentry: ", "see hooks"},
+		{"fentry demanded and refused", func(p *patient) { p.cfg.Kernel.Tier = "fentry"; p.noHooks() }, []Finding{
+			{"hooks", StatusFail, "(fentry: load the BPF object: operation not permitted)", "or set kernel.tier to auto"},
+			{"stack", StatusOK, "not used: kernel.tier is fentry", ""},
+			{"program", StatusFail, "use tier fentry: ", "see hooks"},
 		}},
-		{"kprobe demanded and refused", func(p *patient) { p.cfg.Kernel.Tier = "kprobe"; p.noHooks() }, []finding{
-			{"hooks", statusFail, "(kprobe: attach kprobe_out_of_memory: no such file or directory)", "or set kernel.tier to auto"},
-			{"program", statusFail, "use tier kprobe: ", "see hooks"},
+		{"kprobe demanded and refused", func(p *patient) { p.cfg.Kernel.Tier = "kprobe"; p.noHooks() }, []Finding{
+			{"hooks", StatusFail, "(kprobe: attach kprobe_out_of_memory: no such file or directory)", "or set kernel.tier to auto"},
+			{"program", StatusFail, "use tier kprobe: ", "see hooks"},
 		}},
-		{"the stack demanded", func(p *patient) { p.cfg.Kernel.Tier = "stack" }, []finding{
-			{"hooks", statusOK, "not used: kernel.tier is stack", ""},
-			{"stack", statusOK, "proves scope and outcome", ""},
-			{"program", statusOK, "tier stack", ""},
+		{"the stack demanded", func(p *patient) { p.cfg.Kernel.Tier = "stack" }, []Finding{
+			{"hooks", StatusOK, "not used: kernel.tier is stack", ""},
+			{"stack", StatusOK, "proves scope and outcome", ""},
+			{"program", StatusOK, "tier stack", ""},
 		}},
 
 		// Capabilities.
-		{"no CAP_BPF", func(p *patient) { p.lacks(unix.CAP_BPF, admin) }, []finding{
-			{"capabilities", statusFail, "has CAP_PERFMON, CAP_SYSLOG; lacks CAP_BPF to load the program", "capabilities.add: [BPF], with runAsUser: 0"},
+		{"no CAP_BPF", func(p *patient) { p.lacks(unix.CAP_BPF, admin) }, []Finding{
+			{"capabilities", StatusFail, "has CAP_PERFMON, CAP_SYSLOG; lacks CAP_BPF to load the program", "capabilities.add: [BPF], with runAsUser: 0"},
 		}},
-		{"no CAP_PERFMON", func(p *patient) { p.lacks(unix.CAP_PERFMON, admin) }, []finding{
-			{"capabilities", statusFail, "lacks CAP_PERFMON to attach it and read the kernel's memory", "[PERFMON]"},
+		{"no CAP_PERFMON", func(p *patient) { p.lacks(unix.CAP_PERFMON, admin) }, []Finding{
+			{"capabilities", StatusFail, "lacks CAP_PERFMON to attach it and read the kernel's memory", "[PERFMON]"},
 		}},
 		{"none at all", func(p *patient) {
 			p.kallsymsHidden()
 			p.nothing(unix.EPERM)
 			p.lacks(unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYSLOG, admin)
-		}, append([]finding{{"hooks", statusWarn, "none", "see capabilities"}, {"program", statusFail, "use tier none: operation not permitted", "see capabilities"}},
-			append(withoutStack(statusWarn, finding{"kallsyms", statusWarn, hidden, "see capabilities"})[:2],
-				finding{"capabilities", statusFail, "has none of those needed; lacks CAP_BPF to load the program, CAP_PERFMON to attach", "[BPF, PERFMON, SYSLOG]"})...)},
-		{"CAP_SYS_ADMIN stands for two of them", func(p *patient) { p.lacks(unix.CAP_BPF, unix.CAP_PERFMON) }, []finding{
-			{"capabilities", statusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON, CAP_SYSLOG", ""},
+		}, append([]Finding{{"hooks", StatusWarn, "none", "see capabilities"}, {"program", StatusFail, "use tier none: operation not permitted", "see capabilities"}},
+			append(withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, hidden, "see capabilities"})[:2],
+				Finding{"capabilities", StatusFail, "has none of those needed; lacks CAP_BPF to load the program, CAP_PERFMON to attach", "[BPF, PERFMON, SYSLOG]"})...)},
+		{"CAP_SYS_ADMIN stands for two of them", func(p *patient) { p.lacks(unix.CAP_BPF, unix.CAP_PERFMON) }, []Finding{
+			{"capabilities", StatusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON, CAP_SYSLOG", ""},
 		}},
 		{"CAP_SYS_ADMIN does not stand for CAP_SYSLOG", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden(); p.noHooks() },
-			append(withoutStack(statusWarn, finding{"kallsyms", statusWarn, hidden + " from this process (kernel.kptr_restrict is 1, kernel.perf_event_paranoid 2)", "it takes CAP_SYSLOG: see capabilities"}),
-				finding{"capabilities", statusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG to see the kernel's addresses (tier stack)", "[SYSLOG]"})},
+			append(withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, hidden + " from this process (kernel.kptr_restrict is 1, kernel.perf_event_paranoid 2)", "it takes CAP_SYSLOG: see capabilities"}),
+				Finding{"capabilities", StatusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG to see the kernel's addresses (tier stack)", "[SYSLOG]"})},
 		{"may lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n") }, nil},
-		{"may not lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n"); p.lacks(unix.CAP_SYS_RESOURCE) }, []finding{
-			{"protection", statusWarn, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now -997", "add: [SYS_RESOURCE]"},
+		{"may not lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n"); p.lacks(unix.CAP_SYS_RESOURCE) }, []Finding{
+			{"protection", StatusWarn, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now -997", "add: [SYS_RESOURCE]"},
 		}},
 		{"need not lower its oom_score_adj", func(p *patient) { p.lacks(unix.CAP_SYS_RESOURCE) }, nil},
 		{"no need of CAP_SYSLOG, where the addresses are shown", func(p *patient) {
@@ -398,31 +417,31 @@ func TestDoctorFindings(t *testing.T) {
 			p.lacks(unix.CAP_SYSLOG)
 			p.proc("sys/kernel/kptr_restrict", "0\n")
 			p.proc("sys/kernel/perf_event_paranoid", "1\n")
-		}, []finding{withoutHooks, {"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, no need of CAP_SYSLOG", ""}}},
-		{"no need of CAP_SYSLOG, beside the hooks", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden() }, []finding{
-			{"capabilities", statusOK, "no need of CAP_SYSLOG", ""},
-			{"kallsyms", statusOK, "not needed beside the hooks", ""},
+		}, []Finding{withoutHooks, {"capabilities", StatusOK, "has CAP_BPF, CAP_PERFMON, no need of CAP_SYSLOG", ""}}},
+		{"no need of CAP_SYSLOG, beside the hooks", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden() }, []Finding{
+			{"capabilities", StatusOK, "no need of CAP_SYSLOG", ""},
+			{"kallsyms", StatusOK, "not needed beside the hooks", ""},
 		}},
 		{"a user who might have them", func(p *patient) {
 			p.proc("77/status", "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\n")
-		}, []finding{{"capabilities", statusFail, "lacks CAP_BPF", "run it as user 0, who would have them here; user 1000 has not"}}},
+		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "run it as user 0, who would have them here; user 1000 has not"}}},
 		{"a user who might not", func(p *patient) {
 			p.proc("77/status", "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\nCapBnd:\t00000000a80425fb\n")
-		}, []finding{{"capabilities", statusFail, "lacks CAP_BPF", "securityContext.capabilities.add: [BPF, PERFMON], with runAsUser: 0"}}},
+		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "securityContext.capabilities.add: [BPF, PERFMON], with runAsUser: 0"}}},
 		{"root without what it might have", func(p *patient) {
 			p.proc("77/status", "Uid:\t0\t0\t0\t0\nCapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\n")
-		}, []finding{{"capabilities", statusFail, "lacks CAP_BPF", "run it as root with all capabilities"}}},
-		{"root in a user namespace", func(p *patient) { p.namespace("user", "user:[4026532177]") }, []finding{
-			{"capabilities", statusFail, "user namespace user:[4026532177]", "hostUsers"},
+		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "run it as root with all capabilities"}}},
+		{"root in a user namespace", func(p *patient) { p.namespace("user", "user:[4026532177]") }, []Finding{
+			{"capabilities", StatusFail, "user namespace user:[4026532177]", "hostUsers"},
 		}},
-		{"before 5.8, without CAP_SYS_ADMIN", func(p *patient) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40, admin) }, []finding{
-			{"capabilities", statusFail, "lacks CAP_SYS_ADMIN", "give it CAP_SYS_ADMIN"},
+		{"before 5.8, without CAP_SYS_ADMIN", func(p *patient) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40, admin) }, []Finding{
+			{"capabilities", StatusFail, "lacks CAP_SYS_ADMIN", "give it CAP_SYS_ADMIN"},
 		}},
-		{"before 5.8, with CAP_SYS_ADMIN", func(p *patient) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40) }, []finding{
-			{"capabilities", statusOK, "has CAP_SYS_ADMIN for CAP_BPF", ""},
+		{"before 5.8, with CAP_SYS_ADMIN", func(p *patient) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40) }, []Finding{
+			{"capabilities", StatusOK, "has CAP_SYS_ADMIN for CAP_BPF", ""},
 		}},
-		{"a status that cannot be read", func(p *patient) { p.without("77/status") }, []finding{
-			{"capabilities", statusFail, "77/status: no such file", "mount proc"},
+		{"a status that cannot be read", func(p *patient) { p.without("77/status") }, []Finding{
+			{"capabilities", StatusFail, "77/status: no such file", "mount proc"},
 		}},
 
 		// The system calls.
@@ -431,23 +450,23 @@ func TestDoctorFindings(t *testing.T) {
 			p.filtered()
 			p.nothing(unix.EPERM)
 			p.noBPF = fmt.Errorf("%w: %w", loader.ErrBPF, unix.EPERM)
-		}, []finding{
-			{"capabilities", statusFail, "lacks CAP_BPF", ""},
-			{"bpf", statusFail, "bpf is refused (operation not permitted): this process lacks CAP_BPF", "see capabilities"},
-			{"notify", statusWarn, "not known without bpf", "see bpf"},
-			{"hooks", statusWarn, "none", "see capabilities, bpf"},
-			{"program", statusFail, "", "see capabilities, bpf"},
+		}, []Finding{
+			{"capabilities", StatusFail, "lacks CAP_BPF", ""},
+			{"bpf", StatusFail, "bpf is refused (operation not permitted): this process lacks CAP_BPF", "see capabilities"},
+			{"notify", StatusWarn, "not known without bpf", "see bpf"},
+			{"hooks", StatusWarn, "none", "see capabilities, bpf"},
+			{"program", StatusFail, "", "see capabilities, bpf"},
 		}},
 		{"bpf and a seccomp filter", func(p *patient) {
 			p.lacks(admin)
 			p.filtered()
 			p.nothing(unix.EPERM)
 			p.noBPF = fmt.Errorf("%w: %w", loader.ErrBPF, unix.EPERM)
-		}, []finding{
-			{"bpf", statusFail, "the seccomp filter of this process refuses bpf (operation not permitted, although it has CAP_BPF; Seccomp is 2", "RuntimeDefault of containerd 1.7 and Docker 23 or later does, that of CRI-O"},
-			{"notify", statusWarn, "not known without bpf", "see bpf"},
-			{"hooks", statusWarn, "none", "see bpf"},
-			{"program", statusFail, "", "see bpf"},
+		}, []Finding{
+			{"bpf", StatusFail, "the seccomp filter of this process refuses bpf (operation not permitted, although it has CAP_BPF; Seccomp is 2", "RuntimeDefault of containerd 1.7 and Docker 23 or later does, that of CRI-O"},
+			{"notify", StatusWarn, "not known without bpf", "see bpf"},
+			{"hooks", StatusWarn, "none", "see bpf"},
+			{"program", StatusFail, "", "see bpf"},
 		}},
 		{"bpf and the memory of maps, before 5.11", func(p *patient) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
@@ -455,60 +474,60 @@ func TestDoctorFindings(t *testing.T) {
 			p.filtered()
 			p.nothing(unix.EPERM)
 			p.noBPF = fmt.Errorf("could not create map: %w", unix.EPERM)
-		}, []finding{
-			{"bpf", statusFail, "could not create map: operation not permitted", "see memlock"},
-			{"memlock", statusWarn, "counts the program's maps against it", ""},
-			{"notify", statusWarn, "", "see bpf"},
-			{"hooks", statusWarn, "none", "see bpf"},
-			{"program", statusFail, "", "see bpf"},
+		}, []Finding{
+			{"bpf", StatusFail, "could not create map: operation not permitted", "see memlock"},
+			{"memlock", StatusWarn, "counts the program's maps against it", ""},
+			{"notify", StatusWarn, "", "see bpf"},
+			{"hooks", StatusWarn, "none", "see bpf"},
+			{"program", StatusFail, "", "see bpf"},
 		}},
 		{"bpf and a security module", func(p *patient) {
 			p.nothing(unix.EACCES)
 			p.noBPF = fmt.Errorf("%w: %w", loader.ErrBPF, unix.EACCES)
-		}, []finding{
-			{"bpf", statusFail, "bpf is refused (permission denied), although this process has CAP_BPF and no seccomp filter", "see the audit log"},
-			{"notify", statusWarn, "", "see bpf"},
-			{"hooks", statusWarn, "none", "see bpf"},
-			{"program", statusFail, "", "see bpf"},
+		}, []Finding{
+			{"bpf", StatusFail, "bpf is refused (permission denied), although this process has CAP_BPF and no seccomp filter", "see the audit log"},
+			{"notify", StatusWarn, "", "see bpf"},
+			{"hooks", StatusWarn, "none", "see bpf"},
+			{"program", StatusFail, "", "see bpf"},
 		}},
 		{"a distribution's own paranoia", func(p *patient) {
 			p.lacks(admin)
 			p.filtered()
 			p.noPerf = unix.EACCES
 			p.proc("sys/kernel/perf_event_paranoid", "4\n")
-		}, []finding{
-			{"notify", statusWarn, "kills are notified by a ring buffer, all are reported; no perf events: kernel.perf_event_paranoid is 4, a level that Debian and Ubuntu have added", "not needed; to have them: sysctl kernel.perf_event_paranoid=2"},
-			{"memlock", statusOK, "no perf buffers", ""},
-			{"hooks", statusOK, "fentry works", ""},
+		}, []Finding{
+			{"notify", StatusWarn, "kills are notified by a ring buffer, all are reported; no perf events: kernel.perf_event_paranoid is 4, a level that Debian and Ubuntu have added", "not needed; to have them: sysctl kernel.perf_event_paranoid=2"},
+			{"memlock", StatusOK, "no perf buffers", ""},
+			{"hooks", StatusOK, "fentry works", ""},
 		}},
 		{"perf and a seccomp filter", func(p *patient) {
 			p.lacks(admin)
 			p.filtered()
 			p.noPerf = unix.EPERM
-		}, []finding{
-			{"notify", statusWarn, "kills are notified by a ring buffer, all are reported; no perf events: the seccomp filter of this process refuses perf_event_open (operation not permitted, although it has CAP_PERFMON", "RuntimeDefault of containerd 1.7"},
+		}, []Finding{
+			{"notify", StatusWarn, "kills are notified by a ring buffer, all are reported; no perf events: the seccomp filter of this process refuses perf_event_open (operation not permitted, although it has CAP_PERFMON", "RuntimeDefault of containerd 1.7"},
 		}},
 		{"perf, a seccomp filter, and a distribution's own paranoia", func(p *patient) {
 			p.lacks(admin)
 			p.filtered()
 			p.noPerf = unix.EPERM
 			p.proc("sys/kernel/perf_event_paranoid", "3\n")
-		}, []finding{{"notify", statusWarn, "the seccomp filter of this process refuses perf_event_open", "RuntimeDefault"}}},
-		{"perf and a security module", func(p *patient) { p.noPerf = unix.EACCES }, []finding{
-			{"notify", statusWarn, "perf_event_open is refused (permission denied), although this process has CAP_PERFMON and no seccomp filter", "audit log"},
+		}, []Finding{{"notify", StatusWarn, "the seccomp filter of this process refuses perf_event_open", "RuntimeDefault"}}},
+		{"perf and a security module", func(p *patient) { p.noPerf = unix.EACCES }, []Finding{
+			{"notify", StatusWarn, "perf_event_open is refused (permission denied), although this process has CAP_PERFMON and no seccomp filter", "audit log"},
 		}},
 		{"perf without CAP_PERFMON", func(p *patient) {
 			p.lacks(unix.CAP_PERFMON, admin)
 			p.noPerf = unix.EACCES
 			p.nothing(unix.EPERM)
-		}, []finding{
-			{"capabilities", statusFail, "lacks CAP_PERFMON", ""},
-			{"notify", statusWarn, "no perf events: perf_event_open is refused (permission denied): this process lacks CAP_PERFMON", "see capabilities"},
-			{"hooks", statusWarn, "none", "see capabilities"},
-			{"program", statusFail, "", "see capabilities"},
+		}, []Finding{
+			{"capabilities", StatusFail, "lacks CAP_PERFMON", ""},
+			{"notify", StatusWarn, "no perf events: perf_event_open is refused (permission denied): this process lacks CAP_PERFMON", "see capabilities"},
+			{"hooks", StatusWarn, "none", "see capabilities"},
+			{"program", StatusFail, "", "see capabilities"},
 		}},
-		{"perf in no kernel", func(p *patient) { p.noPerf = unix.ENOSYS }, []finding{
-			{"notify", statusWarn, "perf_event_open: function not implemented", "report this kernel"},
+		{"perf in no kernel", func(p *patient) { p.noPerf = unix.ENOSYS }, []Finding{
+			{"notify", StatusWarn, "perf_event_open: function not implemented", "report this kernel"},
 		}},
 		{"perf demanded and refused", func(p *patient) {
 			p.lacks(admin)
@@ -516,16 +535,16 @@ func TestDoctorFindings(t *testing.T) {
 			p.noPerf = unix.EACCES
 			p.proc("sys/kernel/perf_event_paranoid", "3\n")
 			p.nothing(unix.EACCES)
-		}, []finding{
-			{"notify", statusFail, "kernel.notify is perf: kernel.perf_event_paranoid is 3", "or set kernel.notify to auto"},
-			{"hooks", statusWarn, "none", "see notify"},
-			{"program", statusFail, "", "see notify"},
+		}, []Finding{
+			{"notify", StatusFail, "kernel.notify is perf: kernel.perf_event_paranoid is 3", "or set kernel.notify to auto"},
+			{"hooks", StatusWarn, "none", "see notify"},
+			{"program", StatusFail, "", "see notify"},
 		}},
-		{"a ring buffer demanded", func(p *patient) { p.cfg.Kernel.Notify = "ringbuf"; p.noPerf = unix.EACCES }, []finding{
-			{"notify", statusOK, "kills are notified by a ring buffer", ""},
+		{"a ring buffer demanded", func(p *patient) { p.cfg.Kernel.Notify = "ringbuf"; p.noPerf = unix.EACCES }, []Finding{
+			{"notify", StatusOK, "kills are notified by a ring buffer", ""},
 		}},
-		{"polling demanded", func(p *patient) { p.cfg.Kernel.Notify = "poll" }, []finding{
-			{"notify", statusOK, "kills are notified by polling, every 200 ms", ""},
+		{"polling demanded", func(p *patient) { p.cfg.Kernel.Notify = "poll" }, []Finding{
+			{"notify", StatusOK, "kills are notified by polling, every 200 ms", ""},
 		}},
 		{"kprobes need perf events", func(p *patient) {
 			p.lacks(admin)
@@ -533,67 +552,67 @@ func TestDoctorFindings(t *testing.T) {
 			p.noPerf = unix.EACCES
 			p.proc("sys/kernel/perf_event_paranoid", "3\n")
 			p.refuse[loader.TierKprobe] = fmt.Errorf("perf_event_open: %w; and it has no kprobe.multi links", unix.EACCES)
-		}, []finding{
-			{"notify", statusWarn, "kills are notified by a ring buffer", ""},
-			{"hooks", statusWarn, "kprobe: perf_event_open: permission denied; and it has no kprobe.multi links", "permit perf events, which kprobes need on this kernel: sysctl kernel.perf_event_paranoid=2"},
-			{"program", statusOK, "tier stack", ""},
+		}, []Finding{
+			{"notify", StatusWarn, "kills are notified by a ring buffer", ""},
+			{"hooks", StatusWarn, "kprobe: perf_event_open: permission denied; and it has no kprobe.multi links", "permit perf events, which kprobes need on this kernel: sysctl kernel.perf_event_paranoid=2"},
+			{"program", StatusOK, "tier stack", ""},
 		}},
 
 		// Lockdown.
-		{"lockdown none", func(p *patient) { p.sys("kernel/security/lockdown", "[none] integrity confidentiality\n") }, []finding{
-			{"lockdown", statusOK, "none", ""},
+		{"lockdown none", func(p *patient) { p.sys("kernel/security/lockdown", "[none] integrity confidentiality\n") }, []Finding{
+			{"lockdown", StatusOK, "none", ""},
 		}},
-		{"lockdown confidentiality", func(p *patient) { p.sys("kernel/security/lockdown", "none integrity [confidentiality]\n") }, []finding{
-			{"lockdown", statusFail, "confidentiality: the kernel lets no program read its memory", "lockdown=integrity"},
+		{"lockdown confidentiality", func(p *patient) { p.sys("kernel/security/lockdown", "none integrity [confidentiality]\n") }, []Finding{
+			{"lockdown", StatusFail, "confidentiality: the kernel lets no program read its memory", "lockdown=integrity"},
 		}},
-		{"lockdown unknown", func(p *patient) { p.sys("kernel/security/lockdown", "none [secrecy]\n") }, []finding{
-			{"lockdown", statusWarn, `unknown mode "none [secrecy]"`, "report this kernel"},
+		{"lockdown unknown", func(p *patient) { p.sys("kernel/security/lockdown", "none [secrecy]\n") }, []Finding{
+			{"lockdown", StatusWarn, `unknown mode "none [secrecy]"`, "report this kernel"},
 		}},
-		{"lockdown without brackets", func(p *patient) { p.sys("kernel/security/lockdown", "none integrity confidentiality\n") }, []finding{
-			{"lockdown", statusWarn, "unknown mode", "report this kernel"},
+		{"lockdown without brackets", func(p *patient) { p.sys("kernel/security/lockdown", "none integrity confidentiality\n") }, []Finding{
+			{"lockdown", StatusWarn, "unknown mode", "report this kernel"},
 		}},
-		{"lockdown of another form", func(p *patient) { p.sys("kernel/security/lockdown", "none [integrity") }, []finding{
-			{"lockdown", statusWarn, "unknown mode", "report this kernel"},
+		{"lockdown of another form", func(p *patient) { p.sys("kernel/security/lockdown", "none [integrity") }, []Finding{
+			{"lockdown", StatusWarn, "unknown mode", "report this kernel"},
 		}},
 		{"lockdown cannot be read", func(p *patient) {
 			p.without("kernel/security/lockdown")
 			p.sys("kernel/security/lockdown/x", "")
-		}, []finding{{"lockdown", statusWarn, "is a directory", "run doctor as root"}}},
-		{"no lockdown in the kernel", func(p *patient) { p.without("kernel/security/lockdown"); p.sys("kernel/security/lsm", "capability") }, []finding{
-			{"lockdown", statusOK, "not in this kernel", ""},
+		}, []Finding{{"lockdown", StatusWarn, "is a directory", "run doctor as root"}}},
+		{"no lockdown in the kernel", func(p *patient) { p.without("kernel/security/lockdown"); p.sys("kernel/security/lsm", "capability") }, []Finding{
+			{"lockdown", StatusOK, "not in this kernel", ""},
 		}},
-		{"no securityfs", func(p *patient) { p.without("kernel/security/lockdown") }, []finding{
-			{"lockdown", statusOK, "not known: securityfs is not mounted at", ""},
+		{"no securityfs", func(p *patient) { p.without("kernel/security/lockdown") }, []Finding{
+			{"lockdown", StatusOK, "not known: securityfs is not mounted at", ""},
 		}},
 
 		// Memory that may be locked: the buffers of four CPUs take 32 KiB.
-		{"buffers that just fit into what is free", func(p *patient) { p.free(8); p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []finding{
-			{"memlock", statusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 32 KiB, 32 KiB are free to each user", ""},
+		{"buffers that just fit into what is free", func(p *patient) { p.free(8); p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []Finding{
+			{"memlock", StatusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 32 KiB, 32 KiB are free to each user", ""},
 		}},
 		{"buffers that just fit into the limit", func(p *patient) {
 			p.free(4)
 			p.memlockLimitIs("16384")
 			p.lacks(unix.CAP_IPC_LOCK)
-		}, []finding{{"memlock", statusOK, "limit 16 KiB; the perf buffers of 4 CPUs lock 32 KiB", ""}}},
+		}, []Finding{{"memlock", StatusOK, "limit 16 KiB; the perf buffers of 4 CPUs lock 32 KiB", ""}}},
 		{"buffers that do not fit", func(p *patient) {
 			p.free(4)
 			p.memlockLimitIs("16383")
 			p.lacks(unix.CAP_IPC_LOCK)
-		}, []finding{{"memlock", statusWarn, "lock 32 KiB; 16 KiB are free to each user, and the rest exceeds the limit of 15 KiB", "give CAP_IPC_LOCK; a ring buffer is used instead"}}},
+		}, []Finding{{"memlock", StatusWarn, "lock 32 KiB; 16 KiB are free to each user, and the rest exceeds the limit of 15 KiB", "give CAP_IPC_LOCK; a ring buffer is used instead"}}},
 		{"buffers that do not fit, demanded", func(p *patient) {
 			p.cfg.Kernel.Notify = "perf"
 			p.free(4)
 			p.memlockLimitIs("16383")
 			p.lacks(unix.CAP_IPC_LOCK)
-		}, []finding{{"memlock", statusFail, "exceeds the limit of 15 KiB", "give CAP_IPC_LOCK, or set kernel.notify to auto"}}},
-		{"CAP_IPC_LOCK lifts the limit", func(p *patient) { p.free(0); p.memlockLimitIs("0") }, []finding{
-			{"memlock", statusOK, "limit 0 KiB", ""},
+		}, []Finding{{"memlock", StatusFail, "exceeds the limit of 15 KiB", "give CAP_IPC_LOCK, or set kernel.notify to auto"}}},
+		{"CAP_IPC_LOCK lifts the limit", func(p *patient) { p.free(0); p.memlockLimitIs("0") }, []Finding{
+			{"memlock", StatusOK, "limit 0 KiB", ""},
 		}},
 		{"but not in a user namespace", func(p *patient) {
 			p.free(0)
 			p.memlockLimitIs("0")
 			p.namespace("user", "user:[4026532177]")
-		}, []finding{{"memlock", statusWarn, "exceeds the limit of 0 KiB", "ulimit -l"}, {"capabilities", statusFail, "", ""}}},
+		}, []Finding{{"memlock", StatusWarn, "exceeds the limit of 0 KiB", "ulimit -l"}, {"capabilities", StatusFail, "", ""}}},
 		{"a kernel that is not paranoid has no limit", func(p *patient) {
 			p.free(0)
 			p.memlockLimitIs("0")
@@ -605,19 +624,19 @@ func TestDoctorFindings(t *testing.T) {
 			p.free(0)
 			p.memlockLimitIs("0")
 			p.lacks(unix.CAP_IPC_LOCK)
-		}, []finding{{"memlock", statusOK, "limit 0 KiB; no perf buffers", ""}}},
+		}, []Finding{{"memlock", StatusOK, "limit 0 KiB; no perf buffers", ""}}},
 		{"unlimited", func(p *patient) {
 			p.free(0)
 			p.memlockLimitIs("unlimited")
 			p.lacks(unix.CAP_IPC_LOCK)
-		}, []finding{
-			{"memlock", statusOK, "limit unlimited; the perf buffers of 4 CPUs lock 32 KiB", ""},
+		}, []Finding{
+			{"memlock", StatusOK, "limit unlimited; the perf buffers of 4 CPUs lock 32 KiB", ""},
 		}},
 		{"before 5.11", func(p *patient) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
 			p.lacks(unix.CAP_SYS_RESOURCE)
-		}, []finding{
-			{"memlock", statusWarn, "limit 8192 KiB, and this kernel, before 5.11, counts the program's maps against it", "or give CAP_SYS_RESOURCE"},
+		}, []Finding{
+			{"memlock", StatusWarn, "limit 8192 KiB, and this kernel, before 5.11, counts the program's maps against it", "or give CAP_SYS_RESOURCE"},
 		}},
 		{"before 5.11, with CAP_SYS_RESOURCE", func(p *patient) { p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem") }, nil},
 		{"before 5.11, unlimited", func(p *patient) {
@@ -625,90 +644,90 @@ func TestDoctorFindings(t *testing.T) {
 			p.lacks(unix.CAP_SYS_RESOURCE)
 			p.memlockLimitIs("unlimited")
 		}, nil},
-		{"CPUs in a list", func(p *patient) { p.sys("devices/system/cpu/online", "0-3,8,10-11\n") }, []finding{
-			{"memlock", statusOK, "the perf buffers of 7 CPUs", ""},
+		{"CPUs in a list", func(p *patient) { p.sys("devices/system/cpu/online", "0-3,8,10-11\n") }, []Finding{
+			{"memlock", StatusOK, "the perf buffers of 7 CPUs", ""},
 		}},
-		{"CPUs in another form", func(p *patient) { p.sys("devices/system/cpu/online", "0-3,x\n") }, []finding{
-			{"memlock", statusOK, fmt.Sprintf("the perf buffers of %d CPUs", runtime.NumCPU()), ""},
+		{"CPUs in another form", func(p *patient) { p.sys("devices/system/cpu/online", "0-3,x\n") }, []Finding{
+			{"memlock", StatusOK, fmt.Sprintf("the perf buffers of %d CPUs", runtime.NumCPU()), ""},
 		}},
 		{"CPUs not told, nor the rest", func(p *patient) {
 			p.without("devices/system/cpu/online")
 			p.without("sys/kernel/perf_event_mlock_kb")
 			p.proc("sys/kernel/perf_event_paranoid", "very\n")
-		}, []finding{{"memlock", statusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, %d KiB are free", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
-		{"limits that cannot be read", func(p *patient) { p.without("77/limits") }, []finding{
-			{"memlock", statusWarn, "77/limits: no such file", "mount proc"},
+		}, []Finding{{"memlock", StatusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, %d KiB are free", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
+		{"limits that cannot be read", func(p *patient) { p.without("77/limits") }, []Finding{
+			{"memlock", StatusWarn, "77/limits: no such file", "mount proc"},
 		}},
 
 		// Types.
-		{"no BTF", func(p *patient) { p.without("kernel/btf/vmlinux") }, []finding{
-			{"btf", statusFail, "there is no ", "CONFIG_DEBUG_INFO_BTF=y"},
-			{"mark_victim", statusFail, "not known without BTF", "see btf"},
+		{"no BTF", func(p *patient) { p.without("kernel/btf/vmlinux") }, []Finding{
+			{"btf", StatusFail, "there is no ", "CONFIG_DEBUG_INFO_BTF=y"},
+			{"mark_victim", StatusFail, "not known without BTF", "see btf"},
 		}},
-		{"BTF of another form", func(p *patient) { p.sys("kernel/btf/vmlinux", "rubbish") }, []finding{
-			{"btf", statusFail, "kernel/btf/vmlinux: ", "report this kernel"},
-			{"mark_victim", statusFail, "not known without BTF", "see btf"},
+		{"BTF of another form", func(p *patient) { p.sys("kernel/btf/vmlinux", "rubbish") }, []Finding{
+			{"btf", StatusFail, "kernel/btf/vmlinux: ", "report this kernel"},
+			{"mark_victim", StatusFail, "not known without BTF", "see btf"},
 		}},
-		{"mark_victim with a thread ID", func(p *patient) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns") }, []finding{
-			{"mark_victim", statusOK, "hands over a thread ID; the task comes from the hooks", ""},
+		{"mark_victim with a thread ID", func(p *patient) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
+			{"mark_victim", StatusOK, "hands over a thread ID; the task comes from the hooks", ""},
 		}},
-		{"mark_victim with a thread ID and no hooks", func(p *patient) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns"); p.noHooks() }, []finding{
-			{"mark_victim", statusWarn, "hands over a thread ID and not the task, and there are no hooks", "see hooks, or use a kernel with commit 72ba14deb40a"},
+		{"mark_victim with a thread ID and no hooks", func(p *patient) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns"); p.noHooks() }, []Finding{
+			{"mark_victim", StatusWarn, "hands over a thread ID and not the task, and there are no hooks", "see hooks, or use a kernel with commit 72ba14deb40a"},
 			withoutHooks,
 		}},
-		{"mark_victim with something else", func(p *patient) { p.kernelTypes(victimOdd, "BPF_FUNC_ktime_get_coarse_ns") }, []finding{
-			{"mark_victim", statusFail, "unknown prototype", "report this kernel"},
+		{"mark_victim with something else", func(p *patient) { p.kernelTypes(victimOdd, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
+			{"mark_victim", StatusFail, "unknown prototype", "report this kernel"},
 		}},
-		{"no mark_victim", func(p *patient) { p.kernelTypes(nil, "BPF_FUNC_ktime_get_coarse_ns") }, []finding{
-			{"mark_victim", statusFail, "this kernel has no such tracepoint", "Linux 5.5 or later"},
+		{"no mark_victim", func(p *patient) { p.kernelTypes(nil, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
+			{"mark_victim", StatusFail, "this kernel has no such tracepoint", "Linux 5.5 or later"},
 		}},
 
 		// The stack tier.
 		{"no kallsyms", func(p *patient) { p.without("kallsyms"); p.noHooks() },
-			withoutStack(statusWarn, finding{"kallsyms", statusWarn, "there is no ", "CONFIG_KALLSYMS=y"})},
+			withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, "there is no ", "CONFIG_KALLSYMS=y"})},
 		{"kallsyms in another form", func(p *patient) { p.proc("kallsyms", "address t name\n"); p.noHooks() },
-			withoutStack(statusWarn, finding{"kallsyms", statusWarn, `parsing "address"`, "let this process read"})},
+			withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, `parsing "address"`, "let this process read"})},
 		{"addresses hidden from everybody", func(p *patient) { p.kallsymsHidden(); p.proc("sys/kernel/kptr_restrict", "2\n"); p.noHooks() },
-			withoutStack(statusWarn, finding{"kallsyms", statusWarn, "kernel.kptr_restrict is 2", "sysctl kernel.kptr_restrict=1"})},
+			withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, "kernel.kptr_restrict is 2", "sysctl kernel.kptr_restrict=1"})},
 		{"addresses hidden, and the stack tier demanded", func(p *patient) {
 			p.kallsymsHidden()
 			p.proc("sys/kernel/kptr_restrict", "2\n")
 			p.cfg.Kernel.Tier = "stack"
-		}, withoutStack(statusFail, finding{"kallsyms", statusFail, hidden, "or set kernel.tier to auto"})},
-		{"addresses hidden, and no tier wanted", func(p *patient) { p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG); p.cfg.Kernel.Tier = "none" }, []finding{
-			{"capabilities", statusOK, "no need of CAP_SYSLOG", ""},
-			{"hooks", statusOK, "not used: kernel.tier is none", ""},
-			{"kallsyms", statusOK, "not used: kernel.tier is none", ""},
-			{"stack", statusOK, "not used: kernel.tier is none", ""},
-			{"program", statusOK, "tier none", ""},
+		}, withoutStack(StatusFail, Finding{"kallsyms", StatusFail, hidden, "or set kernel.tier to auto"})},
+		{"addresses hidden, and no tier wanted", func(p *patient) { p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG); p.cfg.Kernel.Tier = "none" }, []Finding{
+			{"capabilities", StatusOK, "no need of CAP_SYSLOG", ""},
+			{"hooks", StatusOK, "not used: kernel.tier is none", ""},
+			{"kallsyms", StatusOK, "not used: kernel.tier is none", ""},
+			{"stack", StatusOK, "not used: kernel.tier is none", ""},
+			{"program", StatusOK, "tier none", ""},
 		}},
-		{"a function is not there", func(p *patient) { p.kallsymsText(slices.Delete(slices.Clone(allSymbols), 3, 4)); p.noHooks() }, []finding{
+		{"a function is not there", func(p *patient) { p.kallsymsText(slices.Delete(slices.Clone(allSymbols), 3, 4)); p.noHooks() }, []Finding{
 			withoutHooks,
-			{"stack", statusWarn, "kallsyms has no out_of_memory; scope, outcome and limit of kills are unknown", "report this kernel"},
+			{"stack", StatusWarn, "kallsyms has no out_of_memory; scope, outcome and limit of kills are unknown", "report this kernel"},
 		}},
-		{"a function is not there, and the stack tier demanded", func(p *patient) { p.kallsymsText(allSymbols[1:]); p.cfg.Kernel.Tier = "stack" }, []finding{
-			{"stack", statusFail, "kallsyms has no __oom_kill_process", "or set kernel.tier to auto"},
+		{"a function is not there, and the stack tier demanded", func(p *patient) { p.kallsymsText(allSymbols[1:]); p.cfg.Kernel.Tier = "stack" }, []Finding{
+			{"stack", StatusFail, "kallsyms has no __oom_kill_process", "or set kernel.tier to auto"},
 		}},
-		{"two memory nodes", func(p *patient) { p.sys("devices/system/node/has_memory", "0-1\n"); p.noHooks() }, []finding{
+		{"two memory nodes", func(p *patient) { p.sys("devices/system/node/has_memory", "0-1\n"); p.noHooks() }, []Finding{
 			withoutHooks,
-			{"stack", statusWarn, "with the memory nodes 0-1, the scope of others is unknown", "constraint="},
+			{"stack", StatusWarn, "with the memory nodes 0-1, the scope of others is unknown", "constraint="},
 		}},
-		{"no NUMA", func(p *patient) { p.without("devices/system/node/has_memory"); p.noHooks() }, []finding{withoutHooks}},
+		{"no NUMA", func(p *patient) { p.without("devices/system/node/has_memory"); p.noHooks() }, []Finding{withoutHooks}},
 
 		// Cgroups.
-		{"v1", func(p *patient) { p.mounts("cgroup", "/sys/fs/cgroup/memory") }, []finding{
-			{"cgroup", statusOK, "v1: memory controller at /sys/fs/cgroup/memory", ""},
+		{"v1", func(p *patient) { p.mounts("cgroup", "/sys/fs/cgroup/memory") }, []Finding{
+			{"cgroup", StatusOK, "v1: memory controller at /sys/fs/cgroup/memory", ""},
 		}},
 		{"hybrid", func(p *patient) {
 			p.proc("77/mountinfo", "1 2 0:3 / "+p.sysfs+" rw - cgroup2 cgroup2 rw\n4 2 0:5 / "+p.procfs+" rw - cgroup cgroup rw,memory\n")
-		}, []finding{{"cgroup", statusOK, "hybrid: memory controller on v1 at ", ""}}},
-		{"no cgroups mounted", func(p *patient) { p.proc("77/mountinfo", "") }, []finding{
-			{"cgroup", statusWarn, "no cgroup mount has it", "tracing does not need it"},
+		}, []Finding{{"cgroup", StatusOK, "hybrid: memory controller on v1 at ", ""}}},
+		{"no cgroups mounted", func(p *patient) { p.proc("77/mountinfo", "") }, []Finding{
+			{"cgroup", StatusWarn, "no cgroup mount has it", "tracing does not need it"},
 		}},
 		{"the memory controller is off", func(p *patient) {
 			p.proc("cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\nmemory\t0\t1\t0\n")
-		}, []finding{
-			{"cgroup", statusWarn, "the memory controller is off: events carry no cgroup", "cgroup_disable=memory"},
+		}, []Finding{
+			{"cgroup", StatusWarn, "the memory controller is off: events carry no cgroup", "cgroup_disable=memory"},
 		}},
 		{"/proc/cgroups without version 1", func(p *patient) { p.proc("cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t1\t1\n") }, nil},
 		{"no /proc/cgroups", func(p *patient) { p.without("cgroups") }, nil},
@@ -718,37 +737,37 @@ func TestDoctorFindings(t *testing.T) {
 			must(p.t, os.MkdirAll(dir+"/docker/kind-worker", 0o755))
 			p.cfg.Node.CgroupRoot = "/docker/kind-worker"
 		}, nil},
-		{"a root that is not there", func(p *patient) { p.cfg.Node.CgroupRoot = "/docker/kind-wroker" }, []finding{
-			{"cgroup", statusWarn, "there is no cgroup /docker/kind-wroker, so that no kill would be reported", "correct node.cgroup_root"},
+		{"a root that is not there", func(p *patient) { p.cfg.Node.CgroupRoot = "/docker/kind-wroker" }, []Finding{
+			{"cgroup", StatusWarn, "there is no cgroup /docker/kind-wroker, so that no kill would be reported", "correct node.cgroup_root"},
 		}},
 		{"a root that cannot be seen", func(p *patient) {
 			p.cfg.Node.CgroupRoot = "/docker/kind-worker"
 			p.namespace("cgroup", "cgroup:[4026532900]")
 		}, nil},
-		{"a mount that cannot be written to", func(p *patient) { p.mounts("cgroup", readOnly(p.t)) }, []finding{
-			{"cgroup", statusOK, "selftest cannot make a cgroup there: read-only file system", ""},
+		{"a mount that cannot be written to", func(p *patient) { p.mounts("cgroup", readOnly(p.t)) }, []Finding{
+			{"cgroup", StatusOK, "selftest cannot make a cgroup there: read-only file system", ""},
 		}},
 		{"bpffs", func(p *patient) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
-			mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
+			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
-		}, []finding{{"bpffs", statusOK, "the kernel will record in oom, also while no tracer runs", ""}}},
+		}, []Finding{{"bpffs", StatusOK, "the kernel will record in oom, also while no tracer runs", ""}}},
 		{"bpffs with pins", func(p *patient) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
-			mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
+			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
 			must(p.t, os.Mkdir(p.cfg.Kernel.PinDir, 0o700))
-		}, []finding{{"bpffs", statusOK, "also while no tracer runs; oom-tracer unload ends that", ""}}},
-		{"no bpffs", func(p *patient) { p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom" }, []finding{
-			{"bpffs", statusWarn, "kills while no tracer runs are not recorded", "mount -t bpf -o mode=0700 bpf "},
+		}, []Finding{{"bpffs", StatusOK, "also while no tracer runs; oom-tracer unload ends that", ""}}},
+		{"no bpffs", func(p *patient) { p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom" }, []Finding{
+			{"bpffs", StatusWarn, "kills while no tracer runs are not recorded", "mount -t bpf -o mode=0700 bpf "},
 		}},
 		{"another user's pins", func(p *patient) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
-			mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
+			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
 			must(p.t, os.Mkdir(p.cfg.Kernel.PinDir, 0o700))
 			must(p.t, os.Chown(p.cfg.Kernel.PinDir, 12345, 12345))
-		}, []finding{{"bpffs", statusWarn, "belongs to user 12345", "mount -t bpf -o mode=0700 bpf "}}},
+		}, []Finding{{"bpffs", StatusWarn, "belongs to user 12345", "mount -t bpf -o mode=0700 bpf "}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPatient(t)
@@ -758,80 +777,67 @@ func TestDoctorFindings(t *testing.T) {
 	}
 }
 
-// mount mounts a file system of a test's own.
-func mount(t *testing.T, fstype, dir string, flags uintptr) {
-	t.Helper()
-	if err := unix.Mount(fstype, dir, fstype, flags, ""); err != nil {
-		t.Fatalf("mount %s at %s, which needs root: %v", fstype, dir, err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-}
-
 // readOnly is a directory that not even root can write to.
 func readOnly(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	mount(t, "tmpfs", dir, unix.MS_RDONLY)
+	scratchtest.Mount(t, "tmpfs", dir, unix.MS_RDONLY)
 	return dir
 }
 
 // What loading comes to, and what is to be done about it. (Where nothing loads, nor do the hooks.)
 func TestDoctorProgram(t *testing.T) {
 	denied := func(err error) error { return fmt.Errorf("load the BPF object: %w", err) }
-	none := func(remedy string) finding { return finding{"hooks", statusWarn, "none", remedy} }
+	none := func(remedy string) Finding { return Finding{"hooks", StatusWarn, "none", remedy} }
 	for _, tt := range []struct {
 		name   string
 		change func(*patient)
-		want   []finding
+		want   []Finding
 	}{
 		{"an earlier check says why", func(p *patient) {
 			p.lacks(unix.CAP_BPF, unix.CAP_SYS_ADMIN)
 			p.nothing(denied(unix.EPERM))
 			p.said = []string{"libbpf: noise"}
-		}, []finding{
-			{"capabilities", statusFail, "lacks CAP_BPF", ""},
+		}, []Finding{
+			{"capabilities", StatusFail, "lacks CAP_BPF", ""},
 			none("see capabilities"),
-			{"program", statusFail, "use tier none: load the BPF object: operation not permitted", "see capabilities"},
+			{"program", StatusFail, "use tier none: load the BPF object: operation not permitted", "see capabilities"},
 		}},
 		{"two earlier checks say why", func(p *patient) {
 			p.lacks(unix.CAP_BPF, unix.CAP_SYS_ADMIN)
 			p.sys("kernel/security/lockdown", "none integrity [confidentiality]\n")
 			p.nothing(denied(unix.EPERM))
-		}, []finding{
-			{"capabilities", statusFail, "", ""},
-			{"lockdown", statusFail, "", ""},
+		}, []Finding{
+			{"capabilities", StatusFail, "", ""},
+			{"lockdown", StatusFail, "", ""},
 			none("see capabilities, lockdown"),
-			{"program", statusFail, "", "see capabilities, lockdown"},
+			{"program", StatusFail, "", "see capabilities, lockdown"},
 		}},
-		{"nothing else says why", func(p *patient) { p.nothing(denied(unix.EPERM)) }, []finding{
+		{"nothing else says why", func(p *patient) { p.nothing(denied(unix.EPERM)) }, []Finding{
 			none(""),
-			{"program", statusFail, "operation not permitted", "a security module (SELinux, AppArmor) may refuse it"},
+			{"program", StatusFail, "operation not permitted", "a security module (SELinux, AppArmor) may refuse it"},
 		}},
 		{"the memory of its maps, before 5.11", func(p *patient) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
 			p.lacks(unix.CAP_SYS_RESOURCE)
 			p.nothing(denied(unix.EPERM))
-		}, []finding{
-			{"memlock", statusWarn, "counts the program's maps against it", ""},
+		}, []Finding{
+			{"memlock", StatusWarn, "counts the program's maps against it", ""},
 			none("see program"),
-			{"program", statusFail, "operation not permitted", "see memlock"},
+			{"program", StatusFail, "operation not permitted", "see memlock"},
 		}},
-		{"nothing else but a seccomp filter", func(p *patient) { p.nothing(denied(unix.EPERM)); p.filtered() }, []finding{
+		{"nothing else but a seccomp filter", func(p *patient) { p.nothing(denied(unix.EPERM)); p.filtered() }, []Finding{
 			none(""),
-			{"program", statusFail, "operation not permitted", "use a seccomp profile that permits bpf"},
+			{"program", StatusFail, "operation not permitted", "use a seccomp profile that permits bpf"},
 		}},
 		{"lockdown may be the reason", func(p *patient) {
 			p.without("kernel/security/lockdown")
 			p.nothing(denied(unix.EINVAL))
-		}, []finding{none(""), {"program", statusFail, "load the BPF object: invalid argument", "kernel/security/lockdown is not [confidentiality]; else report this kernel"}}},
+		}, []Finding{none(""), {"program", StatusFail, "load the BPF object: invalid argument", "kernel/security/lockdown is not [confidentiality]; else report this kernel"}}},
 		{"the verifier", func(p *patient) {
 			p.nothing(denied(unix.EINVAL))
 			p.said = []string{"libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG --\n0: R1=ctx()\n", "invalid mem access"}
-		}, []finding{none(""), {"program", statusFail,
+		}, []Finding{none(""), {"program", StatusFail,
 			"load the BPF object: invalid argument (libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG -- 0: R1=ctx(); invalid mem access)", "report this kernel, with what is said here"}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -865,7 +871,7 @@ func TestDoctorProgramOptions(t *testing.T) {
 	} {
 		p := newPatient(t)
 		p.cfg.Kernel.Tier, p.cfg.Kernel.Notify = tt.tier, "poll"
-		var want []finding
+		var want []Finding
 		if !tt.hooks {
 			p.noHooks()
 			want = append(want, withoutHooks)
@@ -886,13 +892,15 @@ func TestDoctorProgramOptions(t *testing.T) {
 }
 
 // notReached is what is found where a tracer runs, but its server is not where this config says.
-var notReached = finding{"nats", statusFail, "a tracer runs on this node, and its embedded server cannot be reached", "the same config as the tracer"}
+var notReached = Finding{"nats", StatusFail, "a tracer runs on this node, and its embedded server cannot be reached", "the same config as the tracer"}
 
 // fakeTracer answers as a tracer does, with a readiness of the test's choice.
 func fakeTracer(t *testing.T, code int, said string) (addr string) {
 	t.Helper()
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintf(w, "%s{tier=\"stack\"} 1\n", tierMetric) })
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprintf(w, "%s{tier=\"stack\"} 1\n", obs.TracerMetric)
+	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if code == 0 {
 			panic(http.ErrAbortHandler)
@@ -910,21 +918,21 @@ func TestDoctorTracer(t *testing.T) {
 	defer other.Close()
 	for _, tt := range []struct {
 		name, addr string
-		want       finding
+		want       Finding
 	}{
-		{"none", "127.0.0.1:0", finding{"tracer", statusOK, "none runs with this config; its metrics can be served at 127.0.0.1:0", ""}},
-		{"not known", "", finding{"tracer", statusOK, "not known: metrics.listen is empty", ""}},
-		{"somebody else's server", strings.TrimPrefix(other.URL, "http://"), finding{"tracer", statusFail, "address already in use", "set metrics.listen"}},
-		{"an address of another machine", "192.0.2.1:9105", finding{"tracer", statusFail, "cannot assign requested address", "set metrics.listen"}},
-		{"runs, ready", fakeTracer(t, http.StatusOK, "nats: ok\nreader: ok\n"), finding{"tracer", statusOK, "and is ready", ""}},
+		{"none", "127.0.0.1:0", Finding{"tracer", StatusOK, "none runs with this config; its metrics can be served at 127.0.0.1:0", ""}},
+		{"not known", "", Finding{"tracer", StatusOK, "not known: metrics.listen is empty", ""}},
+		{"somebody else's server", strings.TrimPrefix(other.URL, "http://"), Finding{"tracer", StatusFail, "address already in use", "set metrics.listen"}},
+		{"an address of another machine", "192.0.2.1:9105", Finding{"tracer", StatusFail, "cannot assign requested address", "set metrics.listen"}},
+		{"runs, ready", fakeTracer(t, http.StatusOK, "nats: ok\nreader: ok\n"), Finding{"tracer", StatusOK, "and is ready", ""}},
 		{"runs, not ready", fakeTracer(t, http.StatusServiceUnavailable, "nats: not connected to nats\nreader: ok\n"),
-			finding{"tracer", statusWarn, "is not ready: nats: not connected to nats; reader: ok", "see its log, nats and jetstream"}},
-		{"runs, does not say", fakeTracer(t, 0, ""), finding{"tracer", statusWarn, "does not say whether it is ready: ", "see its log"}},
+			Finding{"tracer", StatusWarn, "is not ready: nats: not connected to nats; reader: ok", "see its log, nats and jetstream"}},
+		{"runs, does not say", fakeTracer(t, 0, ""), Finding{"tracer", StatusWarn, "does not say whether it is ready: ", "see its log"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPatient(t)
 			p.cfg.Metrics.Listen = tt.addr
-			want := []finding{tt.want}
+			want := []Finding{tt.want}
 			if strings.HasPrefix(tt.name, "runs") {
 				want = append(want, notReached)
 			}
@@ -947,25 +955,25 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		p := newPatient(t)
 		run(t, p.cfg.NATS)
 		p.expect(
-			finding{"nats", statusOK, "the embedded server at 127.0.0.1:0 is reachable", ""},
-			finding{"jetstream", statusWarn, "enabled, but check stream OOM", "restart the tracer"},
+			Finding{"nats", StatusOK, "the embedded server at 127.0.0.1:0 is reachable", ""},
+			Finding{"jetstream", StatusWarn, "enabled, but check stream OOM", "restart the tracer"},
 		)
 		conn, err := bus.Connect(t.Context(), p.cfg.NATS, bus.Options{Name: "test"}, quiet)
 		must(t, err)
 		defer conn.Close()
 		must(t, bus.EnsureStreams(t.Context(), conn, p.cfg.NATS.Stream))
-		p.expect(finding{"jetstream", statusOK, "enabled; the stream is there", ""})
+		p.expect(Finding{"jetstream", StatusOK, "enabled; the stream is there", ""})
 	})
 	t.Run("ran", func(t *testing.T) {
 		p := newPatient(t)
 		must(t, run(t, p.cfg.NATS).Shutdown(t.Context()))
-		p.expect(finding{"nats", statusOK, "does not run; it can listen at 127.0.0.1:0", ""})
+		p.expect(Finding{"nats", StatusOK, "does not run; it can listen at 127.0.0.1:0", ""})
 	})
 	t.Run("runs with another directory", func(t *testing.T) {
 		p, other := newPatient(t), newPatient(t)
 		s := run(t, other.cfg.NATS)
 		p.cfg.NATS.Embedded.Listen = strings.TrimPrefix(s.ClientURL(), "nats://")
-		never := finding{"nats", statusFail, "does not run, and could not start: listen tcp " + p.cfg.NATS.Embedded.Listen + ": bind: address already in use", "set nats.embedded.listen"}
+		never := Finding{"nats", StatusFail, "does not run, and could not start: listen tcp " + p.cfg.NATS.Embedded.Listen + ": bind: address already in use", "set nats.embedded.listen"}
 		p.expect(never)
 		// Now with a password, which that server does not take.
 		must(t, run(t, p.withListen("127.0.0.1:0")).Shutdown(t.Context()))
@@ -986,7 +994,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 			file := bus.PasswordFile(p.cfg.NATS.Embedded.Dir)
 			write(t, file, tt.text)
 			must(t, os.Chmod(file, tt.mode))
-			p.expect(finding{"nats", statusFail, "embedded server: read password of the embedded nats-server: " + file + " " + tt.want, "do what it says"})
+			p.expect(Finding{"nats", StatusFail, "embedded server: read password of the embedded nats-server: " + file + " " + tt.want, "do what it says"})
 			if output := strings.Join(flat(p.examine(t.Context())), "\n"); strings.Contains(output, "secret") || strings.Contains(output, "xxxx") {
 				t.Errorf("the password is told:\n%s", output)
 			}
@@ -994,14 +1002,14 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 	}
 	t.Run("its JetStream has switched itself off", func(t *testing.T) {
 		f := newPatient(t).jetstream(bus.Health{Connected: true, Err: errors.New("check jetstream: not enabled")})
-		if f.Status != statusWarn || f.Detail != "check jetstream: not enabled" || !strings.Contains(f.Remedy, "its disk works") {
+		if f.Status != StatusWarn || f.Detail != "check jetstream: not enabled" || !strings.Contains(f.Remedy, "its disk works") {
 			t.Errorf("%+v", f)
 		}
 	})
 	t.Run("a listening address that is not there", func(t *testing.T) {
 		p := newPatient(t)
 		p.cfg.NATS.Embedded.Listen = "192.0.2.1:4222"
-		p.expect(finding{"nats", statusFail, "cannot assign requested address", "set nats.embedded.listen"})
+		p.expect(Finding{"nats", StatusFail, "cannot assign requested address", "set nats.embedded.listen"})
 	})
 }
 
@@ -1011,7 +1019,7 @@ func (p *patient) withListen(addr string) config.NATS {
 	return cfg
 }
 
-func flat(findings []finding) []string {
+func flat(findings []Finding) []string {
 	var lines []string
 	for _, f := range findings {
 		lines = append(lines, f.Detail, f.Remedy)
@@ -1025,7 +1033,7 @@ func TestDoctorStore(t *testing.T) {
 		p := newPatient(t)
 		dir := readOnly(t)
 		p.cfg.NATS.Embedded.Dir = dir + "/a/b"
-		p.expect(finding{"jetstream", statusFail, "embedded server: write to " + dir + ": read-only file system", "set nats.embedded.dir"})
+		p.expect(Finding{"jetstream", StatusFail, "embedded server: write to " + dir + ": read-only file system", "set nats.embedded.dir"})
 	})
 	t.Run("a file is in the way", func(t *testing.T) {
 		p := newPatient(t)
@@ -1033,25 +1041,25 @@ func TestDoctorStore(t *testing.T) {
 		write(t, file, "")
 		p.cfg.NATS.Embedded.Dir = file
 		p.expect(
-			finding{"nats", statusFail, "not a directory", ""},
-			finding{"jetstream", statusFail, "write to " + file + ": not a directory", "set nats.embedded.dir"})
+			Finding{"nats", StatusFail, "not a directory", ""},
+			Finding{"jetstream", StatusFail, "write to " + file + ": not a directory", "set nats.embedded.dir"})
 	})
 	t.Run("somebody else's", func(t *testing.T) {
 		p := newPatient(t)
 		must(t, os.Mkdir(p.cfg.NATS.Embedded.Dir, 0o777))
 		must(t, os.Chown(p.cfg.NATS.Embedded.Dir, 12345, 12345))
-		p.expect(finding{"nats", statusFail, "belongs to user 12345", "do what it says"},
-			finding{"jetstream", statusFail, "belongs to user 12345", "set nats.embedded.dir"})
+		p.expect(Finding{"nats", StatusFail, "belongs to user 12345", "do what it says"},
+			Finding{"jetstream", StatusFail, "belongs to user 12345", "set nats.embedded.dir"})
 	})
 	t.Run("too little room", func(t *testing.T) {
 		p := newPatient(t)
 		p.cfg.NATS.Stream.MaxBytes = 1 << 60
-		p.expect(finding{"jetstream", statusWarn, "the stream may take 1099511627776 MiB: JetStream switches itself off when the disk is full", "nats.stream.max_bytes"})
+		p.expect(Finding{"jetstream", StatusWarn, "the stream may take 1099511627776 MiB: JetStream switches itself off when the disk is full", "nats.stream.max_bytes"})
 	})
 	t.Run("what it holds already is not wanted again", func(t *testing.T) {
 		p := newPatient(t)
 		dir := t.TempDir()
-		mount(t, "tmpfs", dir, 0)
+		scratchtest.Mount(t, "tmpfs", dir, 0)
 		must(t, unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size=2M"))
 		p.cfg.NATS.Embedded.Dir = dir
 		must(t, os.Chmod(dir, 0o700))
@@ -1060,7 +1068,7 @@ func TestDoctorStore(t *testing.T) {
 		write(t, dir+"/jetstream/block", strings.Repeat("x", 1536<<10))
 		p.expect() // of the store's own
 		p.cfg.NATS.Stream.MaxBytes = 3 << 20
-		p.expect(finding{"jetstream", statusWarn, dir + " has room for 2 MiB, and the stream may take 3 MiB", "free some"})
+		p.expect(Finding{"jetstream", StatusWarn, dir + " has room for 2 MiB, and the stream may take 3 MiB", "free some"})
 	})
 }
 
@@ -1083,43 +1091,43 @@ func natsServerOf(t *testing.T, o server.Options) (url string) {
 
 // A server of somebody else's, as a cluster has it.
 func TestDoctorExternalNATS(t *testing.T) {
-	unknown := finding{"jetstream", statusWarn, "not known without a connection", "see nats"}
+	unknown := Finding{"jetstream", StatusWarn, "not known without a connection", "see nats"}
 	t.Run("with JetStream", func(t *testing.T) {
 		p := newPatient(t)
 		p.cfg.NATS.URL = natsServerOf(t, server.Options{JetStream: true})
 		p.expect(
-			finding{"nats", statusOK, p.cfg.NATS.URL + " is reachable", ""},
-			finding{"jetstream", statusWarn, "enabled, but check stream OOM", "oom-tap setup"},
+			Finding{"nats", StatusOK, p.cfg.NATS.URL + " is reachable", ""},
+			Finding{"jetstream", StatusWarn, "enabled, but check stream OOM", "oom-tap setup"},
 		)
 		conn, err := bus.Connect(t.Context(), p.cfg.NATS, bus.Options{Name: "test"}, slog.New(slog.DiscardHandler))
 		must(t, err)
 		defer conn.Close()
 		must(t, bus.EnsureStreams(t.Context(), conn, p.cfg.NATS.Stream))
-		p.expect(finding{"jetstream", statusOK, "enabled; the stream is there", ""})
+		p.expect(Finding{"jetstream", StatusOK, "enabled; the stream is there", ""})
 	})
 	t.Run("without JetStream", func(t *testing.T) {
 		p := newPatient(t)
 		p.cfg.NATS.URL = natsServerOf(t, server.Options{})
-		p.expect(finding{"jetstream", statusWarn, "check jetstream at", "enable JetStream on the server"})
+		p.expect(Finding{"jetstream", StatusWarn, "check jetstream at", "enable JetStream on the server"})
 	})
 	t.Run("not reachable", func(t *testing.T) {
 		p := newPatient(t)
-		p.cfg.NATS.URL = "nats://" + freeAddr(t)
-		p.expect(finding{"nats", statusWarn, "nobody listens there", "until then kills wait in the journal"}, unknown)
+		p.cfg.NATS.URL = "nats://" + scratchtest.FreeAddr(t)
+		p.expect(Finding{"nats", StatusWarn, "nobody listens there", "until then kills wait in the journal"}, unknown)
 	})
 	t.Run("a password that is wrong", func(t *testing.T) {
 		p := newPatient(t)
 		p.cfg.NATS.URL = natsServerOf(t, server.Options{Username: "tracer", Password: "right"})
 		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", filepath.Join(t.TempDir(), "password")
 		write(t, p.cfg.NATS.PasswordFile, "wrong")
-		p.expect(finding{"nats", statusWarn, "Authorization Violation", "correct nats.* in the config"}, unknown)
+		p.expect(Finding{"nats", StatusWarn, "Authorization Violation", "correct nats.* in the config"}, unknown)
 	})
 	// With these a tracer does not start at all.
 	t.Run("a password file that is not there", func(t *testing.T) {
 		p := newPatient(t)
-		p.cfg.NATS.URL = "nats://" + freeAddr(t)
+		p.cfg.NATS.URL = "nats://" + scratchtest.FreeAddr(t)
 		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", "/nowhere/password"
-		p.expect(finding{"nats", statusFail, "/nowhere/password: no such file", "the tracer does not start"}, unknown)
+		p.expect(Finding{"nats", StatusFail, "/nowhere/password: no such file", "the tracer does not start"}, unknown)
 	})
 	// A tracer's own user on a shared cluster may publish its own events and receive replies to its own
 	// inbox, no more.
@@ -1129,7 +1137,7 @@ func TestDoctorExternalNATS(t *testing.T) {
 			Username: "tracer", Password: "right",
 			Permissions: &server.Permissions{
 				Publish:   &server.SubjectPermission{Allow: publish},
-				Subscribe: &server.SubjectPermission{Allow: []string{bus.InboxPrefix(natsName("node-1")) + ".>"}},
+				Subscribe: &server.SubjectPermission{Allow: []string{bus.InboxPrefix(bus.TracerName("node-1")) + ".>"}},
 			},
 		}}})
 		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", filepath.Join(t.TempDir(), "password")
@@ -1137,20 +1145,20 @@ func TestDoctorExternalNATS(t *testing.T) {
 		return p
 	}
 	t.Run("a user who may not ask", func(t *testing.T) {
-		as(t, "oom.v1.*.*.node-1").expect(finding{"jetstream", statusOK, "not known: this user may not ask", ""})
+		as(t, "oom.v1.*.*.node-1").expect(Finding{"jetstream", StatusOK, "not known: this user may not ask", ""})
 	})
 	t.Run("a user who may ask too", func(t *testing.T) {
-		as(t, "oom.v1.*.*.node-1", "$JS.API.INFO", "$JS.API.STREAM.INFO.OOM").expect(finding{"jetstream", statusWarn, "enabled, but check stream OOM", "oom-tap setup"})
+		as(t, "oom.v1.*.*.node-1", "$JS.API.INFO", "$JS.API.STREAM.INFO.OOM").expect(Finding{"jetstream", StatusWarn, "enabled, but check stream OOM", "oom-tap setup"})
 	})
 }
 
 // What is printed, as text and as JSON, and the error that makes the exit status.
 func TestDoctorOutput(t *testing.T) {
-	findings := []finding{
-		{"kernel", statusOK, "6.12 <&> x", ""},
-		{"capabilities", statusFail, "lacks CAP_BPF", "run it as root"},
-		{"kallsyms", statusWarn, "hides\n\x1b[31maddresses", "give CAP_SYSLOG"},
-		{"nats", statusFail, "in use", "free it"},
+	findings := []Finding{
+		{"kernel", StatusOK, "6.12 <&> x", ""},
+		{"capabilities", StatusFail, "lacks CAP_BPF", "run it as root"},
+		{"kallsyms", StatusWarn, "hides\n\x1b[31maddresses", "give CAP_SYSLOG"},
+		{"nats", StatusFail, "in use", "free it"},
 	}
 	for _, output := range []string{"text", "json"} {
 		var out bytes.Buffer
@@ -1158,7 +1166,7 @@ func TestDoctorOutput(t *testing.T) {
 		if err == nil || err.Error() != "tracing cannot work here: see capabilities, nats" {
 			t.Errorf("%s: %v", output, err)
 		}
-		golden(t, "doctor-"+output+".golden", versions.ReplaceAllString(out.String(), `"version": "…"`))
+		scratchtest.Golden(t, "doctor-"+output+".golden", versions.ReplaceAllString(out.String(), `"version": "…"`), *update)
 		out.Reset()
 		if err := tell(findings[2:3], "node-1", "here", output, &out); err != nil {
 			t.Errorf("%s, with a warning only: %v", output, err)
@@ -1180,10 +1188,10 @@ func TestDoctorHere(t *testing.T) {
 	cfg := testConfig(t)
 	cfg.NATS.Stream.MaxBytes = 1 << 20
 	var out bytes.Buffer
-	if err := doctor(t.Context(), cfg, testNode, "json", &out); err != nil {
+	if err := Run(t.Context(), cfg, testNode, "json", &out); err != nil {
 		t.Errorf("%v\n%s", err, &out)
 	}
-	var got report
+	var got Report
 	decoder := json.NewDecoder(&out)
 	decoder.DisallowUnknownFields()
 	must(t, decoder.Decode(&got))
@@ -1193,7 +1201,7 @@ func TestDoctorHere(t *testing.T) {
 	var names []string
 	for _, f := range got.Findings {
 		names = append(names, f.Check)
-		if f.Status == statusFail {
+		if f.Status == StatusFail {
 			t.Errorf("%+v", f)
 		}
 	}
@@ -1203,15 +1211,15 @@ func TestDoctorHere(t *testing.T) {
 }
 
 // confinedDoctor runs the real program with less than root has, behind a shell command.
-func confinedDoctor(t *testing.T, cfg config.Config, shell string, c confinement) (report, *exec.Cmd, string) {
+func confinedDoctor(t *testing.T, cfg config.Config, shell string, c scratchtest.Confinement) (Report, *exec.Cmd, string) {
 	t.Helper()
 	command := exec.Command("sh", "-c", shell+`exec "$0" "$@"`, scratchtest.Program(t, "oom-tracer"),
-		"doctor", "--config", writeConfig(t, cfg), "--node-name", testNode, "--output", "json")
+		"doctor", "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode, "--output", "json")
 	var out, said bytes.Buffer
 	command.Stdout, command.Stderr = &out, &said
-	c.start(t, command)
+	c.Start(t, command)
 	_ = command.Wait()
-	var got report
+	var got Report
 	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
 		t.Fatalf("%v\n%s\n%s", err, &out, &said)
 	}
@@ -1233,28 +1241,28 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 	unprivileged := readSysctl(t, "unprivileged_bpf_disabled")
 	shown := readSysctl(t, "kptr_restrict") == 0 && paranoid <= 1
 	// What root gets here: hooks, or the stack.
-	best, hooks := loader.TierStack, finding{"hooks", statusWarn, "none; the owner of a limit is inferred", "CONFIG_KPROBE_EVENTS=y"}
+	best, hooks := loader.TierStack, Finding{"hooks", StatusWarn, "none; the owner of a limit is inferred", "CONFIG_KPROBE_EVENTS=y"}
 	for _, tier := range []loader.Tier{loader.TierKprobe, loader.TierFentry} {
 		if _, err := tryLoad(loader.Options{Tier: tier, JournalSize: 128 << 10, Log: slog.New(slog.DiscardHandler)}); err == nil {
-			best, hooks = tier, finding{"hooks", statusOK, string(tier) + " works", ""}
+			best, hooks = tier, Finding{"hooks", StatusOK, string(tier) + " works", ""}
 		}
 	}
 	t.Logf("the best tier is %s; kallsyms shows addresses to everybody: %t", best, shown)
-	works := finding{"program", statusOK, "loads and attaches; tier " + string(best), ""}
-	refused := func(cause, why string) []finding {
-		return []finding{{"hooks", statusWarn, "none", "see " + cause}, {"program", statusFail, why, "see " + cause}}
+	works := Finding{"program", StatusOK, "loads and attaches; tier " + string(best), ""}
+	refused := func(cause, why string) []Finding {
+		return []Finding{{"hooks", StatusWarn, "none", "see " + cause}, {"program", StatusFail, why, "see " + cause}}
 	}
-	withoutSyslog := []finding{hooks, works, {"capabilities", statusOK, "no need of CAP_SYSLOG", ""}}
-	demanded := []finding{{"program", statusOK, "tier stack", ""}, {"capabilities", statusOK, "no need of CAP_SYSLOG", ""}}
+	withoutSyslog := []Finding{hooks, works, {"capabilities", StatusOK, "no need of CAP_SYSLOG", ""}}
+	demanded := []Finding{{"program", StatusOK, "tier stack", ""}, {"capabilities", StatusOK, "no need of CAP_SYSLOG", ""}}
 	if !shown {
 		const hidden = "hides the kernel's addresses from this process (kernel.kptr_restrict is "
-		lacks := finding{"capabilities", statusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG", "SYSLOG"}
-		blind := func(s status) []finding {
-			return []finding{lacks, {"kallsyms", s, hidden, "CAP_SYSLOG"}, {"stack", s, "not available", "see kallsyms"}}
+		lacks := Finding{"capabilities", StatusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG", "SYSLOG"}
+		blind := func(s Status) []Finding {
+			return []Finding{lacks, {"kallsyms", s, hidden, "CAP_SYSLOG"}, {"stack", s, "not available", "see kallsyms"}}
 		}
-		demanded = append(blind(statusFail), finding{"program", statusFail, "kallsyms hides its addresses", "see kallsyms, stack"})
+		demanded = append(blind(StatusFail), Finding{"program", StatusFail, "kallsyms hides its addresses", "see kallsyms, stack"})
 		if best == loader.TierStack {
-			withoutSyslog = append(blind(statusWarn), hooks, finding{"program", statusOK, "loads and attaches; tier none", ""})
+			withoutSyslog = append(blind(StatusWarn), hooks, Finding{"program", StatusOK, "loads and attaches; tier none", ""})
 		}
 	}
 	// Some machines give it to nobody.
@@ -1263,9 +1271,9 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 	perf, ring := testConfig(t), testConfig(t)
 	perf.Kernel.Notify, ring.Kernel.Notify = "perf", "ringbuf"
 	// Where the kernel demands CAP_SYS_ADMIN for perf events, as Debian's do, that must be said.
-	byDefault := finding{"notify", statusOK, "a perf buffer", ""}
+	byDefault := Finding{"notify", StatusOK, "a perf buffer", ""}
 	if paranoid > 2 {
-		byDefault = finding{"notify", statusWarn, "kernel.perf_event_paranoid is ", "sysctl"}
+		byDefault = Finding{"notify", StatusWarn, "kernel.perf_event_paranoid is ", "sysctl"}
 	}
 	const needless = "perf events are not needed"
 	bySeccomp := func(call string) string { return "the seccomp filter of this process refuses " + call }
@@ -1275,48 +1283,48 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 		name  string
 		cfg   config.Config
 		shell string
-		less  confinement
-		want  []finding
+		less  scratchtest.Confinement
+		want  []Finding
 	}{
-		{"all", testConfig(t), "", confinement{}, []finding{hooks, works}},
-		{"no CAP_SYS_ADMIN", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_SYS_ADMIN}}, []finding{
-			{"capabilities", statusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""}, hooks, works,
+		{"all", testConfig(t), "", scratchtest.Confinement{}, []Finding{hooks, works}},
+		{"no CAP_SYS_ADMIN", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_SYS_ADMIN}}, []Finding{
+			{"capabilities", StatusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""}, hooks, works,
 		}},
-		{"CAP_SYS_ADMIN alone", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_BPF, unix.CAP_PERFMON}}, []finding{
-			{"capabilities", statusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON", ""}, hooks, works,
+		{"CAP_SYS_ADMIN alone", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_BPF, unix.CAP_PERFMON}}, []Finding{
+			{"capabilities", StatusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON", ""}, hooks, works,
 		}},
-		{"no CAP_BPF", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_BPF, unix.CAP_SYS_ADMIN}},
-			append(refused("capabilities", "operation not permitted"), finding{"capabilities", statusFail, "lacks CAP_BPF to load the program", "BPF"})},
-		{"no CAP_PERFMON", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_PERFMON, unix.CAP_SYS_ADMIN}},
-			append(refused("capabilities", "operation not permitted"), finding{"capabilities", statusFail, "lacks CAP_PERFMON to attach it", "PERFMON"})},
-		{"no CAP_SYSLOG", testConfig(t), "", confinement{drop: []uintptr{unix.CAP_SYSLOG}}, withoutSyslog},
-		{"no CAP_SYSLOG, and tier stack demanded", stack, "", confinement{drop: []uintptr{unix.CAP_SYSLOG}}, demanded},
-		{"little to be locked, and no CAP_IPC_LOCK", testConfig(t), "ulimit -l 64 && ", confinement{drop: []uintptr{unix.CAP_IPC_LOCK}}, []finding{{"memlock", statusOK, "limit 64 KiB", ""}, hooks, works}},
-		{"as in the chart", testConfig(t), "", confinement{drop: asInChart()}, []finding{byDefault, hooks, works}},
-		{"no perf events by seccomp", testConfig(t), "", confinement{drop: asInChart(), refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
-			[]finding{{"notify", statusWarn, "kills are notified by a ring buffer, all are reported; no perf events: " + bySeccomp("perf_event_open"), needless}, hooks, works}},
-		{"no perf events by seccomp, but demanded", perf, "", confinement{drop: asInChart(), refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
-			append(refused("notify", "perf_event_open: operation not permitted"), finding{"notify", statusFail, bySeccomp("perf_event_open"), "set kernel.notify to auto"})},
-		{"no perf events by seccomp, and not wanted", ring, "", confinement{refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
-			[]finding{{"notify", statusOK, "kills are notified by a ring buffer", ""}, hooks, works}},
-		{"no bpf by seccomp", testConfig(t), "", confinement{drop: asInChart(), refuse: []uint32{unix.SYS_BPF}},
-			append(refused("bpf", "the bpf system call is refused"), finding{"bpf", statusFail, bySeccomp("bpf"), "RuntimeDefault"}, finding{"notify", statusWarn, "", "see bpf"})},
+		{"no CAP_BPF", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_BPF, unix.CAP_SYS_ADMIN}},
+			append(refused("capabilities", "operation not permitted"), Finding{"capabilities", StatusFail, "lacks CAP_BPF to load the program", "BPF"})},
+		{"no CAP_PERFMON", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_PERFMON, unix.CAP_SYS_ADMIN}},
+			append(refused("capabilities", "operation not permitted"), Finding{"capabilities", StatusFail, "lacks CAP_PERFMON to attach it", "PERFMON"})},
+		{"no CAP_SYSLOG", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_SYSLOG}}, withoutSyslog},
+		{"no CAP_SYSLOG, and tier stack demanded", stack, "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_SYSLOG}}, demanded},
+		{"little to be locked, and no CAP_IPC_LOCK", testConfig(t), "ulimit -l 64 && ", scratchtest.Confinement{Drop: []uintptr{unix.CAP_IPC_LOCK}}, []Finding{{"memlock", StatusOK, "limit 64 KiB", ""}, hooks, works}},
+		{"as in the chart", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart()}, []Finding{byDefault, hooks, works}},
+		{"no perf events by seccomp", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+			[]Finding{{"notify", StatusWarn, "kills are notified by a ring buffer, all are reported; no perf events: " + bySeccomp("perf_event_open"), needless}, hooks, works}},
+		{"no perf events by seccomp, but demanded", perf, "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+			append(refused("notify", "perf_event_open: operation not permitted"), Finding{"notify", StatusFail, bySeccomp("perf_event_open"), "set kernel.notify to auto"})},
+		{"no perf events by seccomp, and not wanted", ring, "", scratchtest.Confinement{Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+			[]Finding{{"notify", StatusOK, "kills are notified by a ring buffer", ""}, hooks, works}},
+		{"no bpf by seccomp", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_BPF}},
+			append(refused("bpf", "the bpf system call is refused"), Finding{"bpf", StatusFail, bySeccomp("bpf"), "RuntimeDefault"}, Finding{"notify", StatusWarn, "", "see bpf"})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tt.cfg.NATS.Stream.MaxBytes = 1 << 20
 			got, command, said := confinedDoctor(t, tt.cfg, tt.shell, tt.less)
 			want := tt.want
-			if paranoid > 2 && slices.Contains(tt.less.drop, unix.CAP_SYS_ADMIN) {
+			if paranoid > 2 && slices.Contains(tt.less.Drop, unix.CAP_SYS_ADMIN) {
 				want = append(want, byDefault) // the first of a check counts
 			}
-			if slices.Contains(tt.less.drop, unix.CAP_BPF) && slices.Contains(tt.less.drop, unix.CAP_SYS_ADMIN) && unprivileged != 0 {
-				want = append(want, finding{"bpf", statusFail, "this process lacks CAP_BPF", "see capabilities"}, finding{"notify", statusWarn, "", "see bpf"})
+			if slices.Contains(tt.less.Drop, unix.CAP_BPF) && slices.Contains(tt.less.Drop, unix.CAP_SYS_ADMIN) && unprivileged != 0 {
+				want = append(want, Finding{"bpf", StatusFail, "this process lacks CAP_BPF", "see capabilities"}, Finding{"notify", StatusWarn, "", "see bpf"})
 			}
-			if slices.Contains(tt.less.drop, unix.CAP_PERFMON) && slices.Contains(tt.less.drop, unix.CAP_SYS_ADMIN) && paranoid > 0 {
-				want = append(want, finding{"notify", statusWarn, "this process lacks CAP_PERFMON", "see capabilities"})
+			if slices.Contains(tt.less.Drop, unix.CAP_PERFMON) && slices.Contains(tt.less.Drop, unix.CAP_SYS_ADMIN) && paranoid > 0 {
+				want = append(want, Finding{"notify", StatusWarn, "this process lacks CAP_PERFMON", "see capabilities"})
 			}
 			if resource == 0 {
-				want = append(want, finding{"protection", statusWarn, "lacks CAP_SYS_RESOURCE", "SYS_RESOURCE"})
+				want = append(want, Finding{"protection", StatusWarn, "lacks CAP_SYS_RESOURCE", "SYS_RESOURCE"})
 			}
 			p := &patient{t: t}
 			p.check(got.Findings, want)
@@ -1341,7 +1349,7 @@ func TestDoctorOtherUser(t *testing.T) {
 	defer func() { must(t, s.Shutdown(context.Background())) }()
 	cfg.NATS.Embedded.Listen = strings.TrimPrefix(s.ClientURL(), "nats://")
 	x := examiner{cfg: cfg, node: testNode, procfs: "/proc", sysfs: "/sys"}
-	var findings []finding
+	var findings []Finding
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread() // not unlocked: the thread ends with the goroutine
@@ -1352,10 +1360,10 @@ func TestDoctorOtherUser(t *testing.T) {
 		done <- err
 	}()
 	must(t, <-done)
-	if f := findings[0]; f.Status != statusFail || !strings.Contains(f.Detail, "permission denied") || !strings.Contains(f.Remedy, "run this as the user that the tracer runs as") {
+	if f := findings[0]; f.Status != StatusFail || !strings.Contains(f.Detail, "permission denied") || !strings.Contains(f.Remedy, "run this as the user that the tracer runs as") {
 		t.Errorf("%+v", f)
 	}
-	if f := findings[1]; f.Status != statusFail || !strings.Contains(f.Detail, "permission denied") {
+	if f := findings[1]; f.Status != StatusFail || !strings.Contains(f.Detail, "permission denied") {
 		t.Errorf("%+v", f)
 	}
 }
@@ -1365,7 +1373,7 @@ func TestDoctorCgroupHere(t *testing.T) {
 	h, err := scratch.Find("/proc")
 	must(t, err)
 	x := examiner{cfg: config.Default(), procfs: "/proc", sysfs: "/sys"}
-	if f := x.cgroup(); f.Status != statusOK || !strings.Contains(f.Detail, h.Mount) {
+	if f := x.cgroup(); f.Status != StatusOK || !strings.Contains(f.Detail, h.Mount) {
 		t.Errorf("%+v", f)
 	}
 }

@@ -1,6 +1,6 @@
 //go:build bench || vm
 
-package main
+package agent
 
 import (
 	"errors"

@@ -1,6 +1,6 @@
 //go:build vm
 
-package main
+package agent
 
 // The tests that run inside a virtual machine, as its first process's only child: tools/vm/test-vm.sh
 // builds them into an initramfs. They may run the machine out of memory.
@@ -30,8 +30,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
@@ -1184,12 +1186,12 @@ func TestVMTracer(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = tracer.Process.Kill() }()
-	for deadline := time.Now().Add(60 * time.Second); !tracerRunning(t.Context(), "127.0.0.1:9105"); time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(60 * time.Second); !obs.TracerRuns(t.Context(), "127.0.0.1:9105"); time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("the tracer does not come up: %s", log.String())
 		}
 	}
-	if adj, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", tracer.Process.Pid)); err != nil || strings.TrimSpace(string(adj)) != fmt.Sprint(oomScoreAdj) {
+	if adj, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", tracer.Process.Pid)); err != nil || strings.TrimSpace(string(adj)) != fmt.Sprint(cli.OOMScoreAdj) {
 		t.Errorf("the tracer is at %s, %v", adj, err)
 	}
 	if said := selftestVM(t, file); !strings.Contains(said, "through the tracer that runs") {

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"bytes"
@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -29,6 +28,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
@@ -631,7 +631,7 @@ func TestTwoNodes(t *testing.T) {
 
 // TestRefused: what NATS refuses for good is in a gap, and holds up nothing.
 func TestRefused(t *testing.T) {
-	addr := freeAddr(t)
+	addr := scratchtest.FreeAddr(t)
 	file := filepath.Join(t.TempDir(), "nats.conf")
 	if err := os.WriteFile(file, []byte("max_payload: 900\n"), 0o600); err != nil { // a kill takes more, a gap less
 		t.Fatal(err)
@@ -691,23 +691,10 @@ func natsServer(t *testing.T, addr, dir string, args ...string) *exec.Cmd {
 	}
 }
 
-// freeAddr is a loopback address that nobody uses now, and that nobody is given by chance: its port is
-// below the range from which the kernel picks.
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	for {
-		addr := fmt.Sprintf("127.0.0.1:%d", 15000+rand.IntN(15000))
-		if l, err := net.Listen("tcp", addr); err == nil {
-			l.Close()
-			return addr
-		}
-	}
-}
-
 // TestNATSAway: kills that happen while NATS is not there yet, and while it is gone, arrive when it comes.
 // They wait in the journal; nothing counts as published before it is.
 func TestNATSAway(t *testing.T) {
-	addr, store := freeAddr(t), t.TempDir()
+	addr, store := scratchtest.FreeAddr(t), t.TempDir()
 	cfg := testConfig(t)
 	cfg.NATS.URL = "nats://" + addr
 	tr, _ := runTracer(t, cfg, io.Discard)
@@ -766,9 +753,9 @@ func TestSelftest(t *testing.T) {
 	})
 	t.Run("beside", func(t *testing.T) {
 		cfg := testConfig(t)
-		cfg.NATS.Embedded.Listen = freeAddr(t)
-		cfg.Metrics.Listen = freeAddr(t)
-		tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)
+		cfg.NATS.Embedded.Listen = scratchtest.FreeAddr(t)
+		cfg.Metrics.Listen = scratchtest.FreeAddr(t)
+		tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
 		tracer.Stderr = t.Output()
 		lines, err := tracer.StdoutPipe()
 		if err != nil {
@@ -778,7 +765,7 @@ func TestSelftest(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() { _ = tracer.Process.Kill(); _ = tracer.Wait() }()
-		for deadline := time.Now().Add(20 * time.Second); !tracerRunning(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
+		for deadline := time.Now().Add(20 * time.Second); !obs.TracerRuns(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatal("the tracer does not come up")
 			}
@@ -809,7 +796,7 @@ func TestSelftest(t *testing.T) {
 
 func checkSelftest(t *testing.T, cfg config.Config, out io.Writer) {
 	t.Helper()
-	run := exec.Command(scratchtest.Program(t, "oom-tracer"), "selftest", "--config", writeConfig(t, cfg), "--node-name", testNode)
+	run := exec.Command(scratchtest.Program(t, "oom-tracer"), "selftest", "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
 	run.Stdout, run.Stderr = out, t.Output()
 	temp := t.TempDir()
 	run.Env = append(os.Environ(), "TMPDIR="+temp)
@@ -827,27 +814,6 @@ func checkSelftest(t *testing.T, cfg config.Config, out io.Writer) {
 	}
 }
 
-// writeConfig writes what the tests change of the default.
-func writeConfig(t *testing.T, cfg config.Config) string {
-	t.Helper()
-	file := filepath.Join(t.TempDir(), "config.yaml")
-	text := fmt.Sprintf(`node: {state_file: %q, status_interval: %s, cgroup_root: %q}
-kernel: {tier: %s, notify: %s, journal_size: %d, pin_dir: %q}
-nats:
-  url: %q
-  embedded: {dir: %q, listen: %q, sync_always: %t}
-  stream: {max_bytes: %d}
-metrics: {listen: %q}
-log: {level: %s, format: %s, kills: %q}
-`, cfg.Node.StateFile, cfg.Node.StatusInterval, cfg.Node.CgroupRoot, cfg.Kernel.Tier, cfg.Kernel.Notify, cfg.Kernel.JournalSize, cfg.Kernel.PinDir,
-		cfg.NATS.URL, cfg.NATS.Embedded.Dir, cfg.NATS.Embedded.Listen, cfg.NATS.Embedded.SyncAlways, cfg.NATS.Stream.MaxBytes, cfg.Metrics.Listen,
-		cfg.Log.Level, cfg.Log.Format, cfg.Log.Kills)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return file
-}
-
 // TestSelftestSeesFaults: each fact of the event that is wrong is found.
 func TestSelftestSeesFaults(t *testing.T) {
 	adj, uid, limit := int16(1000), uint32(0), uint64(selftestLimit)
@@ -857,7 +823,7 @@ func TestSelftestSeesFaults(t *testing.T) {
 		return &event.Event{
 			Node: event.Node{Tier: "stack"}, Scope: event.ScopeCgroup, Outcome: event.OutcomeKilled,
 			Victim: event.Victim{
-				PID: 7, TID: 7, Comm: hogComm, UID: &uid, OOMScoreAdj: &adj, StartBoottimeNS: 123456789, Cgroup: c(),
+				PID: 7, TID: 7, Comm: victimComm, UID: &uid, OOMScoreAdj: &adj, StartBoottimeNS: 123456789, Cgroup: c(),
 				Memory: &event.Memory{TotalVM: 100 * mib, AnonRSS: 31 * mib, FileRSS: mib, PgTables: 4096},
 			},
 			Trigger: &event.Trigger{PID: 7, TID: 8, Comm: "exe", Cgroup: c()},
@@ -865,7 +831,7 @@ func TestSelftestSeesFaults(t *testing.T) {
 		}
 	}
 	want := &expectation{
-		pid: 7, comm: hogComm, startTick: 12, cgroup: "/oom-tracer-selftest-1", id: 99, version: 2, limit: selftestLimit,
+		pid: 7, comm: victimComm, startTick: 12, cgroup: "/oom-tracer-selftest-1", id: 99, version: 2, limit: selftestLimit,
 		console: &kmsg.Kill{TotalVM: 100 * mib, AnonRSS: 31*mib - 4096, FileRSS: mib, PgTables: 4096},
 	}
 	if wrong := want.compare(good()); wrong != nil {
@@ -912,9 +878,9 @@ func TestSelftestSeesFaults(t *testing.T) {
 // tracer ends in order and in time; what it had read is stored without a hole.
 func TestShutdownUnderLoad(t *testing.T) {
 	cfg := testConfig(t)
-	cfg.Metrics.Listen = freeAddr(t)
-	cfg.NATS.Embedded.Listen = freeAddr(t)
-	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)
+	cfg.Metrics.Listen = scratchtest.FreeAddr(t)
+	cfg.NATS.Embedded.Listen = scratchtest.FreeAddr(t)
+	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
 	var log bytes.Buffer
 	tracer.Stderr = &log
 	// Nobody reads its standard output.
@@ -929,7 +895,7 @@ func TestShutdownUnderLoad(t *testing.T) {
 	}
 	writer.Close()
 	defer func() { _ = tracer.Process.Kill() }()
-	for deadline := time.Now().Add(20 * time.Second); !tracerRunning(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); !obs.TracerRuns(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the tracer does not come up")
 		}

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"bytes"
@@ -27,6 +27,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
@@ -46,7 +47,7 @@ type process struct {
 
 func startProcess(t *testing.T, cfg config.Config) *process {
 	t.Helper()
-	p := &process{Cmd: exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)}
+	p := &process{Cmd: exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)}
 	p.Stderr = &p.log
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
@@ -286,9 +287,9 @@ func TestStopped(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := pinnedConfig(t)
 			cfg.Kernel.JournalSize = tt.size
-			cfg.Metrics.Listen, cfg.NATS.Embedded.Listen = freeAddr(t), freeAddr(t)
+			cfg.Metrics.Listen, cfg.NATS.Embedded.Listen = scratchtest.FreeAddr(t), scratchtest.FreeAddr(t)
 			tracer := startProcess(t, cfg)
-			until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+			until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
 			if err := tracer.Process.Signal(syscall.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
@@ -551,10 +552,10 @@ func TestStateFileAway(t *testing.T) {
 			cfg := withListen(t, testConfig(t))
 			dir := t.TempDir()
 			cfg.Node.StateFile = filepath.Join(dir, "state.json")
-			cfg.Metrics.Listen = freeAddr(t)
+			cfg.Metrics.Listen = scratchtest.FreeAddr(t)
 			tt.breakIt(t, dir)
 			tracer := startProcess(t, cfg)
-			until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+			until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
 			group := scratchtest.New(t, 8*mib)
 			scratchtest.Storm(t, group, 3, 16, "plain")
 			stored(t, cfg, group, 3)
@@ -603,7 +604,7 @@ func scrape(t *testing.T, addr string) string {
 
 // withListen gives the embedded server an address that is known before it runs.
 func withListen(t *testing.T, cfg config.Config) config.Config {
-	cfg.NATS.Embedded.Listen = freeAddr(t)
+	cfg.NATS.Embedded.Listen = scratchtest.FreeAddr(t)
 	return cfg
 }
 
@@ -622,11 +623,11 @@ func TestGapOutlivesTracer(t *testing.T) {
 	cfg := testConfig(t)
 	change(t, cfg, func(r *savedState) { r.BootID, r.Clean, r.Time = "another boot", false, time.Unix(1, 0) })
 	away := cfg
-	away.NATS.URL = "nats://" + freeAddr(t)
-	away.Metrics.Listen = freeAddr(t)
+	away.NATS.URL = "nats://" + scratchtest.FreeAddr(t)
+	away.Metrics.Listen = scratchtest.FreeAddr(t)
 	for range 2 { // and the second one passes it on
 		tracer := startProcess(t, away)
-		until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), away.Metrics.Listen) })
+		until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), away.Metrics.Listen) })
 		tracer.kill()
 	}
 	tr, stop := runTracer(t, cfg, io.Discard)
@@ -796,7 +797,7 @@ func TestNodeStatus(t *testing.T) {
 	}
 	tap := func() string {
 		t.Helper()
-		out, err := exec.Command(scratchtest.Program(t, "oom-tap"), "nodes", "--config", writeConfig(t, cfg)).CombinedOutput()
+		out, err := exec.Command(scratchtest.Program(t, "oom-tap"), "nodes", "--config", scratchtest.WriteConfig(t, cfg)).CombinedOutput()
 		if err != nil {
 			t.Fatalf("oom-tap nodes: %v\n%s", err, out)
 		}
@@ -824,7 +825,7 @@ func TestNodeStatus(t *testing.T) {
 func TestUnloadCommand(t *testing.T) {
 	cfg := pinnedConfig(t)
 	unload := func(flags ...string) (string, error) {
-		out, err := exec.Command(scratchtest.Program(t, "oom-tracer"), append([]string{"unload", "--config", writeConfig(t, cfg)}, flags...)...).CombinedOutput()
+		out, err := exec.Command(scratchtest.Program(t, "oom-tracer"), append([]string{"unload", "--config", scratchtest.WriteConfig(t, cfg)}, flags...)...).CombinedOutput()
 		return string(out), err
 	}
 	if out, err := unload(); err != nil || out != fmt.Sprintf("nothing is pinned in %s\n", cfg.Kernel.PinDir) {

@@ -1,6 +1,6 @@
 //go:build bench
 
-package main
+package agent
 
 import (
 	"context"
@@ -24,6 +24,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
@@ -195,14 +196,14 @@ func benchPipeline(t *testing.T, f *figures, storm func() time.Duration) {
 // benchProcess runs the real binary, idle and under storm.
 func benchProcess(t *testing.T, f *figures, storm func() time.Duration) {
 	cfg := pinnedConfig(t) // as it ships
-	cfg.Metrics.Listen = freeAddr(t)
-	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", writeConfig(t, cfg), "--node-name", testNode)
+	cfg.Metrics.Listen = scratchtest.FreeAddr(t)
+	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
 	tracer.Stderr = t.Output()
 	if err := tracer.Start(); err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = tracer.Process.Kill() }()
-	for deadline := time.Now().Add(20 * time.Second); !tracerRunning(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); !obs.TracerRuns(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the tracer does not come up")
 		}

@@ -1,6 +1,6 @@
 //go:build upgrade
 
-package main
+package agent
 
 import (
 	"fmt"
@@ -13,6 +13,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
@@ -34,8 +35,8 @@ func TestUpgrade(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := pinnedConfig(t)
-			addr := freeAddr(t)
-			cfg.NATS.URL, cfg.Metrics.Listen = "nats://"+addr, freeAddr(t)
+			addr := scratchtest.FreeAddr(t)
+			cfg.NATS.URL, cfg.Metrics.Listen = "nats://"+addr, scratchtest.FreeAddr(t)
 			file := filepath.Join(t.TempDir(), "config.yaml")
 			text := fmt.Sprintf("node: {state_file: %q}\nkernel: {pin_dir: %q}\nnats: {url: %q}\nmetrics: {listen: %q}\n", // both know these keys
 				cfg.Node.StateFile, cfg.Kernel.PinDir, cfg.NATS.URL, cfg.Metrics.Listen)
@@ -55,7 +56,7 @@ func TestUpgrade(t *testing.T) {
 						t.Logf("%s:\n%s", program, &p.log)
 					}
 				})
-				until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+				until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
 				return p
 			}
 			group := scratchtest.New(t, 8*mib)

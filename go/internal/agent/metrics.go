@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"time"
@@ -12,9 +12,6 @@ import (
 )
 
 const subsystem = "oom_tracer"
-
-// tierMetric is what tells a tracer's metrics from any other program's.
-const tierMetric = subsystem + "_tier_info"
 
 // metrics are the tracer's own. Those that something else counts (the kernel program, the publisher)
 // are read where they are counted, at the scrape.

@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"context"
@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -18,6 +17,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
@@ -61,6 +61,21 @@ type settles struct {
 	first, last uint64 // records
 }
 
+// Run traces until ctx ends.
+func Run(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
+	cli.Protect(log)
+	t, err := start(ctx, cfg, node, stdout, log)
+	if err != nil && ctx.Err() != nil {
+		// Told to end while it waited for something: that is no failure.
+		log.Info("stopped before it had begun", "while", err)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return t.run(ctx)
+}
+
 // start brings everything up. Recording begins first: whatever the rest waits for, the journal keeps the kills
 // meanwhile. NATS itself may be away.
 func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) (_ *tracer, err error) {
@@ -101,7 +116,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		}
 	}
 	// An external NATS, or the disk of the embedded one, may come later than this agent.
-	natsOptions := bus.Options{Name: natsName(node), Background: true}
+	natsOptions := bus.Options{Name: bus.TracerName(node), Background: true}
 	if t.server != nil { // whoever fills its port keeps this process from nothing
 		natsOptions.InProcess = t.server
 	}
@@ -146,15 +161,6 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		"version", obs.Version().Version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
 		"notify", string(t.loader.Notify()), "prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", t.serverName(cfg), "metrics", t.http.Addr())
 	return t, nil
-}
-
-// natsName is the name of this program's connection, whose permissions are that of the node.
-func natsName(node string) string {
-	token, err := event.NodeToken(node)
-	if err != nil {
-		token = node // nothing can be published for it either
-	}
-	return "oom-tracer." + token
 }
 
 func (t *tracer) serverName(cfg config.Config) string {
@@ -418,23 +424,6 @@ func (t *tracer) settle(tag settles) {
 		if t.state.empty() {
 			t.startBase()
 		}
-	}
-}
-
-// oomScoreAdj keeps the OOM killer away from the process that reports it: only what is at -1000 comes
-// later. The price is that its memory is never had back by a kill, so should it ever leak, others die first.
-const oomScoreAdj = -998
-
-// protect lowers this process's oom_score_adj. It needs CAP_SYS_RESOURCE, and may go on without.
-func protect(log *slog.Logger) {
-	const file = "/proc/self/oom_score_adj"
-	if data, err := os.ReadFile(file); err == nil {
-		if n, err := strconv.Atoi(strings.TrimSpace(string(data))); err == nil && n <= oomScoreAdj {
-			return
-		}
-	}
-	if err := os.WriteFile(file, []byte(strconv.Itoa(oomScoreAdj)), 0); err != nil {
-		log.Warn("not protected from the oom killer itself", "error", err)
 	}
 }
 

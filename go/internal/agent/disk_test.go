@@ -1,4 +1,4 @@
-package main
+package agent
 
 import (
 	"io"
@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
@@ -19,7 +20,7 @@ import (
 func smallDisk(t *testing.T, size string) (dir string, fill, free func()) {
 	t.Helper()
 	dir = t.TempDir()
-	mount(t, "tmpfs", dir, 0)
+	scratchtest.Mount(t, "tmpfs", dir, 0)
 	must(t, unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size="+size))
 	must(t, os.Chmod(dir, 0o700))
 	filler := filepath.Join(dir, "filler")
@@ -60,12 +61,12 @@ func TestDiskFull(t *testing.T) {
 			cfg.NATS.Embedded.Dir = filepath.Join(disk, "nats")
 			cfg.Node.StateFile = filepath.Join(disk, "state.json")
 			must(t, nothingMissed(cfg.Node.StateFile, testNode))
-			cfg.Metrics.Listen = freeAddr(t)
+			cfg.Metrics.Listen = scratchtest.FreeAddr(t)
 			if atStart {
 				fill()
 			}
 			tracer := startProcess(t, cfg)
-			until(t, "the tracer runs", func() bool { return tracerRunning(t.Context(), cfg.Metrics.Listen) })
+			until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
 			group := scratchtest.New(t, 8*mib)
 			if !atStart {
 				scratchtest.Storm(t, group, 3, 16, "plain")

@@ -1,4 +1,4 @@
-package main
+package doctor
 
 import (
 	"cmp"
@@ -10,14 +10,12 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/cilium/ebpf/btf"
 	"github.com/nats-io/nats.go"
@@ -25,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
@@ -34,47 +33,47 @@ import (
 )
 
 // status is how a finding stands.
-type status string
+type Status string
 
 const (
-	statusOK   status = "ok"
-	statusWarn status = "warn" // tracing works, with less
-	statusFail status = "fail" // tracing cannot work, or a tracer with this config would not start
+	StatusOK   Status = "ok"
+	StatusWarn Status = "warn" // tracing works, with less
+	StatusFail Status = "fail" // tracing cannot work, or a tracer with this config would not start
 )
 
-// doctorSchema names the shape of what doctor prints with --output json. Within v1, fields and checks
+// Schema names the shape of what doctor prints with --output json. Within v1, fields and checks
 // are added; none is renamed, and none changes its meaning. The order is that of the text, and the
 // sentences are for people.
-const doctorSchema = "oom-tracer-doctor/v1"
+const Schema = "oom-tracer-doctor/v1"
 
-// report is the whole of it.
-type report struct {
+// Report is the whole of it.
+type Report struct {
 	Schema   string    `json:"schema"`
 	Version  string    `json:"version"`   // of this program
 	Node     string    `json:"node"`      // empty for another machine's kernel
 	CanTrace bool      `json:"can_trace"` // no finding failed; the exit status says the same
-	Findings []finding `json:"findings"`
+	Findings []Finding `json:"findings"`
 }
 
-// finding is one check: every one of them is there every time, once, in the same order.
-type finding struct {
+// Finding is one check: every one of them is there every time, once, in the same order.
+type Finding struct {
 	Check  string `json:"check"`
-	Status status `json:"status"`
+	Status Status `json:"status"`
 	Detail string `json:"detail"`
 	// Remedy is what to do about it; absent when nothing is wrong.
 	Remedy string `json:"remedy,omitempty"`
 }
 
-func ok(check, format string, args ...any) finding {
-	return finding{check, statusOK, fmt.Sprintf(format, args...), ""}
+func ok(check, format string, args ...any) Finding {
+	return Finding{check, StatusOK, fmt.Sprintf(format, args...), ""}
 }
 
-func warn(check, detail, remedy string) finding { return finding{check, statusWarn, detail, remedy} }
+func warn(check, detail, remedy string) Finding { return Finding{check, StatusWarn, detail, remedy} }
 
-func fail(check, detail, remedy string) finding { return finding{check, statusFail, detail, remedy} }
+func fail(check, detail, remedy string) Finding { return Finding{check, StatusFail, detail, remedy} }
 
-// doctor says what this kernel and this process can do. It fails when tracing cannot work.
-func doctor(ctx context.Context, cfg config.Config, node, output string, stdout io.Writer) error {
+// Run says what this kernel and this process can do. It fails when tracing cannot work.
+func Run(ctx context.Context, cfg config.Config, node, output string, stdout io.Writer) error {
 	x := examiner{
 		cfg: cfg, node: node, procfs: "/proc", sysfs: "/sys",
 		checkBPF: loader.CheckBPF, checkPerf: loader.CheckPerfEvents, load: tryLoad,
@@ -82,23 +81,23 @@ func doctor(ctx context.Context, cfg config.Config, node, output string, stdout 
 	return tell(x.examine(ctx), node, "here", output, stdout)
 }
 
-// doctorBTF says whether the program fits a kernel that need not be this machine's, by its types. It fails
+// RunBTF says whether the program fits a kernel that need not be this machine's, by its types. It fails
 // when they lack something without which the program would not load there.
-func doctorBTF(file, output string, stdout io.Writer) error {
+func RunBTF(file, output string, stdout io.Writer) error {
 	x := examiner{btfFile: file}
 	x.kernel, x.kernelErr = btf.LoadSpec(file)
-	findings := []finding{x.btf(), x.prototype(), x.relocations(), x.functions()}
+	findings := []Finding{x.btf(), x.prototype(), x.relocations(), x.functions()}
 	return tell(findings, "", "there", output, stdout)
 }
 
 // prototype says what mark_victim hands over, of a kernel that is known by its types only.
-func (x *examiner) prototype() finding {
+func (x *examiner) prototype() Finding {
 	x.hook = loader.TierKprobe // whether they can be had, functions says as far as types tell
 	return x.markVictim()
 }
 
 // relocations says whether the kernel's types have all that the program reads.
-func (x *examiner) relocations() finding {
+func (x *examiner) relocations() Finding {
 	const check = "relocations"
 	if x.kernelErr != nil {
 		return fail(check, "not known without BTF", "see btf")
@@ -111,7 +110,7 @@ func (x *examiner) relocations() finding {
 }
 
 // functions says whether what the best tiers hook is there.
-func (x *examiner) functions() finding {
+func (x *examiner) functions() Finding {
 	const check = "functions"
 	if x.kernelErr != nil {
 		return fail(check, "not known without BTF", "see btf")
@@ -124,14 +123,14 @@ func (x *examiner) functions() finding {
 }
 
 // tell prints the findings of this machine (here) or another's kernel (there). It fails when one of them does.
-func tell(findings []finding, node, where, output string, stdout io.Writer) error {
+func tell(findings []Finding, node, where, output string, stdout io.Writer) error {
 	failed := failures(findings)
 	var err error
 	if output == "json" {
 		encoder := json.NewEncoder(stdout)
 		encoder.SetEscapeHTML(false)
 		encoder.SetIndent("", "  ")
-		err = encoder.Encode(report{doctorSchema, obs.Version().Version, node, len(failed) == 0, findings})
+		err = encoder.Encode(Report{Schema, obs.Version().Version, node, len(failed) == 0, findings})
 	} else {
 		var out strings.Builder
 		for _, f := range findings {
@@ -152,10 +151,10 @@ func tell(findings []finding, node, where, output string, stdout io.Writer) erro
 }
 
 // failures names the checks that failed.
-func failures(findings []finding) []string {
+func failures(findings []Finding) []string {
 	var failed []string
 	for _, f := range findings {
-		if f.Status == statusFail {
+		if f.Status == StatusFail {
 			failed = append(failed, f.Check)
 		}
 	}
@@ -201,9 +200,9 @@ type loaded struct {
 
 // examine makes all checks: first what the kernel program needs, each before what depends on it, then
 // that program itself, then what is around it.
-func (x *examiner) examine(ctx context.Context) []finding {
+func (x *examiner) examine(ctx context.Context) []Finding {
 	x.look(ctx)
-	findings := []finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.bpf(), x.notify(), x.memlock(), x.btf(), x.markVictim()}
+	findings := []Finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.bpf(), x.notify(), x.memlock(), x.btf(), x.markVictim()}
 	findings = append(findings, x.hooks(failures(findings)), x.kallsyms(), x.stack())
 	findings = append(findings, x.program(failures(findings)))
 	findings = append(findings, x.cgroup(), x.bpffs(), x.tracer(ctx))
@@ -218,7 +217,7 @@ func (x *examiner) look(ctx context.Context) {
 	x.kernel, x.kernelErr = btf.LoadSpec(x.sysfs + "/kernel/btf/vmlinux")
 	x.shown, x.shownErr = addressesShown(x.procfs)
 	x.bpfErr, x.perfErr = x.checkBPF(), x.checkPerf()
-	x.running = tracerRunning(ctx, x.cfg.Metrics.Listen)
+	x.running = obs.TracerRuns(ctx, x.cfg.Metrics.Listen)
 	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe} {
 		if x.wants(loader.TierAuto, tier) && x.hook == "" {
 			if l, err := x.tryTier(tier, &complaints{}); err != nil {
@@ -310,7 +309,7 @@ func (x *examiner) foreignNamespace(kind string) string {
 	return link
 }
 
-func (x *examiner) release() finding {
+func (x *examiner) release() Finding {
 	data, err := os.ReadFile(x.procfs + "/sys/kernel/osrelease")
 	if err != nil {
 		return fail("kernel", err.Error(), "mount proc at "+x.procfs)
@@ -321,7 +320,7 @@ func (x *examiner) release() finding {
 // capabilities holds what the process may do against what bpf(2) and perf_event_open(2) ask of it
 // (bpf_prog_load() in kernel/bpf/syscall.c, perf_allow_cpu() in include/linux/perf_event.h). All of it
 // is asked of the initial user namespace.
-func (x *examiner) capabilities() finding {
+func (x *examiner) capabilities() Finding {
 	const check = "capabilities"
 	if x.processErr != nil {
 		return fail(check, x.processErr.Error(), "mount proc at "+x.procfs)
@@ -334,7 +333,7 @@ func (x *examiner) capabilities() finding {
 		return fail(check, "lacks CAP_SYS_ADMIN to load and attach the program; this kernel, before 5.8, has no smaller ones for it",
 			"run it as root, or give it CAP_SYS_ADMIN")
 	}
-	f := finding{Check: check, Status: statusOK}
+	f := Finding{Check: check, Status: StatusOK}
 	var have, lack, names []string
 	allowed := x.process.UIDs[1] != 0 // what this user lacks, root would have
 	for _, c := range []struct {
@@ -342,11 +341,11 @@ func (x *examiner) capabilities() finding {
 		bit      uint
 		use      string
 		byAdmin  bool // CAP_SYS_ADMIN stands for those that were split off it in 5.8
-		severity status
+		severity Status
 	}{
-		{"BPF", unix.CAP_BPF, "load the program", true, statusFail},
-		{"PERFMON", unix.CAP_PERFMON, "attach it and read the kernel's memory", true, statusFail},
-		{"SYSLOG", unix.CAP_SYSLOG, "see the kernel's addresses (tier stack)", false, statusWarn},
+		{"BPF", unix.CAP_BPF, "load the program", true, StatusFail},
+		{"PERFMON", unix.CAP_PERFMON, "attach it and read the kernel's memory", true, StatusFail},
+		{"SYSLOG", unix.CAP_SYSLOG, "see the kernel's addresses (tier stack)", false, StatusWarn},
 	} {
 		switch {
 		case x.has(c.bit):
@@ -359,7 +358,7 @@ func (x *examiner) capabilities() finding {
 			lack = append(lack, fmt.Sprintf("CAP_%s to %s", c.name, c.use))
 			names = append(names, c.name)
 			allowed = allowed && x.process.CapBnd&(1<<c.bit) != 0
-			if f.Status != statusFail {
+			if f.Status != StatusFail {
 				f.Status = c.severity
 			}
 		}
@@ -380,23 +379,23 @@ func (x *examiner) capabilities() finding {
 
 // protection says whether a tracer can keep the OOM killer from itself: to go below the least oom_score_adj
 // that it had takes CAP_SYS_RESOURCE in the first user namespace (__set_oom_adj() in fs/proc/base.c).
-func (x *examiner) protection() finding {
+func (x *examiner) protection() Finding {
 	const check = "protection"
 	data, err := os.ReadFile(x.procfs + "/self/oom_score_adj")
 	if err != nil {
 		return warn(check, err.Error(), "mount proc at "+x.procfs)
 	}
 	now := strings.TrimSpace(string(data))
-	if n, err := strconv.Atoi(now); err == nil && n <= oomScoreAdj || x.has(unix.CAP_SYS_RESOURCE) {
-		return ok(check, "a tracer can have oom_score_adj %d, so that the OOM killer takes it last", oomScoreAdj)
+	if n, err := strconv.Atoi(now); err == nil && n <= cli.OOMScoreAdj || x.has(unix.CAP_SYS_RESOURCE) {
+		return ok(check, "a tracer can have oom_score_adj %d, so that the OOM killer takes it last", cli.OOMScoreAdj)
 	}
 	return warn(check, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now "+now+": the OOM killer may take the tracer",
-		"add it (Kubernetes: securityContext.capabilities.add: [SYS_RESOURCE]), or start it with oom_score_adj "+strconv.Itoa(oomScoreAdj))
+		"add it (Kubernetes: securityContext.capabilities.add: [SYS_RESOURCE]), or start it with oom_score_adj "+strconv.Itoa(cli.OOMScoreAdj))
 }
 
 // lockdown reads the mode in force, which stands in brackets (lockdown_read() in
 // security/lockdown/lockdown.c). Only confidentiality takes bpf_probe_read_kernel() away.
-func (x *examiner) lockdown() finding {
+func (x *examiner) lockdown() Finding {
 	const check = "lockdown"
 	data, err := os.ReadFile(x.sysfs + "/kernel/security/lockdown")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -459,7 +458,7 @@ func (x *examiner) refusal(call, capability string, bit uint, err error) (cause,
 }
 
 // bpf says whether bpf(2) can be used at all.
-func (x *examiner) bpf() finding {
+func (x *examiner) bpf() Finding {
 	const check = "bpf"
 	if x.bpfErr == nil {
 		return ok(check, "the bpf system call is permitted")
@@ -481,7 +480,7 @@ func errno(err error) error {
 }
 
 // notify says how the tracer learns of a kill. Perf events are the usual way, and not needed.
-func (x *examiner) notify() finding {
+func (x *examiner) notify() Finding {
 	const check = "notify"
 	way, known := map[loader.Notify]string{
 		loader.NotifyPerf: "a perf buffer", loader.NotifyRingbuf: "a ring buffer", loader.NotifyPoll: "polling, every 200 ms",
@@ -510,7 +509,7 @@ func (x *examiner) notify() finding {
 // memlock holds the perf buffers against the memory that this user may lock: beyond
 // kernel.perf_event_mlock_kb for each CPU, which is all its processes' together, it counts against
 // RLIMIT_MEMLOCK (perf_mmap() in kernel/events/core.c).
-func (x *examiner) memlock() finding {
+func (x *examiner) memlock() Finding {
 	const check = "memlock"
 	const remedy = "raise the limit (systemd: LimitMEMLOCK=infinity; shell: ulimit -l), or "
 	soft, err := x.memlockLimit()
@@ -533,7 +532,7 @@ func (x *examiner) memlock() finding {
 		f := warn(check, fmt.Sprintf("%s; %s are free to each user, and the rest exceeds the limit of %s", buffers, kib(free), limit),
 			remedy+"give CAP_IPC_LOCK; a ring buffer is used instead")
 		if want == loader.NotifyPerf {
-			f.Status, f.Remedy = statusFail, remedy+"give CAP_IPC_LOCK, or set kernel.notify to auto"
+			f.Status, f.Remedy = StatusFail, remedy+"give CAP_IPC_LOCK, or set kernel.notify to auto"
 		}
 		return f
 	}
@@ -590,14 +589,19 @@ func (x *examiner) countsBPF() bool {
 	if soft, err := x.memlockLimit(); err != nil || soft == noLimit || x.has(unix.CAP_SYS_RESOURCE) {
 		return false
 	}
+	return x.kernelErr == nil && CountsBPF(x.kernel)
+}
+
+// CountsBPF reports whether a kernel counts BPF maps against RLIMIT_MEMLOCK, as those before 5.11 do.
+func CountsBPF(kernel *btf.Spec) bool {
 	var helpers *btf.Enum
-	if x.kernelErr != nil || x.kernel.TypeByName("bpf_func_id", &helpers) != nil {
+	if kernel.TypeByName("bpf_func_id", &helpers) != nil {
 		return false
 	}
 	return !slices.ContainsFunc(helpers.Values, func(v btf.EnumValue) bool { return v.Name == "BPF_FUNC_ktime_get_coarse_ns" })
 }
 
-func (x *examiner) btf() finding {
+func (x *examiner) btf() Finding {
 	file := cmp.Or(x.btfFile, x.sysfs+"/kernel/btf/vmlinux")
 	if x.btfFile != "" && x.kernelErr != nil {
 		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "take that kernel's /sys/kernel/btf/vmlinux, or its vmlinux with a section .BTF")
@@ -611,7 +615,7 @@ func (x *examiner) btf() finding {
 	return ok("btf", "%s", file)
 }
 
-func (x *examiner) markVictim() finding {
+func (x *examiner) markVictim() Finding {
 	const check = "mark_victim"
 	if x.kernelErr != nil {
 		return fail(check, "not known without BTF", "see btf")
@@ -634,7 +638,7 @@ func (x *examiner) markVictim() finding {
 
 // hooks says whether the functions of the OOM killer can be hooked, which proves the context of every
 // kill. earlier are the checks that have failed.
-func (x *examiner) hooks(earlier []string) finding {
+func (x *examiner) hooks(earlier []string) Finding {
 	const check = "hooks"
 	switch why := strings.Join(x.unhooked, "; "); {
 	case x.wants(loader.TierStack, loader.TierNone):
@@ -659,7 +663,7 @@ func (x *examiner) hooks(earlier []string) finding {
 
 // degraded is what stands in the way of a tier: with kernel.tier auto there is less, with that tier
 // demanded the tracer does not start.
-func (x *examiner) degraded(check, detail, remedy string) finding {
+func (x *examiner) degraded(check, detail, remedy string) Finding {
 	if x.wants(loader.TierAuto) {
 		return warn(check, detail, remedy)
 	}
@@ -667,7 +671,7 @@ func (x *examiner) degraded(check, detail, remedy string) finding {
 }
 
 // unneeded says why the stack is not asked.
-func (x *examiner) unneeded(check string) finding {
+func (x *examiner) unneeded(check string) Finding {
 	if x.hook != "" {
 		return ok(check, "not needed beside the hooks")
 	}
@@ -676,7 +680,7 @@ func (x *examiner) unneeded(check string) finding {
 
 // kallsyms says whether addresses are shown, by the rule of kallsyms_show_value() in
 // kernel/ksyms_common.c.
-func (x *examiner) kallsyms() finding {
+func (x *examiner) kallsyms() Finding {
 	const check = "kallsyms"
 	restrict, paranoid := x.sysctl("kernel/kptr_restrict", 0), x.sysctl("kernel/perf_event_paranoid", 2)
 	hidden := fmt.Sprintf("hides the kernel's addresses from this process (kernel.kptr_restrict is %d, kernel.perf_event_paranoid %d)", restrict, paranoid)
@@ -697,7 +701,7 @@ func (x *examiner) kallsyms() finding {
 }
 
 // stack says whether the stack tier is there, and what it cannot tell.
-func (x *examiner) stack() finding {
+func (x *examiner) stack() Finding {
 	const check = "stack"
 	if !x.needsStack() {
 		return x.unneeded(check)
@@ -732,7 +736,7 @@ func tryLoad(o loader.Options) (loaded, error) {
 }
 
 // program says whether what a run would load and attach does. earlier are the checks that have failed.
-func (x *examiner) program(earlier []string) finding {
+func (x *examiner) program(earlier []string) Finding {
 	const check = "program"
 	err := x.programErr
 	if err == nil {
@@ -790,7 +794,7 @@ func (c *complaints) WithAttrs([]slog.Attr) slog.Handler { return c }
 func (c *complaints) WithGroup(string) slog.Handler { return c }
 
 // cgroup says which hierarchy the events' paths are from, and what stands in the way of the selftest.
-func (x *examiner) cgroup() finding {
+func (x *examiner) cgroup() Finding {
 	const check = "cgroup"
 	if x.memoryDisabled() {
 		return warn(check, "the memory controller is off: events carry no cgroup, and no pod",
@@ -833,7 +837,7 @@ func (x *examiner) memoryDisabled() bool {
 }
 
 // bpffs says whether recording can go on while no tracer runs.
-func (x *examiner) bpffs() finding {
+func (x *examiner) bpffs() Finding {
 	const check = "bpffs"
 	dir := x.cfg.Kernel.PinDir
 	if dir == "" {
@@ -861,14 +865,14 @@ func (x *examiner) bpffs() finding {
 
 // tracer says whether one runs on this node already and how it is, or whether its metrics could be
 // served.
-func (x *examiner) tracer(ctx context.Context) finding {
+func (x *examiner) tracer(ctx context.Context) Finding {
 	const check = "tracer"
 	addr := x.cfg.Metrics.Listen
 	if addr == "" {
 		return ok(check, "whether one runs is not known: metrics.listen is empty")
 	}
 	if x.running {
-		ready, said, err := readiness(ctx, addr)
+		ready, said, err := obs.Readiness(ctx, addr)
 		switch {
 		case err != nil:
 			return warn(check, fmt.Sprintf("runs at %s, and does not say whether it is ready: %v", addr, err), "see its log")
@@ -886,51 +890,33 @@ func (x *examiner) tracer(ctx context.Context) finding {
 	return ok(check, "none runs with this config; its metrics can be served at %s", addr)
 }
 
-// readiness asks the tracer at addr whether it is ready, and what it says of it.
-func readiness(ctx context.Context, addr string) (ready bool, said string, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/readyz", nil)
-	if err != nil {
-		return false, "", err
-	}
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return false, "", err
-	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, 4096))
-	lines := strings.Split(strings.TrimSpace(string(body)), "\n")
-	return response.StatusCode == http.StatusOK, strings.Join(lines, "; "), err
-}
-
 // nats looks at the server that a run would publish to, and at JetStream in it.
-func (x *examiner) nats(ctx context.Context) []finding {
+func (x *examiner) nats(ctx context.Context) []Finding {
 	// The name decides where replies come, and a tracer may receive them nowhere else.
-	o := bus.Options{Name: natsName(x.node)}
+	o := bus.Options{Name: bus.TracerName(x.node)}
 	log := slog.New(slog.DiscardHandler)
 	conn, err := bus.Connect(ctx, x.cfg.NATS, o, log)
 	if err == nil {
 		defer conn.Close()
 		where := cmp.Or(x.cfg.NATS.URL, "the embedded server at "+x.cfg.NATS.Embedded.Listen)
-		return []finding{ok("nats", "%s is reachable", where), x.jetstream(conn.Check(ctx))}
+		return []Finding{ok("nats", "%s is reachable", where), x.jetstream(conn.Check(ctx))}
 	}
 	if x.cfg.NATS.URL == "" {
-		return []finding{x.embedded(err), x.store()}
+		return []Finding{x.embedded(err), x.store()}
 	}
 	unknown := warn("jetstream", "not known without a connection", "see nats")
 	// What a run would not wait for, such as a file that cannot be read, comes back at once.
 	o.Background = true
 	if conn, err := bus.Connect(ctx, x.cfg.NATS, o, log); err != nil {
-		return []finding{fail("nats", err.Error(), "correct nats.* in the config, or what it names: the tracer does not start"), unknown}
+		return []Finding{fail("nats", err.Error(), "correct nats.* in the config, or what it names: the tracer does not start"), unknown}
 	} else {
 		conn.Close()
 	}
-	return []finding{warn("nats", err.Error(), "start NATS, or correct nats.* in the config; until then kills wait in the journal (kernel.journal_size)"), unknown}
+	return []Finding{warn("nats", err.Error(), "start NATS, or correct nats.* in the config; until then kills wait in the journal (kernel.journal_size)"), unknown}
 }
 
 // jetstream says whether a server that is reached can store events.
-func (x *examiner) jetstream(h bus.Health) finding {
+func (x *examiner) jetstream(h bus.Health) Finding {
 	const check = "jetstream"
 	switch {
 	case h.Stream:
@@ -950,7 +936,7 @@ func (x *examiner) jetstream(h bus.Health) finding {
 
 // embedded says what became of the embedded server, which could not be reached for the reason given, or
 // whether it could start.
-func (x *examiner) embedded(reason error) finding {
+func (x *examiner) embedded(reason error) Finding {
 	const check = "nats"
 	cfg := x.cfg.NATS.Embedded
 	_, passwordErr := bus.ReadEmbeddedPassword(cfg.Dir)
@@ -977,7 +963,7 @@ func (x *examiner) embedded(reason error) finding {
 }
 
 // store says whether the embedded server, which does not run, could keep its stream.
-func (x *examiner) store() finding {
+func (x *examiner) store() Finding {
 	const check = "jetstream"
 	dir, want := x.cfg.NATS.Embedded.Dir, uint64(x.cfg.NATS.Stream.MaxBytes)
 	// The nearest directory that is there decides.
