@@ -364,7 +364,7 @@ test-deploy: build build/nats-server build/nats build/kube build/deploy build/oo
 lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	@tools/install-deps.sh $(LIBBPF) clang-format shellcheck
 	$(say) LINT gofmt
-	$(Q)unformatted=$$($(shell $(GO) env GOROOT)/bin/gofmt -l go); test -z "$$unformatted" || { echo "$$unformatted" >&2; exit 1; }
+	$(Q)unformatted=$$($(shell $(GO) env GOROOT)/bin/gofmt -l go tools); test -z "$$unformatted" || { echo "$$unformatted" >&2; exit 1; }
 	$(say) LINT 'go vet'
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'bench demo upgrade' ./...
@@ -384,6 +384,10 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(Q)clang-format --dry-run --Werror $(C_FILES)
 	$(say) LINT shellcheck
 	$(Q)shellcheck $(SH_FILES)
+
+.PHONY: strings
+strings: ## list every log message, error, help and alert, and fail on words that readers stumble over
+	$(Q)$(GO) run tools/strings/main.go
 
 .PHONY: check-deps
 check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is the tracer's, client-go the annotator's; nobody's the descheduler
