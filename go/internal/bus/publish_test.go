@@ -282,7 +282,7 @@ func TestPublishServerHangs(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	for _, text := range []string{"publishing fails, will go on trying", "publishing works again"} {
+	for _, text := range []string{"cannot publish, will retry", "publishing works again"} {
 		if n := strings.Count(logged.String(), text); n != 1 {
 			t.Errorf("%q was logged %d times", text, n)
 		}
