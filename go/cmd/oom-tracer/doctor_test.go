@@ -691,7 +691,7 @@ func TestDoctorFindings(t *testing.T) {
 		}},
 		{"two memory nodes", func(p *patient) { p.sys("devices/system/node/has_memory", "0-1\n"); p.noHooks() }, []finding{
 			withoutHooks,
-			{"stack", statusWarn, "with the memory nodes 0-1, the scope of others is unknown", "constraint="},
+			{"stack", statusWarn, "with the memory nodes 0-1, the scope of other kills is unknown", "constraint="},
 		}},
 		{"no NUMA", func(p *patient) { p.without("devices/system/node/has_memory"); p.noHooks() }, []finding{withoutHooks}},
 
@@ -913,7 +913,7 @@ func TestDoctorTracer(t *testing.T) {
 		want       finding
 	}{
 		{"none", "127.0.0.1:0", finding{"tracer", statusOK, "none runs with this config; its metrics can be served at 127.0.0.1:0", ""}},
-		{"not known", "", finding{"tracer", statusOK, "not known: metrics.listen is empty", ""}},
+		{"not known", "", finding{"tracer", statusOK, "not known whether one runs: metrics.listen is empty", ""}},
 		{"somebody else's server", strings.TrimPrefix(other.URL, "http://"), finding{"tracer", statusFail, "address already in use", "set metrics.listen"}},
 		{"an address of another machine", "192.0.2.1:9105", finding{"tracer", statusFail, "cannot assign requested address", "set metrics.listen"}},
 		{"runs, ready", fakeTracer(t, http.StatusOK, "nats: ok\nreader: ok\n"), finding{"tracer", statusOK, "and is ready", ""}},
