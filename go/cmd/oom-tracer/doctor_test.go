@@ -635,7 +635,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.without("devices/system/cpu/online")
 			p.without("sys/kernel/perf_event_mlock_kb")
 			p.proc("sys/kernel/perf_event_paranoid", "very\n")
-		}, []finding{{"memlock", statusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, %d KiB are free", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
+		}, []finding{{"memlock", statusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, each user may lock %d KiB", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
 		{"limits that cannot be read", func(p *patient) { p.without("77/limits") }, []finding{
 			{"memlock", statusWarn, "77/limits: no such file", "mount proc"},
 		}},

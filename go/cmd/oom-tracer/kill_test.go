@@ -785,7 +785,7 @@ func TestSelftest(t *testing.T) {
 		}
 		var out bytes.Buffer
 		checkSelftest(t, cfg, &out)
-		if !strings.Contains(out.String(), "through the tracer that runs") {
+		if !strings.Contains(out.String(), "using the tracer that runs") {
 			t.Error(out.String())
 		}
 		begun := time.Now()
