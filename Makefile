@@ -385,6 +385,20 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(say) LINT shellcheck
 	$(Q)shellcheck $(SH_FILES)
 
+build/golangci-lint: tools/golangci/go.mod tools/build-module.sh
+	@mkdir -p build
+	$(Q)binary=$$(tools/build-module.sh tools/golangci github.com/golangci/golangci-lint/v2 cmd/golangci-lint) && ln -sfn "$$binary" $@
+
+# Not a part of lint: CI would build it for minutes.
+golangci = $(CURDIR)/build/golangci-lint run --config $(CURDIR)/.golangci.yml
+.PHONY: golangci
+golangci: $(OBJECT) build/golangci-lint ## golangci-lint with the linters of .golangci.yml (some minutes to build, once)
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) ./go/...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) --build-tags 'bench demo upgrade' ./go/...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) --build-tags 'vm faults' ./go/...
+	$(Q)$(golangci) --build-tags 'node demo bench' ./go/internal/nodetest
+	$(Q)cd go/descheduler && CGO_ENABLED=0 $(golangci) ./...
+
 .PHONY: strings
 strings: ## list every log message, error, help and alert, and fail on words that readers stumble over
 	$(Q)$(GO) run tools/strings/main.go
