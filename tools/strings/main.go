@@ -41,7 +41,13 @@ var calls = map[string]struct {
 }
 
 // fields has the kind of text that a member of a struct holds.
-var fields = map[string]string{"Help": "metric", "Short": "command", "Long": "command", "Example": "command"}
+var fields = map[string]string{"Short": "command", "Long": "command", "Example": "command"}
+
+// consts has the types, and one name, of constants that are read as words: the reasons of outcomes, gaps and Events.
+var consts = map[string]bool{"Reason": true, "Result": true, "GapCause": true}
+
+// inEvents are the packages whose texts Kubernetes Events show.
+var inEvents = regexp.MustCompile(`^go/(internal/(text|kubeevents)|descheduler/removeannotated)/`)
 
 // files are those that are not in Go. Each line that matches is a text; one without a kind is checked and not listed.
 var files = []struct{ kind, glob, line string }{
@@ -125,6 +131,9 @@ func list() ([]found, error) {
 			return err
 		}
 		collect(file, func(kind string, at token.Pos, text string) {
+			if kind == "text" && inEvents.MatchString(path) {
+				kind = "event"
+			}
 			texts = append(texts, found{kind, positions.Position(at).String(), text})
 		})
 		return nil
@@ -159,9 +168,26 @@ func collect(file *ast.File, add func(kind string, at token.Pos, text string)) {
 			return false
 		case *ast.Field:
 			n.Tag = nil
+		case *ast.CompositeLit:
+			members := map[string]ast.Expr{}
+			for _, e := range n.Elts {
+				if pair, ok := e.(*ast.KeyValueExpr); ok {
+					if key, ok := pair.Key.(*ast.Ident); ok {
+						members[key.Name] = pair.Value
+					}
+				}
+			}
+			if name, help := members["Name"], members["Help"]; name != nil && help != nil {
+				add("metric", help.Pos(), flat(name)+": "+flat(help))
+			}
 		case *ast.KeyValueExpr:
 			if key, ok := n.Key.(*ast.Ident); ok && fields[key.Name] != "" {
 				take(fields[key.Name], n.Value)
+			}
+		case *ast.ValueSpec:
+			of, _ := n.Type.(*ast.Ident)
+			if len(n.Values) == 1 && (of != nil && consts[of.Name] || consts[n.Names[0].Name]) {
+				take("reason", n.Values[0])
 			}
 		case *ast.CallExpr:
 			name := ""
@@ -172,7 +198,11 @@ func collect(file *ast.File, add func(kind string, at token.Pos, text string)) {
 				name = f.Name
 			}
 			if c, ok := calls[name]; ok && c.arg < len(n.Args) {
-				take(c.kind, n.Args[c.arg])
+				if text := flat(n.Args[c.arg]); c.kind == "metric" && text != "…" {
+					add(c.kind, n.Pos(), flat(n.Args[0])+": "+text)
+				} else {
+					take(c.kind, n.Args[c.arg])
+				}
 			}
 		case *ast.BasicLit, *ast.BinaryExpr:
 			if e := n.(ast.Expr); !seen[e] && words.MatchString(flat(e)) {
