@@ -364,7 +364,7 @@ test-deploy: build build/nats-server build/nats build/kube build/deploy build/oo
 lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	@tools/install-deps.sh $(LIBBPF) clang-format shellcheck
 	$(say) LINT gofmt
-	$(Q)unformatted=$$($(shell $(GO) env GOROOT)/bin/gofmt -l go); test -z "$$unformatted" || { echo "$$unformatted" >&2; exit 1; }
+	$(Q)unformatted=$$($(shell $(GO) env GOROOT)/bin/gofmt -l go tools); test -z "$$unformatted" || { echo "$$unformatted" >&2; exit 1; }
 	$(say) LINT 'go vet'
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet ./...
 	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'bench demo upgrade' ./...
@@ -384,6 +384,24 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(Q)clang-format --dry-run --Werror $(C_FILES)
 	$(say) LINT shellcheck
 	$(Q)shellcheck $(SH_FILES)
+
+build/golangci-lint: tools/golangci/go.mod tools/build-module.sh
+	@mkdir -p build
+	$(Q)binary=$$(tools/build-module.sh tools/golangci github.com/golangci/golangci-lint/v2 cmd/golangci-lint) && ln -sfn "$$binary" $@
+
+# Not a part of lint: CI would build it for minutes.
+golangci = $(CURDIR)/build/golangci-lint run --config $(CURDIR)/.golangci.yml
+.PHONY: golangci
+golangci: $(OBJECT) build/golangci-lint ## golangci-lint with the linters of .golangci.yml (some minutes to build, once)
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) ./go/...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) --build-tags 'bench demo upgrade' ./go/...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) --build-tags 'vm faults' ./go/...
+	$(Q)$(golangci) --build-tags 'node demo bench' ./go/internal/nodetest
+	$(Q)cd go/descheduler && CGO_ENABLED=0 $(golangci) ./...
+
+.PHONY: strings
+strings: ## list every log message, error, help and alert, and fail on words that readers stumble over
+	$(Q)$(GO) run tools/strings/main.go
 
 .PHONY: check-deps
 check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is the tracer's, client-go the annotator's; nobody's the descheduler

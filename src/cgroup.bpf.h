@@ -44,11 +44,11 @@ static __always_inline struct cgroup *cgroup_of(struct task_struct *task, struct
 }
 
 /*
- * put_path writes the path of nodes[role] behind what data holds already, and with it the path of
- * every later role that turns out to be the same cgroup or an ancestor of it.
+ * put_path appends the path of nodes[role] to data. It also sets the path of every later role that is
+ * the same cgroup or an ancestor of it.
  *
- * A global function, and all that it knows kept in the map: the verifier then looks at it once for
- * every role, and each turn of the loop looks like the one before.
+ * It is a global function and keeps its state in the map. So the verifier checks it once for each
+ * role, and each iteration of the loop looks like the one before.
  */
 __noinline int put_path(__u32 role)
 {

@@ -8,16 +8,18 @@
 #include "memory.bpf.h"
 
 /*
- * What the hooks saw of the OOM kill that is under way. All of them run under oom_lock, so one is
- * enough.
+ * What the hooks saw of the current OOM kill. All hooks run under oom_lock, so one struct is enough.
  *
- * A hook can be missed, and no hook tells when out_of_memory() returns without a mark, so what stands
- * here may be of an earlier call. It is not believed but looked at again at the mark: the oom_control
- * lies on the kernel stack, above the mark, says what it said to the hook, and the task that it has
- * chosen is the one that is marked now. An earlier call that ended without a mark had chosen nobody, or
- * one that had no memory left or was marked already, and such a one is not marked again. (Should the
- * caller of this call have its oom_control at the very place where that of an earlier call was, then it
- * is this call's that is read, and it is right.)
+ * It may be left over from an earlier call: a hook can be missed, and no hook runs when
+ * out_of_memory() returns without a mark. So it is checked again at the mark:
+ *
+ * - the oom_control lies on the kernel stack, above the mark;
+ * - its contents are those that the hook saw;
+ * - the task that it has chosen is the task that is marked now.
+ *
+ * An earlier call that ended without a mark passes none of this. It had chosen nobody, or a task
+ * without memory, or a task that was marked already; such a task is not marked again. If this call has
+ * its oom_control at the same address as an earlier one, then this call's is read, which is right.
  */
 enum cause_stage {
 	CAUSE_NONE = 0,	 /* none, or used up */
@@ -61,7 +63,7 @@ __noinline __u32 frame_of(__u64 address)
 	return OOM_FRAMES;
 }
 
-/* stack_frames tells as a set of bits which known functions led here, up to the one that decides. */
+/* stack_frames returns, as bits, the known functions on the stack, up to the one that decides. */
 static __always_inline __u32 stack_frames(void *ctx, struct scratch *s)
 {
 	const __u32 deciding = 1U << OOM_FRAME_MEMCG | 1U << OOM_FRAME_SYSRQ |
@@ -110,10 +112,10 @@ static __always_inline __u8 scope_of(struct cause *c, enum oom_constraint constr
 }
 
 /*
- * outcome_of tells a kill from the mark of a task that is exiting anyway. That a hook did not run
- * proves nothing: only the stack proves that nobody was killed. There both callers of mark_oom_victim()
- * that do not kill are told by the absence of __oom_kill_process(). (The loader writes symbols only
- * where that function has an address of its own.)
+ * outcome_of distinguishes a kill from the mark of a task that is exiting anyway. A hook that did not
+ * run proves nothing. Only the stack proves that nobody was killed: the two callers of
+ * mark_oom_victim() that do not kill are not below __oom_kill_process(). (The loader writes symbols
+ * only if that function is not inlined.)
  */
 static __always_inline __u8 outcome_of(bool killing, __u32 frames)
 {
@@ -142,13 +144,13 @@ static __always_inline bool read_stack(struct oom_event *e, __u32 frames)
 }
 
 /*
- * read_context takes scope, outcome and allocation from the hooks, if what they saw explains this mark,
- * else from the stack. It returns whether the mark follows another in the same group. ctx lies on the
- * stack.
+ * read_context takes scope, outcome and allocation from the hooks if what they saw explains this mark,
+ * else from the stack. It returns whether the mark follows another one in the same group. ctx lies on
+ * the stack.
  *
- * The stack is not read for a kill that the hooks explain alone: __oom_kill_process() was entered for
- * the one that is chosen, and nobody was marked for this call before. All others need it, to tell a
- * member of a group, a task that is exiting, and the kill whose hook was missed.
+ * The hooks alone explain a kill if __oom_kill_process() was entered for the chosen task, and nobody
+ * was marked for this call before. Then the stack is not read. In all other cases it is: for a member
+ * of a group, for a task that is exiting, and for a kill whose hook was missed.
  */
 static __always_inline bool read_context(void *ctx, struct scratch *s, struct cause *c,
 					 struct task_struct *victim, struct oom_stats *stats)

@@ -59,7 +59,7 @@ static __always_inline struct oom_state *the_state(void)
 	return bpf_map_lookup_elem(&oom_state, &zero);
 }
 
-/* told_before knows the mark that two programs see, when they change between the one and the other. */
+/* told_before recognises a mark that two programs see, when one takes over from the other. */
 static __always_inline bool told_before(struct oom_event *e, struct oom_told *told)
 {
 	return told->generation != oom_generation && told->tid == e->victim.tid &&
@@ -87,12 +87,12 @@ static __always_inline void count(struct oom_event *e, struct oom_state *st, boo
 /*
  * put_journal writes the record behind the last one. head names it only now that it is whole.
  *
- * The barriers are for the compiler alone: BPF has none for the CPU that every supported kernel knows.
- * On a weakly ordered CPU the reader may see head, and not yet the record, until the kernel's next
- * barrier. Both ways to notify have one before the reader can see the notification:
- * perf_output_put_handle() and bpf_ringbuf_commit(). A reader that goes by head has to wait for a
- * moment before it reads the record. When a segment is written again, what stood in it has long been
- * visible: oom_lock was released and taken in between.
+ * The barriers are for the compiler only: not every supported kernel has a CPU barrier for BPF. On a
+ * weakly ordered CPU the reader may see head before the record, until the kernel's next barrier. Both
+ * kinds of notification have one before the reader sees the notification: perf_output_put_handle()
+ * and bpf_ringbuf_commit(). A reader that polls head has to wait a moment before it reads the record.
+ * When a segment is reused, its earlier records have long been visible: oom_lock was released and
+ * taken in between.
  */
 static __always_inline void put_journal(struct oom_event *e, struct oom_state *st, __u32 size)
 {
@@ -136,10 +136,10 @@ static __always_inline void put_journal(struct oom_event *e, struct oom_state *s
 
 /*
  * notify wakes the reader with the seq of the record, if it waits. A reader that is awake looks at head
- * before it waits again. A notification that is refused costs time, no record.
+ * before it waits again. A notification that is refused costs time, but no record.
  *
- * The reader sets waiting and then reads head, the program writes head and then reads waiting. A CPU
- * may do the last two the other way round, so the reader looks once more when a moment has passed (see
+ * The reader sets waiting and then reads head. The program writes head and then reads waiting. A CPU
+ * may reorder the program's two accesses, so the reader reads head again after a moment (see
  * visibleTime).
  */
 static __always_inline void notify(void *ctx, __u64 seq, struct oom_stats *stats)

@@ -174,10 +174,10 @@ _Static_assert(OOM_HEADER_SIZE == 312, "oom_event header");
 _Static_assert(sizeof(struct oom_event) == 4024, "oom_event");
 
 /*
- * The journal is a ring of segments, which are filled one after the other: the one with number n stands
- * in element n % elements. In a segment the records stand one behind the other, each at a multiple of
- * 8, and their seqs have no hole. Before a segment is written again, current names it, so whoever has
- * copied a record and then finds current far enough behind has copied it whole.
+ * The journal is a ring of segments, filled in order: segment n is element n % elements. The records of
+ * a segment follow each other, each at a multiple of 8, and their seqs have no hole. Before a segment
+ * is reused, current names it. So a reader copies a record and then reads current: if current has not
+ * reached that segment again, the copy is whole.
  */
 #define OOM_SEGMENT_DATA (32 * 1024 - 32)
 
@@ -205,20 +205,19 @@ struct oom_stats {
 _Static_assert(sizeof(struct oom_stats) == 32, "oom_stats");
 
 /*
- * What lives on when programs and their readers change, as long as it is pinned: one per node. The
- * journal beside it is an array of struct oom_segment.
+ * The state that is kept, while it is pinned, when programs and their readers are replaced: one per
+ * node. The journal beside it is an array of struct oom_segment.
  *
- * What is not said to be the reader's is written by the program, under oom_lock. A record is whole
- * before head names it.
+ * The program writes it, under oom_lock, except for the fields of the reader. A record is whole before
+ * head names it.
  *
- * The first part never changes, so that any version can tell what another one left unread; what
- * stands behind it is of OOM_STATE_VERSION. Of a record, abi_version, header_size, size and seq never
- * change.
+ * The first part never changes, so every version can see what another one left unread. What follows is
+ * of OOM_STATE_VERSION. In a record, abi_version, header_size, size and seq never change.
  */
 #define OOM_STATE_MAGIC 0x4f4f4d54U /* "OOMT" */
 #define OOM_STATE_VERSION 1
 
-/* The first mark that a program tells after a switch may be the last one of the program before. */
+/* The first mark that a program records after a takeover may be the last one of the earlier program. */
 struct oom_told {
 	__u64 generation;
 	__u64 thread; /* pid_tgid of the trigger */
@@ -246,7 +245,7 @@ struct oom_state {
 	/* Written by the reader. */
 	__u64 kernel_base;	 /* what the kernel had counted when all these were 0 */
 	__u64 epoch_boottime_ns; /* when this state was made; seq counts from here */
-	__u64 lost;		 /* records that were told as lost */
+	__u64 lost;		 /* records that were reported as lost */
 
 	__u64 last_kill_boottime_ns;
 

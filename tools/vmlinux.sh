@@ -106,14 +106,14 @@ field() { sed -n "s/^$1: //p" "$dir/SOURCE"; }
 
 if [[ -n ${VERIFY:-} ]]; then
 	want=$(field source)
-	[[ $want == *:* ]] || die "$dir/SOURCE names no Debian suite: what made it cannot be had again ($want)"
+	[[ $want == *:* ]] || die "$dir/SOURCE names no Debian suite: the kernel that made it is not available ($want)"
 	from_suite "${want%%:*}"
 	stale=
 	[[ $source == "$want" ]] || stale="$dir was made from $want; ${want%%:*} now has ${source#*: }"
 	[[ $said == "$(field bpftool)" ]] || stale+="${stale:+; }it was made by $(field bpftool), and this is $said"
 	if [[ -n $stale && -n ${STALE_OK:-} ]]; then
 		[[ $(field header) == "sha256 $(sum "$dir/vmlinux.h")" ]] || die "$dir/vmlinux.h is not what $dir/SOURCE says"
-		echo "$dir: NOT made anew, only held against its digest: $stale"
+		echo "$dir: NOT generated again, only compared with its digest: $stale"
 		exit
 	fi
 	[[ -z $stale ]] || die "$stale: make vmlinux SUITE=${want%%:*} ARCH=$arch"

@@ -43,7 +43,7 @@ const (
 	ReasonTooOld   Reason = "too_old"   // older than policy.max_event_age
 	ReasonScope    Reason = "scope"     // not among policy.scopes
 	ReasonNoLimit  Reason = "no_limit"  // whose limit it was is not known
-	ReasonInferred Reason = "inferred"  // whose limit it was is only inferred, and policy.inferred_limits is false
+	ReasonInferred Reason = "inferred"  // the owner of the limit is only inferred, and policy.inferred_limits is false
 	ReasonLevel    Reason = "level"     // not among policy.levels
 	ReasonNotFound Reason = "not_found" // there is no such pod
 	// What is known of the pod.

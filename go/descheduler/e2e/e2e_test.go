@@ -578,7 +578,7 @@ func testRefused(r *rig) {
 	}
 	r.want([]string{"shop/a", "shop/d"}, nil)
 	r.stays(out.String(), "shop/b", "the test's proxy answers 500")
-	r.staysForNow(out.String(), "shop/c", "read it anew: the test's proxy answers 403")
+	r.staysForNow(out.String(), "shop/c", "read it again: the test's proxy answers 403")
 }
 
 // testStale: between the list and the eviction a pod is replaced by one of the same name, another loses its mark, and
@@ -623,7 +623,7 @@ func testStale(r *rig) {
 	r.staysForNow(log, "shop/db-0", "another pod has its name now")
 	r.staysForNow(log, "shop/pardoned", "its mark is gone")
 	r.staysForNow(log, "shop/gone", "not found")
-	r.staysForNow(log, "shop/leaving", "it is on its way out")
+	r.staysForNow(log, "shop/leaving", "it is being deleted")
 }
 
 // testInterval: as it is deployed, with a lease: a pod that is marked later goes too, an Event says so, and it ends well.
@@ -816,8 +816,8 @@ func TestBadArgs(t *testing.T) {
 		"{namespaces: {only: [a]}}":                 `unknown field \"namespaces.only\"`,
 		"{values: true}":                            "RemoveAnnotatedArgs.values of type []string",
 		"{minAge: 5}":                               "RemoveAnnotatedArgs.minAge of type string",
-		"{minAge: 5x}":                              `in profile oom: RemoveAnnotated: minAge: \"5x\" is no duration`,
-		"{annotationKey: -a/b, maxAge: 0s}":         `RemoveAnnotated: maxAge: \"0s\" is no duration`,
+		"{minAge: 5x}":                              `in profile oom: RemoveAnnotated: minAge: \"5x\" is not a duration`,
+		"{annotationKey: -a/b, maxAge: 0s}":         `RemoveAnnotated: maxAge: \"0s\" is not a duration`,
 		"{labelSelector: {matchLabels: {a: '-'}}}":  "RemoveAnnotated: labelSelector: ",
 		"{namespaces: {include: [a], exclude: [b]}": "did not find expected", // of the YAML itself
 	} {

@@ -115,7 +115,7 @@ func (d *RemoveAnnotated) Deschedule(ctx context.Context, nodes []*v1.Node) *fra
 			continue
 		}
 		if err := d.speaker.say(ctx, d.handle.ClientSet(), pod, err.Error()); err != nil {
-			logger.Error(err, "Why a marked pod stays cannot be told", "pod", klog.KObj(pod))
+			logger.Error(err, "Cannot write the Event that says why a marked pod stays", "pod", klog.KObj(pod))
 		}
 	}
 	d.speaker.endCycle()
@@ -156,13 +156,13 @@ func (d *RemoveAnnotated) evict(ctx context.Context, pod *v1.Pod) error {
 	now, err := d.handle.ClientSet().CoreV1().Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
 	switch {
 	case err != nil:
-		return passing("read it anew: " + err.Error())
+		return passing("read it again: " + err.Error())
 	case now.UID != pod.UID:
 		return passing("another pod has its name now")
 	case !d.marked(now):
 		return passing("its mark is gone")
 	case now.DeletionTimestamp != nil:
-		return passing("it is on its way out")
+		return passing("it is being deleted")
 	}
 	return d.handle.Evictor().Evict(ctx, now, evictions.EvictOptions{StrategyName: PluginName, Reason: d.args.AnnotationKey})
 }

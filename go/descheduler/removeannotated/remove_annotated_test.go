@@ -73,12 +73,12 @@ func TestValidate(t *testing.T) {
 		}},
 		"keys":      {RemoveAnnotatedArgs{AnnotationKey: "a b", SummaryAnnotationKey: "/c"}, []string{`annotationKey: "a b" is no`, `summaryAnnotationKey: "/c" is no`}},
 		"reason":    {RemoveAnnotatedArgs{AnnotationKey: strings.Repeat("a.", 50) + "com/" + strings.Repeat("k", 30)}, []string{"annotationKey: of 134 bytes"}},
-		"values":    {RemoveAnnotatedArgs{Values: []string{"a", "b", "a"}}, []string{`values: "a" stands there twice`}},
+		"values":    {RemoveAnnotatedArgs{Values: []string{"a", "b", "a"}}, []string{`values: "a" is listed twice`}},
 		"both":      {RemoveAnnotatedArgs{Namespaces: &api.Namespaces{Include: []string{"a"}, Exclude: []string{"b"}}}, []string{"namespaces: include and exclude"}},
-		"namespace": {RemoveAnnotatedArgs{Namespaces: &api.Namespaces{Include: []string{"kube-*"}}}, []string{`namespaces: "kube-*" is no namespace's name`}},
+		"namespace": {RemoveAnnotatedArgs{Namespaces: &api.Namespaces{Include: []string{"kube-*"}}}, []string{`namespaces: "kube-*" is not the name of a namespace`}},
 		"selector": {RemoveAnnotatedArgs{LabelSelector: &metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "a", Operator: "Near"}}}},
 			[]string{`labelSelector: "Near" is not a valid label selector operator`}},
-		"ages":     {RemoveAnnotatedArgs{MinAge: "-1s", MaxAge: "1d"}, []string{`minAge: "-1s" is no duration above 0`, `maxAge: "1d" is no duration above 0`}},
+		"ages":     {RemoveAnnotatedArgs{MinAge: "-1s", MaxAge: "1d"}, []string{`minAge: "-1s" is not a duration above 0`, `maxAge: "1d" is not a duration above 0`}},
 		"min, max": {RemoveAnnotatedArgs{MinAge: "2h", MaxAge: "1h"}, []string{"minAge: 2h is more than maxAge, 1h"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -27,7 +27,7 @@ func ValidateRemoveAnnotatedArgs(obj runtime.Object) error {
 			return // the default
 		}
 		for _, message := range validation.IsQualifiedName(strings.ToLower(key)) { // as the API server does
-			wrong("%s: %q is no annotation's key: %s", arg, key, message)
+			wrong("%s: %q is not an annotation key: %s", arg, key, message)
 		}
 	}
 	key("annotationKey", args.AnnotationKey)
@@ -37,7 +37,7 @@ func ValidateRemoveAnnotatedArgs(obj runtime.Object) error {
 	}
 	for i, value := range args.Values {
 		if slices.Contains(args.Values[:i], value) {
-			wrong("values: %q stands there twice", value)
+			wrong("values: %q is listed twice", value)
 		}
 	}
 
@@ -47,7 +47,7 @@ func ValidateRemoveAnnotatedArgs(obj runtime.Object) error {
 		}
 		for _, namespace := range slices.Concat(args.Namespaces.Include, args.Namespaces.Exclude) {
 			for _, message := range validation.IsDNS1123Label(namespace) {
-				wrong("namespaces: %q is no namespace's name: %s", namespace, message)
+				wrong("namespaces: %q is not the name of a namespace: %s", namespace, message)
 			}
 		}
 	}
@@ -72,12 +72,12 @@ func (args *RemoveAnnotatedArgs) ages() (minAge, maxAge time.Duration, errs []er
 	var err error
 	if args.MinAge != "" {
 		if minAge, err = time.ParseDuration(args.MinAge); err != nil || minAge <= 0 {
-			errs = append(errs, fmt.Errorf("minAge: %q is no duration above 0, like 30s, 10m or 24h", args.MinAge))
+			errs = append(errs, fmt.Errorf("minAge: %q is not a duration above 0, such as 30s, 10m or 24h", args.MinAge))
 		}
 	}
 	if args.MaxAge != "" {
 		if maxAge, err = time.ParseDuration(args.MaxAge); err != nil || maxAge <= 0 {
-			errs = append(errs, fmt.Errorf("maxAge: %q is no duration above 0, like 30s, 10m or 24h", args.MaxAge))
+			errs = append(errs, fmt.Errorf("maxAge: %q is not a duration above 0, such as 30s, 10m or 24h", args.MaxAge))
 		}
 	}
 	return minAge, maxAge, errs

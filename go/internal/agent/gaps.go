@@ -114,7 +114,7 @@ func (t *tracer) begin() error {
 		room = room && t.gap(g)
 	}
 	if !room {
-		return errors.New("the publish buffer has no room for what was missed before the start")
+		return errors.New("the publish buffer has no room for the gaps found at the start")
 	}
 	// What was written over before this start happened after the last that is known to have been told.
 	t.told = now.Add(-time.Duration(boottime - t.converter.Node.Epoch))
@@ -154,7 +154,7 @@ func (t *tracer) gap(g event.Gap) bool {
 	if err := t.publish(g, tag); errors.Is(err, bus.ErrFull) {
 		return false
 	} else if err != nil {
-		t.log.Error("gap cannot be published", "id", g.ID, "error", err)
+		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
 		t.settle(tag)
 	}
 	t.say(&g)
@@ -190,7 +190,7 @@ func (t *tracer) dropped(tag settles) *bus.Msg {
 	tag = t.complete(&g)
 	m, err := message(&g, tag)
 	if err != nil {
-		t.log.Error("gap cannot be published", "id", g.ID, "error", err)
+		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
 		t.settle(tag)
 		return nil
 	}
@@ -217,7 +217,7 @@ func (t *tracer) say(g *event.Gap) {
 	default:
 		args = append(args, "count", "unknown")
 	}
-	t.log.Warn("kills are missing", args...)
+	t.log.Warn("oom kills were not recorded (gap)", args...)
 }
 
 // message is a gap as it is published.

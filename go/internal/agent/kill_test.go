@@ -540,7 +540,7 @@ func TestMalformedSamples(t *testing.T) {
 	if got := testutil.ToFloat64(tr.metrics.events.WithLabelValues("error", "decode")); got != lengths {
 		t.Errorf("%v of %d bad samples are counted", got, lengths)
 	}
-	if strings.Count(log.String(), "sample refused") != lengths {
+	if strings.Count(log.String(), "cannot decode a record") != lengths {
 		t.Error("not every bad sample is logged")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -772,7 +772,7 @@ func TestSelftest(t *testing.T) {
 		}
 		var out bytes.Buffer
 		checkSelftest(t, cfg, &out)
-		if !strings.Contains(out.String(), "through the tracer that runs") {
+		if !strings.Contains(out.String(), "using the tracer that runs") {
 			t.Error(out.String())
 		}
 		begun := time.Now()

@@ -116,7 +116,7 @@ func (l *lookout) run(ctx context.Context, publish func(*event.Neighbours) error
 		}
 		if err != nil {
 			l.count.WithLabelValues("failed").Inc()
-			l.log.Warn("the memory of the other pods is not known", "kill", s.kill.ID, "error", err)
+			l.log.Warn("cannot read the memory usage of the other pods", "kill", s.kill.ID, "error", err)
 			continue
 		}
 		l.count.WithLabelValues("read").Inc()
@@ -138,7 +138,7 @@ func (l *lookout) read(ctx context.Context, s *sighting) (*event.Neighbours, err
 		return nil, err
 	}
 	for _, err := range r.Errors {
-		l.log.Warn("a pod's memory cannot be read", "error", err)
+		l.log.Warn("cannot read the memory usage of a pod", "error", err)
 	}
 	s.mark(r.Pods)
 	n := &event.Neighbours{

@@ -45,15 +45,15 @@ type kernelSide interface {
 
 // The metrics that are read at the scrape.
 var (
-	tierDesc      = desc("tier_info", "Where the context of kills comes from, how they are notified, and what mark_victim hands over; always 1.", "tier", "notify", "prototype")
-	samplesDesc   = desc("samples_total", "Records of the kernel program since it was loaded (seen), notifications of a waiting reader that a buffer took (sent) or not (refused) and that were read (received), and records that no notification led to (caught_up).", "state")
-	seqDesc       = desc("seq", "The sequence number of the kernel's last record, since recording began.")
-	journalDesc   = desc("journal_records", "Records in the kernel's journal that are not acknowledged by JetStream yet.")
-	lostDesc      = desc("lost_records_total", "Records that were lost since recording began; a gap event tells which.")
-	unseenDesc    = desc("unseen_kills", "Kills that the kernel has counted and the program did not see, within two bounds; 0 when nothing is missing.", "bound")
-	connectedDesc = desc("nats_connected", "Whether there is a connection to NATS.")
-	pendingDesc   = desc("publish_pending", "Events that wait for their acknowledgement by JetStream.")
-	ackedDesc     = desc("publish_acked_total", "Events that JetStream has acknowledged.")
+	tierDesc      = desc("tier_info", "Tier, notification and prototype of mark_victim in use; always 1.", "tier", "notify", "prototype")
+	samplesDesc   = desc("samples_total", "Number of records (seen), of notifications (sent, refused, received), and of records read without a notification (caught_up), since the program was loaded.", "state")
+	seqDesc       = desc("seq", "Sequence number of the last record in the journal.")
+	journalDesc   = desc("journal_records", "Number of records in the journal that JetStream has not acknowledged.")
+	lostDesc      = desc("lost_records_total", "Number of records that were overwritten in the journal before they were read.")
+	unseenDesc    = desc("unseen_kills", "Number of OOM kills that the kernel counted and the tracer did not see, as a lower bound (at_least) and an upper bound (at_most).", "bound")
+	connectedDesc = desc("nats_connected", "Whether the tracer is connected to NATS.")
+	pendingDesc   = desc("publish_pending", "Number of events that wait for an acknowledgement by JetStream.")
+	ackedDesc     = desc("publish_acked_total", "Number of events that JetStream has acknowledged.")
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -64,19 +64,19 @@ func newMetrics() *metrics {
 	m := &metrics{
 		events: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "events_total",
-			Help: "What became of the kernel's records, by stage and reason.",
+			Help: "Number of records of the kernel tracer by stage and reason.",
 		}, []string{"stage", "reason"}),
 		kills: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "kills_total",
-			Help: "Kills by scope; marks without a kill are not among them.",
+			Help: "Number of OOM kills observed by the kernel tracer, by scope.",
 		}, []string{"scope"}),
 		gaps: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "gaps_total",
-			Help: "Gaps in what is known of kills, by cause; each is an event of its own.",
+			Help: "Number of gap events by cause.",
 		}, []string{"cause"}),
 		neighbours: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "neighbours_total",
-			Help: "Kills for which the memory of the node's pods was read, skipped (one was read moments before, or the kill was long ago) or failed.",
+			Help: "Number of OOM kills beyond one pod by what became of the memory usage of the node's pods: read, skipped (read moments before, or the kill is old) or failed.",
 		}, []string{"result"}),
 		stateErrors: prometheus.NewCounter(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "state_file_errors_total",
@@ -84,7 +84,7 @@ func newMetrics() *metrics {
 		}),
 		published: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Subsystem: subsystem, Name: "publish_latency_seconds",
-			Help:    "From the kill in the kernel to its acknowledgement by JetStream.",
+			Help:    "Time from the OOM kill in the kernel to its acknowledgement by JetStream.",
 			Buckets: prometheus.ExponentialBuckets(0.00025, 4, 10),
 		}),
 	}

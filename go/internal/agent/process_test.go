@@ -154,7 +154,7 @@ func TestSignals(t *testing.T) {
 			if took := time.Since(begun); took > tt.within+100*time.Millisecond || err == nil {
 				t.Errorf("it ended after %s with %v\n%s", took, err, &tracer.log)
 			}
-			if tt.signals == 1 && !strings.Contains(tracer.log.String(), "events could not be published before the end") {
+			if tt.signals == 1 && !strings.Contains(tracer.log.String(), "events could not be published before the stop") {
 				t.Errorf("the log says\n%s", &tracer.log)
 			}
 		})

@@ -43,13 +43,13 @@ func Selftest(ctx context.Context, cfg config.Config, node string, stdout io.Wri
 	}
 	running := obs.TracerRuns(ctx, cfg.Metrics.Listen)
 	if running {
-		fmt.Fprintf(stdout, "selftest: through the tracer that runs at %s, cgroup v%d\n", cfg.Metrics.Listen, h.Version)
+		fmt.Fprintf(stdout, "selftest: using the tracer that runs at %s, cgroup v%d\n", cfg.Metrics.Listen, h.Version)
 		if cfg.Node.CgroupRoot != "/" {
 			return fmt.Errorf("the running tracer publishes only what happens below node.cgroup_root %s, and the selftest's cgroup is not there: "+
 				"run it with a config in which that is / and metrics.listen is empty", cfg.Node.CgroupRoot)
 		}
 	} else {
-		fmt.Fprintf(stdout, "selftest: no tracer runs; through one of its own with an embedded nats, cgroup v%d\n", h.Version)
+		fmt.Fprintf(stdout, "selftest: no tracer runs; starting one with an embedded nats, cgroup v%d\n", h.Version)
 		stop, err := privateTracer(ctx, &cfg, node, log)
 		if err != nil {
 			return err

@@ -83,7 +83,7 @@ func openStateFile(path string, log *slog.Logger) *stateFile {
 			keptAs = bad
 		}
 	}
-	log.Error("state file cannot be used: kills that an earlier tracer did not publish are not known", "error", err, "kept_as", keptAs)
+	log.Error("cannot use the state file: kills that an earlier tracer did not publish are not known", "error", err, "kept_as", keptAs)
 	return s
 }
 
@@ -239,7 +239,7 @@ func (t *tracer) save(ctx context.Context, clean bool) {
 		return
 	}
 	if s.retries > 0 {
-		t.log.Info("state file is written again", "path", s.path, "failed_writes", s.retries)
+		t.log.Info("state file can be written again", "path", s.path, "failed_writes", s.retries)
 	}
 	s.retries, s.next = 0, time.Time{}
 	t.startBase()

@@ -107,7 +107,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		PinDir: cfg.Kernel.PinDir, Log: log,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%w (oom-tracer doctor says more)", err)
+		return nil, fmt.Errorf("%w (for the reason: oom-tracer doctor)", err)
 	}
 	t.converter.Node.Epoch = t.loader.EpochNS()
 	if cfg.NATS.URL == "" {
@@ -272,13 +272,13 @@ func (t *tracer) run(ctx context.Context) error {
 	draining, drained := context.WithTimeout(bounded, drainTime)
 	defer drained()
 	if left, drainErr := t.publisher.Drain(draining); left > 0 && t.loader.Pinned() {
-		t.log.Warn("not all is published: the next start reads the rest from the journal, or reports what has been written over as a gap", "left", left, "error", drainErr)
+		t.log.Warn("stopping with unpublished events: the next start reads them from the journal, or reports them as a gap", "left", left, "error", drainErr)
 	} else if left > 0 {
-		err = errors.Join(err, fmt.Errorf("%d events could not be published before the end: %w", left, drainErr))
+		err = errors.Join(err, fmt.Errorf("%d events could not be published before the stop: %w", left, drainErr))
 	}
 	if t.conn.Connected() {
 		if statusErr := t.publishStatus(draining, event.PhaseStop); statusErr != nil {
-			t.log.Warn("the end is not told on nats", "error", statusErr)
+			t.log.Warn("could not publish the stop status", "error", statusErr)
 		}
 	}
 	t.save(bounded, true)
@@ -288,7 +288,7 @@ func (t *tracer) run(ctx context.Context) error {
 	pinned := t.loader.Pinned()
 	err = errors.Join(err, t.close(deadline))
 	if pinned {
-		t.log.Info("stopped; the kernel goes on recording for the next start, unless told otherwise by: oom-tracer unload")
+		t.log.Info("stopped; the kernel keeps recording for the next start (to end it: oom-tracer unload)")
 	} else {
 		t.log.Info("stopped")
 	}
@@ -340,7 +340,7 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 			return false
 		}
 		t.metrics.events.WithLabelValues("error", "decode").Inc()
-		t.log.Error("sample refused", "seq", seq, "error", err, "bytes", len(sample), "head", fmt.Sprintf("%x", sample[:min(len(sample), 64)]))
+		t.log.Error("cannot decode a record", "seq", seq, "error", err, "bytes", len(sample), "head", fmt.Sprintf("%x", sample[:min(len(sample), 64)]))
 		return true
 	}
 	if !t.converter.OnNode(record) {
@@ -363,7 +363,7 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 			return false
 		}
 		t.metrics.events.WithLabelValues("error", "encode").Inc()
-		t.log.Error("event cannot be published", "id", e.ID, "seq", seq, "error", err)
+		t.log.Error("cannot publish an event", "id", e.ID, "seq", seq, "error", err)
 	}
 	t.state.touch()
 	t.metrics.observe(&e)

@@ -21,7 +21,7 @@ const victimComm = "oom-selftest"
 // error if nobody kills it.
 func Victim(args []string) error {
 	if len(args) != 1 {
-		return fmt.Errorf("%s MIB is selftest's own", VictimCommand)
+		return fmt.Errorf("%s MIB is for selftest only", VictimCommand)
 	}
 	mib, err := strconv.Atoi(args[0])
 	if err != nil || mib < 1 || mib > 1024 {

@@ -57,11 +57,11 @@ func confinedCases(t *testing.T) []confinedCase {
 	}
 	cases := []confinedCase{
 		{name: "paranoid-3", paranoid: 3, kernel: "auto", less: chart, tier: loader.TierFentry, notify: loader.NotifyRingbuf, logs: "permission denied", doctor: []doctor.Finding{
-			finding("notify", doctor.StatusWarn, "kills are notified by a ring buffer, all are reported; no perf events: kernel.perf_event_paranoid is 3", "sysctl"),
+			finding("notify", doctor.StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: kernel.perf_event_paranoid is 3", "sysctl"),
 			finding("hooks", doctor.StatusOK, "fentry works", ""),
 		}},
 		{name: "paranoid-2", paranoid: 2, kernel: "auto", less: chart, tier: loader.TierFentry, notify: loader.NotifyPerf, doctor: []doctor.Finding{
-			finding("notify", doctor.StatusOK, "kills are notified by a perf buffer", ""),
+			finding("notify", doctor.StatusOK, "notifications use a perf buffer", ""),
 		}},
 		{name: "polled", paranoid: 2, kernel: "auto, notify: poll", less: chart, tier: loader.TierFentry, notify: loader.NotifyPoll},
 		{name: "perf-demanded", paranoid: 3, kernel: "auto, notify: perf", less: chart, fails: "notify by perf: perf_event_open: permission denied", doctor: []doctor.Finding{
@@ -89,7 +89,7 @@ func confinedCases(t *testing.T) []confinedCase {
 		{name: "no-CAP_SYS_RESOURCE", paranoid: 3, kernel: "auto", less: without(unix.CAP_SYS_RESOURCE), tier: loader.TierFentry, notify: loader.NotifyRingbuf, doctor: []doctor.Finding{finding("protection", doctor.StatusWarn, "lacks CAP_SYS_RESOURCE", "SYS_RESOURCE")}},
 		{name: "seccomp-perf", paranoid: 2, kernel: "auto", less: scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
 			tier: loader.TierFentry, notify: loader.NotifyRingbuf, logs: "operation not permitted", doctor: []doctor.Finding{
-				finding("notify", doctor.StatusWarn, "kills are notified by a ring buffer, all are reported; no perf events: the seccomp filter of this process refuses perf_event_open", "RuntimeDefault of containerd 1.7"),
+				finding("notify", doctor.StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: the seccomp filter of this process refuses perf_event_open", "RuntimeDefault of containerd 1.7"),
 				finding("hooks", doctor.StatusOK, "fentry works", ""),
 			}},
 		{name: "seccomp-bpf", paranoid: 2, kernel: "auto", less: scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_BPF}}, fails: "the bpf system call is refused", doctor: []doctor.Finding{

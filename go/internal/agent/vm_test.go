@@ -1194,7 +1194,7 @@ func TestVMTracer(t *testing.T) {
 	if adj, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", tracer.Process.Pid)); err != nil || strings.TrimSpace(string(adj)) != fmt.Sprint(cli.OOMScoreAdj) {
 		t.Errorf("the tracer is at %s, %v", adj, err)
 	}
-	if said := selftestVM(t, file); !strings.Contains(said, "through the tracer that runs") {
+	if said := selftestVM(t, file); !strings.Contains(said, "using the tracer that runs") {
 		t.Errorf("the selftest beside the tracer says %q", said)
 	}
 	// All but the hog are smaller, which has nothing yet.

@@ -157,9 +157,9 @@ func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) 
 func hint(err error, cfg config.NATS) string {
 	switch {
 	case errors.Is(err, nats.ErrAuthorization) && cfg.URL == "":
-		return fmt.Sprintf(" (the password in %s is not that of the server that listens there)", PasswordFile(cfg.Embedded.Dir))
+		return fmt.Sprintf(" (the server there does not accept the password in %s: does another nats-server listen there?)", PasswordFile(cfg.Embedded.Dir))
 	case errors.Is(err, nats.ErrAuthorization) && cfg.TokenFile != "":
-		return fmt.Sprintf(" (token in %s: the log of oom-auth has the reason)", cfg.TokenFile)
+		return fmt.Sprintf(" (token in %s: see the log of oom-auth)", cfg.TokenFile)
 	case errors.Is(err, nats.ErrAuthorization) && cfg.User != "":
 		return fmt.Sprintf(" (user %q: check nats.user and nats.password_file)", cfg.User)
 	case errors.Is(err, nats.ErrAuthorization):
@@ -169,7 +169,7 @@ func hint(err error, cfg config.NATS) string {
 	case errors.Is(err, nats.ErrNoServers):
 		return " (nobody listens there)"
 	case errors.Is(err, nats.ErrSecureConnWanted):
-		return " (nats.url or nats.tls asks for TLS and the server offers none)"
+		return " (nats.url or nats.tls requires TLS and the server does not offer it)"
 	case errors.Is(err, nats.ErrTLS):
 		return " (check nats.tls, and whether the server wants a client certificate)"
 	case lateLogin(err):
@@ -179,7 +179,7 @@ func hint(err error, cfg config.NATS) string {
 }
 
 // While a server waits for an auth callout it pings the client after two seconds, and nats.go takes that for an error.
-const lateHint = " (the server has not decided on this login in time: does oom-auth run?)"
+const lateHint = " (the server did not decide on this login in time: is oom-auth running?)"
 
 func lateLogin(err error) bool { return strings.HasSuffix(err.Error(), "expected 'PONG', got 'PING'") }
 
@@ -221,7 +221,7 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 		nats.ClosedHandler(c.linkClosed),
 		nats.ErrorHandler(func(_ *nats.Conn, sub *nats.Subscription, err error) { c.asyncError(sub, err) }),
 		nats.LameDuckModeHandler(func(nc *nats.Conn) {
-			c.log.Info("nats server is about to stop, moving on", "server", nc.ConnectedUrlRedacted())
+			c.log.Info("nats server is shutting down, connecting to another", "server", nc.ConnectedUrlRedacted())
 		}),
 	}
 
@@ -308,7 +308,7 @@ func splitURLs(list string) ([]string, error) {
 			return nil, fmt.Errorf("nats.url: server %d is not nats://host:port or tls://host:port", i+1)
 		}
 		if u.User != nil {
-			return nil, fmt.Errorf("nats.url: server %d carries a user or password: use nats.user and nats.password_file", i+1)
+			return nil, fmt.Errorf("nats.url: server %d contains a user or password: use nats.user and nats.password_file", i+1)
 		}
 		if u.Port() == "" {
 			s = u.Scheme + "://" + net.JoinHostPort(u.Hostname(), "4222")
@@ -356,7 +356,7 @@ func (c *Conn) linkClosed(nc *nats.Conn) {
 	err := nc.LastError()
 	c.linkDown(err)
 	if !c.closing.Load() {
-		c.log.Error("nats connection is closed for good", "server", c.server, "error", err)
+		c.log.Error("nats connection is closed, will not reconnect", "server", c.server, "error", err)
 	}
 	close(c.closed)
 }
@@ -373,7 +373,7 @@ func (c *Conn) attemptFailed(err error) {
 	} else if lateLogin(err) {
 		err = fmt.Errorf("%w%s", err, lateHint)
 	}
-	c.once(key, "connecting to nats fails, will go on trying", "server", c.server, "error", err)
+	c.once(key, "cannot connect to nats, will retry", "server", c.server, "error", err)
 }
 
 // once logs a warning unless key was used since the connection's state changed, and no more than a few
@@ -413,7 +413,7 @@ func (c *Conn) asyncError(sub *nats.Subscription, err error) {
 		for _, w := range watchers {
 			w.tell(d)
 		}
-		c.once(err.Error(), "nats refuses", "server", c.server, "error", err)
+		c.once(err.Error(), "nats denied a permission", "server", c.server, "error", err)
 		return
 	}
 	c.mu.Lock()
@@ -512,7 +512,7 @@ func (c *Conn) Close() {
 	select {
 	case <-c.closed:
 	case <-t.C:
-		c.log.Warn("nats connection does not close in time", "server", c.server, "timeout", closeTimeout)
+		c.log.Warn("nats connection did not close in time", "server", c.server, "timeout", closeTimeout)
 	}
 }
 

@@ -286,7 +286,7 @@ func TestConnectTLS(t *testing.T) {
 	wantError(t, refused(ctx, t, halfCert), "/nowhere/key")
 
 	plain := startNatsd(t, "")
-	wantError(t, refused(ctx, t, config.NATS{URL: plain.url(), TLS: config.TLS{CAFile: ca.file}}), "offers none")
+	wantError(t, refused(ctx, t, config.NATS{URL: plain.url(), TLS: config.TLS{CAFile: ca.file}}), "does not offer it")
 
 	// In the background the wrong CA is named too.
 	log, logged := newLog(t)

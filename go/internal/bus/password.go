@@ -52,7 +52,7 @@ func ReadEmbeddedPassword(dir string) (string, error) {
 
 // ReadPassword is ReadEmbeddedPassword for a directory that is open.
 func ReadPassword(d *statedir.Dir) (string, error) {
-	const again = "restart oom-tracer to have a new one made"
+	const again = "restart oom-tracer to generate a new one"
 	data, err := d.ReadSecret(PasswordName, maxSecret)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("read password of the embedded nats-server: %w", err)
@@ -99,7 +99,7 @@ func readSmall(path string) ([]byte, error) {
 		return nil, fmt.Errorf("read %s: %w", path, err)
 	}
 	if len(data) > maxSecret {
-		return nil, fmt.Errorf("read %s: more than %d bytes are not a secret", path, maxSecret)
+		return nil, fmt.Errorf("read %s: a secret has at most %d bytes", path, maxSecret)
 	}
 	return data, nil
 }

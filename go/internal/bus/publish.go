@@ -335,7 +335,7 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 	}
 	drop := func(i int, err error) {
 		p.dropped.Add(1)
-		p.log.Error("message can never be stored, dropped", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
+		p.log.Error("message dropped: nats can never store it", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
 		if p.hooks.OnDrop != nil {
 			if instead := p.hooks.OnDrop(*batch[i], err); instead != nil {
 				*batch[i], progress = *instead, true
@@ -454,7 +454,7 @@ func (p *Publisher) note(err error) {
 	p.mu.Unlock()
 	switch {
 	case complain:
-		p.log.Warn("publishing fails, will go on trying", "pending", pending, "error", err)
+		p.log.Warn("cannot publish, will retry", "pending", pending, "error", err)
 	case err == nil && complained:
 		p.log.Info("publishing works again", "pending", pending)
 	}

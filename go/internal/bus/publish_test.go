@@ -282,7 +282,7 @@ func TestPublishServerHangs(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	for _, text := range []string{"publishing fails, will go on trying", "publishing works again"} {
+	for _, text := range []string{"cannot publish, will retry", "publishing works again"} {
 		if n := strings.Count(logged.String(), text); n != 1 {
 			t.Errorf("%q was logged %d times", text, n)
 		}
@@ -337,7 +337,7 @@ func TestPublishNoStream(t *testing.T) {
 	if err := p.Failing(); !errors.Is(err, jetstream.ErrNoStreamResponse) {
 		t.Errorf("failing because of %v", err)
 	}
-	if n := strings.Count(logged.String(), "publishing fails"); n != 1 {
+	if n := strings.Count(logged.String(), "cannot publish"); n != 1 {
 		t.Errorf("logged %d times", n)
 	}
 	check(t, bus.EnsureStreams(ctx, c, streamConfig))
@@ -474,7 +474,7 @@ func TestPublishPermissions(t *testing.T) {
 		t.Errorf("%d are pending, want the refused one", p.Pending())
 	}
 	rec.wait(ctx, t, "more refusals", func() bool { return len(rec.retries["foreign"]) > 3 })
-	if n := strings.Count(logged.String(), "nats refuses"); n != 1 {
+	if n := strings.Count(logged.String(), "nats denied a permission"); n != 1 {
 		t.Errorf("the refusal was logged %d times", n)
 	}
 	if strings.Contains(logged.String(), "secret") {

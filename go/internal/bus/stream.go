@@ -208,10 +208,10 @@ func checkStream(have jetstream.StreamConfig) error {
 		wrong = append(wrong, "it is sealed")
 	}
 	if have.NoAck {
-		wrong = append(wrong, "it does not acknowledge")
+		wrong = append(wrong, "its no_ack is true")
 	}
 	if wrong != nil {
-		return fmt.Errorf("the existing stream cannot be used, delete or rename it: %s", strings.Join(wrong, ", "))
+		return fmt.Errorf("the existing stream cannot be used, back it up and delete it: %s", strings.Join(wrong, ", "))
 	}
 	return nil
 }

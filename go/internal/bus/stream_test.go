@@ -108,7 +108,7 @@ func TestEnsureStream(t *testing.T) {
 		check(t, err)
 	}
 	remake(jetstream.StreamConfig{Name: event.StreamName, Subjects: event.StreamSubjects(), Storage: jetstream.MemoryStorage, Retention: jetstream.WorkQueuePolicy, NoAck: true})
-	wantError(t, bus.EnsureStreams(ctx, c, streamConfig), "delete or rename it", "Memory, not file", "WorkQueue, not limits", "does not acknowledge")
+	wantError(t, bus.EnsureStreams(ctx, c, streamConfig), "back it up and delete it", "Memory, not file", "WorkQueue, not limits", "no_ack is true")
 
 	// Another stream has the subjects.
 	check(t, c.JetStream().DeleteStream(ctx, event.StreamName))

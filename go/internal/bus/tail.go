@@ -71,7 +71,7 @@ func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) 
 		case errors.Is(err, ErrClosed), errors.Is(err, nats.ErrPermissionViolation), !t.began && !errors.Is(err, ErrDisconnected):
 			return fmt.Errorf("tail stream %s: %w", t.o.Stream, err)
 		}
-		c.once("tail"+err.Error(), "reading the stream is interrupted, will go on after the last message", "stream", t.o.Stream, "last_seq", t.last, "error", err)
+		c.once("tail"+err.Error(), "reading the stream was interrupted, will resume after the last message", "stream", t.o.Stream, "last_seq", t.last, "error", err)
 		failures++
 		pause := time.NewTimer(backoff(failures))
 		select {
@@ -159,9 +159,9 @@ func (t *tail) read(ctx context.Context) error {
 		}
 	case !t.created.Equal(info.Created):
 		if !t.o.Follow {
-			return errStop{fmt.Errorf("tail stream %s: it was deleted while it was read", t.o.Stream)}
+			return errStop{fmt.Errorf("tail stream %s: the stream was deleted while it was read", t.o.Stream)}
 		}
-		t.c.log.Warn("stream was made anew, reading it from its start", "stream", t.o.Stream, "last_seq", t.last)
+		t.c.log.Warn("stream was created again, reading it from its start", "stream", t.o.Stream, "last_seq", t.last)
 		t.created, t.last, t.o.Since = info.Created, 0, time.Unix(0, 0)
 	}
 
@@ -207,7 +207,7 @@ func (t *tail) read(ctx context.Context) error {
 			return fmt.Errorf("read: %w", err)
 		}
 		if meta.Sequence.Consumer != count {
-			return fmt.Errorf("read: message %d of the consumer came where %d was due", meta.Sequence.Consumer, count)
+			return fmt.Errorf("read: got message %d of the consumer, want %d", meta.Sequence.Consumer, count)
 		}
 		if !t.o.Follow && meta.Sequence.Stream > t.end {
 			return nil

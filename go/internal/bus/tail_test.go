@@ -322,7 +322,7 @@ func TestTailStreamMadeAnew(t *testing.T) {
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
-	if !strings.Contains(logged.String(), "stream was made anew") {
+	if !strings.Contains(logged.String(), "stream was created again") {
 		t.Error("nothing was said of it")
 	}
 }

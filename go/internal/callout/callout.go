@@ -119,7 +119,7 @@ func (s *Service) handle(ctx context.Context, m *nats.Msg) {
 	reply, err := s.answer(ctx, m.Data, m.Header.Get(xkeyHeader))
 	if err != nil {
 		s.decisions.WithLabelValues(failed).Inc()
-		s.warn("cannot read the question of a nats server", "error", err)
+		s.warn("cannot read the request of a nats server", "error", err)
 		return
 	}
 	if err := m.Respond(reply); err != nil {
@@ -136,7 +136,7 @@ func (s *Service) warn(msg string, args ...any) {
 func (s *Service) answer(ctx context.Context, data []byte, server string) ([]byte, error) {
 	plain, err := s.keys.curve.Open(data, server)
 	if err != nil {
-		return nil, fmt.Errorf("decrypt (is the issuer's secret that of the server?): %w", err)
+		return nil, fmt.Errorf("decrypt (is the issuer's secret the one that the server uses?): %w", err)
 	}
 	question, err := jwt.DecodeAuthorizationRequestClaims(string(plain))
 	if err != nil {
@@ -159,7 +159,7 @@ func (s *Service) answer(ctx context.Context, data []byte, server string) ([]byt
 		response.Error = err.Error()
 	default:
 		s.decisions.WithLabelValues(failed).Inc()
-		s.warn("login not decided, the client tries again", append(client, "error", err)...)
+		s.warn("could not decide on a login, the client will retry", append(client, "error", err)...)
 		response.Error = "token could not be reviewed"
 	}
 	text, err := response.Encode(s.keys.issuer)

@@ -31,7 +31,7 @@ func DeriveKeys(secret string) (k *Keys, err error) {
 		}
 	}()
 	if len(secret) < minSecret {
-		return nil, fmt.Errorf("the secret has %d characters, fewer than %d", len(secret), minSecret)
+		return nil, fmt.Errorf("the secret has %d characters, and needs at least %d", len(secret), minSecret)
 	}
 	derive := func(kind nkeys.PrefixByte, purpose string) ([]byte, error) {
 		raw, err := hkdf.Key(sha256.New, []byte(secret), nil, "oom-tracer nats auth callout "+purpose, 32)

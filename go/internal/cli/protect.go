@@ -20,6 +20,6 @@ func Protect(log *slog.Logger) {
 		}
 	}
 	if err := os.WriteFile(file, []byte(strconv.Itoa(OOMScoreAdj)), 0); err != nil {
-		log.Warn("not protected from the oom killer itself", "error", err)
+		log.Warn("cannot lower oom_score_adj: the oom killer may kill the tracer", "error", err)
 	}
 }

@@ -237,11 +237,11 @@ func TestParseOdd(t *testing.T) {
 		{"just not too big", strings.Repeat("#", 1<<20), ""},
 		{"deep", strings.Repeat("[", 1<<20), "x"},
 		{"deep but closed", strings.Repeat("[", 9000) + strings.Repeat("]", 9000), "x:1: must be a section with keys, not a list"},
-		{"alias bomb", bomb, "x:1: a0: anchors, aliases and merge keys are not taken"},
+		{"alias bomb", bomb, "x:1: a0: anchors, aliases and merge keys are not supported"},
 		{"alias of itself", "nats: &a\n  tls: *a\n", "x:1: nats: anchors"},
 		{"unknown alias", "nats: *a\n", "x: is not valid YAML: unknown anchor"},
 		{"panics in yaml.v3", "{{},<<}", "x:1: a key must be a word, not a section"},
-		{"long key", strings.Repeat("k", 1000) + ": 1\n", `k…": unknown key: known here are node,`},
+		{"long key", strings.Repeat("k", 1000) + ": 1\n", `k…": unknown key: known keys here: node,`},
 		{"long value", "log: {level: " + strings.Repeat("v", 1000) + "}\n", `v…"`},
 		{"escape in a value", `log: {level: "\e[31m"}`, `not "\x1b[31m"`},
 		{"escape in a number", `node: {neighbours: !!int "\e[31m"}`, `not a number "\x1b[31m"`},
@@ -379,7 +379,7 @@ func TestSuggest(t *testing.T) {
 		"URL": "url", "ulr": "", "usr": "user", "maxAge": "max_age", "max-age": "max_age", "max_byte": "max_bytes", "lisetn": "listen", "x": "", "": "",
 	} {
 		got := suggest(key, known)
-		if want == "" && !strings.HasPrefix(got, ": known here") || want != "" && got != ": did you mean "+want+"?" {
+		if want == "" && !strings.HasPrefix(got, ": known keys here") || want != "" && got != ": did you mean "+want+"?" {
 			t.Errorf("suggest(%q) = %q, want %q", key, got, want)
 		}
 	}

@@ -40,7 +40,7 @@ func Load(path string) (Config, error) {
 // line is left out where there is none.
 func Parse(name string, data []byte) (Config, error) {
 	if len(data) > maxSize {
-		return Config{}, fmt.Errorf("%s: is larger than %d bytes: this is no configuration file", name, maxSize)
+		return Config{}, fmt.Errorf("%s: is larger than %d bytes: this is not a configuration file", name, maxSize)
 	}
 	root, err := document(data)
 	if err != nil {

@@ -47,10 +47,10 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 		} else if err := checkAnnotationValue(value); err != nil {
 			bad("policy.annotation", "must be key=value, a key or empty: the value %v", err)
 		} else if key == c.Annotator.SummaryAnnotation {
-			clash("policy.annotation", "annotator.summary_annotation", "has the key of annotator.summary_annotation")
+			clash("policy.annotation", "annotator.summary_annotation", "must not have the key of annotator.summary_annotation")
 		}
 		if key != "" && key == p.OptOutAnnotation {
-			clash("policy.annotation", "policy.opt_out_annotation", "has the key of policy.opt_out_annotation")
+			clash("policy.annotation", "policy.opt_out_annotation", "must not have the key of policy.opt_out_annotation")
 		}
 	}
 	if p.Condition != "" {
@@ -76,7 +76,7 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 		}
 		for i, v := range values {
 			if !slices.Contains(allowed, v) {
-				bad(key, "must be of %s, not %s", strings.Join(allowed, ", "), show(v))
+				bad(key, "must be one of %s, not %s", strings.Join(allowed, ", "), show(v))
 			} else if slices.Contains(values[:i], v) {
 				bad(key, "names %s twice", v)
 			}
@@ -123,7 +123,7 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 		if err := checkKey(p.OptOutAnnotation); err != nil {
 			bad("policy.opt_out_annotation", "%v", err)
 		} else if p.OptOutAnnotation == c.Annotator.SummaryAnnotation {
-			clash("policy.opt_out_annotation", "annotator.summary_annotation", "is annotator.summary_annotation too")
+			clash("policy.opt_out_annotation", "annotator.summary_annotation", "must differ from annotator.summary_annotation")
 		}
 	}
 

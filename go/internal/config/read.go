@@ -60,11 +60,11 @@ func (r *reader) section(path string, n *yaml.Node, out any) {
 		field, ok := fields[key.Value]
 		switch first := r.lines[at]; {
 		case key.ShortTag() == "!!merge" || key.Anchor != "" || val.Anchor != "" || val.Kind == yaml.AliasNode:
-			r.report(at, key.Line, "anchors, aliases and merge keys are not taken: write the value out")
+			r.report(at, key.Line, "anchors, aliases and merge keys are not supported: write the value out")
 		case !ok:
 			r.report(at, key.Line, "unknown key%s", suggest(key.Value, known))
 		case first > 0:
-			r.report(at, key.Line, "stands on line %d already", first)
+			r.report(at, key.Line, "is already set on line %d", first)
 		default:
 			r.lines[at] = key.Line
 			if reflect.TypeOf(field).Elem().Kind() == reflect.Struct {
@@ -90,7 +90,7 @@ func (r *reader) list(path string, n *yaml.Node, out *[]string) {
 	for _, val := range n.Content {
 		var word string
 		if val.Anchor != "" || val.Kind == yaml.AliasNode {
-			r.report(path, val.Line, "anchors and aliases are not taken: write the value out")
+			r.report(path, val.Line, "anchors and aliases are not supported: write the value out")
 		} else if err := scalar(val, &word); err != nil {
 			r.report(path, val.Line, "an entry %v", err)
 		}
@@ -110,7 +110,7 @@ func (r *reader) pairs(path string, n *yaml.Node, out *map[string]string) {
 		key, val := n.Content[i], n.Content[i+1]
 		var k, v string
 		if key.ShortTag() == "!!merge" || key.Anchor != "" || val.Anchor != "" || key.Kind == yaml.AliasNode || val.Kind == yaml.AliasNode {
-			r.report(path, key.Line, "anchors, aliases and merge keys are not taken: write the value out")
+			r.report(path, key.Line, "anchors, aliases and merge keys are not supported: write the value out")
 			continue
 		}
 		if err := scalar(key, &k); err != nil {
@@ -119,7 +119,7 @@ func (r *reader) pairs(path string, n *yaml.Node, out *map[string]string) {
 		}
 		at := join(path, k)
 		if first := r.lines[at]; first > 0 {
-			r.report(at, key.Line, "stands on line %d already", first)
+			r.report(at, key.Line, "is already set on line %d", first)
 			continue
 		}
 		r.lines[at] = key.Line
@@ -147,7 +147,7 @@ func scalar(n *yaml.Node, out any) error {
 	switch out := out.(type) {
 	case *string:
 		if !isString {
-			return fmt.Errorf("must be a string (in quotes if need be), not %s", kind(n))
+			return fmt.Errorf("must be a string (in quotes if necessary), not %s", kind(n))
 		}
 		*out = n.Value
 	case *bool:
@@ -255,7 +255,7 @@ func suggest(key string, known []string) string {
 		}
 	}
 	if nearest == "" {
-		return ": known here are " + strings.Join(known, ", ")
+		return ": known keys here: " + strings.Join(known, ", ")
 	}
 	return ": did you mean " + nearest + "?"
 }

@@ -137,7 +137,7 @@ func (c *Config) faults() []fault {
 	if s.Replicas != 1 && s.Replicas != 3 && s.Replicas != 5 {
 		bad("nats.stream.replicas", "must be 1, 3 or 5, not %d", s.Replicas)
 	} else if s.Replicas > 1 && n.URL == "" {
-		clash("nats.stream.replicas", "nats.url", "must be 1 without nats.url: the embedded server is alone")
+		clash("nats.stream.replicas", "nats.url", "must be 1 without nats.url: the embedded server is a single server")
 	}
 	if s.DedupWindow < time.Second {
 		bad("nats.stream.dedup_window", "must be at least 1s, not %s", s.DedupWindow)
@@ -165,13 +165,13 @@ func (c *Config) faults() []fault {
 	if a.Burst < 0 || a.Burst > 10_000 {
 		bad("annotator.burst", "must be from 0 to 10000, not %d", a.Burst)
 	} else if (a.Burst == 0) != (a.QPS == 0) {
-		clash("annotator.burst", "annotator.qps", "must be 0 where annotator.qps is, and only there")
+		clash("annotator.burst", "annotator.qps", "must be 0 if annotator.qps is 0, and above 0 otherwise")
 	}
 	if a.Listen != "" {
 		if err := checkListen(a.Listen); err != nil {
 			bad("annotator.listen", "%v", err)
 		} else if c.Metrics.Listen == a.Listen && !strings.HasSuffix(a.Listen, ":0") {
-			clash("annotator.listen", "metrics.listen", "is that of metrics.listen too: oom-tracer and oom-annotator may run on one machine")
+			clash("annotator.listen", "metrics.listen", "must differ from metrics.listen: oom-tracer and oom-annotator may run on one machine")
 		}
 	}
 	namespace, account, _ := strings.Cut(c.Auth.ServiceAccount, "/")
@@ -179,7 +179,7 @@ func (c *Config) faults() []fault {
 		bad("auth.service_account", "must be namespace/name, not %s", show(c.Auth.ServiceAccount))
 	}
 	if c.Auth.Audience == "" {
-		bad("auth.audience", "must not be empty: a token for anybody would do")
+		bad("auth.audience", "must not be empty: a token for any audience would be accepted")
 	}
 	if c.Auth.IssuerFile != "" && !isPath(c.Auth.IssuerFile) {
 		bad("auth.issuer_file", "must be the absolute path of a file")

@@ -398,12 +398,12 @@ func TestTokenFaults(t *testing.T) {
 	// No oom-auth yet.
 	r := s.tracer(s.token("node-1"))
 	r.kill("before")
-	within(t, 10*time.Second, "the log says who does not answer", func() bool { return strings.Contains(readFile(t, r.log), "does oom-auth run?") })
+	within(t, 10*time.Second, "the log says who does not answer", func() bool { return strings.Contains(readFile(t, r.log), "is oom-auth running?") })
 	if r.conn.Connected() || r.publisher.Pending() != 1 {
 		t.Fatal("a tracer is connected, and nobody has looked at its token")
 	}
 	cfg := config.NATS{URL: s.urls[0], TokenFile: r.file} // as oom-tracer doctor asks
-	if _, err := bus.Connect(t.Context(), cfg, bus.Options{Name: "oom-tracer.node-1"}, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "does oom-auth run?") {
+	if _, err := bus.Connect(t.Context(), cfg, bus.Options{Name: "oom-tracer.node-1"}, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "is oom-auth running?") {
 		t.Errorf("without oom-auth: %v", err)
 	}
 	a, b := s.auth(), s.auth()

@@ -106,7 +106,7 @@ func (x *examiner) relocations() Finding {
 	if err != nil {
 		return fail(check, err.Error(), "report this kernel: the program does not load there, or would not read what it should")
 	}
-	return ok(check, "all %d resolve, but for those that the program asks for first", n)
+	return ok(check, "all %d resolve, except those that the program checks for before it uses them", n)
 }
 
 // functions says whether what the best tiers hook is there.
@@ -116,10 +116,10 @@ func (x *examiner) functions() Finding {
 		return fail(check, "not known without BTF", "see btf")
 	}
 	if missing := loader.MissingHooks(x.kernel); len(missing) > 0 {
-		return warn(check, "not to be hooked, for they are not in the kernel's types: "+strings.Join(missing, ", "),
-			"see on a machine with that kernel what oom-tracer doctor says of hooks and stack")
+		return warn(check, "cannot hook functions that are not in the kernel's BTF: "+strings.Join(missing, ", "),
+			"run oom-tracer doctor on a machine with that kernel, and see hooks and stack")
 	}
-	return ok(check, "what the tiers fentry and kprobe hook is there")
+	return ok(check, "the kernel has the functions that the tiers fentry and kprobe hook")
 }
 
 // tell prints the findings of this machine (here) or another's kernel (there). It fails when one of them does.
@@ -330,7 +330,7 @@ func (x *examiner) capabilities() Finding {
 			"run it in the host's user namespace (Kubernetes: leave hostUsers at true; Docker: --userns=host)")
 	}
 	if last := x.sysctl("kernel/cap_last_cap", unix.CAP_LAST_CAP); last < unix.CAP_BPF && !x.has(unix.CAP_SYS_ADMIN) {
-		return fail(check, "lacks CAP_SYS_ADMIN to load and attach the program; this kernel, before 5.8, has no smaller ones for it",
+		return fail(check, "lacks CAP_SYS_ADMIN to load and attach the program (Linux before 5.8 has no CAP_BPF and CAP_PERFMON)",
 			"run it as root, or give it CAP_SYS_ADMIN")
 	}
 	f := Finding{Check: check, Status: StatusOK}
@@ -368,7 +368,7 @@ func (x *examiner) capabilities() Finding {
 	case len(lack) == 0:
 		return f
 	case allowed:
-		f.Remedy = fmt.Sprintf("run it as user 0, who would have them here; user %d has not", x.process.UIDs[1])
+		f.Remedy = fmt.Sprintf("run it as user 0, which has them here; user %d does not", x.process.UIDs[1])
 	default:
 		f.Remedy = fmt.Sprintf("run it as root with all capabilities, or add these (Kubernetes: securityContext.capabilities.add: [%s], with runAsUser: 0)",
 			strings.Join(names, ", "))
@@ -387,9 +387,9 @@ func (x *examiner) protection() Finding {
 	}
 	now := strings.TrimSpace(string(data))
 	if n, err := strconv.Atoi(now); err == nil && n <= cli.OOMScoreAdj || x.has(unix.CAP_SYS_RESOURCE) {
-		return ok(check, "a tracer can have oom_score_adj %d, so that the OOM killer takes it last", cli.OOMScoreAdj)
+		return ok(check, "a tracer can have oom_score_adj %d, so that the OOM killer chooses it last", cli.OOMScoreAdj)
 	}
-	return warn(check, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now "+now+": the OOM killer may take the tracer",
+	return warn(check, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now "+now+": the OOM killer may kill the tracer",
 		"add it (Kubernetes: securityContext.capabilities.add: [SYS_RESOURCE]), or start it with oom_score_adj "+strconv.Itoa(cli.OOMScoreAdj))
 }
 
@@ -411,7 +411,7 @@ func (x *examiner) lockdown() Finding {
 	switch mode, _, closed := strings.Cut(rest, "]"); {
 	case mode == "confidentiality":
 		return fail(check, mode+": the kernel lets no program read its memory",
-			"boot with lockdown=integrity, which secure boot is content with; it cannot be lowered while the kernel runs")
+			"boot with lockdown=integrity, which is enough for secure boot; lockdown cannot be lowered while the kernel runs")
 	case closed && (mode == "none" || mode == "integrity"):
 		return ok(check, "%s", mode)
 	default:
@@ -440,12 +440,12 @@ func (x *examiner) refusal(call, capability string, bit uint, err error) (cause,
 	admin := x.has(unix.CAP_SYS_ADMIN)
 	switch paranoid := x.sysctl("kernel/perf_event_paranoid", 2); {
 	case !errors.Is(err, fs.ErrPermission):
-		return fmt.Sprintf("%s: %v", call, err), "report this kernel, with what is said here"
+		return fmt.Sprintf("%s: %v", call, err), "report this kernel, with this message"
 	case !x.has(bit) && !admin:
 		return fmt.Sprintf("%s is refused (%v): this process lacks CAP_%s", call, err, capability), "see capabilities"
 	// The kernel itself answers EACCES (perf_allow_cpu()).
 	case bit == unix.CAP_PERFMON && paranoid > 2 && !admin && !errors.Is(err, unix.EPERM):
-		return fmt.Sprintf("kernel.perf_event_paranoid is %d, a level that Debian and Ubuntu have added: the kernel then demands CAP_SYS_ADMIN for %s, CAP_%s does not count",
+		return fmt.Sprintf("kernel.perf_event_paranoid is %d, a level that Debian and Ubuntu added: the kernel then requires CAP_SYS_ADMIN for %s, and CAP_%s is not enough",
 			paranoid, call, capability), "sysctl kernel.perf_event_paranoid=2 on the node"
 	case x.filtered():
 		return fmt.Sprintf("the seccomp filter of this process refuses %s (%v, although it has CAP_%s; Seccomp is 2 in %s/self/status)", call, err, capability, x.procfs),
@@ -494,15 +494,15 @@ func (x *examiner) notify() Finding {
 			return fail(check, "kernel.notify is perf: "+cause, remedy+"; or set kernel.notify to auto")
 		}
 		if !known {
-			return warn(check, "no perf events: "+cause, "perf events are not needed; to have them: "+remedy)
+			return warn(check, "no perf events: "+cause, "perf events are not needed; to permit them: "+remedy)
 		}
-		return warn(check, fmt.Sprintf("kills are notified by %s, all are reported; no perf events: %s", way, cause), "perf events are not needed; to have them: "+remedy)
+		return warn(check, fmt.Sprintf("notifications use %s, all kills are reported; no perf events: %s", way, cause), "perf events are not needed; to permit them: "+remedy)
 	case !known:
 		return ok(check, "not known: the program cannot be loaded")
 	case x.loaded.notify == loader.NotifyPerf || want != loader.NotifyAuto:
-		return ok(check, "kills are notified by %s", way)
+		return ok(check, "notifications use %s", way)
 	default:
-		return warn(check, fmt.Sprintf("kills are notified by %s, all are reported", way), "see memlock, and the tracer's log for the reason")
+		return warn(check, fmt.Sprintf("notifications use %s, all kills are reported", way), "see memlock, and the tracer's log for the reason")
 	}
 }
 
@@ -529,7 +529,7 @@ func (x *examiner) memlock() Finding {
 	want := loader.Notify(x.cfg.Kernel.Notify)
 	buffered := want == loader.NotifyPerf || want == loader.NotifyAuto && x.perfErr == nil
 	if buffered && need > free && need-free > soft && paranoid > -1 && !x.has(unix.CAP_IPC_LOCK) {
-		f := warn(check, fmt.Sprintf("%s; %s are free to each user, and the rest exceeds the limit of %s", buffers, kib(free), limit),
+		f := warn(check, fmt.Sprintf("%s; each user may lock %s beyond the limit, and the rest exceeds the limit of %s", buffers, kib(free), limit),
 			remedy+"give CAP_IPC_LOCK; a ring buffer is used instead")
 		if want == loader.NotifyPerf {
 			f.Status, f.Remedy = StatusFail, remedy+"give CAP_IPC_LOCK, or set kernel.notify to auto"
@@ -543,7 +543,7 @@ func (x *examiner) memlock() Finding {
 	if !buffered {
 		return ok(check, "limit %s; no perf buffers", limit)
 	}
-	return ok(check, "limit %s; %s, %s are free to each user", limit, buffers, kib(free))
+	return ok(check, "limit %s; %s, each user may lock %s beyond the limit", limit, buffers, kib(free))
 }
 
 const noLimit = unix.RLIM_INFINITY
@@ -657,7 +657,7 @@ func (x *examiner) hooks(earlier []string) Finding {
 			_, permit := x.refusal("perf_event_open", "PERFMON", unix.CAP_PERFMON, errno(x.perfErr))
 			remedy = "permit perf events, which kprobes need on this kernel: " + permit + "; or " + remedy
 		}
-		return x.degraded(check, "none; the owner of a limit is inferred, and what was to be allocated is not known ("+why+")", remedy)
+		return x.degraded(check, "none; the owner of a limit is inferred, and the failed allocation is not known ("+why+")", remedy)
 	}
 }
 
@@ -694,9 +694,9 @@ func (x *examiner) kallsyms() Finding {
 	case x.shownErr != nil:
 		return x.degraded(check, x.shownErr.Error(), "let this process read "+x.procfs+"/kallsyms")
 	case restrict >= 2:
-		return x.degraded(check, hidden, "sysctl kernel.kptr_restrict=1 (2 hides them from root too), and have CAP_SYSLOG")
+		return x.degraded(check, hidden, "sysctl kernel.kptr_restrict=1 (2 hides them from root too), and give CAP_SYSLOG")
 	default:
-		return x.degraded(check, hidden, "it takes CAP_SYSLOG: see capabilities")
+		return x.degraded(check, hidden, "needs CAP_SYSLOG: see capabilities")
 	}
 }
 
@@ -713,7 +713,7 @@ func (x *examiner) stack() Finding {
 		return x.degraded(check, err.Error()+"; scope, outcome and limit of kills are unknown", "report this kernel: its compiler inlined or renamed them")
 	}
 	if nodes := x.memoryNodes(); strings.ContainsAny(nodes, ",-") {
-		return warn(check, fmt.Sprintf("proves what cgroup kills are; with the memory nodes %s, the scope of others is unknown: a cpuset or memory policy may be behind them", nodes),
+		return warn(check, fmt.Sprintf("proves the scope of cgroup kills; with the memory nodes %s, the scope of other kills is unknown: a cpuset or memory policy may have caused them", nodes),
 			"see constraint= in the kernel's own log (dmesg) for those kills")
 	}
 	return ok(check, "proves scope and outcome")
@@ -746,9 +746,9 @@ func (x *examiner) program(earlier []string) Finding {
 		return fail(check, err.Error(), "see "+strings.Join(earlier, ", "))
 	}
 	detail := err.Error() + x.said.String()
-	remedy := "report this kernel, with what is said here"
+	remedy := "report this kernel, with this message"
 	if !x.securityfs() {
-		remedy = "see on the host that " + x.sysfs + "/kernel/security/lockdown is not [confidentiality]; else " + remedy
+		remedy = "check on the host that " + x.sysfs + "/kernel/security/lockdown is not [confidentiality]; otherwise " + remedy
 	}
 	switch {
 	case errors.Is(err, fs.ErrPermission) && x.countsBPF():
@@ -802,7 +802,7 @@ func (x *examiner) cgroup() Finding {
 	}
 	h, err := scratch.Find(x.procfs)
 	if err != nil {
-		return warn(check, err.Error(), "mount the cgroup file system if selftest shall work; tracing does not need it")
+		return warn(check, err.Error(), "mount the cgroup file system to run selftest; tracing does not need it")
 	}
 	detail := fmt.Sprintf("v%d: memory controller at %s", h.Version, h.Mount)
 	if h.Hybrid {
@@ -811,7 +811,7 @@ func (x *examiner) cgroup() Finding {
 	// In a cgroup namespace the mount shows a part of the tree only.
 	if root := x.cfg.Node.CgroupRoot; root != "/" && x.foreignNamespace("cgroup") == "" {
 		if info, err := os.Stat(h.Mount + root); err != nil || !info.IsDir() {
-			return warn(check, fmt.Sprintf("%s; there is no cgroup %s, so that no kill would be reported", detail, root),
+			return warn(check, fmt.Sprintf("%s; there is no cgroup %s: no kill would be reported", detail, root),
 				"correct node.cgroup_root, or start what makes that cgroup")
 		}
 	}
@@ -855,7 +855,7 @@ func (x *examiner) bpffs() Finding {
 	}
 	if errors.Is(err, statedir.ErrUnsafe) {
 		return warn(check, fmt.Sprintf("%v: kills while no tracer runs are not recorded", err),
-			"as it says; to keep other users out of all of it: mount -t bpf -o mode=0700 bpf "+filepath.Dir(dir))
+			"follow that message; to keep other users out of the whole bpffs: mount -t bpf -o mode=0700 bpf "+filepath.Dir(dir))
 	}
 	if err == nil {
 		return ok(check, "the kernel records in %s, also while no tracer runs; oom-tracer unload ends that", dir)
@@ -869,13 +869,13 @@ func (x *examiner) tracer(ctx context.Context) Finding {
 	const check = "tracer"
 	addr := x.cfg.Metrics.Listen
 	if addr == "" {
-		return ok(check, "whether one runs is not known: metrics.listen is empty")
+		return ok(check, "not known whether one runs: metrics.listen is empty")
 	}
 	if x.running {
 		ready, said, err := obs.Readiness(ctx, addr)
 		switch {
 		case err != nil:
-			return warn(check, fmt.Sprintf("runs at %s, and does not say whether it is ready: %v", addr, err), "see its log")
+			return warn(check, fmt.Sprintf("runs at %s, but does not report whether it is ready: %v", addr, err), "see its log")
 		case !ready:
 			return warn(check, fmt.Sprintf("runs at %s and is not ready: %s", addr, said), "see its log, nats and jetstream")
 		}
@@ -884,7 +884,7 @@ func (x *examiner) tracer(ctx context.Context) Finding {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		return fail(check, fmt.Sprintf("none runs with this config, and its metrics could not be served: %v", err),
-			"free the address (ss -ltnp says who has it), or set metrics.listen")
+			"free the address (ss -ltnp shows who uses it), or set metrics.listen")
 	}
 	listener.Close()
 	return ok(check, "none runs with this config; its metrics can be served at %s", addr)
@@ -908,7 +908,7 @@ func (x *examiner) nats(ctx context.Context) []Finding {
 	// What a run would not wait for, such as a file that cannot be read, comes back at once.
 	o.Background = true
 	if conn, err := bus.Connect(ctx, x.cfg.NATS, o, log); err != nil {
-		return []Finding{fail("nats", err.Error(), "correct nats.* in the config, or what it names: the tracer does not start"), unknown}
+		return []Finding{fail("nats", err.Error(), "correct nats.* in the config, or the files that it names: the tracer does not start"), unknown}
 	} else {
 		conn.Close()
 	}
@@ -922,7 +922,7 @@ func (x *examiner) jetstream(h bus.Health) Finding {
 	case h.Stream:
 		return ok(check, "enabled; the stream is there")
 	case errors.Is(h.Err, nats.ErrPermissionViolation):
-		return ok(check, "not known: this user may not ask, as is right for a tracer; oom-tap setup, as the streams' owner, knows")
+		return ok(check, "not known: this user may not ask, which is correct for a tracer; run oom-tap setup as the streams' owner to check")
 	case h.JetStream && x.cfg.NATS.URL == "":
 		return warn(check, fmt.Sprintf("enabled, but %v", h.Err), "restart the tracer: it makes the stream at its start")
 	case h.JetStream:
@@ -945,7 +945,7 @@ func (x *examiner) embedded(reason error) Finding {
 	case errors.Is(passwordErr, fs.ErrPermission):
 		return fail(check, fmt.Sprintf("embedded server: %v", passwordErr), "run this as the user that the tracer runs as, who owns nats.embedded.dir (root by default)")
 	case passwordErr != nil && !never:
-		return fail(check, fmt.Sprintf("embedded server: %v", passwordErr), "do what it says")
+		return fail(check, fmt.Sprintf("embedded server: %v", passwordErr), "follow that message")
 	case x.running:
 		return fail(check, fmt.Sprintf("a tracer runs on this node, and its embedded server cannot be reached: %v", reason),
 			"give doctor the same config as the tracer (nats.embedded.listen, nats.embedded.dir), and see the tracer's log")
@@ -954,9 +954,9 @@ func (x *examiner) embedded(reason error) Finding {
 	if err != nil {
 		detail := fmt.Sprintf("the embedded server does not run, and could not start: %v", err)
 		if !never {
-			detail += fmt.Sprintf("; of who is there: %v", reason)
+			detail += fmt.Sprintf("; the server at that address: %v", reason)
 		}
-		return fail(check, detail, "free the address (ss -ltnp says who has it), or set nats.embedded.listen")
+		return fail(check, detail, "free the address (ss -ltnp shows who uses it), or set nats.embedded.listen")
 	}
 	listener.Close()
 	return ok(check, "the embedded server does not run; it can listen at %s", cfg.Listen)
@@ -994,13 +994,13 @@ func (x *examiner) store() Finding {
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(nearest, &st); err != nil {
-		return warn(check, fmt.Sprintf("embedded server: how much room %s has is not known: %v", nearest, err), remedy)
+		return warn(check, fmt.Sprintf("embedded server: free space of %s is not known: %v", nearest, err), remedy)
 	}
 	if room := st.Bavail*uint64(st.Bsize) + bytesBelow(dir); room < want {
-		return warn(check, fmt.Sprintf("embedded server: %s has room for %d MiB, and the stream may take %d MiB: JetStream switches itself off when the disk is full", nearest, room>>20, want>>20),
-			"free some, set nats.embedded.dir elsewhere, or lower nats.stream.max_bytes")
+		return warn(check, fmt.Sprintf("embedded server: %s has %d MiB free, and the stream may take %d MiB: JetStream stops when the disk is full", nearest, room>>20, want>>20),
+			"free some space, set nats.embedded.dir to another disk, or lower nats.stream.max_bytes")
 	}
-	return ok(check, "comes with the embedded server, its store in %s", dir)
+	return ok(check, "part of the embedded server, stores in %s", dir)
 }
 
 // bytesBelow is what the files below dir hold. What cannot be read holds nothing.

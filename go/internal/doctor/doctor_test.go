@@ -222,7 +222,7 @@ func (p *patient) noHooks() {
 }
 
 // withoutHooks is what is found then.
-var withoutHooks = Finding{"hooks", StatusWarn, "none; the owner of a limit is inferred, and what was to be allocated is not known (fentry: load the BPF object: operation not permitted; kprobe: attach kprobe_out_of_memory: no such file or directory)", "CONFIG_KPROBE_EVENTS=y"}
+var withoutHooks = Finding{"hooks", StatusWarn, "none; the owner of a limit is inferred, and the failed allocation is not known (fentry: load the BPF object: operation not permitted; kprobe: attach kprobe_out_of_memory: no such file or directory)", "CONFIG_KPROBE_EVENTS=y"}
 
 // nothing has every tier refused.
 func (p *patient) nothing(err error) {
@@ -329,9 +329,9 @@ func TestDoctorFindings(t *testing.T) {
 			{"capabilities", StatusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""},
 			{"protection", StatusOK, "can have oom_score_adj -998", ""},
 			{"lockdown", StatusOK, "integrity", ""},
-			{"memlock", StatusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 32 KiB, 2064 KiB are free to each user", ""},
+			{"memlock", StatusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 32 KiB, each user may lock 2064 KiB beyond the limit", ""},
 			{"bpf", StatusOK, "is permitted", ""},
-			{"notify", StatusOK, "kills are notified by a perf buffer", ""},
+			{"notify", StatusOK, "notifications use a perf buffer", ""},
 			{"btf", StatusOK, "/kernel/btf/vmlinux", ""},
 			{"mark_victim", StatusOK, "hands over the task", ""},
 			{"kallsyms", StatusOK, "shows the kernel's addresses", ""},
@@ -342,7 +342,7 @@ func TestDoctorFindings(t *testing.T) {
 			{"bpffs", StatusOK, "not used (kernel.pin_dir is empty)", ""},
 			{"tracer", StatusOK, "none runs with this config", ""},
 			{"nats", StatusOK, "the embedded server does not run; it can listen at 127.0.0.1:0", ""},
-			{"jetstream", StatusOK, "comes with the embedded server", ""},
+			{"jetstream", StatusOK, "part of the embedded server", ""},
 		}},
 
 		{"no proc", func(p *patient) { p.without("sys/kernel/osrelease") }, []Finding{
@@ -405,7 +405,7 @@ func TestDoctorFindings(t *testing.T) {
 			{"capabilities", StatusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON, CAP_SYSLOG", ""},
 		}},
 		{"CAP_SYS_ADMIN does not stand for CAP_SYSLOG", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden(); p.noHooks() },
-			append(withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, hidden + " from this process (kernel.kptr_restrict is 1, kernel.perf_event_paranoid 2)", "it takes CAP_SYSLOG: see capabilities"}),
+			append(withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, hidden + " from this process (kernel.kptr_restrict is 1, kernel.perf_event_paranoid 2)", "needs CAP_SYSLOG: see capabilities"}),
 				Finding{"capabilities", StatusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG to see the kernel's addresses (tier stack)", "[SYSLOG]"})},
 		{"may lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n") }, nil},
 		{"may not lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n"); p.lacks(unix.CAP_SYS_RESOURCE) }, []Finding{
@@ -424,7 +424,7 @@ func TestDoctorFindings(t *testing.T) {
 		}},
 		{"a user who might have them", func(p *patient) {
 			p.proc("77/status", "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\n")
-		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "run it as user 0, who would have them here; user 1000 has not"}}},
+		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "run it as user 0, which has them here; user 1000 does not"}}},
 		{"a user who might not", func(p *patient) {
 			p.proc("77/status", "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\nCapBnd:\t00000000a80425fb\n")
 		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "securityContext.capabilities.add: [BPF, PERFMON], with runAsUser: 0"}}},
@@ -496,7 +496,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.noPerf = unix.EACCES
 			p.proc("sys/kernel/perf_event_paranoid", "4\n")
 		}, []Finding{
-			{"notify", StatusWarn, "kills are notified by a ring buffer, all are reported; no perf events: kernel.perf_event_paranoid is 4, a level that Debian and Ubuntu have added", "not needed; to have them: sysctl kernel.perf_event_paranoid=2"},
+			{"notify", StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: kernel.perf_event_paranoid is 4, a level that Debian and Ubuntu added", "not needed; to permit them: sysctl kernel.perf_event_paranoid=2"},
 			{"memlock", StatusOK, "no perf buffers", ""},
 			{"hooks", StatusOK, "fentry works", ""},
 		}},
@@ -505,7 +505,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.filtered()
 			p.noPerf = unix.EPERM
 		}, []Finding{
-			{"notify", StatusWarn, "kills are notified by a ring buffer, all are reported; no perf events: the seccomp filter of this process refuses perf_event_open (operation not permitted, although it has CAP_PERFMON", "RuntimeDefault of containerd 1.7"},
+			{"notify", StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: the seccomp filter of this process refuses perf_event_open (operation not permitted, although it has CAP_PERFMON", "RuntimeDefault of containerd 1.7"},
 		}},
 		{"perf, a seccomp filter, and a distribution's own paranoia", func(p *patient) {
 			p.lacks(admin)
@@ -541,10 +541,10 @@ func TestDoctorFindings(t *testing.T) {
 			{"program", StatusFail, "", "see notify"},
 		}},
 		{"a ring buffer demanded", func(p *patient) { p.cfg.Kernel.Notify = "ringbuf"; p.noPerf = unix.EACCES }, []Finding{
-			{"notify", StatusOK, "kills are notified by a ring buffer", ""},
+			{"notify", StatusOK, "notifications use a ring buffer", ""},
 		}},
 		{"polling demanded", func(p *patient) { p.cfg.Kernel.Notify = "poll" }, []Finding{
-			{"notify", StatusOK, "kills are notified by polling, every 200 ms", ""},
+			{"notify", StatusOK, "notifications use polling, every 200 ms", ""},
 		}},
 		{"kprobes need perf events", func(p *patient) {
 			p.lacks(admin)
@@ -553,7 +553,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.proc("sys/kernel/perf_event_paranoid", "3\n")
 			p.refuse[loader.TierKprobe] = fmt.Errorf("perf_event_open: %w; and it has no kprobe.multi links", unix.EACCES)
 		}, []Finding{
-			{"notify", StatusWarn, "kills are notified by a ring buffer", ""},
+			{"notify", StatusWarn, "notifications use a ring buffer", ""},
 			{"hooks", StatusWarn, "kprobe: perf_event_open: permission denied; and it has no kprobe.multi links", "permit perf events, which kprobes need on this kernel: sysctl kernel.perf_event_paranoid=2"},
 			{"program", StatusOK, "tier stack", ""},
 		}},
@@ -587,7 +587,7 @@ func TestDoctorFindings(t *testing.T) {
 
 		// Memory that may be locked: the buffers of four CPUs take 32 KiB.
 		{"buffers that just fit into what is free", func(p *patient) { p.free(8); p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []Finding{
-			{"memlock", StatusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 32 KiB, 32 KiB are free to each user", ""},
+			{"memlock", StatusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 32 KiB, each user may lock 32 KiB beyond the limit", ""},
 		}},
 		{"buffers that just fit into the limit", func(p *patient) {
 			p.free(4)
@@ -598,7 +598,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.free(4)
 			p.memlockLimitIs("16383")
 			p.lacks(unix.CAP_IPC_LOCK)
-		}, []Finding{{"memlock", StatusWarn, "lock 32 KiB; 16 KiB are free to each user, and the rest exceeds the limit of 15 KiB", "give CAP_IPC_LOCK; a ring buffer is used instead"}}},
+		}, []Finding{{"memlock", StatusWarn, "lock 32 KiB; each user may lock 16 KiB beyond the limit, and the rest exceeds the limit of 15 KiB", "give CAP_IPC_LOCK; a ring buffer is used instead"}}},
 		{"buffers that do not fit, demanded", func(p *patient) {
 			p.cfg.Kernel.Notify = "perf"
 			p.free(4)
@@ -654,7 +654,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.without("devices/system/cpu/online")
 			p.without("sys/kernel/perf_event_mlock_kb")
 			p.proc("sys/kernel/perf_event_paranoid", "very\n")
-		}, []Finding{{"memlock", StatusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, %d KiB are free", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
+		}, []Finding{{"memlock", StatusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, each user may lock %d KiB", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
 		{"limits that cannot be read", func(p *patient) { p.without("77/limits") }, []Finding{
 			{"memlock", StatusWarn, "77/limits: no such file", "mount proc"},
 		}},
@@ -710,7 +710,7 @@ func TestDoctorFindings(t *testing.T) {
 		}},
 		{"two memory nodes", func(p *patient) { p.sys("devices/system/node/has_memory", "0-1\n"); p.noHooks() }, []Finding{
 			withoutHooks,
-			{"stack", StatusWarn, "with the memory nodes 0-1, the scope of others is unknown", "constraint="},
+			{"stack", StatusWarn, "with the memory nodes 0-1, the scope of other kills is unknown", "constraint="},
 		}},
 		{"no NUMA", func(p *patient) { p.without("devices/system/node/has_memory"); p.noHooks() }, []Finding{withoutHooks}},
 
@@ -738,7 +738,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.cfg.Node.CgroupRoot = "/docker/kind-worker"
 		}, nil},
 		{"a root that is not there", func(p *patient) { p.cfg.Node.CgroupRoot = "/docker/kind-wroker" }, []Finding{
-			{"cgroup", StatusWarn, "there is no cgroup /docker/kind-wroker, so that no kill would be reported", "correct node.cgroup_root"},
+			{"cgroup", StatusWarn, "there is no cgroup /docker/kind-wroker: no kill would be reported", "correct node.cgroup_root"},
 		}},
 		{"a root that cannot be seen", func(p *patient) {
 			p.cfg.Node.CgroupRoot = "/docker/kind-worker"
@@ -833,12 +833,12 @@ func TestDoctorProgram(t *testing.T) {
 		{"lockdown may be the reason", func(p *patient) {
 			p.without("kernel/security/lockdown")
 			p.nothing(denied(unix.EINVAL))
-		}, []Finding{none(""), {"program", StatusFail, "load the BPF object: invalid argument", "kernel/security/lockdown is not [confidentiality]; else report this kernel"}}},
+		}, []Finding{none(""), {"program", StatusFail, "load the BPF object: invalid argument", "kernel/security/lockdown is not [confidentiality]; otherwise report this kernel"}}},
 		{"the verifier", func(p *patient) {
 			p.nothing(denied(unix.EINVAL))
 			p.said = []string{"libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG --\n0: R1=ctx()\n", "invalid mem access"}
 		}, []Finding{none(""), {"program", StatusFail,
-			"load the BPF object: invalid argument (libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG -- 0: R1=ctx(); invalid mem access)", "report this kernel, with what is said here"}}},
+			"load the BPF object: invalid argument (libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG -- 0: R1=ctx(); invalid mem access)", "report this kernel, with this message"}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPatient(t)
@@ -921,13 +921,13 @@ func TestDoctorTracer(t *testing.T) {
 		want       Finding
 	}{
 		{"none", "127.0.0.1:0", Finding{"tracer", StatusOK, "none runs with this config; its metrics can be served at 127.0.0.1:0", ""}},
-		{"not known", "", Finding{"tracer", StatusOK, "not known: metrics.listen is empty", ""}},
+		{"not known", "", Finding{"tracer", StatusOK, "not known whether one runs: metrics.listen is empty", ""}},
 		{"somebody else's server", strings.TrimPrefix(other.URL, "http://"), Finding{"tracer", StatusFail, "address already in use", "set metrics.listen"}},
 		{"an address of another machine", "192.0.2.1:9105", Finding{"tracer", StatusFail, "cannot assign requested address", "set metrics.listen"}},
 		{"runs, ready", fakeTracer(t, http.StatusOK, "nats: ok\nreader: ok\n"), Finding{"tracer", StatusOK, "and is ready", ""}},
 		{"runs, not ready", fakeTracer(t, http.StatusServiceUnavailable, "nats: not connected to nats\nreader: ok\n"),
 			Finding{"tracer", StatusWarn, "is not ready: nats: not connected to nats; reader: ok", "see its log, nats and jetstream"}},
-		{"runs, does not say", fakeTracer(t, 0, ""), Finding{"tracer", StatusWarn, "does not say whether it is ready: ", "see its log"}},
+		{"runs, does not say", fakeTracer(t, 0, ""), Finding{"tracer", StatusWarn, "does not report whether it is ready: ", "see its log"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPatient(t)
@@ -977,7 +977,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		p.expect(never)
 		// Now with a password, which that server does not take.
 		must(t, run(t, p.withListen("127.0.0.1:0")).Shutdown(t.Context()))
-		never.Detail = "bind: address already in use; of who is there: connect to nats at"
+		never.Detail = "bind: address already in use; the server at that address: connect to nats at"
 		p.expect(never)
 	})
 	for name, tt := range map[string]struct {
@@ -994,7 +994,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 			file := bus.PasswordFile(p.cfg.NATS.Embedded.Dir)
 			write(t, file, tt.text)
 			must(t, os.Chmod(file, tt.mode))
-			p.expect(Finding{"nats", StatusFail, "embedded server: read password of the embedded nats-server: " + file + " " + tt.want, "do what it says"})
+			p.expect(Finding{"nats", StatusFail, "embedded server: read password of the embedded nats-server: " + file + " " + tt.want, "follow that message"})
 			if output := strings.Join(flat(p.examine(t.Context())), "\n"); strings.Contains(output, "secret") || strings.Contains(output, "xxxx") {
 				t.Errorf("the password is told:\n%s", output)
 			}
@@ -1048,13 +1048,13 @@ func TestDoctorStore(t *testing.T) {
 		p := newPatient(t)
 		must(t, os.Mkdir(p.cfg.NATS.Embedded.Dir, 0o777))
 		must(t, os.Chown(p.cfg.NATS.Embedded.Dir, 12345, 12345))
-		p.expect(Finding{"nats", StatusFail, "belongs to user 12345", "do what it says"},
+		p.expect(Finding{"nats", StatusFail, "belongs to user 12345", "follow that message"},
 			Finding{"jetstream", StatusFail, "belongs to user 12345", "set nats.embedded.dir"})
 	})
 	t.Run("too little room", func(t *testing.T) {
 		p := newPatient(t)
 		p.cfg.NATS.Stream.MaxBytes = 1 << 60
-		p.expect(Finding{"jetstream", StatusWarn, "the stream may take 1099511627776 MiB: JetStream switches itself off when the disk is full", "nats.stream.max_bytes"})
+		p.expect(Finding{"jetstream", StatusWarn, "the stream may take 1099511627776 MiB: JetStream stops when the disk is full", "nats.stream.max_bytes"})
 	})
 	t.Run("what it holds already is not wanted again", func(t *testing.T) {
 		p := newPatient(t)
@@ -1068,7 +1068,7 @@ func TestDoctorStore(t *testing.T) {
 		write(t, dir+"/jetstream/block", strings.Repeat("x", 1536<<10))
 		p.expect() // of the store's own
 		p.cfg.NATS.Stream.MaxBytes = 3 << 20
-		p.expect(Finding{"jetstream", StatusWarn, dir + " has room for 2 MiB, and the stream may take 3 MiB", "free some"})
+		p.expect(Finding{"jetstream", StatusWarn, dir + " has 2 MiB free, and the stream may take 3 MiB", "free some"})
 	})
 }
 
@@ -1302,11 +1302,11 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 		{"little to be locked, and no CAP_IPC_LOCK", testConfig(t), "ulimit -l 64 && ", scratchtest.Confinement{Drop: []uintptr{unix.CAP_IPC_LOCK}}, []Finding{{"memlock", StatusOK, "limit 64 KiB", ""}, hooks, works}},
 		{"as in the chart", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart()}, []Finding{byDefault, hooks, works}},
 		{"no perf events by seccomp", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
-			[]Finding{{"notify", StatusWarn, "kills are notified by a ring buffer, all are reported; no perf events: " + bySeccomp("perf_event_open"), needless}, hooks, works}},
+			[]Finding{{"notify", StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: " + bySeccomp("perf_event_open"), needless}, hooks, works}},
 		{"no perf events by seccomp, but demanded", perf, "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
 			append(refused("notify", "perf_event_open: operation not permitted"), Finding{"notify", StatusFail, bySeccomp("perf_event_open"), "set kernel.notify to auto"})},
 		{"no perf events by seccomp, and not wanted", ring, "", scratchtest.Confinement{Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
-			[]Finding{{"notify", StatusOK, "kills are notified by a ring buffer", ""}, hooks, works}},
+			[]Finding{{"notify", StatusOK, "notifications use a ring buffer", ""}, hooks, works}},
 		{"no bpf by seccomp", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_BPF}},
 			append(refused("bpf", "the bpf system call is refused"), Finding{"bpf", StatusFail, bySeccomp("bpf"), "RuntimeDefault"}, Finding{"notify", StatusWarn, "", "see bpf"})},
 	} {

@@ -117,7 +117,7 @@ func Open() (*Reader, error) {
 	}
 	if _, err := file.Seek(0, io.SeekEnd); err != nil {
 		file.Close()
-		return nil, fmt.Errorf("go to the end of the kernel's log: %w", err)
+		return nil, fmt.Errorf("seek to the end of the kernel's log: %w", err)
 	}
 	connection, err := file.SyscallConn()
 	if err != nil {

@@ -123,7 +123,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 		if notifier.way == NotifyPoll {
 			level = slog.LevelWarn
 		}
-		opts.Log.Log(ctx, level, "kills are not notified by a perf buffer", "notify", string(notifier.way), "reason", why)
+		opts.Log.Log(ctx, level, "perf buffer not available for notifications, using another way", "notify", string(notifier.way), "reason", why)
 	}
 	o := opening{opts: opts, ground: g, prototype: prototype, notifier: notifier}
 	o.symbols, o.stackErr = StackSymbols("/proc")
@@ -163,7 +163,7 @@ func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
 	g.pins, err = lockPins(ctx, opts.PinDir)
 	// Nor may a user who was there first keep this node from being watched.
 	if errors.Is(err, ErrNoBPFFS) || errors.Is(err, statedir.ErrUnsafe) {
-		opts.Log.Warn("nothing can be pinned: kills while no tracer runs are not recorded", "error", err)
+		opts.Log.Warn("cannot pin the program: kills while no tracer runs are not recorded", "error", err)
 		return g, nil
 	}
 	if err != nil {
@@ -206,7 +206,7 @@ func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
 		return nil, err
 	}
 	if journal != nil && (!ours || journal.MaxEntries() != opts.segments() || journal.ValueSize() != SegmentSize) {
-		opts.Log.Info("the journal is made anew, the one before is read to its end",
+		opts.Log.Info("created a new journal, reading the previous one to its end",
 			"bytes", opts.JournalSize, "before", uint64(journal.MaxEntries())*uint64(journal.ValueSize()), "same_version", ours)
 		journal.Close()
 		journal = nil
@@ -322,7 +322,7 @@ func (o *opening) load(tier int, functions []string) (_ *Loader, err error) {
 			l.links[len(l.links)-1].kept = byPerf
 		case byPerf:
 			// Before v5.15 (commit b89fbfbb854c) a kprobe was no link that can be pinned.
-			l.log.Warn("hook cannot be pinned: kills while no tracer runs are recorded without what it knows", "hook", hook, "error", err)
+			l.log.Warn("cannot pin a hook: kills while no tracer runs are recorded without its context", "hook", hook, "error", err)
 		default:
 			return nil, fmt.Errorf("pin %s: %w", hook, err)
 		}
@@ -495,7 +495,7 @@ func (l *Loader) takeOver(g *ground) error {
 	}
 	ownInfo, err := libbpfgo.GetMapInfoByFD(own.FileDescriptor())
 	if err != nil {
-		return fmt.Errorf("look at map %s: %w", journalMap, err)
+		return fmt.Errorf("inspect map %s: %w", journalMap, err)
 	}
 	for _, n := range generations {
 		if n == l.generation {
@@ -505,7 +505,7 @@ func (l *Loader) takeOver(g *ground) error {
 		kept, err := l.keepOlder(n, ownInfo.ID, acked, head)
 		if err != nil {
 			// What cannot be read must not keep this node from being watched.
-			l.log.Error("an earlier journal cannot be read", "dir", dir, "error", err)
+			l.log.Error("cannot read an earlier journal", "dir", dir, "error", err)
 		}
 		if kept == nil {
 			err = remove(dir)
@@ -516,7 +516,7 @@ func (l *Loader) takeOver(g *ground) error {
 			return err
 		}
 	}
-	l.log.Info("took over", "generation", l.generation, "seq", head, "unread", head-min(head, acked))
+	l.log.Info("took over the recording", "generation", l.generation, "seq", head, "unread", head-min(head, acked))
 	return nil
 }
 
@@ -534,7 +534,7 @@ func (l *Loader) silence(other *ebpf.Map) error {
 	atomic.StoreUint64(&s.Generation, 0)
 	time.Sleep(takeOverTime)
 	l.left = &Left{Acked: atomic.LoadUint64(&s.Acked), Head: atomic.LoadUint64(&s.Head)}
-	l.log.Warn("the pinned state is of another version, a new one begins", "version", atomic.LoadUint32(&s.Version), "seq", l.left.Head, "unread", l.left.Head-min(l.left.Head, l.left.Acked))
+	l.log.Warn("the pinned state is of another version, starting a new epoch", "version", atomic.LoadUint32(&s.Version), "seq", l.left.Head, "unread", l.left.Head-min(l.left.Head, l.left.Acked))
 	return nil
 }
 
@@ -553,7 +553,7 @@ func (l *Loader) keepOlder(generation uint64, own uint32, acked, head uint64) (*
 	defer m.Close()
 	info, err := m.Info()
 	if err != nil {
-		return nil, fmt.Errorf("look at the pinned journal: %w", err)
+		return nil, fmt.Errorf("inspect the pinned journal: %w", err)
 	}
 	if id, ok := info.ID(); ok && uint32(id) == own {
 		return nil, nil
@@ -618,7 +618,7 @@ type variable struct {
 
 func (l *Loader) setVariables(opts Options, tier uint32, symbols []symbol) error {
 	if n := opts.JournalSize; n < 2*SegmentSize || n&(n-1) != 0 {
-		return fmt.Errorf("a journal of %d bytes: must be a power of two from %d on", n, 2*SegmentSize)
+		return fmt.Errorf("journal size %d bytes: must be a power of two, at least %d", n, 2*SegmentSize)
 	}
 	cpus, err := libbpfgo.NumPossibleCPUs()
 	if err != nil {

@@ -193,7 +193,7 @@ func (l *Loader) Settle(first, last uint64) {
 		}
 		j.close()
 		if err := remove(j.dir); err != nil {
-			l.log.Error("an earlier journal stays pinned", "error", err)
+			l.log.Error("cannot unpin an earlier journal", "error", err)
 		}
 		return true
 	})
@@ -299,7 +299,7 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		seq, err := l.notifier.wait(ctx, r.due, unread)
 		switch {
 		case err != nil:
-			l.log.Error("kills are not notified any more, the journal is polled", "error", err)
+			l.log.Error("notifications stopped, polling the journal", "error", err)
 			r.idle = pollTime
 		case seq > 0:
 			l.received.Add(1)
@@ -330,7 +330,7 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 			if l.pins != nil { // the next one reads them
 				return nil
 			}
-			return fmt.Errorf("drain the journal: %d records were not taken over within %s", end+1-r.next, drainTime)
+			return fmt.Errorf("drain the journal: %d records were not read within %s", end+1-r.next, drainTime)
 		}
 		look()
 	}

@@ -56,7 +56,7 @@ func checkRelocations(object []byte, kernel *btf.Spec) (int, error) {
 		}
 	}
 	if len(missing) > 0 {
-		return total, fmt.Errorf("the kernel's types lack what the program reads: %s", strings.Join(missing, ", "))
+		return total, fmt.Errorf("the kernel's BTF lacks what the program reads: %s", strings.Join(missing, ", "))
 	}
 	return total, nil
 }
@@ -247,7 +247,7 @@ func (p *program) reach() error {
 				if ins.IsFunctionCall() {
 					to, ok := function[ins.Reference()]
 					if !ok {
-						return fmt.Errorf("calls %q, which is not there", ins.Reference())
+						return fmt.Errorf("calls %q, which does not exist", ins.Reference())
 					}
 					enter(to, registers{})
 				}

@@ -65,7 +65,7 @@ func lockPins(ctx context.Context, dir string) (*pins, error) {
 	}
 	switch {
 	case errors.Is(err, statedir.ErrUnsafe):
-		return nil, fmt.Errorf("pin directory: %w; to keep other users out of all of a bpffs: mount -t bpf -o mode=0700 bpf %s", err, filepath.Dir(dir))
+		return nil, fmt.Errorf("pin directory: %w; to keep other users out of the whole bpffs: mount -t bpf -o mode=0700 bpf %s", err, filepath.Dir(dir))
 	case err != nil:
 		return nil, fmt.Errorf("make the pin directory: %w", err)
 	}
@@ -193,7 +193,7 @@ func (p *pins) openState() (m *ebpf.Map, ours bool, err error) {
 	}
 	none := func(format string, args ...any) error {
 		m.Close()
-		return fmt.Errorf("the pinned state %s is none: %s; discard it with: oom-tracer unload --force", p.path(statePin), fmt.Sprintf(format, args...))
+		return fmt.Errorf("%s is not the state of an oom-tracer: %s; discard it with: oom-tracer unload --force", p.path(statePin), fmt.Sprintf(format, args...))
 	}
 	if m.Type() != ebpf.Array || m.Flags()&unix.BPF_F_MMAPABLE == 0 || m.ValueSize() < statePrefix || m.MaxEntries() != 1 {
 		return nil, false, none("it is %v", m)
@@ -231,7 +231,7 @@ func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err err
 		}
 		if n := m.MaxEntries(); m.Type() != ebpf.Array || m.Flags()&unix.BPF_F_MMAPABLE == 0 || m.ValueSize() < recordPrefix || n&(n-1) != 0 {
 			m.Close()
-			return nil, false, fmt.Errorf("the pinned journal %s is none: %v", path, m)
+			return nil, false, fmt.Errorf("%s is not the journal of an oom-tracer: %v", path, m)
 		}
 		return m, version == journalVersion, nil
 	}

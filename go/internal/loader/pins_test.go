@@ -321,7 +321,7 @@ func TestStrangePins(t *testing.T) {
 		if err := m.Pin(filepath.Join(dir, statePin)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := try(dir); err == nil || !strings.Contains(err.Error(), "is none") {
+		if _, err := try(dir); err == nil || !strings.Contains(err.Error(), "is not the state of an oom-tracer") {
 			t.Errorf("open: %v", err)
 		}
 		if _, err := Unload(t.Context(), dir, true); err != nil {

@@ -53,7 +53,7 @@ type Reading struct {
 const maxErrors = 5
 
 // ErrNoPods means that no kubelet's tree was found.
-var ErrNoPods = errors.New("no cgroup of a kubelet's is there")
+var ErrNoPods = errors.New("there is no cgroup of a kubelet")
 
 // Read reads the pods' cgroups until ctx ends, and returns the top largest. What lies inside of a pod is not
 // looked at. It fails only where there is nothing to read.

@@ -24,7 +24,7 @@ func newRegistry(program string, b Build) *prometheus.Registry {
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name:        "oom_tracer_build_info",
-			Help:        "What this program was built from; always 1.",
+			Help:        "Version, revision and Go version of this program; always 1.",
 			ConstLabels: prometheus.Labels{"program": program, "version": b.Version, "revision": b.Revision, "goversion": b.Go},
 		}, func() float64 { return 1 }),
 	)
@@ -67,7 +67,7 @@ var errNoCounter = errors.New("has no line oom_kill (Linux before 4.13, or witho
 type oomKills string
 
 var oomKillsDesc = prometheus.NewDesc("oom_tracer_kernel_oom_kills_total",
-	"Processes that the kernel's OOM killer has killed since boot, by its own count (oom_kill in /proc/vmstat).", nil, nil)
+	"Number of processes that the kernel's OOM killer has killed since boot (oom_kill in /proc/vmstat).", nil, nil)
 
 // NewOOMKillCollector returns the metric oom_tracer_kernel_oom_kills_total, read by KernelOOMKills at
 // each scrape. When it cannot be read it is absent and the scrape counts an error: 0 would say that

@@ -69,7 +69,7 @@ func Listen(addr string, reg *prometheus.Registry, checks Checks, log *slog.Logg
 	s.mux.Handle("GET /healthz", s.checkHandler(checks.Health))
 	s.mux.Handle("GET /readyz", s.checkHandler(checks.Ready))
 	s.mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		plain(w, http.StatusOK, "/metrics  for Prometheus\n/healthz  503 when a restart is needed\n/readyz   503 while it does not do its work\n")
+		plain(w, http.StatusOK, "/metrics  for Prometheus\n/healthz  503 when a restart is needed\n/readyz   503 while the program cannot work\n")
 	})
 	if addr == "" {
 		return s, nil

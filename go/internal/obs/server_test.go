@@ -130,7 +130,7 @@ func TestRoutes(t *testing.T) {
 		{"GET", "/readyz", 503, "attach: ok\nnats: not connected: dial tcp 127.0.0.1:4222\nstream: absent\n"},
 		{"HEAD", "/readyz", 503, ""},
 		{"GET", "/metrics", 200, ""},
-		{"GET", "/", 200, "/metrics  for Prometheus\n/healthz  503 when a restart is needed\n/readyz   503 while it does not do its work\n"},
+		{"GET", "/", 200, "/metrics  for Prometheus\n/healthz  503 when a restart is needed\n/readyz   503 while the program cannot work\n"},
 		{"GET", "/nothing", 404, ""},
 		{"GET", "/metrics/x", 404, ""},
 		{"GET", "/debug/pprof/", 404, ""},

@@ -99,7 +99,7 @@ func (h Hierarchy) New(limit uint64) (*Cgroup, error) {
 func (c *Cgroup) Child(name string, limit uint64) (*Cgroup, error) {
 	if c.Version == 2 {
 		if err := write(filepath.Join(c.Dir, "cgroup.subtree_control"), "+memory"); err != nil {
-			return nil, fmt.Errorf("hand the memory controller down from %s: %w", c.Dir, err)
+			return nil, fmt.Errorf("enable the memory controller below %s: %w", c.Dir, err)
 		}
 	}
 	return c.make(filepath.Join(c.Dir, name), limit)
@@ -144,7 +144,7 @@ func (h Hierarchy) make(dir string, limit uint64) (_ *Cgroup, err error) {
 	}
 	// A kernel without swap has no such file.
 	if err := write(filepath.Join(dir, swapFile), "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("take the scratch cgroup's swap: %w", err)
+		return nil, fmt.Errorf("limit the scratch cgroup's swap: %w", err)
 	}
 	return c, nil
 }

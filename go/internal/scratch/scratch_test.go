@@ -303,7 +303,7 @@ func TestControllerNotHandedDown(t *testing.T) {
 	if _, err := group.Kills(); err == nil {
 		t.Error("kills of a cgroup without the memory controller")
 	}
-	if child, err := group.Child("child", Unlimited); err == nil || !strings.Contains(err.Error(), "hand the memory controller down from "+group.Dir) {
+	if child, err := group.Child("child", Unlimited); err == nil || !strings.Contains(err.Error(), "enable the memory controller below "+group.Dir) {
 		t.Errorf("Child: %v, %v", child, err)
 	}
 }

@@ -45,7 +45,7 @@ func open(path string, missing bool) (*Dir, error) {
 	}
 	opened, err := root.Stat(".") // the kernel has gone the same way a second time
 	if err == nil && !os.SameFile(checked, opened) {
-		err = fmt.Errorf("%s is another directory than a moment ago: %w", path, ErrUnsafe)
+		err = fmt.Errorf("%s was replaced by another directory: %w", path, ErrUnsafe)
 	}
 	if err != nil {
 		root.Close()
@@ -100,13 +100,13 @@ func check(path string, missing bool) (fs.FileInfo, error) {
 			}
 			rest = append(split(target), rest...)
 		case info.Mode()&fs.ModeSymlink != 0:
-			return nil, fmt.Errorf("%s is a symbolic link: %w; remove it, or configure the directory that it leads to", next, ErrUnsafe)
+			return nil, fmt.Errorf("%s is a symbolic link: %w; remove it, or configure the directory that it points to", next, ErrUnsafe)
 		default:
 			return nil, fmt.Errorf("%w; remove it, or configure another directory", &fs.PathError{Op: "open", Path: next, Err: syscall.ENOTDIR})
 		}
 	}
 	if others(info) {
-		return nil, fmt.Errorf("%s has mode %04o, other users can write to it: %w; look at what it holds, then chmod 0700 %s", at, perm(info), ErrUnsafe, at)
+		return nil, fmt.Errorf("%s has mode %04o, other users can write to it: %w; check its contents, then chmod 0700 %s", at, perm(info), ErrUnsafe, at)
 	}
 	return info, nil
 }
@@ -122,7 +122,7 @@ func lstat(path string) (fs.FileInfo, error) {
 		return nil, err
 	}
 	if uid, ok := foreign(info); ok {
-		return nil, fmt.Errorf("%s belongs to user %d: %w; remove it, or look at what it holds, then chown root %s", path, uid, ErrUnsafe, path)
+		return nil, fmt.Errorf("%s belongs to user %d: %w; remove it, or check its contents, then chown root %s", path, uid, ErrUnsafe, path)
 	}
 	return info, nil
 }
@@ -147,7 +147,7 @@ func (d *Dir) Private() error {
 		return err
 	}
 	if perm := perm(info); perm&0o077 != 0 {
-		return fmt.Errorf("%s has mode %04o, other users can look into it: %w; chmod 0700 %s", d.path, perm, ErrUnsafe, d.path)
+		return fmt.Errorf("%s has mode %04o, other users can read it: %w; chmod 0700 %s", d.path, perm, ErrUnsafe, d.path)
 	}
 	return nil
 }
@@ -158,14 +158,14 @@ func (d *Dir) Private() error {
 func (d *Dir) CheckContents() error {
 	return fs.WalkDir(d.FS(), ".", func(name string, entry fs.DirEntry, err error) error {
 		if err != nil {
-			return fmt.Errorf("look into %s: %w", d.path, err)
+			return fmt.Errorf("read %s: %w", d.path, err)
 		}
 		info, err := entry.Info()
 		switch {
 		case errors.Is(err, fs.ErrNotExist): // it was there a moment ago
 			return nil
 		case err != nil:
-			return fmt.Errorf("look into %s: %w", d.path, err)
+			return fmt.Errorf("read %s: %w", d.path, err)
 		case entry.IsDir():
 			return d.check(name, info)
 		}
@@ -180,7 +180,7 @@ func (d *Dir) check(name string, info fs.FileInfo) error {
 		return fmt.Errorf("%s belongs to user %d: %w; remove it", path, uid, ErrUnsafe)
 	}
 	if others(info) {
-		return fmt.Errorf("%s has mode %04o, other users can write to it: %w; remove it, or look at it, then chmod go-w %s", path, perm(info), ErrUnsafe, path)
+		return fmt.Errorf("%s has mode %04o, other users can write to it: %w; remove it, or check its contents, then chmod go-w %s", path, perm(info), ErrUnsafe, path)
 	}
 	return nil
 }
@@ -214,7 +214,7 @@ func (d *Dir) read(name string, limit int64, forbidden fs.FileMode) ([]byte, err
 		return nil, fmt.Errorf("%s has mode %04o and must have 0600, other users may have read it: %w", d.Path(name), perm, ErrUnsafe)
 	}
 	if info.Size() > limit {
-		return nil, fmt.Errorf("%s has %d bytes, more than the %d that it may have", d.Path(name), info.Size(), limit)
+		return nil, fmt.Errorf("%s has %d bytes, at most %d are allowed", d.Path(name), info.Size(), limit)
 	}
 	f, err := d.Open(name)
 	if err != nil {

@@ -161,7 +161,7 @@ func (t *Table) NeighboursLine(n *event.Neighbours) string {
 	return strings.Join([]string{
 		t.paint(dim, n.Time.UTC().Format(timeLayout)),
 		pad(node, t.nodeWidth),
-		pad("held then", outcomeWidth),
+		pad("pod usage", outcomeWidth),
 		pad(Printable(string(n.Scope)), scopeWidth),
 		line + ")",
 	}, "  ")

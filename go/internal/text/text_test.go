@@ -339,8 +339,8 @@ func TestNeighboursLine(t *testing.T) {
 	}
 	var table text.Table
 	for _, want := range []string{
-		`2026-11-23T02:03:04.009Z  node-1  held then        global     pod u\x1b 3.0 GiB of 4.0 GiB, pod v (victim) 10 B (2 of 17 pods)`,
-		`2026-11-23T02:03:04.009Z  node-1  held then        global     no pod (0 of 17 pods, not all could be read)`,
+		`2026-11-23T02:03:04.009Z  node-1  pod usage        global     pod u\x1b 3.0 GiB of 4.0 GiB, pod v (victim) 10 B (2 of 17 pods)`,
+		`2026-11-23T02:03:04.009Z  node-1  pod usage        global     no pod (0 of 17 pods, not all could be read)`,
 	} {
 		if got := table.NeighboursLine(n); got != want {
 			t.Errorf("%s\nwant %s", got, want)

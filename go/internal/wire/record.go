@@ -132,7 +132,7 @@ const HeaderSize = 312
 const MaxSize = 4024
 
 // ErrSample is wrapped by every error of Decode.
-var ErrSample = errors.New("malformed sample")
+var ErrSample = errors.New("malformed record")
 
 // Record is one sample, taken apart and checked.
 type Record struct {
@@ -210,7 +210,7 @@ func joinNames(names []byte, truncated bool) (string, error) {
 		return "/", nil
 	}
 	if names[len(names)-1] != 0 {
-		return "", errors.New("the last name has no end")
+		return "", errors.New("the last name is not terminated")
 	}
 	var path strings.Builder
 	if truncated {
@@ -219,7 +219,7 @@ func joinNames(names []byte, truncated bool) (string, error) {
 	parts := bytes.Split(names[:len(names)-1], []byte{0})
 	for i := len(parts) - 1; i >= 0; i-- {
 		if len(parts[i]) == 0 || bytes.IndexByte(parts[i], '/') >= 0 {
-			return "", fmt.Errorf("%q is no name of a cgroup", parts[i])
+			return "", fmt.Errorf("%q is not the name of a cgroup", parts[i])
 		}
 		path.WriteByte('/')
 		path.Write(parts[i])

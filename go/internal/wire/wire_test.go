@@ -160,9 +160,9 @@ func TestMalformed(t *testing.T) {
 		{"outcome", func(s []byte) { s[30] = 3 }, "outcome 3"},
 		{"path beyond the data", func(s []byte) { ne.PutUint16(s[cgroupAt+8:], 65000) }, "cgroup[0] ends at"},
 		{"path too long", func(s []byte) { ne.PutUint16(s[cgroupAt+3*16+10:], 65000) }, "cgroup[3] ends at"},
-		{"path without end", func(s []byte) { s[len(s)-1] = 'x' }, "cgroup[3]: the last name has no end"},
-		{"path with an empty name", func(s []byte) { s[HeaderSize] = 0 }, `cgroup[0]: "" is no name`},
-		{"name with a slash", func(s []byte) { s[HeaderSize] = '/' }, `cgroup[0]: "/pp" is no name`},
+		{"path without end", func(s []byte) { s[len(s)-1] = 'x' }, "cgroup[3]: the last name is not terminated"},
+		{"path with an empty name", func(s []byte) { s[HeaderSize] = 0 }, `cgroup[0]: "" is not the name`},
+		{"name with a slash", func(s []byte) { s[HeaderSize] = '/' }, `cgroup[0]: "/pp" is not the name`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			sample := read(t, "full.bin")

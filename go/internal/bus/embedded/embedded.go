@@ -297,7 +297,7 @@ func loopback(listen string) (netip.AddrPort, error) {
 	}
 	addr, err := netip.ParseAddr(host)
 	if err != nil || !addr.IsLoopback() {
-		return netip.AddrPort{}, fmt.Errorf("nats.embedded.listen: %q is not a loopback address: the embedded server is for its own machine, for others set nats.url", host)
+		return netip.AddrPort{}, fmt.Errorf("nats.embedded.listen: %q is not a loopback address: the embedded server serves this machine only; for other machines set nats.url", host)
 	}
 	n, err := strconv.ParseUint(port, 10, 16)
 	if err != nil {
@@ -335,7 +335,7 @@ func openDir(path string) (_ *statedir.Dir, err error) {
 	foreign := slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() != "lost+found" })
 	ours := !foreign || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == lockName })
 	if !ours {
-		return nil, fmt.Errorf("%w; or, as it holds other files, give the embedded server a directory of its own", dir.Private())
+		return nil, fmt.Errorf("%w; or set nats.embedded.dir to another directory: this one holds other files", dir.Private())
 	}
 	return dir, dir.Chmod(".", 0o700)
 }
@@ -372,7 +372,7 @@ func ensurePassword(dir *statedir.Dir, log *slog.Logger) (string, error) {
 		return password, nil
 	}
 	if !errors.Is(before, fs.ErrNotExist) {
-		log.Warn("password of the embedded nats-server is made anew", "reason", before)
+		log.Warn("replacing the password of the embedded nats-server", "reason", before)
 	}
 	var secret [32]byte
 	rand.Read(secret[:]) // never fails

@@ -184,7 +184,7 @@ func TestRestart(t *testing.T) {
 				if strings.Contains(text, "level=WARN") || strings.Contains(text, "level=ERROR") {
 					t.Errorf("warnings in an ordinary life:\n%s", text)
 				}
-				if !strings.Contains(text, "level=DEBUG msg=\"nats-server says\" text=\"Server is ready\"") {
+				if !strings.Contains(text, "level=DEBUG msg=\"nats-server log\" text=\"Server is ready\"") {
 					t.Errorf("the server's own words are missing:\n%s", text)
 				}
 			}
@@ -350,7 +350,7 @@ func TestPasswordFile(t *testing.T) {
 				t.Errorf("the file holds %q", data)
 			}
 			text := logged.String()
-			if (c.want != "") != strings.Contains(text, "is made anew") || !strings.Contains(text, c.want) {
+			if (c.want != "") != strings.Contains(text, "replacing the password") || !strings.Contains(text, c.want) {
 				t.Errorf("the log says:\n%s", text)
 			}
 			if m := modeOf(t, path); m.Perm()&0o077 != 0 {
@@ -388,7 +388,7 @@ func TestDir(t *testing.T) {
 	foreign := t.TempDir()
 	check(t, os.WriteFile(filepath.Join(foreign, "file"), nil, 0o600))
 	var err error
-	for mode, words := range map[fs.FileMode]string{0o777: "chmod 0700", 0o755: "a directory of its own"} {
+	for mode, words := range map[fs.FileMode]string{0o777: "chmod 0700", 0o755: "to another directory"} {
 		check(t, os.Chmod(foreign, mode))
 		_, err = embedded.Start(config.Embedded{Listen: listen, Dir: foreign}, log)
 		wantError(t, err, foreign, fmt.Sprintf("mode %04o", mode), words)

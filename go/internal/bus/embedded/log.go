@@ -28,7 +28,7 @@ func newLogger(log *slog.Logger, trouble func()) *logger {
 	return &logger{log: log, trouble: trouble, limit: rate.NewLimiter(rate.Every(5*time.Second), 30)}
 }
 
-const said = "nats-server says"
+const said = "nats-server log"
 
 func (l *logger) Noticef(format string, v ...any) {
 	l.log.Debug(said, "text", fmt.Sprintf(format, v...))

@@ -83,7 +83,7 @@ func (s *Server) Supervise(ctx context.Context, client Client) {
 		switch {
 		case err == nil:
 			if said != "" {
-				s.log.Info("embedded nats-server stores again", "after", now.Sub(since).Round(time.Second))
+				s.log.Info("embedded nats-server stores messages again", "after", now.Sub(since).Round(time.Second))
 			}
 			since, next, restarts, said = time.Time{}, time.Time{}, 0, ""
 		case since.IsZero():
@@ -93,7 +93,7 @@ func (s *Server) Supervise(ctx context.Context, client Client) {
 			if diskErr := s.probe(); diskErr != nil {
 				err = diskErr
 			} else {
-				s.log.Warn("embedded nats-server is restarted", "reason", err)
+				s.log.Warn("restarting the embedded nats-server", "reason", err)
 				started = false
 				next = now.Add(min(restartTime<<restarts, maxRestart))
 				if restarts < enough {
@@ -113,7 +113,7 @@ func (s *Server) Supervise(ctx context.Context, client Client) {
 		s.mu.Unlock()
 		if err != nil && err.Error() != said {
 			said = err.Error()
-			s.log.Warn("embedded nats-server does not store, will retry: kills wait in the journal", "error", err)
+			s.log.Warn("embedded nats-server cannot store messages, will retry: kills wait in the journal", "error", err)
 		}
 		select {
 		case <-time.After(restTime):
@@ -185,10 +185,10 @@ func (s *Server) Healthy() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.restarting.IsZero() && time.Since(s.restarting) > hungTime {
-		return fmt.Errorf("embedded nats-server: a restart in place hangs since %s", s.restarting.UTC().Format(time.RFC3339))
+		return fmt.Errorf("embedded nats-server: a restart in place has not returned since %s", s.restarting.UTC().Format(time.RFC3339))
 	}
 	if s.hopeless {
-		return fmt.Errorf("embedded nats-server: restarts in place do not help: %w", s.trouble)
+		return fmt.Errorf("embedded nats-server: still fails after several restarts in place: %w", s.trouble)
 	}
 	return nil
 }

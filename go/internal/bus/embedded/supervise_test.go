@@ -154,7 +154,7 @@ func TestDiskFull(t *testing.T) {
 		free()
 		s.stored(t, 30*time.Second)
 	}
-	if n := strings.Count(s.log.String(), "does not store"); n > 6 {
+	if n := strings.Count(s.log.String(), "cannot store messages"); n > 6 {
 		t.Errorf("%d warnings:\n%s", n, s.log)
 	}
 }
