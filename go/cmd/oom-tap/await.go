@@ -10,7 +10,6 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
-	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
@@ -19,13 +18,10 @@ const victimMax = 128 << 20
 
 // victim uses up the memory limit of its container, once: it writes a file, and the next run, which finds the file, does
 // nothing. It ends with an error if nobody kills it.
-func victim(args []string, stdout io.Writer) error {
-	if len(args) != 1 || args[0] == "" || args[0][0] == '-' {
-		return cli.Usagef("victim needs the name of a file")
-	}
-	file, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+func victim(name string, stdout io.Writer) error {
+	file, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, os.ErrExist) {
-		fmt.Fprintf(stdout, "killed before: %s exists\n", args[0])
+		fmt.Fprintf(stdout, "killed before: %s exists\n", name)
 		return nil
 	}
 	if err != nil {
@@ -85,7 +81,7 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 			return w.missing(time.Since(began))
 		}
 		// NATS or the stream may come later.
-		w.failing = missingStream(err, o)
+		w.failing = err
 		select {
 		case <-time.After(time.Second):
 		case <-ctx.Done():

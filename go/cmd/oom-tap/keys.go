@@ -10,23 +10,11 @@ import (
 	"path/filepath"
 
 	"github.com/nats-io/nkeys"
-
-	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 )
 
 // keys makes a seed for each node that has none yet, in a file DIR/<node>.nk, and prints the public keys as the
 // chart's values. A seed is its node's alone: it goes there, and the server never sees it.
-func keys(args []string, stdout io.Writer) error {
-	if len(args) < 2 || args[0] == "" || args[0][0] == '-' {
-		return cli.Usagef("keys needs a directory and the names of nodes")
-	}
-	dir, nodes := args[0], args[1:]
-	for _, node := range nodes {
-		if _, err := event.NodeToken(node); err != nil {
-			return cli.Usagef("keys: %w", err)
-		}
-	}
+func keys(dir string, nodes []string, stdout io.Writer) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make keys: %w", err)
 	}

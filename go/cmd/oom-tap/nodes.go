@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"maps"
@@ -16,20 +15,6 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
-
-// failOnFlag registers --fail-on.
-func (o *options) failOnFlag(flags *flag.FlagSet) {
-	flags.Func("fail-on", "end with status 1 where a node is `quiet` (nobody watches it, or no node is known) or has a gap; one or both, as quiet,gap", func(s string) error {
-		o.failOn = strings.Split(s, ",")
-		for _, what := range o.failOn {
-			if what != "quiet" && what != "gap" {
-				return fmt.Errorf("must be quiet, gap or quiet,gap, not %q", s)
-			}
-		}
-		return nil
-	})
-	durationFlag(flags, &o.since, "since", "gaps that were published up to this `duration` ago (default: as far as the stream reaches back)")
-}
 
 // nodes shows the last status of every node that has ever said one, and the gaps of each.
 func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
@@ -49,7 +34,7 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 		return err
 	})
 	if err != nil || o.output == "json" && o.failOn == nil {
-		return missingStream(err, o)
+		return err
 	}
 	pattern, err := event.Filter(event.KindGap, "", "")
 	if err != nil {
@@ -71,7 +56,7 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 		return err
 	})
 	if err != nil {
-		return missingStream(err, o)
+		return err
 	}
 	slices.SortFunc(all, func(a, b heard) int { return strings.Compare(a.Node.Name, b.Node.Name) })
 	if o.output != "json" {

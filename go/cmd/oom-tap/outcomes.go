@@ -161,7 +161,7 @@ func (j *joiner) rest() error {
 // without shows a kill that has no outcome. Nobody has said yet whose it is, so that it may be of the pod that is asked
 // for, unless it was outside of all pods.
 func (j *joiner) without(k *killed) error {
-	if k.event == nil || k.shown || k.event.Container == nil && (j.o.namespace != "" || j.o.pod != "") {
+	if k.event == nil || k.shown || k.event.Container == nil && j.o.ofPods() {
 		return nil
 	}
 	k.shown = true
@@ -170,10 +170,7 @@ func (j *joiner) without(k *killed) error {
 
 // wanted tells whether the flags select an outcome.
 func (j *joiner) wanted(o *event.Outcome) bool {
-	if j.o.namespace == "" && j.o.pod == "" {
-		return true
-	}
-	return o.Pod != nil && (j.o.namespace == "" || o.Pod.Namespace == j.o.namespace) && (j.o.pod == "" || o.Pod.Name == j.o.pod)
+	return !j.o.ofPods() || o.Pod != nil && (j.o.namespace == "" || o.Pod.Namespace == j.o.namespace) && (j.o.pod == "" || o.Pod.Name == j.o.pod)
 }
 
 // print writes a kill and its outcome as one line. Either may be unknown.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -68,7 +69,7 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 		return nil
 	})
 	if err != nil {
-		return missingStream(err, o)
+		return err
 	}
 	oldest := time.Time{}
 	seen := newRecent(4 * maxKills)
@@ -100,7 +101,7 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 		return nil
 	}
 	if err != nil {
-		return missingStream(err, o)
+		return err
 	}
 	if oldest.IsZero() || oldest.Sub(from) > time.Hour {
 		reach := "it holds nothing"
@@ -119,14 +120,17 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 		return err
 	}
 	if o.output != "json" {
-		fmt.Fprintf(stdout, "no kill in pod %s/%s is known since %s\n", text.Printable(o.namespace), text.Printable(o.pod), from.UTC().Format(time.RFC3339))
+		fmt.Fprintf(stdout, "no kill in pod %s is known since %s\n", o.podName(), from.UTC().Format(time.RFC3339))
 	}
 	return nil
 }
 
+// podName is the pod with its namespace; "*" stands for all.
+func (o *options) podName() string { return text.Printable(cmp.Or(o.namespace, "*") + "/" + o.pod) }
+
 // ours tells whether an outcome is of the pod.
 func (s *story) ours(o *event.Outcome) bool {
-	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && o.Pod.Namespace == s.o.namespace
+	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && (s.o.allNamespaces || o.Pod.Namespace == s.o.namespace)
 }
 
 // tells takes a message, in the stream's order, and reports whether it is of the story.
@@ -186,7 +190,7 @@ func (s *story) unknown() error {
 	if why == nil {
 		return nil
 	}
-	return cli.Status(exitUnknown, fmt.Errorf("no kill in pod %s/%s is known, but there may have been some: %s", text.Printable(s.o.namespace), text.Printable(s.o.pod), strings.Join(why, "; ")))
+	return cli.Status(exitUnknown, fmt.Errorf("no kill in pod %s is known, but there may have been some: %s", s.o.podName(), strings.Join(why, "; ")))
 }
 
 // read reads a kill, an outcome or a gap.
@@ -233,7 +237,7 @@ func (s *story) summary() string {
 		results = append(results, fmt.Sprintf("%d %s", n, text.Printable(string(result))))
 	}
 	slices.Sort(results)
-	line := fmt.Sprintf("%s/%s: %d kills", text.Printable(s.o.namespace), text.Printable(s.o.pod), s.kills)
+	line := fmt.Sprintf("%s: %d kills", s.o.podName(), s.kills)
 	if len(s.uids) > 1 {
 		line += fmt.Sprintf(" in %d pods of that name", len(s.uids))
 	}

@@ -13,90 +13,86 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/budget"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
-	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// maxReason bounds what one may say, in bytes: it is shared in one message, and shown with every kill.
+// maxReason bounds the reason, in bytes: it is stored in one message, and shown with every kill.
 const maxReason = 300
 
-// brake runs pause, resume, status and restore.
-func brake(ctx context.Context, conn *bus.Conn, command string, cfg config.Config, o options, stdout io.Writer) error {
-	cell := conn.Cell(budget.Key)
-	ledger := &budget.Ledger{Cell: cell, Limits: cfg.Policy.Budgets, Keep: cfg.Policy.MaxEventAge, Now: time.Now}
-	var err error
-	switch command {
-	case "pause":
-		now := time.Now().UTC()
-		p := &budget.Pause{Reason: o.reason, By: whoami(), Since: now}
-		if o.duration > 0 {
-			until := now.Add(o.duration)
-			p.Until = &until
-		}
-		var before *budget.Pause
-		if before, err = ledger.SetPause(ctx, p); err == nil {
-			if before != nil && holds(before, now) {
-				fmt.Fprintf(stdout, "was %s\n", paused(before, now))
-			}
-			fmt.Fprintf(stdout, "%s\n", paused(p, now))
-		}
-	case "resume":
-		var before *budget.Pause
-		if before, err = ledger.SetPause(ctx, nil); err == nil {
-			now := time.Now()
-			if before == nil || !holds(before, now) {
-				fmt.Fprintln(stdout, "marking was not paused")
-			} else {
-				fmt.Fprintf(stdout, "was %s\nmarking goes on\n", paused(before, now))
-			}
-		}
-	case "restore":
-		err = restore(ctx, cell, ledger, o.empty, stdout)
-	default:
-		var state budget.State
-		if state, err = ledger.State(ctx); err == nil {
-			err = status(stdout, &state, cfg.Policy, o.output, time.Now())
-		}
-	}
-	if errors.Is(err, nats.ErrPermissionViolation) && (command == "pause" || command == "resume") {
-		return fmt.Errorf("%w (user %q may not: give nats.user oom-operator and its password, in the chart's Secret the key operator)", err, cfg.NATS.User)
-	}
-	if errors.Is(err, jetstream.ErrBucketNotFound) {
-		return fmt.Errorf("%w: make it with: oom-tap setup --config %s", err, o.configPath)
-	}
-	return err
+func newLedger(conn *bus.Conn, o options) *budget.Ledger {
+	policy := o.config.Policy
+	return &budget.Ledger{Cell: conn.Cell(budget.Key), Limits: policy.Budgets, Keep: policy.MaxEventAge, Now: time.Now}
 }
 
-// restore replaces a state that is refused by the newest revision that is valid, or by an empty one.
-func restore(ctx context.Context, cell *bus.Cell, ledger *budget.Ledger, empty bool, stdout io.Writer) error {
-	revisions, err := cell.History(ctx)
-	if err != nil {
+// setPause replaces the pause, shows one that was in force, and returns whether there was one.
+func setPause(ctx context.Context, conn *bus.Conn, p *budget.Pause, now time.Time, o options, stdout io.Writer) (bool, error) {
+	before, err := newLedger(conn, o).SetPause(ctx, p)
+	if errors.Is(err, nats.ErrPermissionViolation) {
+		return false, fmt.Errorf("%w (user %q may not: give nats.user oom-operator and its password, in the chart's Secret the key operator)", err, o.config.NATS.User)
+	}
+	if err != nil || (&budget.State{Pause: before}).Paused(now) == nil {
+		return false, err
+	}
+	fmt.Fprintf(stdout, "was %s\n", paused(before, now))
+	return true, nil
+}
+
+func pause(ctx context.Context, conn *bus.Conn, o options, stdout, _ io.Writer) error {
+	now := time.Now().UTC()
+	p := &budget.Pause{Reason: o.reason, By: whoami(), Since: now}
+	if o.duration > 0 {
+		until := now.Add(o.duration)
+		p.Until = &until
+	}
+	if _, err := setPause(ctx, conn, p, now, o, stdout); err != nil {
 		return err
 	}
-	if empty {
-		revisions = []budget.Revision{{Data: budget.Initial(), Time: time.Now()}}
-	}
-	from, valid, err := ledger.Restore(ctx, revisions)
+	fmt.Fprintf(stdout, "%s\n", paused(p, now))
+	return nil
+}
+
+func resume(ctx context.Context, conn *bus.Conn, o options, stdout, _ io.Writer) error {
+	was, err := setPause(ctx, conn, nil, time.Now(), o, stdout)
 	switch {
-	case err != nil && !empty:
-		return fmt.Errorf("%w (--empty begins anew: no pause, and no budget is used)", err)
 	case err != nil:
 		return err
-	case valid:
-		fmt.Fprintln(stdout, "the state is valid, nothing is changed")
-	case empty:
-		fmt.Fprintln(stdout, "the state is empty: marking is not paused, and no budget is used")
+	case was:
+		fmt.Fprintln(stdout, "marking resumed")
 	default:
-		fmt.Fprintf(stdout, "restored the state of %s; what oom-tap status shows holds now\n", from.Time.UTC().Format(time.RFC3339))
+		fmt.Fprintln(stdout, "marking was not paused")
 	}
 	return nil
 }
 
-// whoami says who pauses, for people: it proves nothing.
+// restore replaces an invalid state by its newest valid revision, or by an empty one.
+func restore(ctx context.Context, conn *bus.Conn, o options, stdout, _ io.Writer) error {
+	revisions, err := conn.Cell(budget.Key).History(ctx)
+	if err != nil {
+		return err
+	}
+	if o.empty {
+		revisions = []budget.Revision{{Data: budget.Initial(), Time: time.Now()}}
+	}
+	from, valid, err := newLedger(conn, o).Restore(ctx, revisions)
+	switch {
+	case err != nil && !o.empty:
+		return fmt.Errorf("%w (--empty starts with no pause and no budget used)", err)
+	case err != nil:
+		return err
+	case valid:
+		fmt.Fprintln(stdout, "the state is valid, nothing changed")
+	case o.empty:
+		fmt.Fprintln(stdout, "the state is empty: marking is not paused, and no budget is used")
+	default:
+		fmt.Fprintf(stdout, "restored the state of %s; oom-tap status shows it\n", from.Time.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// whoami names the user for the people who see the pause. It proves nothing.
 func whoami() string {
 	name := "uid " + fmt.Sprint(os.Getuid())
 	if u, err := user.Current(); err == nil {
@@ -106,10 +102,6 @@ func whoami() string {
 		name += "@" + host
 	}
 	return name
-}
-
-func holds(p *budget.Pause, now time.Time) bool {
-	return (&budget.State{Pause: p}).Paused(now) != nil
 }
 
 // paused is a pause in words.
@@ -122,9 +114,14 @@ func paused(p *budget.Pause, now time.Time) string {
 }
 
 // status shows the pause and the budgets.
-func status(w io.Writer, s *budget.State, policy config.Policy, output string, now time.Time) error {
-	if output == "json" {
-		line, err := json.Marshal(s)
+func status(ctx context.Context, conn *bus.Conn, o options, w, _ io.Writer) error {
+	s, err := newLedger(conn, o).State(ctx)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	if o.output == "json" {
+		line, err := json.Marshal(&s)
 		if err != nil {
 			return fmt.Errorf("write: %w", err)
 		}
@@ -134,12 +131,12 @@ func status(w io.Writer, s *budget.State, policy config.Policy, output string, n
 	switch p := s.Paused(now); {
 	case p != nil:
 		fmt.Fprintln(w, paused(p, now))
-	case policy.Annotation == "":
+	case o.config.Policy.Annotation == "":
 		fmt.Fprintln(w, "observing: policy.annotation is empty in this config")
 	default:
 		fmt.Fprintln(w, "marking")
 	}
-	limits := policy.Budgets
+	limits := o.config.Policy.Budgets
 	marks := s.Since(now.Add(-limits.Window))
 	fmt.Fprintf(w, "\nwithin %s, at most by this config:\n", limits.Window)
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
