@@ -134,7 +134,7 @@ func tailCommand(s *cli.Settings) *cobra.Command {
 		},
 	}
 	flags := cmd.Flags()
-	cli.Var(flags, &o.since, "since", "", "begin with what was stored this `duration` ago, such as 1h, then continue live", cli.Duration)
+	cli.Var(flags, &o.since, "since", "", "begin with what was stored this `duration` ago, such as 1h, then continue live", sinceOrNow)
 	flags.BoolVar(&o.noFollow, "no-follow", false, "exit after what is stored now")
 	var scopes []string
 	for _, scope := range event.Scopes() {
@@ -281,6 +281,14 @@ func victimCommand() *cobra.Command {
 		ValidArgsFunction: cli.Files,
 		RunE:              func(cmd *cobra.Command, args []string) error { return victim(args[0], cmd.OutOrStdout()) },
 	}
+}
+
+// sinceOrNow parses a duration, where 0s stands for now.
+func sinceOrNow(s string) (time.Duration, error) {
+	if d, err := time.ParseDuration(s); err == nil && d == 0 {
+		return 0, nil
+	}
+	return cli.Duration(s)
 }
 
 // namespace parses the name of a namespace.
