@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -13,34 +12,10 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// victimMax is how much victim allocates at most: a container that has no limit after all must not take its node's memory.
-const victimMax = 128 << 20
-
-// victim uses up the memory limit of its container, once: it writes a file, and the next run, which finds the file, does
-// nothing. It ends with an error if nobody kills it.
-func victim(name string, stdout io.Writer) error {
-	file, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, os.ErrExist) {
-		fmt.Fprintf(stdout, "killed before: %s exists\n", name)
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("write the file of the victim: %w", err)
-	}
-	if err := file.Close(); err != nil {
-		return fmt.Errorf("write the file of the victim: %w", err)
-	}
-	memory := make([]byte, victimMax) // of the kernel, page by page as it is written to
-	for i := 0; i < len(memory); i += os.Getpagesize() {
-		memory[i] = 1
-	}
-	return fmt.Errorf("still alive with %d MiB: this container has no memory limit below that, or a swap", victimMax>>20)
-}
-
-// waiting is what await has seen.
+// waiting is what await has received.
 type waiting struct {
 	uid      string
-	outcome  bool // is waited for as well
+	outcome  bool // is awaited too
 	table    text.Table
 	kills    map[string]bool // of the pod, by ID
 	others   int             // kills of other pods
@@ -48,8 +23,8 @@ type waiting struct {
 	failing  error // the last time that the stream could not be read
 }
 
-// await waits for the kill of a pod to be published, and with --outcome for what oom-annotator made of it. It fails when
-// that did not come in time, and says what did.
+// await waits until the kill of a pod is published, and with --outcome its outcome. If that does not come in time, the
+// error names what did come.
 func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	w := &waiting{uid: o.podUID, outcome: o.outcome, kills: map[string]bool{}, outcomes: map[string]bool{}}
 	began := time.Now()
@@ -71,7 +46,7 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 			return nil
 		})
 		if errors.Is(err, errEnough) {
-			fmt.Fprintf(stdout, "ok: pod %s was killed, and that came back after %s\n", text.Printable(o.podUID), time.Since(began).Round(time.Millisecond))
+			fmt.Fprintf(stdout, "ok: pod %s was killed, received from NATS after %s\n", text.Printable(o.podUID), time.Since(began).Round(time.Millisecond))
 			return nil
 		}
 		if ctx.Err() != nil {
@@ -80,7 +55,7 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 			}
 			return w.missing(time.Since(began))
 		}
-		// NATS or the stream may come later.
+		// NATS may start later, and the stream be created later.
 		w.failing = err
 		select {
 		case <-time.After(time.Second):
@@ -89,7 +64,7 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	}
 }
 
-// take reads a message, and returns a line where it is news of the pod.
+// take reads a message, and returns a line if it is new and of the pod.
 func (w *waiting) take(m bus.Stored) (string, error) {
 	kind, _, node, err := event.ParseSubject(m.Subject)
 	if err != nil {
@@ -124,7 +99,7 @@ func (w *waiting) take(m bus.Stored) (string, error) {
 	return w.table.Line(&e), nil
 }
 
-// done tells whether all came that is waited for.
+// done reports whether all that is awaited came.
 func (w *waiting) done() bool {
 	for id := range w.kills {
 		if w.outcomes[id] || !w.outcome {
@@ -137,9 +112,9 @@ func (w *waiting) done() bool {
 func (w *waiting) missing(waited time.Duration) error {
 	waited = waited.Round(time.Second)
 	if len(w.kills) > 0 {
-		return fmt.Errorf("the kill was published, but no outcome of it within %s: see whether oom-annotator is ready, and its log", waited)
+		return fmt.Errorf("the kill was published, but not its outcome within %s: check that oom-annotator is ready, and its log", waited)
 	}
-	err := fmt.Errorf("no kill of pod %s was published within %s (%d kills of other pods were): see whether oom-tracer is ready on the pod's node, and its log",
+	err := fmt.Errorf("no kill of pod %s was published within %s (%d kills of other pods were): check that oom-tracer is ready on the pod's node, and its log",
 		text.Printable(w.uid), waited, w.others)
 	if w.failing != nil {
 		err = fmt.Errorf("%w; the last error: %w", err, w.failing)

@@ -206,14 +206,14 @@ func TestBounded(t *testing.T) {
 		if err := j.take(bus.Stored{Subject: "oom.v1.kill.global.node-1", Data: data, Time: time.Unix(1000, 0)}); err != nil {
 			t.Fatal(err)
 		}
-		if s.tells(&entry{kill: e.ID, event: &e}) {
-			t.Fatal("a kill of another pod is of the story")
+		if s.take(&entry{kill: e.ID, event: &e}) {
+			t.Fatal("a kill of another pod is of the pod")
 		}
 	}
 	if len(j.kills) != maxKills || len(j.order) != maxKills || lines != kills-maxKills {
 		t.Errorf("%d kills are kept, %d are shown", len(j.kills), lines)
 	}
-	if err := s.unknown(); len(s.waiting) != maxKills || len(s.order) != maxKills || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("of %d kills", kills)) {
+	if err := s.unknown(); len(s.waiting) != maxKills || len(s.order) != maxKills || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%d kills in pods have no outcome", kills)) {
 		t.Errorf("%d kills are kept: %v", len(s.waiting), err)
 	}
 	// An hour later.

@@ -16,7 +16,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// nodes shows the last status of every node that has ever said one, and the gaps of each.
+// nodes shows the last status of every node that has ever published one, and the gaps of each.
 func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	var all []heard
 	terminal := isTerminal(stdout)
@@ -67,7 +67,7 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	return o.fails(all, gaps, now)
 }
 
-// fails is what --fail-on asks for.
+// fails returns what --fail-on asks for.
 func (o *options) fails(all []heard, gaps map[string]gapsOf, now time.Time) error {
 	var why, quiet []string
 	for i := range all {
@@ -80,14 +80,14 @@ func (o *options) fails(all []heard, gaps map[string]gapsOf, now time.Time) erro
 	case len(all) == 0:
 		why = append(why, "no node is known")
 	case len(quiet) > 0:
-		why = append(why, "nobody watches "+strings.Join(quiet, ", "))
+		why = append(why, "not watched: "+strings.Join(quiet, ", "))
 	}
 	if slices.Contains(o.failOn, "gap") && len(gaps) > 0 {
 		names := slices.Sorted(maps.Keys(gaps))
 		for i, name := range names {
 			names[i] = text.Printable(name)
 		}
-		why = append(why, "kills may be missing of "+strings.Join(names, ", "))
+		why = append(why, "OOM kills may not have been recorded: "+strings.Join(names, ", "))
 	}
 	if why == nil {
 		return nil
@@ -95,7 +95,7 @@ func (o *options) fails(all []heard, gaps map[string]gapsOf, now time.Time) erro
 	return errors.New(strings.Join(why, "; "))
 }
 
-// each reads what a stream holds now. What one refuses is said, and the rest is read.
+// each reads what a stream holds now. A message that one refuses is reported and skipped.
 func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, one func(m bus.Stored, node string) error) error {
 	t.Since = time.Unix(0, 0)
 	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
@@ -110,14 +110,14 @@ func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writ
 	})
 }
 
-// heard is the last status of a node, and when that was stored. The node's own clock may be wrong, so that it only measures
-// time between two of its own times.
+// heard is the last status of a node, and when that was stored. The node's clock may be wrong: only differences of its times
+// are used.
 type heard struct {
 	event.NodeStatus
 	stored time.Time
 }
 
-// clock says how wrong the clock of a node is, unless that may be the way to NATS.
+// clock returns how wrong the clock of a node is. A small delay may be the way to NATS.
 func (s *heard) clock() string {
 	switch ahead := s.Time.Sub(s.stored); {
 	case ahead > 2*time.Second:
@@ -128,14 +128,14 @@ func (s *heard) clock() string {
 	return ""
 }
 
-// watched says whether a node is watched at a moment: what it said last, unless that is too long ago.
+// watched returns whether a node is watched at a moment: its last status, unless that is too old.
 func watched(s *heard, now time.Time) string {
 	switch {
 	case s.Phase == event.PhaseStop && s.Pinned:
-		return "stopped, kernel records" // and the next tracer tells
+		return "stopped, kernel records" // and the next tracer publishes
 	case s.Phase == event.PhaseStop:
 		return "stopped"
-	// Twice the due time, for a clock that goes differently and a server that was slow.
+	// Twice the due time, for a clock of another speed and a slow server.
 	case s.Due != nil && now.Sub(s.stored) > 2*s.Due.Sub(s.Time):
 		return "QUIET"
 	}
@@ -182,7 +182,7 @@ func writeNodes(w io.Writer, all []heard, gaps map[string]gapsOf, now time.Time)
 
 func ago(d time.Duration) string { return span(d) + " ago" }
 
-// span is a time span in its largest unit, as people say it.
+// span is a time span in its largest unit.
 func span(d time.Duration) string {
 	switch d = max(d, 0); {
 	case d < 2*time.Minute:

@@ -18,7 +18,7 @@ import (
 const (
 	// maxKills is how many kills are kept for their outcomes.
 	maxKills = 10_000
-	// outcomeWait is how long a kill may have none before it is shown without.
+	// outcomeWait is how long a kill waits for its outcome before it is shown without one.
 	outcomeWait = 5 * time.Second
 )
 
@@ -30,8 +30,7 @@ type killed struct {
 	shown  bool      // without an outcome
 }
 
-// joiner puts kills and their outcomes together: in the stream the outcomes come after their kill, some time
-// later.
+// joiner joins kills with their outcomes, which come some time later in the stream.
 type joiner struct {
 	o        options
 	table    *text.Table
@@ -104,7 +103,7 @@ func (j *joiner) take(m bus.Stored) error {
 	return j.line([]byte(shownAs), m.Data)
 }
 
-// wait keeps a kill. The oldest goes, and is shown first where nothing has come for it.
+// wait keeps a kill. If that is one too many, the oldest is dropped, and shown if it had no outcome.
 func (j *joiner) wait(id string, k *killed) error {
 	j.kills[id] = k
 	if j.order = append(j.order, id); len(j.order) <= maxKills {
@@ -120,8 +119,8 @@ func (j *joiner) wait(id string, k *killed) error {
 	return j.without(oldest)
 }
 
-// overdue shows the kills without an outcome for which none has come for too long, at a time of the server's clock. Where the
-// stream is not followed they are shown at its end.
+// overdue shows the kills that have waited too long for an outcome, at a time of the server's clock. With --no-follow they
+// are shown at the end.
 func (j *joiner) overdue(now time.Time) error {
 	for ; !j.o.noFollow && j.next < len(j.order); j.next++ {
 		k := j.kills[j.order[j.next]]
@@ -136,7 +135,7 @@ func (j *joiner) overdue(now time.Time) error {
 	return nil
 }
 
-// idle does so while no message comes.
+// idle calls overdue while no message comes.
 func (j *joiner) idle() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -158,8 +157,8 @@ func (j *joiner) rest() error {
 	return nil
 }
 
-// without shows a kill that has no outcome. Nobody has said yet whose it is, so that it may be of the pod that is asked
-// for, unless it was outside of all pods.
+// without shows a kill that has no outcome. Its pod is not known yet, so it may be of the pod that is asked for, unless it was
+// outside of all pods.
 func (j *joiner) without(k *killed) error {
 	if k.event == nil || k.shown || k.event.Container == nil && j.o.ofPods() {
 		return nil
@@ -168,7 +167,7 @@ func (j *joiner) without(k *killed) error {
 	return j.print(k.event, nil, k.raw, nil)
 }
 
-// wanted tells whether the flags select an outcome.
+// wanted reports whether the flags select an outcome.
 func (j *joiner) wanted(o *event.Outcome) bool {
 	return !j.o.ofPods() || o.Pod != nil && (j.o.namespace == "" || o.Pod.Namespace == j.o.namespace) && (j.o.pod == "" || o.Pod.Name == j.o.pod)
 }
@@ -209,7 +208,7 @@ func (j *joiner) line(line, data []byte) error {
 // writeError ends the tail; other errors are about one message.
 type writeError struct{ error }
 
-// outcomes prints kills with what became of them; see tail.
+// outcomes prints kills with their outcomes; see tail.
 func outcomes(ctx context.Context, conn *bus.Conn, o options, t bus.TailOptions, table *text.Table, stdout, stderr io.Writer) error {
 	j := &joiner{o: o, table: table, stdout: stdout, terminal: isTerminal(stdout), seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
 	ctx, cancel := context.WithCancelCause(ctx)

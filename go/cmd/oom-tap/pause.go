@@ -31,7 +31,7 @@ func newLedger(conn *bus.Conn, o options) *budget.Ledger {
 func setPause(ctx context.Context, conn *bus.Conn, p *budget.Pause, now time.Time, o options, stdout io.Writer) (bool, error) {
 	before, err := newLedger(conn, o).SetPause(ctx, p)
 	if errors.Is(err, nats.ErrPermissionViolation) {
-		return false, fmt.Errorf("%w (user %q may not: give nats.user oom-operator and its password, in the chart's Secret the key operator)", err, o.config.NATS.User)
+		return false, fmt.Errorf("%w (user %q may not change the pause: set nats.user to oom-operator, with the password under operator in the chart's Secret)", err, o.config.NATS.User)
 	}
 	if err != nil || (&budget.State{Pause: before}).Paused(now) == nil {
 		return false, err
@@ -138,7 +138,7 @@ func status(ctx context.Context, conn *bus.Conn, o options, w, _ io.Writer) erro
 	}
 	limits := o.config.Policy.Budgets
 	marks := s.Since(now.Add(-limits.Window))
-	fmt.Fprintf(w, "\nwithin %s, at most by this config:\n", limits.Window)
+	fmt.Fprintf(w, "\nmarks within %s, of what this config allows:\n", limits.Window)
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(table, "cluster\t%s\n", of(len(marks), limits.Cluster))
 	for _, kind := range []struct {

@@ -27,12 +27,12 @@ type entry struct {
 	event      *event.Event
 }
 
-// story is what is known of a pod, and how much of the rest may be its too.
+// story is what is known of a pod, and how many other kills may be of it too.
 type story struct {
 	o       options
 	results map[string]event.Result // of its kills, by ID: the last one
 	uids    map[string]bool         // of the pods that had this name
-	nodes   map[string]bool         // that they ran on
+	nodes   map[string]bool         // that these pods ran on
 	marked  time.Time               // last
 
 	kills int
@@ -43,10 +43,10 @@ type story struct {
 	forgotten int
 }
 
-// pod tells the story of one pod: its kills, what became of them, and what is missing of its node. Which pod a
-// kill hit is what oom-annotator has said; a kill that it has not spoken of yet is the pod's by the UID.
+// pod prints the story of one pod: its kills, their outcomes, and the gaps of its nodes. The outcome of a kill names the
+// pod. A kill without an outcome is matched by the UID.
 //
-// The stream is read twice: first the outcomes, to know which kills are the pod's. So nothing of other pods is kept.
+// The stream is read twice, first for the outcomes, which tell the kills of the pod from others. So nothing of other pods is kept.
 func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	pattern := map[event.Kind]string{}
 	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap} {
@@ -62,7 +62,7 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}}
 
 	err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, func(m bus.Stored) error {
-		if e, _, err := read(m, &table); err == nil && s.ours(e.outcome) { // what cannot be read is said below
+		if e, _, err := read(m, &table); err == nil && s.ours(e.outcome) { // what cannot be read is reported below
 			s.results[e.kill] = e.outcome.Result
 			s.uids[e.outcome.Pod.UID], s.nodes[e.node] = true, true
 		}
@@ -82,7 +82,7 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 			skip(stderr, m, err)
 			return nil
 		}
-		if !seen.add(id) || !s.tells(&e) {
+		if !seen.add(id) || !s.take(&e) {
 			return nil
 		}
 		line := []byte(e.line)
@@ -104,11 +104,11 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 		return err
 	}
 	if oldest.IsZero() || oldest.Sub(from) > time.Hour {
-		reach := "it holds nothing"
+		first := "none"
 		if !oldest.IsZero() {
-			reach = "the first message is of " + oldest.UTC().Format(time.RFC3339)
+			first = oldest.UTC().Format(time.RFC3339)
 		}
-		defer fmt.Fprintf(stderr, "oom-tap: the stream may not reach back that far: %s\n", reach)
+		defer fmt.Fprintf(stderr, "oom-tap: the stream may begin later than --since (first message: %s)\n", first)
 	}
 	if s.kills > 0 || len(s.results) > 0 {
 		if o.output != "json" {
@@ -133,8 +133,8 @@ func (s *story) ours(o *event.Outcome) bool {
 	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && (s.o.allNamespaces || o.Pod.Namespace == s.o.namespace)
 }
 
-// tells takes a message, in the stream's order, and reports whether it is of the story.
-func (s *story) tells(e *entry) bool {
+// take adds a message, in the stream's order, and reports whether it is of the pod.
+func (s *story) take(e *entry) bool {
 	switch {
 	case e.outcome != nil:
 		delete(s.waiting, e.kill)
@@ -145,7 +145,7 @@ func (s *story) tells(e *entry) bool {
 			s.marked = e.outcome.Time
 		}
 		return true
-	case e.event == nil && e.line == "": // in which nothing is missing
+	case e.event == nil && e.line == "": // a gap without missing kills
 		return false
 	case e.event == nil:
 		s.gaps++
@@ -163,7 +163,7 @@ func (s *story) tells(e *entry) bool {
 	return ours
 }
 
-// wait notes a kill in a pod that nobody has spoken of yet.
+// wait notes a kill in a pod that has no outcome yet.
 func (s *story) wait(kill string) {
 	s.waiting[kill] = true
 	if s.order = append(s.order, kill); len(s.order) > maxKills {
@@ -175,17 +175,17 @@ func (s *story) wait(kill string) {
 	}
 }
 
-// exitUnknown is the status where there may have been kills that were not seen.
+// exitUnknown is the exit status if the pod may have had kills that are not known.
 const exitUnknown = 3
 
-// unknown is why a pod of which no kill is known may have had one all the same.
+// unknown returns why a pod without known kills may still have had one.
 func (s *story) unknown() error {
 	var why []string
 	if n := len(s.waiting) + s.forgotten; n > 0 {
-		why = append(why, fmt.Sprintf("of %d kills in pods oom-annotator has not said whose they are (see whether it runs)", n))
+		why = append(why, fmt.Sprintf("%d kills in pods have no outcome (check that oom-annotator is running)", n))
 	}
 	if s.gaps > 0 {
-		why = append(why, fmt.Sprintf("kills may be missing from the record (%d gaps, see oom-tap nodes)", s.gaps))
+		why = append(why, fmt.Sprintf("OOM kills may not have been recorded (%d gaps, see oom-tap nodes)", s.gaps))
 	}
 	if why == nil {
 		return nil
@@ -226,7 +226,7 @@ func read(m bus.Stored, table *text.Table) (e entry, id string, err error) {
 	return e, id, err
 }
 
-// summary is the story in one sentence.
+// summary is the story in one line.
 func (s *story) summary() string {
 	counts := map[event.Result]int{}
 	for _, result := range s.results {
@@ -242,10 +242,10 @@ func (s *story) summary() string {
 		line += fmt.Sprintf(" in %d pods of that name", len(s.uids))
 	}
 	if results != nil {
-		line += "; in the end " + strings.Join(results, ", ")
+		line += "; final outcomes: " + strings.Join(results, ", ")
 	}
 	if s.marked.IsZero() {
 		return line + "; never marked"
 	}
-	return line + "; marked last at " + s.marked.UTC().Format(time.RFC3339)
+	return line + "; last marked at " + s.marked.UTC().Format(time.RFC3339)
 }
