@@ -15,8 +15,7 @@ import (
 // waiting is what await has received.
 type waiting struct {
 	uid      string
-	outcome  bool // is awaited too
-	table    text.Table
+	outcome  bool            // is awaited too
 	kills    map[string]bool // of the pod, by ID
 	others   int             // kills of other pods
 	outcomes map[string]bool
@@ -32,13 +31,9 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	for {
-		err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{"oom.v1." + string(event.KindKill) + ".>", "oom.v1." + string(event.KindOutcome) + ".>"}, Since: from, Follow: true}, func(m bus.Stored) error {
-			line, err := w.take(m)
-			if err != nil {
-				skip(stderr, m, err)
-			}
-			if line != "" {
-				fmt.Fprintln(stdout, line)
+		err := each(ctx, conn, bus.TailOptions{Subjects: []string{"oom.v1." + string(event.KindKill) + ".>", "oom.v1." + string(event.KindOutcome) + ".>"}, Since: from, Follow: true}, stderr, func(_ bus.Stored, r message) error {
+			if w.take(&r) {
+				fmt.Fprintln(stdout, r.line(&text.Table{}))
 			}
 			if w.done() {
 				return errEnough
@@ -64,39 +59,23 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	}
 }
 
-// take reads a message, and returns a line if it is new and of the pod.
-func (w *waiting) take(m bus.Stored) (string, error) {
-	kind, _, node, err := event.ParseSubject(m.Subject)
-	if err != nil {
-		return "", err
-	}
-	if kind == event.KindOutcome {
-		o, err := event.ParseOutcome(m.Data)
-		if err == nil {
-			err = sameNode(o.Node, node)
+// take takes a message, and reports whether it is new and of the pod.
+func (w *waiting) take(r *message) bool {
+	switch {
+	case r.outcome != nil:
+		ours := r.outcome.Stage == event.StageAnnotate && w.kills[r.outcome.Kill]
+		if ours {
+			w.outcomes[r.outcome.Kill] = true
 		}
-		if err != nil || o.Stage != event.StageAnnotate {
-			return "", err
-		}
-		if !w.kills[o.Kill] {
-			return "", nil
-		}
-		w.outcomes[o.Kill] = true
-		return w.table.OutcomeLine(nil, &o), nil
-	}
-	e, err := event.Parse(m.Data)
-	if err == nil {
-		err = sameNode(e.Node.Name, node)
-	}
-	if err != nil || w.kills[e.ID] {
-		return "", err
-	}
-	if e.Container == nil || e.Container.PodUID != w.uid {
+		return ours
+	case w.kills[r.id]:
+		return false
+	case r.kill.Container == nil || r.kill.Container.PodUID != w.uid:
 		w.others++
-		return "", nil
+		return false
 	}
-	w.kills[e.ID] = true
-	return w.table.Line(&e), nil
+	w.kills[r.id] = true
+	return true
 }
 
 // done reports whether all that is awaited came.

@@ -104,6 +104,9 @@ func (o *options) run(do func(ctx context.Context, conn *bus.Conn, o options, st
 		}
 		defer conn.Close()
 		err = do(cmd.Context(), conn, *o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		if errors.Is(err, errEnough) {
+			return nil
+		}
 		if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrBucketNotFound) {
 			return fmt.Errorf("%w: create it with: oom-tap setup --config %s", err, o.Config)
 		}
@@ -154,7 +157,7 @@ func tailCommand(s *cli.Settings) *cobra.Command {
 }
 
 func podCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s, since: 7 * 24 * time.Hour}
+	o := &options{Settings: s, since: 7 * 24 * time.Hour, color: "auto"}
 	var kubeconfig, context string
 	cmd := &cobra.Command{
 		Use: "pod NAME", Short: "Show all that happened to one pod",

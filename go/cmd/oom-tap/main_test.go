@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,7 +17,6 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
-	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 // start starts a NATS server with its stream, for the life of the test.
@@ -194,19 +192,16 @@ func TestBounded(t *testing.T) {
 		lines += bytes.Count(p, []byte("\n"))
 		return len(p), nil
 	})
-	j := &joiner{o: options{output: "text"}, table: &text.Table{}, stdout: stdout, seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
+	j := &joiner{out: &printer{out: stdout}, seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
 	s := &story{o: options{namespace: "shop", pod: "cart-0"}, results: map[string]event.Result{}, waiting: map[string]bool{}}
 	for i := range kills {
 		e := event.Event{Schema: event.Schema, ID: fmt.Sprint("k-", i), Node: event.Node{Name: "node-1"}, Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled,
 			Seq: uint64(i + 1), BoottimeNS: 1, Victim: event.Victim{PID: 1, TID: 1, Comm: "java"}, Time: time.Unix(1000, 0).UTC(), Container: &event.Container{PodUID: fmt.Sprint(i)}}
-		data, err := json.Marshal(&e)
-		if err != nil {
+		r := message{id: e.ID, kill: &e}
+		if err := j.take(bus.Stored{Time: time.Unix(1000, 0)}, r); err != nil {
 			t.Fatal(err)
 		}
-		if err := j.take(bus.Stored{Subject: "oom.v1.kill.global.node-1", Data: data, Time: time.Unix(1000, 0)}); err != nil {
-			t.Fatal(err)
-		}
-		if s.take(&entry{kill: e.ID, event: &e}) {
+		if s.take(&r) {
 			t.Fatal("a kill of another pod is of the pod")
 		}
 	}

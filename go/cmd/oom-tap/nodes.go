@@ -19,19 +19,13 @@ import (
 // nodes shows the last status of every node that has ever published one, and the gaps of each.
 func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	var all []heard
-	terminal := isTerminal(stdout)
-	err := each(ctx, conn, bus.TailOptions{Stream: event.NodesStreamName}, stderr, func(m bus.Stored, node string) error {
-		s, err := event.ParseNodeStatus(m.Data)
-		if err == nil {
-			err = sameNode(s.Node.Name, node)
+	p := newPrinter(stdout, o)
+	err := each(ctx, conn, bus.TailOptions{Stream: event.NodesStreamName, Since: time.Unix(0, 0)}, stderr, func(m bus.Stored, r message) error {
+		all = append(all, heard{*r.status, m.Time})
+		if o.output == "json" {
+			return p.print("", m.Data)
 		}
-		if err == nil && o.output == "json" {
-			fmt.Fprintf(stdout, "%s\n", rendered(m.Data, terminal))
-		}
-		if err == nil {
-			all = append(all, heard{s, m.Time})
-		}
-		return err
+		return nil
 	})
 	if err != nil || o.output == "json" && o.failOn == nil {
 		return err
@@ -42,18 +36,14 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	}
 	now := time.Now()
 	gaps := map[string]gapsOf{}
-	err = each(ctx, conn, bus.TailOptions{Subjects: []string{pattern}}, stderr, func(m bus.Stored, node string) error {
-		g, err := event.ParseGap(m.Data)
-		if err == nil {
-			err = sameNode(g.Node.Name, node)
-		}
-		if err == nil && g.Missing() && (o.since == 0 || now.Sub(m.Time) <= o.since) {
-			of := gaps[node]
+	err = each(ctx, conn, bus.TailOptions{Subjects: []string{pattern}, Since: time.Unix(0, 0)}, stderr, func(m bus.Stored, r message) error {
+		if r.gap.Missing() && (o.since == 0 || now.Sub(m.Time) <= o.since) {
+			of := gaps[r.node]
 			of.count++
-			of.cause, of.last = g.Cause, m.Time // in the stream's order
-			gaps[node] = of
+			of.cause, of.last = r.gap.Cause, m.Time // in the stream's order
+			gaps[r.node] = of
 		}
-		return err
+		return nil
 	})
 	if err != nil {
 		return err
@@ -93,21 +83,6 @@ func (o *options) fails(all []heard, gaps map[string]gapsOf, now time.Time) erro
 		return nil
 	}
 	return errors.New(strings.Join(why, "; "))
-}
-
-// each reads what a stream holds now. A message that one refuses is reported and skipped.
-func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, one func(m bus.Stored, node string) error) error {
-	t.Since = time.Unix(0, 0)
-	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
-		_, _, node, err := event.ParseSubject(m.Subject)
-		if err == nil {
-			err = one(m, node)
-		}
-		if err != nil {
-			skip(stderr, m, err)
-		}
-		return nil
-	})
 }
 
 // heard is the last status of a node, and when that was stored. The node's clock may be wrong: only differences of its times

@@ -3,14 +3,11 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -18,14 +15,6 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
-
-// entry is a message of a pod's story.
-type entry struct {
-	line, kill string
-	node       string
-	outcome    *event.Outcome
-	event      *event.Event
-}
 
 // story is what is known of a pod, and how many other kills may be of it too.
 type story struct {
@@ -55,16 +44,15 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 			return err
 		}
 	}
-	terminal := isTerminal(stdout)
-	plain := os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb"
-	table := text.Table{Color: terminal && !plain}
 	from := time.Now().Add(-o.since)
+	p := newPrinter(stdout, o)
 	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}}
 
-	err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, func(m bus.Stored) error {
-		if e, _, err := read(m, &table); err == nil && s.ours(e.outcome) { // what cannot be read is reported below
-			s.results[e.kill] = e.outcome.Result
-			s.uids[e.outcome.Pod.UID], s.nodes[e.node] = true, true
+	// What cannot be read is reported by the second reading.
+	err := each(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, io.Discard, func(_ bus.Stored, r message) error {
+		if s.ours(r.outcome) {
+			s.results[r.outcome.Kill] = r.outcome.Result
+			s.uids[r.outcome.Pod.UID], s.nodes[r.node] = true, true
 		}
 		return nil
 	})
@@ -73,33 +61,15 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 	}
 	oldest := time.Time{}
 	seen := newRecent(4 * maxKills)
-	err = bus.Tail(ctx, conn, bus.TailOptions{Subjects: slices.Collect(maps.Values(pattern)), Since: from}, func(m bus.Stored) error {
+	err = each(ctx, conn, bus.TailOptions{Subjects: slices.Collect(maps.Values(pattern)), Since: from}, stderr, func(m bus.Stored, r message) error {
 		if oldest.IsZero() {
 			oldest = m.Time
 		}
-		e, id, err := read(m, &table)
-		if err != nil {
-			skip(stderr, m, err)
+		if !seen.add(r.id) || !s.take(&r) {
 			return nil
 		}
-		if !seen.add(id) || !s.take(&e) {
-			return nil
-		}
-		line := []byte(e.line)
-		if o.output == "json" {
-			line = rendered(m.Data, terminal)
-		}
-		switch _, err := fmt.Fprintf(stdout, "%s\n", line); {
-		case errors.Is(err, syscall.EPIPE):
-			return errEnough
-		case err != nil:
-			return fmt.Errorf("write: %w", err)
-		}
-		return nil
+		return p.print(r.line(&p.table), m.Data)
 	})
-	if errors.Is(err, errEnough) {
-		return nil
-	}
 	if err != nil {
 		return err
 	}
@@ -134,27 +104,27 @@ func (s *story) ours(o *event.Outcome) bool {
 }
 
 // take adds a message, in the stream's order, and reports whether it is of the pod.
-func (s *story) take(e *entry) bool {
+func (s *story) take(r *message) bool {
 	switch {
-	case e.outcome != nil:
-		delete(s.waiting, e.kill)
-		if !s.ours(e.outcome) {
+	case r.outcome != nil:
+		delete(s.waiting, r.outcome.Kill)
+		if !s.ours(r.outcome) {
 			return false
 		}
-		if e.outcome.Result == event.ResultAnnotated {
-			s.marked = e.outcome.Time
+		if r.outcome.Result == event.ResultAnnotated {
+			s.marked = r.outcome.Time
 		}
 		return true
-	case e.event == nil && e.line == "": // a gap without missing kills
+	case r.gap != nil && !r.gap.Missing():
 		return false
-	case e.event == nil:
+	case r.gap != nil:
 		s.gaps++
-		return s.nodes[e.node]
+		return s.nodes[r.node]
 	}
-	_, ours := s.results[e.kill]
-	if c := e.event.Container; c != nil {
+	_, ours := s.results[r.id]
+	if c := r.kill.Container; c != nil {
 		if ours = ours || c.PodUID != "" && s.uids[c.PodUID]; !ours {
-			s.wait(e.kill)
+			s.wait(r.id)
 		}
 	}
 	if ours {
@@ -191,39 +161,6 @@ func (s *story) unknown() error {
 		return nil
 	}
 	return cli.Status(exitUnknown, fmt.Errorf("no kill in pod %s is known, but there may have been some: %s", s.o.podName(), strings.Join(why, "; ")))
-}
-
-// read reads a kill, an outcome or a gap.
-func read(m bus.Stored, table *text.Table) (e entry, id string, err error) {
-	kind, _, node, err := event.ParseSubject(m.Subject)
-	if err != nil {
-		return entry{}, "", err
-	}
-	e.node = node
-	switch kind {
-	case event.KindOutcome:
-		o, err := event.ParseOutcome(m.Data)
-		if err == nil {
-			err = sameNode(o.Node, node)
-		}
-		if err != nil {
-			return entry{}, "", err
-		}
-		e.outcome, e.kill, e.line = &o, o.Kill, table.OutcomeLine(nil, &o)
-		return e, o.ID, nil
-	case event.KindKill:
-		k, err := event.Parse(m.Data)
-		if err == nil {
-			err = sameNode(k.Node.Name, node)
-		}
-		if err != nil {
-			return entry{}, "", err
-		}
-		e.event, e.kill, e.line = &k, k.ID, table.Line(&k)
-		return e, k.ID, nil
-	}
-	e.line, id, err = parse(m, table)
-	return e, id, err
 }
 
 // summary is the story in one line.

@@ -51,16 +51,17 @@ func Run(ctx context.Context, root *cobra.Command, args []string, stdout, stderr
 		fmt.Fprintf(stderr, "%s: %v; see %s --help\n", name, err, cmd.CommandPath())
 		return ExitUsage
 	}
-	if logged, ok := errors.AsType[loggedError](err); ok {
-		logged.log.Error(name+" failed", "error", logged.error)
+	exit, ok := errors.AsType[exitError](err)
+	if !ok {
+		exit.status = ExitFailure
+	}
+	if exit.log != nil {
+		exit.log.Error(name+" failed", "error", err)
 	} else {
 		// A wrong config has a line for each fault.
 		fmt.Fprintf(stderr, "%s: %s\n", name, strings.ReplaceAll(err.Error(), "\n", "\n"+name+": "))
 	}
-	if other, ok := errors.AsType[statusError](err); ok {
-		return other.status
-	}
-	return ExitFailure
+	return exit.status
 }
 
 // errVersion ends a program that was only asked for its version.
@@ -185,23 +186,15 @@ func AddGroup(root *cobra.Command, title string, cmds ...*cobra.Command) {
 	}
 }
 
-// statusError ends the program with its status.
-type statusError struct {
+// exitError ends the program with a status, or by a line in a log.
+type exitError struct {
 	error
 	status int
+	log    *slog.Logger // nil: the error goes to stderr
 }
 
 // Unwrap returns the error itself.
-func (e statusError) Unwrap() error { return e.error }
+func (e exitError) Unwrap() error { return e.error }
 
 // Status makes an error that ends the program with status.
-func Status(status int, err error) error { return statusError{err, status} }
-
-// loggedError goes to the log.
-type loggedError struct {
-	error
-	log *slog.Logger
-}
-
-// Unwrap returns the error itself.
-func (e loggedError) Unwrap() error { return e.error }
+func Status(status int, err error) error { return exitError{err, status, nil} }

@@ -62,7 +62,7 @@ func (s *Settings) Run(cmd *cobra.Command, level string, run func(ctx context.Co
 		return err
 	}
 	if err = run(cmd.Context(), cfg, log); err != nil && cfg.Log.Format == "json" {
-		return loggedError{err, log}
+		return exitError{err, ExitFailure, log}
 	}
 	return err
 }
