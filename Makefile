@@ -83,7 +83,7 @@ doctor: build ## what this kernel and this user can do
 ##@ Build
 
 .PHONY: build
-build: build/oom-tracer build/oom-annotator build/oom-auth build/oom-tap build/kubectl-oom ## build the BPF object and the binaries into build/
+build: build/oom-tracer build/oom-annotator build/oom-auth build/oom-tap build/kubectl-oom build/kubectl_complete-oom ## build the BPF object and the binaries into build/
 
 .PHONY: deps
 deps: build/.deps ## install what a build needs (Debian packages; libbpf into the cache)
@@ -113,6 +113,10 @@ build/oom-tap build/oom-annotator build/oom-auth: build/%: $(GO_FILES)
 # kubectl finds its plugins on PATH by their names.
 build/kubectl-oom: build/oom-tap
 	$(Q)ln -sf oom-tap $@
+
+build/kubectl_complete-oom: tools/kubectl_complete-oom
+	@mkdir -p build
+	$(Q)cp $< $@
 
 .PHONY: matched
 matched: build/static/oom-tracer ## the program fits the kernel whose BTF is KERNEL_BTF

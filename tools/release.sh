@@ -6,7 +6,7 @@
 #   images/NAME.tar         each image for amd64 and arm64, as an OCI archive; images.txt: their names and digests
 #   oom-tracer-VERSION.tgz  the chart; its appVersion is the tag of the images
 #   manifests.tar.gz        the chart as make manifests renders it, with these images
-#   oom-tap_OS_ARCH.tar.gz  oom-tap, also as kubectl-oom (zip for Windows)
+#   oom-tap_OS_ARCH.tar.gz  oom-tap, also as kubectl-oom, and kubectl_complete-oom (zip for Windows, without it)
 #   sbom/NAME.spdx.json     the Go modules of each program, with their hashes (SPDX 2.3)
 #   provenance.json         what was built from which commit, with what (in-toto, SLSA v1)
 #   SHA256SUMS              of all of these
@@ -47,11 +47,12 @@ for target in linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 wi
 	CGO_ENABLED=0 GOOS=$os GOARCH=$arch "$GO" build -trimpath -ldflags "-s -w -X $OBS.version=$VERSION -X $OBS.revision=$REVISION" \
 		-o "$work/$name/oom-tap$suffix" ./go/cmd/oom-tap
 	cp "$work/$name/oom-tap$suffix" "$work/$name/kubectl-oom$suffix"
+	[[ $os == windows ]] || cp tools/kubectl_complete-oom "$work/$name"
 	touch -d "@$SOURCE_DATE_EPOCH" "$work/$name"/*
 	if [[ $os == windows ]]; then
 		(cd "$work/$name" && zip -qX "$out/$name.zip" kubectl-oom.exe oom-tap.exe)
 	else
-		tar -C "$work/$name" "${archive[@]}" -czf "$out/$name.tar.gz" kubectl-oom oom-tap
+		tar -C "$work/$name" "${archive[@]}" -czf "$out/$name.tar.gz" kubectl-oom kubectl_complete-oom oom-tap
 	fi
 done
 

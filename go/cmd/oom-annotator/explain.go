@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -32,30 +31,6 @@ type trialOptions struct {
 	since  time.Duration
 	node   string
 	output string
-}
-
-func (o *trialOptions) flags(flags *flag.FlagSet) {
-	o.since = 24 * time.Hour
-	flags.Func("since", "begin with what was stored this `duration` ago (default 24h)", func(s string) (err error) {
-		if o.since, err = time.ParseDuration(s); err != nil || o.since <= 0 {
-			return errors.New("must be a duration such as 15m or 24h (a day is 24h)")
-		}
-		return nil
-	})
-	flags.StringVar(&o.node, "node", "", "only kills of this `node`; the budgets then know of no other")
-	flags.StringVar(&o.output, "output", "text", "text, or json: an object for each kill with kill, would and was")
-}
-
-func (o *trialOptions) check() error {
-	if o.output != "" && o.output != "text" && o.output != "json" {
-		return fmt.Errorf("--output must be text or json, not %q", o.output)
-	}
-	if o.node != "" {
-		if _, err := event.NodeToken(o.node); err != nil {
-			return fmt.Errorf("--node: %w", err)
-		}
-	}
-	return nil
 }
 
 // explain prints what the config would do about the kills of the stream.

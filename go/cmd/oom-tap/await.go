@@ -5,55 +5,25 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
-	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// victimMax is how much victim allocates at most: a container that has no limit after all must not take its node's memory.
-const victimMax = 128 << 20
-
-// victim uses up the memory limit of its container, once: it writes a file, and the next run, which finds the file, does
-// nothing. It ends with an error if nobody kills it.
-func victim(args []string, stdout io.Writer) error {
-	if len(args) != 1 || args[0] == "" || args[0][0] == '-' {
-		return cli.Usagef("victim needs the name of a file")
-	}
-	file, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, os.ErrExist) {
-		fmt.Fprintf(stdout, "killed before: %s exists\n", args[0])
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("write the file of the victim: %w", err)
-	}
-	if err := file.Close(); err != nil {
-		return fmt.Errorf("write the file of the victim: %w", err)
-	}
-	memory := make([]byte, victimMax) // of the kernel, page by page as it is written to
-	for i := 0; i < len(memory); i += os.Getpagesize() {
-		memory[i] = 1
-	}
-	return fmt.Errorf("still alive with %d MiB: this container has no memory limit below that, or a swap", victimMax>>20)
-}
-
-// waiting is what await has seen.
+// waiting is what await has received.
 type waiting struct {
 	uid      string
-	outcome  bool // is waited for as well
-	table    text.Table
+	outcome  bool            // is awaited too
 	kills    map[string]bool // of the pod, by ID
 	others   int             // kills of other pods
 	outcomes map[string]bool
 	failing  error // the last time that the stream could not be read
 }
 
-// await waits for the kill of a pod to be published, and with --outcome for what oom-annotator made of it. It fails when
-// that did not come in time, and says what did.
+// await waits until the kill of a pod is published, and with --outcome its outcome. If that does not come in time, the
+// error names what did come.
 func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	w := &waiting{uid: o.podUID, outcome: o.outcome, kills: map[string]bool{}, outcomes: map[string]bool{}}
 	began := time.Now()
@@ -61,13 +31,9 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	ctx, cancel := context.WithTimeout(ctx, o.timeout)
 	defer cancel()
 	for {
-		err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{"oom.v1." + string(event.KindKill) + ".>", "oom.v1." + string(event.KindOutcome) + ".>"}, Since: from, Follow: true}, func(m bus.Stored) error {
-			line, err := w.take(m)
-			if err != nil {
-				skip(stderr, m, err)
-			}
-			if line != "" {
-				fmt.Fprintln(stdout, line)
+		err := each(ctx, conn, bus.TailOptions{Subjects: []string{"oom.v1." + string(event.KindKill) + ".>", "oom.v1." + string(event.KindOutcome) + ".>"}, Since: from, Follow: true}, stderr, func(_ bus.Stored, r message) error {
+			if w.take(&r) {
+				fmt.Fprintln(stdout, r.line(&text.Table{}))
 			}
 			if w.done() {
 				return errEnough
@@ -75,7 +41,7 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 			return nil
 		})
 		if errors.Is(err, errEnough) {
-			fmt.Fprintf(stdout, "ok: pod %s was killed, and that came back after %s\n", text.Printable(o.podUID), time.Since(began).Round(time.Millisecond))
+			fmt.Fprintf(stdout, "ok: pod %s was killed, received from NATS after %s\n", text.Printable(o.podUID), time.Since(began).Round(time.Millisecond))
 			return nil
 		}
 		if ctx.Err() != nil {
@@ -84,8 +50,8 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 			}
 			return w.missing(time.Since(began))
 		}
-		// NATS or the stream may come later.
-		w.failing = missingStream(err, o)
+		// NATS may start later, and the stream be created later.
+		w.failing = err
 		select {
 		case <-time.After(time.Second):
 		case <-ctx.Done():
@@ -93,42 +59,26 @@ func await(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	}
 }
 
-// take reads a message, and returns a line where it is news of the pod.
-func (w *waiting) take(m bus.Stored) (string, error) {
-	kind, _, node, err := event.ParseSubject(m.Subject)
-	if err != nil {
-		return "", err
-	}
-	if kind == event.KindOutcome {
-		o, err := event.ParseOutcome(m.Data)
-		if err == nil {
-			err = sameNode(o.Node, node)
+// take takes a message, and reports whether it is new and of the pod.
+func (w *waiting) take(r *message) bool {
+	switch {
+	case r.outcome != nil:
+		ours := r.outcome.Stage == event.StageAnnotate && w.kills[r.outcome.Kill]
+		if ours {
+			w.outcomes[r.outcome.Kill] = true
 		}
-		if err != nil || o.Stage != event.StageAnnotate {
-			return "", err
-		}
-		if !w.kills[o.Kill] {
-			return "", nil
-		}
-		w.outcomes[o.Kill] = true
-		return w.table.OutcomeLine(nil, &o), nil
-	}
-	e, err := event.Parse(m.Data)
-	if err == nil {
-		err = sameNode(e.Node.Name, node)
-	}
-	if err != nil || w.kills[e.ID] {
-		return "", err
-	}
-	if e.Container == nil || e.Container.PodUID != w.uid {
+		return ours
+	case w.kills[r.id]:
+		return false
+	case r.kill.Container == nil || r.kill.Container.PodUID != w.uid:
 		w.others++
-		return "", nil
+		return false
 	}
-	w.kills[e.ID] = true
-	return w.table.Line(&e), nil
+	w.kills[r.id] = true
+	return true
 }
 
-// done tells whether all came that is waited for.
+// done reports whether all that is awaited came.
 func (w *waiting) done() bool {
 	for id := range w.kills {
 		if w.outcomes[id] || !w.outcome {
@@ -141,9 +91,9 @@ func (w *waiting) done() bool {
 func (w *waiting) missing(waited time.Duration) error {
 	waited = waited.Round(time.Second)
 	if len(w.kills) > 0 {
-		return fmt.Errorf("the kill was published, but no outcome of it within %s: see whether oom-annotator is ready, and its log", waited)
+		return fmt.Errorf("the kill was published, but not its outcome within %s: check that oom-annotator is ready, and its log", waited)
 	}
-	err := fmt.Errorf("no kill of pod %s was published within %s (%d kills of other pods were): see whether oom-tracer is ready on the pod's node, and its log",
+	err := fmt.Errorf("no kill of pod %s was published within %s (%d kills of other pods were): check that oom-tracer is ready on the pod's node, and its log",
 		text.Printable(w.uid), waited, w.others)
 	if w.failing != nil {
 		err = fmt.Errorf("%w; the last error: %w", err, w.failing)

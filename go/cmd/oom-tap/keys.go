@@ -10,32 +10,20 @@ import (
 	"path/filepath"
 
 	"github.com/nats-io/nkeys"
-
-	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 )
 
-// keys makes a seed for each node that has none yet, in a file DIR/<node>.nk, and prints the public keys as the
-// chart's values. A seed is its node's alone: it goes there, and the server never sees it.
-func keys(args []string, stdout io.Writer) error {
-	if len(args) < 2 || args[0] == "" || args[0][0] == '-' {
-		return cli.Usagef("keys needs a directory and the names of nodes")
-	}
-	dir, nodes := args[0], args[1:]
-	for _, node := range nodes {
-		if _, err := event.NodeToken(node); err != nil {
-			return cli.Usagef("keys: %w", err)
-		}
-	}
+// keys creates a seed for each node that has none yet, in a file DIR/<node>.nk, and prints the public keys as the
+// chart's values. A seed belongs on its node only: the server never sees it.
+func keys(dir string, nodes []string, stdout io.Writer) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("make keys: %w", err)
+		return fmt.Errorf("create keys: %w", err)
 	}
 	var out bytes.Buffer
 	fmt.Fprintf(&out, "nats:\n  tracers: nkeys\n  nodeKeys:\n")
 	for _, node := range nodes {
 		public, err := nodeKey(filepath.Join(dir, node+".nk"))
 		if err != nil {
-			return fmt.Errorf("make the key of %s: %w", node, err)
+			return fmt.Errorf("create key of node %s: %w", node, err)
 		}
 		fmt.Fprintf(&out, "    %s: %s\n", node, public)
 	}
@@ -43,7 +31,7 @@ func keys(args []string, stdout io.Writer) error {
 	return err
 }
 
-// nodeKey reads a seed, or makes one, and returns its public key.
+// nodeKey reads a seed, or creates one, and returns its public key.
 func nodeKey(file string) (string, error) {
 	seed, err := os.ReadFile(file)
 	var pair nkeys.KeyPair
@@ -51,7 +39,7 @@ func nodeKey(file string) (string, error) {
 	case err == nil:
 		pair, err = nkeys.ParseDecoratedNKey(seed)
 		if err != nil {
-			return "", fmt.Errorf("%s holds no seed: %w", file, err)
+			return "", fmt.Errorf("%s does not hold a seed: %w", file, err)
 		}
 	case errors.Is(err, fs.ErrNotExist):
 		if pair, err = nkeys.CreateUser(); err != nil {

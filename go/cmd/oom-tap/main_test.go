@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,7 +17,6 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
-	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 // start starts a NATS server with its stream, for the life of the test.
@@ -73,7 +71,7 @@ func TestCancel(t *testing.T) {
 			return len(p), nil
 		})
 		var stderr strings.Builder
-		if status := cli.Run(ctx, "oom-tap", dispatch, append(tt.args, "--config", s.config), stdout, &stderr); status != tt.status || stderr.String() != tt.stderr {
+		if status := cli.Run(ctx, commandLine("oom-tap"), append(tt.args, "--config", s.config), stdout, &stderr); status != tt.status || stderr.String() != tt.stderr {
 			t.Errorf("%q: status %d, want %d; stderr %q, want %q", tt.args, status, tt.status, stderr.String(), tt.stderr)
 		}
 		if lines == 0 || lines == n {
@@ -97,7 +95,7 @@ func TestWriteErrors(t *testing.T) {
 	} {
 		var stderr strings.Builder
 		stdout := writerFunc(func([]byte) (int, error) { return 0, tt.err })
-		status := cli.Run(t.Context(), "oom-tap", dispatch, []string{"--config", s.config, "--since", "1h"}, stdout, &stderr)
+		status := cli.Run(t.Context(), commandLine("oom-tap"), []string{"--config", s.config, "--since", "1h"}, stdout, &stderr)
 		if status != tt.status || stderr.String() != tt.stderr {
 			t.Errorf("%v: status %d, stderr %q", tt.err, status, stderr.String())
 		}
@@ -170,7 +168,7 @@ func TestTerminal(t *testing.T) {
 				screen, stdout = openTerminal(t)
 			}
 			var stderr strings.Builder
-			status := cli.Run(t.Context(), "oom-tap", dispatch, append([]string{"--config", s.config, "--since", "1h", "--no-follow"}, tt.args...), stdout, &stderr)
+			status := cli.Run(t.Context(), commandLine("oom-tap"), append([]string{"--config", s.config, "--since", "1h", "--no-follow"}, tt.args...), stdout, &stderr)
 			stdout.Close()
 			shown, err := io.ReadAll(screen)
 			if err != nil && !errors.Is(err, syscall.EIO) { // EIO is how a terminal ends
@@ -194,26 +192,23 @@ func TestBounded(t *testing.T) {
 		lines += bytes.Count(p, []byte("\n"))
 		return len(p), nil
 	})
-	j := &joiner{o: options{output: "text"}, table: &text.Table{}, stdout: stdout, seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
+	j := &joiner{out: &printer{out: stdout}, seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
 	s := &story{o: options{namespace: "shop", pod: "cart-0"}, results: map[string]event.Result{}, waiting: map[string]bool{}}
 	for i := range kills {
 		e := event.Event{Schema: event.Schema, ID: fmt.Sprint("k-", i), Node: event.Node{Name: "node-1"}, Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled,
 			Seq: uint64(i + 1), BoottimeNS: 1, Victim: event.Victim{PID: 1, TID: 1, Comm: "java"}, Time: time.Unix(1000, 0).UTC(), Container: &event.Container{PodUID: fmt.Sprint(i)}}
-		data, err := json.Marshal(&e)
-		if err != nil {
+		r := message{id: e.ID, kill: &e}
+		if err := j.take(bus.Stored{Time: time.Unix(1000, 0)}, r); err != nil {
 			t.Fatal(err)
 		}
-		if err := j.take(bus.Stored{Subject: "oom.v1.kill.global.node-1", Data: data, Time: time.Unix(1000, 0)}); err != nil {
-			t.Fatal(err)
-		}
-		if s.tells(&entry{kill: e.ID, event: &e}) {
-			t.Fatal("a kill of another pod is of the story")
+		if s.take(&r) {
+			t.Fatal("a kill of another pod is of the pod")
 		}
 	}
 	if len(j.kills) != maxKills || len(j.order) != maxKills || lines != kills-maxKills {
 		t.Errorf("%d kills are kept, %d are shown", len(j.kills), lines)
 	}
-	if err := s.unknown(); len(s.waiting) != maxKills || len(s.order) != maxKills || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("of %d kills", kills)) {
+	if err := s.unknown(); len(s.waiting) != maxKills || len(s.order) != maxKills || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%d kills in pods have no outcome", kills)) {
 		t.Errorf("%d kills are kept: %v", len(s.waiting), err)
 	}
 	// An hour later.

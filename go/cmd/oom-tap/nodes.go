@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"maps"
@@ -17,39 +16,19 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// failOnFlag registers --fail-on.
-func (o *options) failOnFlag(flags *flag.FlagSet) {
-	flags.Func("fail-on", "end with status 1 where a node is `quiet` (nobody watches it, or no node is known) or has a gap; one or both, as quiet,gap", func(s string) error {
-		o.failOn = strings.Split(s, ",")
-		for _, what := range o.failOn {
-			if what != "quiet" && what != "gap" {
-				return fmt.Errorf("must be quiet, gap or quiet,gap, not %q", s)
-			}
+// nodes shows the last status of every node that has ever published one, and the gaps of each.
+func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
+	var all []heard
+	p := newPrinter(stdout, o)
+	err := each(ctx, conn, bus.TailOptions{Stream: event.NodesStreamName, Since: time.Unix(0, 0)}, stderr, func(m bus.Stored, r message) error {
+		all = append(all, heard{*r.status, m.Time})
+		if o.output == "json" {
+			return p.print("", m.Data)
 		}
 		return nil
 	})
-	durationFlag(flags, &o.since, "since", "gaps that were published up to this `duration` ago (default: as far as the stream reaches back)")
-}
-
-// nodes shows the last status of every node that has ever said one, and the gaps of each.
-func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
-	var all []heard
-	terminal := isTerminal(stdout)
-	err := each(ctx, conn, bus.TailOptions{Stream: event.NodesStreamName}, stderr, func(m bus.Stored, node string) error {
-		s, err := event.ParseNodeStatus(m.Data)
-		if err == nil {
-			err = sameNode(s.Node.Name, node)
-		}
-		if err == nil && o.output == "json" {
-			fmt.Fprintf(stdout, "%s\n", rendered(m.Data, terminal))
-		}
-		if err == nil {
-			all = append(all, heard{s, m.Time})
-		}
-		return err
-	})
 	if err != nil || o.output == "json" && o.failOn == nil {
-		return missingStream(err, o)
+		return err
 	}
 	pattern, err := event.Filter(event.KindGap, "", "")
 	if err != nil {
@@ -57,21 +36,17 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	}
 	now := time.Now()
 	gaps := map[string]gapsOf{}
-	err = each(ctx, conn, bus.TailOptions{Subjects: []string{pattern}}, stderr, func(m bus.Stored, node string) error {
-		g, err := event.ParseGap(m.Data)
-		if err == nil {
-			err = sameNode(g.Node.Name, node)
-		}
-		if err == nil && g.Missing() && (o.since == 0 || now.Sub(m.Time) <= o.since) {
-			of := gaps[node]
+	err = each(ctx, conn, bus.TailOptions{Subjects: []string{pattern}, Since: time.Unix(0, 0)}, stderr, func(m bus.Stored, r message) error {
+		if r.gap.Missing() && (o.since == 0 || now.Sub(m.Time) <= o.since) {
+			of := gaps[r.node]
 			of.count++
-			of.cause, of.last = g.Cause, m.Time // in the stream's order
-			gaps[node] = of
+			of.cause, of.last = r.gap.Cause, m.Time // in the stream's order
+			gaps[r.node] = of
 		}
-		return err
+		return nil
 	})
 	if err != nil {
-		return missingStream(err, o)
+		return err
 	}
 	slices.SortFunc(all, func(a, b heard) int { return strings.Compare(a.Node.Name, b.Node.Name) })
 	if o.output != "json" {
@@ -82,7 +57,7 @@ func nodes(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Wri
 	return o.fails(all, gaps, now)
 }
 
-// fails is what --fail-on asks for.
+// fails returns what --fail-on asks for.
 func (o *options) fails(all []heard, gaps map[string]gapsOf, now time.Time) error {
 	var why, quiet []string
 	for i := range all {
@@ -95,14 +70,14 @@ func (o *options) fails(all []heard, gaps map[string]gapsOf, now time.Time) erro
 	case len(all) == 0:
 		why = append(why, "no node is known")
 	case len(quiet) > 0:
-		why = append(why, "nobody watches "+strings.Join(quiet, ", "))
+		why = append(why, "not watched: "+strings.Join(quiet, ", "))
 	}
 	if slices.Contains(o.failOn, "gap") && len(gaps) > 0 {
 		names := slices.Sorted(maps.Keys(gaps))
 		for i, name := range names {
 			names[i] = text.Printable(name)
 		}
-		why = append(why, "kills may be missing of "+strings.Join(names, ", "))
+		why = append(why, "OOM kills may not have been recorded: "+strings.Join(names, ", "))
 	}
 	if why == nil {
 		return nil
@@ -110,29 +85,14 @@ func (o *options) fails(all []heard, gaps map[string]gapsOf, now time.Time) erro
 	return errors.New(strings.Join(why, "; "))
 }
 
-// each reads what a stream holds now. What one refuses is said, and the rest is read.
-func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, one func(m bus.Stored, node string) error) error {
-	t.Since = time.Unix(0, 0)
-	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
-		_, _, node, err := event.ParseSubject(m.Subject)
-		if err == nil {
-			err = one(m, node)
-		}
-		if err != nil {
-			skip(stderr, m, err)
-		}
-		return nil
-	})
-}
-
-// heard is the last status of a node, and when that was stored. The node's own clock may be wrong, so that it only measures
-// time between two of its own times.
+// heard is the last status of a node, and when that was stored. The node's clock may be wrong: only differences of its times
+// are used.
 type heard struct {
 	event.NodeStatus
 	stored time.Time
 }
 
-// clock says how wrong the clock of a node is, unless that may be the way to NATS.
+// clock returns how wrong the clock of a node is. A small delay may be the way to NATS.
 func (s *heard) clock() string {
 	switch ahead := s.Time.Sub(s.stored); {
 	case ahead > 2*time.Second:
@@ -143,14 +103,14 @@ func (s *heard) clock() string {
 	return ""
 }
 
-// watched says whether a node is watched at a moment: what it said last, unless that is too long ago.
+// watched returns whether a node is watched at a moment: its last status, unless that is too old.
 func watched(s *heard, now time.Time) string {
 	switch {
 	case s.Phase == event.PhaseStop && s.Pinned:
-		return "stopped, kernel records" // and the next tracer tells
+		return "stopped, kernel records" // and the next tracer publishes
 	case s.Phase == event.PhaseStop:
 		return "stopped"
-	// Twice the due time, for a clock that goes differently and a server that was slow.
+	// Twice the due time, for a clock of another speed and a slow server.
 	case s.Due != nil && now.Sub(s.stored) > 2*s.Due.Sub(s.Time):
 		return "QUIET"
 	}
@@ -197,7 +157,7 @@ func writeNodes(w io.Writer, all []heard, gaps map[string]gapsOf, now time.Time)
 
 func ago(d time.Duration) string { return span(d) + " ago" }
 
-// span is a time span in its largest unit, as people say it.
+// span is a time span in its largest unit.
 func span(d time.Duration) string {
 	switch d = max(d, 0); {
 	case d < 2*time.Minute:

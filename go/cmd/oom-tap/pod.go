@@ -1,15 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"os"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -18,20 +16,12 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// entry is a message of a pod's story.
-type entry struct {
-	line, kill string
-	node       string
-	outcome    *event.Outcome
-	event      *event.Event
-}
-
-// story is what is known of a pod, and how much of the rest may be its too.
+// story is what is known of a pod, and how many other kills may be of it too.
 type story struct {
 	o       options
 	results map[string]event.Result // of its kills, by ID: the last one
 	uids    map[string]bool         // of the pods that had this name
-	nodes   map[string]bool         // that they ran on
+	nodes   map[string]bool         // that these pods ran on
 	marked  time.Time               // last
 
 	kills int
@@ -42,10 +32,10 @@ type story struct {
 	forgotten int
 }
 
-// pod tells the story of one pod: its kills, what became of them, and what is missing of its node. Which pod a
-// kill hit is what oom-annotator has said; a kill that it has not spoken of yet is the pod's by the UID.
+// pod prints the story of one pod: its kills, their outcomes, and the gaps of its nodes. The outcome of a kill names the
+// pod. A kill without an outcome is matched by the UID.
 //
-// The stream is read twice: first the outcomes, to know which kills are the pod's. So nothing of other pods is kept.
+// The stream is read twice, first for the outcomes, which tell the kills of the pod from others. So nothing of other pods is kept.
 func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	pattern := map[event.Kind]string{}
 	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap} {
@@ -54,60 +44,41 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 			return err
 		}
 	}
-	terminal := isTerminal(stdout)
-	plain := os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb"
-	table := text.Table{Color: terminal && !plain}
 	from := time.Now().Add(-o.since)
+	p := newPrinter(stdout, o)
 	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}}
 
-	err := bus.Tail(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, func(m bus.Stored) error {
-		if e, _, err := read(m, &table); err == nil && s.ours(e.outcome) { // what cannot be read is said below
-			s.results[e.kill] = e.outcome.Result
-			s.uids[e.outcome.Pod.UID], s.nodes[e.node] = true, true
+	// What cannot be read is reported by the second reading.
+	err := each(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, io.Discard, func(_ bus.Stored, r message) error {
+		if s.ours(r.outcome) {
+			s.results[r.outcome.Kill] = r.outcome.Result
+			s.uids[r.outcome.Pod.UID], s.nodes[r.node] = true, true
 		}
 		return nil
 	})
 	if err != nil {
-		return missingStream(err, o)
+		return err
 	}
 	oldest := time.Time{}
 	seen := newRecent(4 * maxKills)
-	err = bus.Tail(ctx, conn, bus.TailOptions{Subjects: slices.Collect(maps.Values(pattern)), Since: from}, func(m bus.Stored) error {
+	err = each(ctx, conn, bus.TailOptions{Subjects: slices.Collect(maps.Values(pattern)), Since: from}, stderr, func(m bus.Stored, r message) error {
 		if oldest.IsZero() {
 			oldest = m.Time
 		}
-		e, id, err := read(m, &table)
-		if err != nil {
-			skip(stderr, m, err)
+		if !seen.add(r.id) || !s.take(&r) {
 			return nil
 		}
-		if !seen.add(id) || !s.tells(&e) {
-			return nil
-		}
-		line := []byte(e.line)
-		if o.output == "json" {
-			line = rendered(m.Data, terminal)
-		}
-		switch _, err := fmt.Fprintf(stdout, "%s\n", line); {
-		case errors.Is(err, syscall.EPIPE):
-			return errEnough
-		case err != nil:
-			return fmt.Errorf("write: %w", err)
-		}
-		return nil
+		return p.print(r.line(&p.table), m.Data)
 	})
-	if errors.Is(err, errEnough) {
-		return nil
-	}
 	if err != nil {
-		return missingStream(err, o)
+		return err
 	}
 	if oldest.IsZero() || oldest.Sub(from) > time.Hour {
-		reach := "it holds nothing"
+		first := "none"
 		if !oldest.IsZero() {
-			reach = "the first message is of " + oldest.UTC().Format(time.RFC3339)
+			first = oldest.UTC().Format(time.RFC3339)
 		}
-		defer fmt.Fprintf(stderr, "oom-tap: the stream may not reach back that far: %s\n", reach)
+		defer fmt.Fprintf(stderr, "oom-tap: the stream may begin later than --since (first message: %s)\n", first)
 	}
 	if s.kills > 0 || len(s.results) > 0 {
 		if o.output != "json" {
@@ -119,38 +90,41 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 		return err
 	}
 	if o.output != "json" {
-		fmt.Fprintf(stdout, "no kill in pod %s/%s is known since %s\n", text.Printable(o.namespace), text.Printable(o.pod), from.UTC().Format(time.RFC3339))
+		fmt.Fprintf(stdout, "no kill in pod %s is known since %s\n", o.podName(), from.UTC().Format(time.RFC3339))
 	}
 	return nil
 }
 
+// podName is the pod with its namespace; "*" stands for all.
+func (o *options) podName() string { return text.Printable(cmp.Or(o.namespace, "*") + "/" + o.pod) }
+
 // ours tells whether an outcome is of the pod.
 func (s *story) ours(o *event.Outcome) bool {
-	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && o.Pod.Namespace == s.o.namespace
+	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && (s.o.allNamespaces || o.Pod.Namespace == s.o.namespace)
 }
 
-// tells takes a message, in the stream's order, and reports whether it is of the story.
-func (s *story) tells(e *entry) bool {
+// take adds a message, in the stream's order, and reports whether it is of the pod.
+func (s *story) take(r *message) bool {
 	switch {
-	case e.outcome != nil:
-		delete(s.waiting, e.kill)
-		if !s.ours(e.outcome) {
+	case r.outcome != nil:
+		delete(s.waiting, r.outcome.Kill)
+		if !s.ours(r.outcome) {
 			return false
 		}
-		if e.outcome.Result == event.ResultAnnotated {
-			s.marked = e.outcome.Time
+		if r.outcome.Result == event.ResultAnnotated {
+			s.marked = r.outcome.Time
 		}
 		return true
-	case e.event == nil && e.line == "": // in which nothing is missing
+	case r.gap != nil && !r.gap.Missing():
 		return false
-	case e.event == nil:
+	case r.gap != nil:
 		s.gaps++
-		return s.nodes[e.node]
+		return s.nodes[r.node]
 	}
-	_, ours := s.results[e.kill]
-	if c := e.event.Container; c != nil {
+	_, ours := s.results[r.id]
+	if c := r.kill.Container; c != nil {
 		if ours = ours || c.PodUID != "" && s.uids[c.PodUID]; !ours {
-			s.wait(e.kill)
+			s.wait(r.id)
 		}
 	}
 	if ours {
@@ -159,7 +133,7 @@ func (s *story) tells(e *entry) bool {
 	return ours
 }
 
-// wait notes a kill in a pod that nobody has spoken of yet.
+// wait notes a kill in a pod that has no outcome yet.
 func (s *story) wait(kill string) {
 	s.waiting[kill] = true
 	if s.order = append(s.order, kill); len(s.order) > maxKills {
@@ -171,58 +145,25 @@ func (s *story) wait(kill string) {
 	}
 }
 
-// exitUnknown is the status where there may have been kills that were not seen.
+// exitUnknown is the exit status if the pod may have had kills that are not known.
 const exitUnknown = 3
 
-// unknown is why a pod of which no kill is known may have had one all the same.
+// unknown returns why a pod without known kills may still have had one.
 func (s *story) unknown() error {
 	var why []string
 	if n := len(s.waiting) + s.forgotten; n > 0 {
-		why = append(why, fmt.Sprintf("of %d kills in pods oom-annotator has not said whose they are (see whether it runs)", n))
+		why = append(why, fmt.Sprintf("%d kills in pods have no outcome (check that oom-annotator is running)", n))
 	}
 	if s.gaps > 0 {
-		why = append(why, fmt.Sprintf("kills may be missing from the record (%d gaps, see oom-tap nodes)", s.gaps))
+		why = append(why, fmt.Sprintf("OOM kills may not have been recorded (%d gaps, see oom-tap nodes)", s.gaps))
 	}
 	if why == nil {
 		return nil
 	}
-	return cli.Status(exitUnknown, fmt.Errorf("no kill in pod %s/%s is known, but there may have been some: %s", text.Printable(s.o.namespace), text.Printable(s.o.pod), strings.Join(why, "; ")))
+	return cli.Status(exitUnknown, fmt.Errorf("no kill in pod %s is known, but there may have been some: %s", s.o.podName(), strings.Join(why, "; ")))
 }
 
-// read reads a kill, an outcome or a gap.
-func read(m bus.Stored, table *text.Table) (e entry, id string, err error) {
-	kind, _, node, err := event.ParseSubject(m.Subject)
-	if err != nil {
-		return entry{}, "", err
-	}
-	e.node = node
-	switch kind {
-	case event.KindOutcome:
-		o, err := event.ParseOutcome(m.Data)
-		if err == nil {
-			err = sameNode(o.Node, node)
-		}
-		if err != nil {
-			return entry{}, "", err
-		}
-		e.outcome, e.kill, e.line = &o, o.Kill, table.OutcomeLine(nil, &o)
-		return e, o.ID, nil
-	case event.KindKill:
-		k, err := event.Parse(m.Data)
-		if err == nil {
-			err = sameNode(k.Node.Name, node)
-		}
-		if err != nil {
-			return entry{}, "", err
-		}
-		e.event, e.kill, e.line = &k, k.ID, table.Line(&k)
-		return e, k.ID, nil
-	}
-	e.line, id, err = parse(m, table)
-	return e, id, err
-}
-
-// summary is the story in one sentence.
+// summary is the story in one line.
 func (s *story) summary() string {
 	counts := map[event.Result]int{}
 	for _, result := range s.results {
@@ -233,15 +174,15 @@ func (s *story) summary() string {
 		results = append(results, fmt.Sprintf("%d %s", n, text.Printable(string(result))))
 	}
 	slices.Sort(results)
-	line := fmt.Sprintf("%s/%s: %d kills", text.Printable(s.o.namespace), text.Printable(s.o.pod), s.kills)
+	line := fmt.Sprintf("%s: %d kills", s.o.podName(), s.kills)
 	if len(s.uids) > 1 {
 		line += fmt.Sprintf(" in %d pods of that name", len(s.uids))
 	}
 	if results != nil {
-		line += "; in the end " + strings.Join(results, ", ")
+		line += "; final outcomes: " + strings.Join(results, ", ")
 	}
 	if s.marked.IsZero() {
 		return line + "; never marked"
 	}
-	return line + "; marked last at " + s.marked.UTC().Format(time.RFC3339)
+	return line + "; last marked at " + s.marked.UTC().Format(time.RFC3339)
 }

@@ -38,7 +38,7 @@ const patience = 30 * time.Second
 const noRaceSleep = "GORACE=atexit_sleep_ms=0"
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"oom-tap": main})
+	testscript.Main(m, map[string]func(){"oom-tap": main, "kubectl-oom": main})
 }
 
 // TestScript runs testdata/script, with the real program and a real NATS server. Beyond testscript's own,

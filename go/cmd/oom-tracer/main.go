@@ -1,202 +1,109 @@
-// Command oom-tracer is the node agent: it reports every kill of the kernel's OOM killer to NATS.
+// Command oom-tracer is the node agent: it publishes every kill of the kernel's OOM killer to NATS.
 package main
 
 import (
 	"context"
-	"errors"
-	"flag"
 	"fmt"
 	"io"
-	"io/fs"
+	"log/slog"
 	"os"
-	"strings"
 
-	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/spf13/cobra"
+
 	"github.com/oom-tracer/oom-tracer/go/internal/agent"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/doctor"
-	"github.com/oom-tracer/oom-tracer/go/internal/loader"
-	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
 
-const usage = `oom-tracer reports every kill of this machine's OOM killer to NATS.
+func main() { cli.Main(commandLine()) }
 
-Usage:
-  oom-tracer [run] [flags]                       trace until it is told to end
-  oom-tracer selftest [flags]                    cause one contained OOM kill and see it come back
-  oom-tracer doctor [--output text|json] [flags] what this kernel and this process can do
-  oom-tracer doctor --btf file [--output text|json]
-                                                 whether the program fits the kernel with these types
-  oom-tracer config check [flags]                read the config, say what is wrong with it
-  oom-tracer unload [--force] [flags]            end the recording that goes on while no tracer runs
-
-Exit status: 0 done; 1 failed (doctor: tracing cannot work; config check: the config is wrong);
-2 the command line is wrong.
-
-Flags:
-`
-
-func main() { cli.Main("oom-tracer", dispatch) }
-
-// options are the flags.
-type options struct {
-	configPath string
-	nodeName   string
-	logLevel   string
-	output     string // doctor only
-	btf        string // doctor only
-	force      bool   // unload only
-	version    bool
-}
-
-func dispatch(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	command := "run"
-	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
-		command, args = args[0], args[1:]
+// commandLine is the tree of commands.
+func commandLine() *cobra.Command {
+	s := &cli.Settings{}
+	nodeFlag := ""
+	node := func(cfg config.Config) (string, error) {
+		return config.NodeName(nodeFlag, os.Getenv, cfg.Node, os.Hostname)
 	}
-	// "config" has one command of its own; "config --help" is a question all the same.
-	if command == "config" && len(args) > 0 && !strings.HasPrefix(args[0], "-") {
-		command, args = command+" "+args[0], args[1:]
-	}
-	switch command {
-	case "run", "selftest", "doctor", "config", "config check", "unload":
-	case agent.VictimCommand:
-		return agent.Victim(args)
-	default:
-		return cli.Usagef("unknown command %q", command)
-	}
-
-	o, flags, err := parseFlags(command, args)
-	if errors.Is(err, flag.ErrHelp) {
-		fmt.Fprint(stdout, usage)
-		flags.SetOutput(stdout)
-		flags.PrintDefaults()
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if o.version {
-		fmt.Fprintf(stdout, "oom-tracer %s\n", obs.Version())
-		return nil
-	}
-	if command == "config" {
-		return cli.Usagef("config needs a command: config check")
-	}
-
-	if o.btf != "" {
-		return doctor.RunBTF(o.btf, o.output, stdout)
-	}
-
-	cfg, err := loadConfig(o)
-	if err != nil {
-		return err
-	}
-	if command == "unload" {
-		return unload(ctx, cfg.Kernel.PinDir, o.force, stdout)
-	}
-	node, err := config.NodeName(o.nodeName, os.Getenv, cfg.Node, os.Hostname)
-	if err != nil {
-		return err
-	}
-	if command == "config check" {
-		fmt.Fprintf(stdout, "%s: ok (node %s)\n", o.configPath, node)
-		return nil
-	}
-	if command == "selftest" && o.logLevel == "" {
-		cfg.Log.Level = "warn" // its own lines are what is to be read
-	}
-	log, err := obs.NewLogger(stderr, cfg.Log)
-	if err != nil {
-		return err
-	}
-	switch command {
-	case "selftest":
-		err = agent.Selftest(ctx, cfg, node, stdout, log)
-	case "doctor":
-		err = doctor.Run(ctx, cfg, node, o.output, stdout)
-	default:
-		err = agent.Run(ctx, cfg, node, stdout, log)
-	}
-	return cli.Logged(log, err)
-}
-
-// parseFlags reads what stands behind the command, and checks what needs no config to be checked. Its
-// error is of cli.Usagef or flag.ErrHelp.
-func parseFlags(command string, args []string) (o options, flags *flag.FlagSet, err error) {
-	flags = flag.NewFlagSet("oom-tracer", flag.ContinueOnError)
-	flags.SetOutput(io.Discard) // its error comes back, and is printed once
-	flags.StringVar(&o.configPath, "config", "/etc/oom-tracer/config.yaml", "the config `file`")
-	flags.StringVar(&o.nodeName, "node-name", "", "this node's `name` (default: NODE_NAME, node.name in the config, the host's name)")
-	flags.StringVar(&o.logLevel, "log-level", "", "the log's `level`: debug, info, warn or error (default: log.level in the config; warn for selftest)")
-	flags.BoolVar(&o.version, "version", false, "print the version and end")
-	if command == "doctor" {
-		flags.StringVar(&o.output, "output", "text", "the `format`: text or json")
-		flags.StringVar(&o.btf, "btf", "", "the kernel's BTF in a `file`, raw or in an ELF file: look at that, and not at this machine and its config")
-	}
-	if command == "unload" {
-		flags.BoolVar(&o.force, "force", false, "also discard records that are not published yet, or that this version cannot read")
-	}
-	err = flags.Parse(args)
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		return o, flags, err
-	case err != nil:
-		return o, flags, cli.Usagef("%v", err)
-	case flags.NArg() > 0:
-		return o, flags, cli.Usagef("unexpected argument %q", flags.Arg(0))
-	case command == "doctor" && o.output != "text" && o.output != "json":
-		return o, flags, cli.Usagef("--output: must be text or json, not %q", o.output)
-	}
-	if o.logLevel != "" {
-		// Held against the rule for the config's own key.
-		cfg := config.Default()
-		cfg.Log.Level = o.logLevel
-		if err := cfg.Validate(); err != nil {
-			return o, flags, cli.Usagef("--log-level: %v", err)
+	// onNode makes the RunE of a command that needs the config, the node's name and a log.
+	onNode := func(level string, do func(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error) func(*cobra.Command, []string) error {
+		return func(cmd *cobra.Command, _ []string) error {
+			return s.Run(cmd, level, func(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+				name, err := node(cfg)
+				if err != nil {
+					return err
+				}
+				return do(ctx, cfg, name, cmd.OutOrStdout(), log)
+			})
 		}
 	}
-	if o.nodeName != "" {
-		if _, err := event.NodeToken(o.nodeName); err != nil {
-			return o, flags, cli.Usagef("--node-name: %v", err)
+
+	root := &cobra.Command{
+		Use:  "oom-tracer",
+		Long: "oom-tracer publishes every kill of this machine's OOM killer to NATS. Without a command it is oom-tracer run.",
+		RunE: onNode("", agent.Run),
+	}
+	s.AddFlags(root)
+	cli.Var(root.PersistentFlags(), &nodeFlag, "node-name", "", "this node's `name` (default: NODE_NAME, node.name in the config, the host's name)", cli.Node)
+
+	runCommand := &cobra.Command{Use: "run", Short: "Trace until SIGTERM or SIGINT", RunE: root.RunE}
+
+	force := false
+	unloadCommand := &cobra.Command{
+		Use: "unload", Short: "End the recording that continues while no tracer runs",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := s.Load("")
+			if err != nil {
+				return err
+			}
+			return agent.Unload(cmd.Context(), cfg.Kernel.PinDir, force, cmd.OutOrStdout())
+		},
+	}
+	unloadCommand.Flags().BoolVar(&force, "force", false, "also discard records that are not published yet, or that this version cannot read")
+
+	selftestCommand := &cobra.Command{Use: "selftest", Short: "Cause one contained OOM kill and check the event", RunE: onNode("warn", agent.Selftest)}
+
+	output, btf := "", ""
+	doctorCommand := &cobra.Command{
+		Use: "doctor", Short: "Show what this kernel and this process can do",
+		Long: `Show what this kernel and this process can do. With --btf: whether the program fits the kernel with these types; nothing of
+this machine and no config is read.`,
+		Annotations: map[string]string{cli.ExitHelp(cli.ExitFailure): "failed, or tracing cannot work"},
+	}
+	cli.Output(doctorCommand, &output, "the `format`: text or json")
+	doctorCommand.Flags().StringVar(&btf, "btf", "", "the kernel's BTF in a `file`, raw or in an ELF file")
+	cli.File(doctorCommand.Flags(), "btf")
+	doctorCommand.RunE = func(cmd *cobra.Command, args []string) error {
+		if btf != "" {
+			return doctor.RunBTF(btf, output, cmd.OutOrStdout())
 		}
+		return onNode("", func(ctx context.Context, cfg config.Config, node string, stdout io.Writer, _ *slog.Logger) error {
+			return doctor.Run(ctx, cfg, node, output, stdout)
+		})(cmd, args)
 	}
-	return o, flags, nil
-}
 
-// loadConfig reads the config and what goes before it.
-func loadConfig(o options) (config.Config, error) {
-	cfg, err := config.Load(o.configPath)
-	if errors.Is(err, fs.ErrNotExist) {
-		return config.Config{}, fmt.Errorf("%w (--config names another file)", err)
-	}
-	if err != nil {
-		return config.Config{}, err
-	}
-	if o.logLevel != "" {
-		cfg.Log.Level = o.logLevel
-	}
-	return cfg, nil
-}
+	configCommand := &cobra.Command{Use: "config", Short: "Check the config"}
+	configCommand.AddCommand(&cobra.Command{
+		Use: "check", Short: "Read the config and show what is wrong with it",
+		Annotations: map[string]string{cli.ExitHelp(cli.ExitFailure): "the config is wrong"},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := s.Load("")
+			if err != nil {
+				return err
+			}
+			name, err := node(cfg)
+			if err == nil {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s: ok (node %s)\n", s.Config, name)
+			}
+			return err
+		},
+	})
 
-// unload ends the recording that goes on in the kernel.
-func unload(ctx context.Context, dir string, force bool, stdout io.Writer) error {
-	if dir == "" {
-		fmt.Fprintln(stdout, "nothing is pinned: kernel.pin_dir is empty")
-		return nil
-	}
-	unpublished, err := loader.Unload(ctx, dir, force)
-	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, loader.ErrNoBPFFS):
-		fmt.Fprintf(stdout, "nothing is pinned in %s\n", dir)
-		return nil
-	case err != nil:
-		return fmt.Errorf("unload: %w", err)
-	case unpublished > 0:
-		fmt.Fprintf(stdout, "unloaded; %d records that were not published are gone\n", unpublished)
-	default:
-		fmt.Fprintln(stdout, "unloaded: nothing records kills now")
-	}
-	return nil
+	cli.AddGroup(root, "Trace", runCommand, unloadCommand)
+	cli.AddGroup(root, "Check", selftestCommand, doctorCommand, configCommand)
+	root.AddCommand(&cobra.Command{
+		Use: agent.VictimCommand + " MIB", Short: "The victim of selftest", Hidden: true,
+		RunE: func(_ *cobra.Command, args []string) error { return agent.Victim(args[0]) },
+	})
+	return root
 }

@@ -19,13 +19,10 @@ const victimComm = "oom-selftest"
 
 // Victim allocates MIB MiB once a byte comes on standard input, as the caller's victim. It ends with an
 // error if nobody kills it.
-func Victim(args []string) error {
-	if len(args) != 1 {
-		return fmt.Errorf("%s MIB is for selftest only", VictimCommand)
-	}
-	mib, err := strconv.Atoi(args[0])
+func Victim(size string) error {
+	mib, err := strconv.Atoi(size)
 	if err != nil || mib < 1 || mib > 1024 {
-		return fmt.Errorf("%s: %q is not 1..1024 MiB", VictimCommand, args[0])
+		return fmt.Errorf("%s: %q is not 1..1024 MiB", VictimCommand, size)
 	}
 	debug.SetGCPercent(-1)
 	// With selftest gone nobody would clean up.
@@ -43,12 +40,12 @@ func Victim(args []string) error {
 	if n, _ := os.Stdin.Read(make([]byte, 1)); n != 1 {
 		return errors.New(strings.TrimSpace(VictimCommand + ": no word to start"))
 	}
-	size := mib << 20
-	memory, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_NORESERVE)
+	bytes := mib << 20
+	memory, err := unix.Mmap(-1, 0, bytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_NORESERVE)
 	if err != nil {
 		return fmt.Errorf("%s: map %d MiB: %w", VictimCommand, mib, err)
 	}
-	for i := 0; i < size; i += os.Getpagesize() {
+	for i := 0; i < bytes; i += os.Getpagesize() {
 		memory[i] = 1
 	}
 	return fmt.Errorf("%s: still alive with %d MiB", VictimCommand, mib)

@@ -247,17 +247,23 @@ func join(path, key string) string {
 
 // suggest names the known key that is nearest to key, or all of them if none is near.
 func suggest(key string, known []string) string {
-	plain := strings.ToLower(strings.ReplaceAll(key, "-", "_"))
-	best, nearest := 1+len(plain)/4, ""
-	for _, k := range known {
-		if d := distance(plain, k, best); d <= best && (nearest == "" || d < best) {
-			best, nearest = d, k
-		}
-	}
+	nearest := Nearest(strings.ReplaceAll(key, "-", "_"), known)
 	if nearest == "" {
 		return ": known keys here: " + strings.Join(known, ", ")
 	}
 	return ": did you mean " + nearest + "?"
+}
+
+// Nearest returns the known word that word was probably meant to be; empty if none is near.
+func Nearest(word string, known []string) string {
+	word = strings.ToLower(word)
+	best, nearest := 1+len(word)/4, ""
+	for _, k := range known {
+		if d := distance(word, k, best); d <= best && (nearest == "" || d < best) {
+			best, nearest = d, k
+		}
+	}
+	return nearest
 }
 
 // distance is how many bytes must be inserted, deleted or replaced to make b of a (Levenshtein);

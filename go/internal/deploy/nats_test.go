@@ -497,7 +497,7 @@ func TestSharedTracer(t *testing.T) {
 		{"tap", []string{"status"}, true, "paused by"},
 		{"operator", []string{"status"}, true, "paused by"},
 		{"tap", []string{"resume"}, false, "oom-operator"},
-		{"operator", []string{"resume"}, true, "marking goes on"},
+		{"operator", []string{"resume"}, true, "marking resumed"},
 	} {
 		out, err := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), append(try.args, "--config", s.config(try.who))...).CombinedOutput()
 		if (err == nil) != try.ok || !strings.Contains(string(out), try.out) {

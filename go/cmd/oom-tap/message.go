@@ -1,0 +1,164 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+// message is a message of a stream: what one of the pointers points to.
+type message struct {
+	id, node   string
+	kill       *event.Event // or a task that was already exiting
+	outcome    *event.Outcome
+	gap        *event.Gap
+	neighbours *event.Neighbours
+	status     *event.NodeStatus
+}
+
+// read reads a message. Its node must be that of the subject, for which the server let the publisher publish: one node's
+// tracer must not report kills of another.
+func read(m bus.Stored) (message, error) {
+	kind, _, node, err := event.ParseSubject(m.Subject)
+	if err != nil {
+		return message{}, err
+	}
+	r, named := message{node: node}, ""
+	switch kind {
+	case event.KindOutcome:
+		o, wrong := event.ParseOutcome(m.Data)
+		r.outcome, r.id, named, err = &o, o.ID, o.Node, wrong
+	case event.KindGap:
+		g, wrong := event.ParseGap(m.Data)
+		r.gap, r.id, named, err = &g, g.ID, g.Node.Name, wrong
+	case event.KindNeighbours:
+		n, wrong := event.ParseNeighbours(m.Data)
+		r.neighbours, r.id, named, err = &n, n.ID, n.Node.Name, wrong
+	case event.KindNode:
+		s, wrong := event.ParseNodeStatus(m.Data)
+		r.status, r.id, named, err = &s, s.ID, s.Node.Name, wrong
+	default:
+		e, wrong := event.Parse(m.Data)
+		r.kill, r.id, named, err = &e, e.ID, e.Node.Name, wrong
+	}
+	if err == nil && named != node {
+		err = fmt.Errorf("node is %q, the subject's node %q", named, node)
+	}
+	return r, err
+}
+
+// line is the message as a line of the table. It is empty where there is nothing to show.
+func (m *message) line(table *text.Table) string {
+	switch {
+	case m.outcome != nil:
+		return table.OutcomeLine(nil, m.outcome)
+	case m.gap != nil && !m.gap.Missing():
+		return ""
+	case m.gap != nil:
+		return table.GapLine(m.gap)
+	case m.neighbours != nil:
+		return table.NeighboursLine(m.neighbours)
+	}
+	return table.Line(m.kill)
+}
+
+// each calls do with each message of a stream. A message that cannot be read is reported and skipped. An error of do ends
+// the reading.
+func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, do func(bus.Stored, message) error) error {
+	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
+		r, err := read(m)
+		if err != nil {
+			fmt.Fprintf(stderr, "oom-tap: message %d on %s skipped: %s\n", m.Seq, text.Printable(m.Subject), text.Printable(err.Error()))
+			return nil
+		}
+		return do(m, r)
+	})
+}
+
+// errEnough ends a command with success: --count is reached, or the reader of the output (head, grep -m) has exited.
+var errEnough = errors.New("enough")
+
+// printer writes messages to standard output, as lines of its table or as JSON.
+type printer struct {
+	out            io.Writer
+	table          text.Table
+	json, terminal bool
+	printed, count int // count 0: no limit
+}
+
+func newPrinter(out io.Writer, o options) *printer {
+	file, ok := out.(*os.File)
+	if ok {
+		info, err := file.Stat()
+		ok = err == nil && info.Mode()&os.ModeCharDevice != 0
+	}
+	plain := os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb"
+	return &printer{
+		out: out, json: o.output == "json", terminal: ok, count: o.count,
+		table: text.Table{Color: o.color == "always" || o.color == "auto" && ok && !plain},
+	}
+}
+
+// print writes a message: its line, or its data. An empty line is not written.
+func (p *printer) print(line string, data []byte) error {
+	out := []byte(line)
+	switch {
+	case p.json && p.terminal:
+		out = text.JSON(data)
+	case p.json:
+		out = oneLine(data)
+	case line == "":
+		return nil
+	}
+	switch _, err := fmt.Fprintf(p.out, "%s\n", out); {
+	case errors.Is(err, syscall.EPIPE):
+		return errEnough
+	case err != nil:
+		return fmt.Errorf("write: %w", err)
+	}
+	if p.printed++; p.printed == p.count {
+		return errEnough
+	}
+	return nil
+}
+
+// oneLine is the stored bytes, unless somebody else published JSON of several lines.
+func oneLine(data []byte) []byte {
+	var compact bytes.Buffer
+	if !bytes.ContainsAny(data, "\r\n") || json.Compact(&compact, data) != nil {
+		return data
+	}
+	return compact.Bytes()
+}
+
+// recent holds the last IDs, as many as its size.
+type recent struct {
+	ids   map[string]struct{}
+	order []string
+	next  int
+}
+
+func newRecent(size int) *recent {
+	return &recent{ids: make(map[string]struct{}, size), order: make([]string, size)}
+}
+
+// add reports whether id is new.
+func (r *recent) add(id string) bool {
+	if _, ok := r.ids[id]; ok {
+		return false
+	}
+	delete(r.ids, r.order[r.next])
+	r.order[r.next] = id
+	r.ids[id] = struct{}{}
+	r.next = (r.next + 1) % len(r.order)
+	return true
+}
