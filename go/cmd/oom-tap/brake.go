@@ -26,8 +26,8 @@ const maxReason = 300
 
 // brake runs pause, resume, status and restore.
 func brake(ctx context.Context, conn *bus.Conn, command string, cfg config.Config, o options, stdout io.Writer) error {
-	cell := conn.Cell(budget.Key)
-	ledger := &budget.Ledger{Cell: cell, Limits: cfg.Policy.Budgets, Keep: cfg.Policy.MaxEventAge, Now: time.Now}
+	entry := conn.KVEntry(budget.Key)
+	ledger := &budget.Ledger{Entry: entry, Limits: cfg.Policy.Budgets, Keep: cfg.Policy.MaxEventAge, Now: time.Now}
 	var err error
 	switch command {
 	case "pause":
@@ -55,7 +55,7 @@ func brake(ctx context.Context, conn *bus.Conn, command string, cfg config.Confi
 			}
 		}
 	case "restore":
-		err = restore(ctx, cell, ledger, o.empty, stdout)
+		err = restore(ctx, entry, ledger, o.empty, stdout)
 	default:
 		var state budget.State
 		if state, err = ledger.State(ctx); err == nil {
@@ -72,8 +72,8 @@ func brake(ctx context.Context, conn *bus.Conn, command string, cfg config.Confi
 }
 
 // restore replaces a state that is refused by the newest revision that is valid, or by an empty one.
-func restore(ctx context.Context, cell *bus.Cell, ledger *budget.Ledger, empty bool, stdout io.Writer) error {
-	revisions, err := cell.History(ctx)
+func restore(ctx context.Context, entry *bus.KVEntry, ledger *budget.Ledger, empty bool, stdout io.Writer) error {
+	revisions, err := entry.History(ctx)
 	if err != nil {
 		return err
 	}

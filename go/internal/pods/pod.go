@@ -87,6 +87,14 @@ func (p *Pod) Kill() string {
 	return p.Mark.Kill
 }
 
+// Workload is what would replace the pod, or the pod itself, as <namespace>/<kind>/<name>. Budgets count by it.
+func (p *Pod) Workload() string {
+	if p.Owner == "" {
+		return p.Namespace + "/Pod/" + p.Name
+	}
+	return p.Namespace + "/" + p.Owner
+}
+
 // Container is an ID that stands in a pod's status, and the name of the container that has or had it.
 type Container struct {
 	ID   ContainerID
