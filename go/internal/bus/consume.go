@@ -40,7 +40,7 @@ type ConsumeOptions struct {
 	Workers int
 }
 
-// Delivery is a delivery of a message. Ack, Nak or Term must be called once. Until then the server is told that the message is in
+// Delivery is a delivery of a message. Ack, Nak or Term must be called once. Until then the message is reported as in
 // progress, also after its handler has returned.
 type Delivery struct {
 	Stored
