@@ -27,7 +27,7 @@ import (
 )
 
 // The passing of time and what a server forgets.
-func TestSpeaker(t *testing.T) {
+func TestEventWriter(t *testing.T) {
 	client := fake.NewClientset()
 	now := time.Unix(1000, 0)
 	s := eventWriter{instance: "host-1", now: func() time.Time { return now }, pods: map[types.UID]*lastEvent{}}
@@ -94,7 +94,7 @@ func TestSpeaker(t *testing.T) {
 }
 
 // A real server takes both: the Event, and that it goes on.
-func TestSpeakerServer(t *testing.T) {
+func TestEventWriterServer(t *testing.T) {
 	c := kubetest.Start(t)
 	c.Namespace("shop")
 	pod := c.Pod("shop", "web", "node-1")
