@@ -297,7 +297,7 @@ func testPause(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		}
 	}
 	kills("annotated/marked")
-	ledger := &budget.Ledger{Cell: r.conn.Cell(budget.Key), Limits: r.cfg.Policy.Budgets, Now: time.Now}
+	ledger := &budget.Ledger{Entry: r.conn.KVEntry(budget.Key), Limits: r.cfg.Policy.Budgets, Now: time.Now}
 	pause := &budget.Pause{Reason: "roll-out", By: "ann@host", Since: time.Now()}
 	if _, err := ledger.SetPause(t.Context(), pause); err != nil {
 		t.Fatal(err)
@@ -340,9 +340,9 @@ func testState(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	first := r.killOf(c.Pod("shop", "refused-1", node), "")
 	r.publish(first)
 	r.want(first.ID, "annotated/marked")
-	cell := r.conn.Cell(budget.Key)
+	entry := r.conn.KVEntry(budget.Key)
 	// A publisher named the state as the reply subject of its message.
-	if err := cell.Update(t.Context(), func([]byte) ([]byte, error) { return []byte(`{"stream":"OOM","seq":1}`), nil }); err != nil {
+	if err := entry.Update(t.Context(), func([]byte) ([]byte, error) { return []byte(`{"stream":"OOM","seq":1}`), nil }); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the annotator says that the state is refused", func() error {
@@ -362,7 +362,7 @@ func testState(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		t.Fatalf("oom-tap restore: %v\n%s", err, out)
 	}
 	r.want(second.ID, "annotated/marked")
-	state, err := (&budget.Ledger{Cell: cell}).State(t.Context())
+	state, err := (&budget.Ledger{Entry: entry}).State(t.Context())
 	if err != nil || len(state.Marks) != 2 {
 		t.Errorf("restored to %+v, %v", state, err)
 	}

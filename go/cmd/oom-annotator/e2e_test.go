@@ -1256,7 +1256,7 @@ func testToken(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	rotated.BearerToken, rotated.BearerTokenFile = "", file
 	r := newRig(t, c, rotated, keep)
 	eventually(t, "the annotator says that its token is not taken", func() error {
-		if code, body := r.get("/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, "does not take the token") {
+		if code, body := r.get("/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, "refuses the token") {
 			return fmt.Errorf("%d %s", code, body)
 		}
 		return nil

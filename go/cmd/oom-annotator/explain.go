@@ -18,6 +18,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/annotate"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/decide"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
@@ -61,7 +62,7 @@ func explain(ctx context.Context, cfg config.Config, o trialOptions, log *slog.L
 	}
 	var all []tried
 	seen, was := map[string]struct{}{}, map[string]*event.Outcome{}
-	trial := annotate.Trial{Policy: cfg.Policy, Finder: store}
+	dryRun := annotate.DryRun{Policy: cfg.Policy, Finder: store}
 	err = bus.Tail(ctx, conn, bus.TailOptions{Subjects: patterns, Since: time.Now().Add(-o.since)}, func(m bus.Stored) error {
 		if strings.HasPrefix(m.Subject, "oom.v1."+string(event.KindOutcome)+".") {
 			o, err := event.ParseOutcome(m.Data)
@@ -70,7 +71,7 @@ func explain(ctx context.Context, cfg config.Config, o trialOptions, log *slog.L
 			}
 			return nil // what is none is no kill's
 		}
-		e, would := trial.Decide(&m)
+		e, would := dryRun.Decide(&m)
 		if _, again := seen[would.Kill]; !again {
 			seen[would.Kill] = struct{}{}
 			all = append(all, tried{e, m.Data, would})
@@ -120,7 +121,7 @@ func podsNow(ctx context.Context, cfg config.Config, log *slog.Logger) (*pods.St
 	if err != nil {
 		return nil, err
 	}
-	terms := annotate.Terms(&cfg)
+	terms := decide.Terms(&cfg)
 	terms.Mark, terms.Summary = "", ""
 	store := pods.NewStore(0)
 	watcher := pods.NewWatcher(client, store, terms, log)

@@ -24,7 +24,7 @@ const maxReason = 300
 
 func newLedger(conn *bus.Conn, o options) *budget.Ledger {
 	policy := o.config.Policy
-	return &budget.Ledger{Cell: conn.Cell(budget.Key), Limits: policy.Budgets, Keep: policy.MaxEventAge, Now: time.Now}
+	return &budget.Ledger{Cell: conn.KVEntry(budget.Key), Limits: policy.Budgets, Keep: policy.MaxEventAge, Now: time.Now}
 }
 
 // setPause replaces the pause, shows one that was in force, and returns whether there was one.
@@ -69,7 +69,7 @@ func resume(ctx context.Context, conn *bus.Conn, o options, stdout, _ io.Writer)
 
 // restore replaces an invalid state by its newest valid revision, or by an empty one.
 func restore(ctx context.Context, conn *bus.Conn, o options, stdout, _ io.Writer) error {
-	revisions, err := conn.Cell(budget.Key).History(ctx)
+	revisions, err := conn.KVEntry(budget.Key).History(ctx)
 	if err != nil {
 		return err
 	}

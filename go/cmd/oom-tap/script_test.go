@@ -86,7 +86,7 @@ func TestScript(t *testing.T) {
 				ctx, cancel := context.WithTimeout(context.Background(), patience)
 				defer cancel()
 				data := ts.ReadFile(args[1])
-				return w.nats.conn.Cell(args[0]).Update(ctx, func([]byte) ([]byte, error) { return []byte(strings.TrimSuffix(data, "\n")), nil })
+				return w.nats.conn.KVEntry(args[0]).Update(ctx, func([]byte) ([]byte, error) { return []byte(strings.TrimSuffix(data, "\n")), nil })
 			}),
 			"status": command(func(w *world, ts *testscript.TestScript, args []string) error {
 				return wantStatus(args[0], ts.Exec(args[1], args[2:]...))

@@ -436,7 +436,7 @@ func testArgs(r *rig) {
 		why     string // it stays; empty: it is evicted
 	}
 	is := func(name, why string, changes ...func(*corev1.Pod)) pod { return pod{name, changes, why} }
-	const unread = "does not say when it was hit"
+	const unread = "the time of its kill is unknown"
 	for name, test := range map[string]struct {
 		args string
 		pods []pod
@@ -578,7 +578,7 @@ func testRefused(r *rig) {
 	}
 	r.want([]string{"shop/a", "shop/d"}, nil)
 	r.stays(out.String(), "shop/b", "the test's proxy answers 500")
-	r.staysForNow(out.String(), "shop/c", "read it again: the test's proxy answers 403")
+	r.staysForNow(out.String(), "shop/c", "could not read it again: the test's proxy answers 403")
 }
 
 // testStale: between the list and the eviction a pod is replaced by one of the same name, another loses its mark, and
@@ -621,7 +621,7 @@ func testStale(r *rig) {
 		r.Errorf("the reborn pod: %v", pod)
 	}
 	r.staysForNow(log, "shop/db-0", "another pod has its name now")
-	r.staysForNow(log, "shop/pardoned", "its mark is gone")
+	r.staysForNow(log, "shop/pardoned", "its mark was removed")
 	r.staysForNow(log, "shop/gone", "not found")
 	r.staysForNow(log, "shop/leaving", "it is being deleted")
 }

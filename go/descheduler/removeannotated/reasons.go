@@ -14,23 +14,23 @@ import (
 	frameworktypes "sigs.k8s.io/descheduler/pkg/framework/types"
 )
 
-// Reasons knows why an evictor plugin refused a pod. The framework asks such plugins for a yes or no; DefaultEvictor
-// says why in its log, some of it at --v=4 only, and nowhere else. So its log is read, whatever of it is shown.
+// Reasons has the reason for which an evictor plugin refused a pod. In the framework such plugins return only a bool. DefaultEvictor
+// logs its reasons, some of them at --v=4 only, so they are read from its logger at every level.
 type Reasons struct {
 	mu   sync.Mutex
 	last string
 }
 
-// Listen builds what build does, with a logger that is listened to.
-func (r *Reasons) Listen(build pluginregistry.PluginBuilder) pluginregistry.PluginBuilder {
+// Wrap makes a builder whose plugin has a logger that records the reasons.
+func (r *Reasons) Wrap(build pluginregistry.PluginBuilder) pluginregistry.PluginBuilder {
 	return func(ctx context.Context, args runtime.Object, handle frameworktypes.Handle) (frameworktypes.Plugin, error) {
 		logger := klog.FromContext(ctx)
-		return build(klog.NewContext(ctx, logger.WithSink(&listener{logger.GetSink(), r})), args, handle)
+		return build(klog.NewContext(ctx, logger.WithSink(&recordingSink{logger.GetSink(), r})), args, handle)
 	}
 }
 
-// hear asks a filter, and returns what was logged meanwhile where it refuses.
-func (r *Reasons) hear(filter func() bool) (why string, ok bool) {
+// capture calls a filter. If the filter refuses, it returns what was logged meanwhile.
+func (r *Reasons) capture(filter func() bool) (why string, ok bool) {
 	r.mu.Lock()
 	r.last = ""
 	r.mu.Unlock()
@@ -42,17 +42,17 @@ func (r *Reasons) hear(filter func() bool) (why string, ok bool) {
 	return r.last, false
 }
 
-// listener passes on what is logged to those who would have had it without us.
-type listener struct {
+// recordingSink records messages, and forwards those that are enabled.
+type recordingSink struct {
 	logr.LogSink
 	reasons *Reasons
 }
 
-// Enabled implements logr.LogSink: everything is heard.
-func (l *listener) Enabled(int) bool { return true }
+// Enabled implements logr.LogSink: every level is recorded.
+func (l *recordingSink) Enabled(int) bool { return true }
 
 // Info implements logr.LogSink.
-func (l *listener) Info(level int, message string, keysAndValues ...any) {
+func (l *recordingSink) Info(level int, message string, keysAndValues ...any) {
 	l.note(message, keysAndValues)
 	if l.LogSink.Enabled(level) {
 		l.LogSink.Info(level, message, keysAndValues...)
@@ -60,31 +60,31 @@ func (l *listener) Info(level int, message string, keysAndValues ...any) {
 }
 
 // Error implements logr.LogSink.
-func (l *listener) Error(err error, message string, keysAndValues ...any) {
+func (l *recordingSink) Error(err error, message string, keysAndValues ...any) {
 	l.note(fmt.Sprintf("%s: %v", message, err), keysAndValues)
 	l.LogSink.Error(err, message, keysAndValues...)
 }
 
 // WithValues implements logr.LogSink.
-func (l *listener) WithValues(keysAndValues ...any) logr.LogSink {
-	return &listener{l.LogSink.WithValues(keysAndValues...), l.reasons}
+func (l *recordingSink) WithValues(keysAndValues ...any) logr.LogSink {
+	return &recordingSink{l.LogSink.WithValues(keysAndValues...), l.reasons}
 }
 
 // WithName implements logr.LogSink.
-func (l *listener) WithName(name string) logr.LogSink {
-	return &listener{l.LogSink.WithName(name), l.reasons}
+func (l *recordingSink) WithName(name string) logr.LogSink {
+	return &recordingSink{l.LogSink.WithName(name), l.reasons}
 }
 
-// WithCallDepth implements logr.CallDepthLogSink, for the lines that klog names.
-func (l *listener) WithCallDepth(depth int) logr.LogSink {
+// WithCallDepth implements logr.CallDepthLogSink, so that klog logs the right source line.
+func (l *recordingSink) WithCallDepth(depth int) logr.LogSink {
 	if sink, ok := l.LogSink.(logr.CallDepthLogSink); ok {
-		return &listener{sink.WithCallDepth(depth), l.reasons}
+		return &recordingSink{sink.WithCallDepth(depth), l.reasons}
 	}
 	return l
 }
 
-// note keeps the checks that failed, where the message has them, else the message.
-func (l *listener) note(message string, keysAndValues []any) {
+// note records the checks that failed, if the message has them, else the message.
+func (l *recordingSink) note(message string, keysAndValues []any) {
 	for i := 0; i+1 < len(keysAndValues); i += 2 {
 		if keysAndValues[i] == "checks" {
 			message = strings.Trim(fmt.Sprint(keysAndValues[i+1]), "[]")

@@ -37,11 +37,10 @@ type RemoveAnnotated struct {
 	selector       labels.Selector
 	minAge, maxAge time.Duration // 0: no bound
 	reasons        *Reasons
-	speaker        speaker
+	events         eventWriter
 }
 
-// Builder builds the plugin from args that were validated and have their defaults. What reasons has heard it says of
-// the pods that it may not evict.
+// Builder builds the plugin from args that were validated and have their defaults. reasons has the reasons of the evictor plugins.
 func Builder(reasons *Reasons) pluginregistry.PluginBuilder {
 	return func(ctx context.Context, args runtime.Object, handle frameworktypes.Handle) (frameworktypes.Plugin, error) {
 		return newPlugin(ctx, args, handle, reasons)
@@ -59,12 +58,12 @@ func newPlugin(ctx context.Context, args runtime.Object, handle frameworktypes.H
 		args:     removeAnnotatedArgs,
 		selector: labels.Everything(),
 		reasons:  reasons,
-		speaker:  speaker{instance: instance(), now: time.Now, pods: map[types.UID]*said{}},
+		events:   eventWriter{instance: instance(), now: time.Now, pods: map[types.UID]*lastEvent{}},
 	}
 	if removeAnnotatedArgs.Namespaces != nil {
 		d.namespaces = *removeAnnotatedArgs.Namespaces
 	}
-	if removeAnnotatedArgs.LabelSelector != nil { // nil would select nothing
+	if removeAnnotatedArgs.LabelSelector != nil { // a nil selector matches nothing
 		var err error
 		if d.selector, err = metav1.LabelSelectorAsSelector(removeAnnotatedArgs.LabelSelector); err != nil {
 			return nil, fmt.Errorf("labelSelector: %w", err)
@@ -77,17 +76,17 @@ func newPlugin(ctx context.Context, args runtime.Object, handle frameworktypes.H
 	return d, nil
 }
 
-// Name is the plugin's name.
+// Name is the name of the plugin.
 func (d *RemoveAnnotated) Name() string { return PluginName }
 
-// Deschedule evicts the marked pods of the nodes. What goes wrong with one node or pod does not stop the rest.
+// Deschedule evicts the marked pods of the nodes. An error with one node or pod does not stop the rest.
 func (d *RemoveAnnotated) Deschedule(ctx context.Context, nodes []*v1.Node) *frameworktypes.Status {
 	logger := klog.FromContext(klog.NewContext(ctx, d.logger)).WithValues("ExtensionPoint", frameworktypes.DescheduleExtensionPoint)
 	var marked []*v1.Pod
 	var errs []error
 	for _, node := range nodes {
 		logger.V(2).Info("Processing node", "node", klog.KObj(node))
-		// Pods that have ended are not listed: they hold no memory any more.
+		// Pods that have ended are not listed: they use no memory.
 		pods, err := podutil.ListPodsOnANode(node.Name, d.handle.GetPodsAssignedToNodeFunc(), func(pod *v1.Pod) bool {
 			return d.marked(pod) && pod.DeletionTimestamp == nil
 		})
@@ -98,7 +97,7 @@ func (d *RemoveAnnotated) Deschedule(ctx context.Context, nodes []*v1.Node) *fra
 		marked = append(marked, pods...)
 	}
 
-	// Where a limit does not let all of them go, those of the lowest priority go first.
+	// If a limit does not permit all evictions, pods of the lowest priority come first.
 	podutil.SortPodsBasedOnPriorityLowToHigh(marked)
 	var total *evictions.EvictionTotalLimitError
 	for _, pod := range marked {
@@ -111,18 +110,18 @@ func (d *RemoveAnnotated) Deschedule(ctx context.Context, nodes []*v1.Node) *fra
 		}
 		errors.As(err, &total)
 		logger.V(1).Info("Marked pod stays", "pod", klog.KObj(pod), "node", pod.Spec.NodeName, "why", err.Error())
-		if errors.As(err, new(passing)) || ctx.Err() != nil {
+		if errors.As(err, new(transient)) || ctx.Err() != nil {
 			continue
 		}
-		if err := d.speaker.say(ctx, d.handle.ClientSet(), pod, err.Error()); err != nil {
-			logger.Error(err, "Cannot write the Event that says why a marked pod stays", "pod", klog.KObj(pod))
+		if err := d.events.write(ctx, d.handle.ClientSet(), pod, err.Error()); err != nil {
+			logger.Error(err, "Could not write the event on a marked pod that stays", "pod", klog.KObj(pod))
 		}
 	}
-	d.speaker.endCycle()
+	d.events.endCycle()
 	return &frameworktypes.Status{Err: errors.Join(errs...)}
 }
 
-// marked tells whether a pod carries the annotation, with a value that counts.
+// marked reports whether a pod has the annotation, with one of the values.
 func (d *RemoveAnnotated) marked(pod *v1.Pod) bool {
 	value, ok := pod.Annotations[d.args.AnnotationKey]
 	if len(d.args.Values) == 0 {
@@ -131,13 +130,12 @@ func (d *RemoveAnnotated) marked(pod *v1.Pod) bool {
 	return ok && slices.Contains(d.args.Values, value)
 }
 
-// passing is why a pod stays that is no news to those who wait for it to go: it is so for now, or it may be the pod of
-// another profile.
-type passing string
+// transient is a reason that gets no Event: it will pass, or the pod may belong to another profile.
+type transient string
 
-func (p passing) Error() string { return string(p) }
+func (t transient) Error() string { return string(t) }
 
-// instance names this process where several run.
+// instance is the name of this process in Events.
 func instance() string {
 	host, err := os.Hostname()
 	if err != nil {
@@ -146,45 +144,45 @@ func instance() string {
 	return host[:min(len(host), 128)] // ReportingInstanceLengthLimit
 }
 
-// evict evicts a pod, or says why it stays.
+// evict evicts a pod, or returns why it stays.
 func (d *RemoveAnnotated) evict(ctx context.Context, pod *v1.Pod) error {
 	if err := d.check(pod, time.Now()); err != nil {
 		return err
 	}
-	// What the cache knows may be old, and an eviction names no UID: it would hit a pod of the same name that
-	// was born since, or one whose mark somebody has just taken back.
+	// The cache may be out of date, and an eviction names no UID: it would hit a new pod of the same name, or one whose mark
+	// was just removed.
 	now, err := d.handle.ClientSet().CoreV1().Pods(pod.Namespace).Get(ctx, pod.Name, metav1.GetOptions{})
 	switch {
 	case err != nil:
-		return passing("read it again: " + err.Error())
+		return transient("could not read it again: " + err.Error())
 	case now.UID != pod.UID:
-		return passing("another pod has its name now")
+		return transient("another pod has its name now")
 	case !d.marked(now):
-		return passing("its mark is gone")
+		return transient("its mark was removed")
 	case now.DeletionTimestamp != nil:
-		return passing("it is being deleted")
+		return transient("it is being deleted")
 	}
 	return d.handle.Evictor().Evict(ctx, now, evictions.EvictOptions{StrategyName: PluginName, Reason: d.args.AnnotationKey})
 }
 
-// check is why a marked pod is not to be evicted.
+// check returns why a marked pod must not be evicted.
 func (d *RemoveAnnotated) check(pod *v1.Pod, now time.Time) error {
 	include, exclude := d.namespaces.Include, d.namespaces.Exclude
 	switch {
 	case len(include) > 0 && !slices.Contains(include, pod.Namespace):
-		return passing("its namespace is not included")
+		return transient("its namespace is not included")
 	case slices.Contains(exclude, pod.Namespace):
-		return passing("its namespace is excluded")
+		return transient("its namespace is excluded")
 	case !d.selector.Matches(labels.Set(pod.Labels)):
-		return passing("its labels do not match")
+		return transient("its labels do not match")
 	}
 	if err := d.checkAge(pod, now); err != nil {
 		return err
 	}
 	evictor := d.handle.Evictor()
 	for _, filter := range []func(*v1.Pod) bool{evictor.Filter, evictor.PreEvictionFilter} {
-		if why, ok := d.reasons.hear(func() bool { return filter(pod) }); !ok {
-			if why == "" { // of a plugin that does not say
+		if why, ok := d.reasons.capture(func() bool { return filter(pod) }); !ok {
+			if why == "" { // the plugin logged nothing
 				why = "no reason given"
 			}
 			return fmt.Errorf("refused by an evictor plugin's filter: %s", why)
@@ -193,7 +191,7 @@ func (d *RemoveAnnotated) check(pod *v1.Pod, now time.Time) error {
 	return nil
 }
 
-// checkAge holds the time of the kill against the bounds, if there are any.
+// checkAge compares the time of the kill with minAge and maxAge.
 func (d *RemoveAnnotated) checkAge(pod *v1.Pod, now time.Time) error {
 	if d.minAge == 0 && d.maxAge == 0 {
 		return nil
@@ -203,19 +201,19 @@ func (d *RemoveAnnotated) checkAge(pod *v1.Pod, now time.Time) error {
 	}
 	text, ok := pod.Annotations[d.args.SummaryAnnotationKey]
 	if !ok {
-		return fmt.Errorf("it has no annotation %s to say when it was hit", d.args.SummaryAnnotationKey)
+		return fmt.Errorf("the time of its kill is unknown: it has no annotation %s", d.args.SummaryAnnotationKey)
 	}
 	if err := json.Unmarshal([]byte(text), &summary); err != nil {
-		return fmt.Errorf("its annotation %s does not say when it was hit: %w", d.args.SummaryAnnotationKey, err)
+		return fmt.Errorf("the time of its kill is unknown: annotation %s: %w", d.args.SummaryAnnotationKey, err)
 	}
 	age := now.Sub(summary.Time)
 	switch {
 	case summary.Time.IsZero():
-		return fmt.Errorf("its annotation %s does not say when it was hit", d.args.SummaryAnnotationKey)
-	case age < 0: // nor would it ever be too old
+		return fmt.Errorf("the time of its kill is unknown: annotation %s has none", d.args.SummaryAnnotationKey)
+	case age < 0: // it would never be too old
 		return fmt.Errorf("hit in the future, at %s: the clock of its node is ahead of this one", summary.Time.Format(time.RFC3339Nano))
 	case age < d.minAge:
-		return passing(fmt.Sprintf("hit %s ago, less than minAge, %s", age.Round(time.Millisecond), d.minAge))
+		return transient(fmt.Sprintf("hit %s ago, less than minAge, %s", age.Round(time.Millisecond), d.minAge))
 	case d.maxAge > 0 && age > d.maxAge:
 		return fmt.Errorf("hit at %s, longer ago than maxAge, %s", summary.Time.Format(time.RFC3339), d.maxAge)
 	}

@@ -33,7 +33,7 @@ func (h *handle) Evict(_ context.Context, pod *v1.Pod, _ evictions.EvictOptions)
 	return nil
 }
 
-// TestNodeFails: a node whose pods cannot be listed is told of, and the others are worked on.
+// TestNodeFails: a node whose pods cannot be listed is reported, and the others are processed.
 func TestNodeFails(t *testing.T) {
 	pod := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "web", Namespace: "shop", UID: "1", Annotations: map[string]string{DefaultAnnotationKey: "true"}}}
 	h := &handle{}
@@ -71,15 +71,15 @@ func TestValidate(t *testing.T) {
 			AnnotationKey: "Example.com/Go", Values: []string{"", "yes"}, Namespaces: &api.Namespaces{Exclude: []string{"kube-system"}},
 			LabelSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"a": "b"}}, MinAge: "1m", MaxAge: "1m", SummaryAnnotationKey: "x",
 		}},
-		"keys":      {RemoveAnnotatedArgs{AnnotationKey: "a b", SummaryAnnotationKey: "/c"}, []string{`annotationKey: "a b" is no`, `summaryAnnotationKey: "/c" is no`}},
-		"reason":    {RemoveAnnotatedArgs{AnnotationKey: strings.Repeat("a.", 50) + "com/" + strings.Repeat("k", 30)}, []string{"annotationKey: of 134 bytes"}},
+		"keys":      {RemoveAnnotatedArgs{AnnotationKey: "a b", SummaryAnnotationKey: "/c"}, []string{`annotationKey: "a b" is not a valid annotation key`, `summaryAnnotationKey: "/c" is not a valid annotation key`}},
+		"reason":    {RemoveAnnotatedArgs{AnnotationKey: strings.Repeat("a.", 50) + "com/" + strings.Repeat("k", 30)}, []string{"annotationKey: it has 134 bytes"}},
 		"values":    {RemoveAnnotatedArgs{Values: []string{"a", "b", "a"}}, []string{`values: "a" is listed twice`}},
 		"both":      {RemoveAnnotatedArgs{Namespaces: &api.Namespaces{Include: []string{"a"}, Exclude: []string{"b"}}}, []string{"namespaces: include and exclude"}},
-		"namespace": {RemoveAnnotatedArgs{Namespaces: &api.Namespaces{Include: []string{"kube-*"}}}, []string{`namespaces: "kube-*" is not the name of a namespace`}},
+		"namespace": {RemoveAnnotatedArgs{Namespaces: &api.Namespaces{Include: []string{"kube-*"}}}, []string{`namespaces: "kube-*" is not a valid namespace`}},
 		"selector": {RemoveAnnotatedArgs{LabelSelector: &metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{Key: "a", Operator: "Near"}}}},
 			[]string{`labelSelector: "Near" is not a valid label selector operator`}},
-		"ages":     {RemoveAnnotatedArgs{MinAge: "-1s", MaxAge: "1d"}, []string{`minAge: "-1s" is not a duration above 0`, `maxAge: "1d" is not a duration above 0`}},
-		"min, max": {RemoveAnnotatedArgs{MinAge: "2h", MaxAge: "1h"}, []string{"minAge: 2h is more than maxAge, 1h"}},
+		"ages":     {RemoveAnnotatedArgs{MinAge: "-1s", MaxAge: "1d"}, []string{`minAge: "-1s" is not a positive duration`, `maxAge: "1d" is not a positive duration`}},
+		"min, max": {RemoveAnnotatedArgs{MinAge: "2h", MaxAge: "1h"}, []string{"minAge: 2h is greater than maxAge, 1h"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := ValidateRemoveAnnotatedArgs(&test.args)
@@ -88,7 +88,7 @@ func TestValidate(t *testing.T) {
 			}
 			for _, want := range test.want {
 				if !strings.Contains(err.Error(), "RemoveAnnotated: "+want) {
-					t.Errorf("%v\ndoes not say %s", err, want)
+					t.Errorf("%v\ndoes not contain %s", err, want)
 				}
 			}
 		})

@@ -8,26 +8,26 @@ import (
 // +k8s:deepcopy-gen=true
 // +k8s:deepcopy-gen:interfaces=k8s.io/apimachinery/pkg/runtime.Object
 
-// RemoveAnnotatedArgs are the plugin's args in a DeschedulerPolicy. A pod is evicted if all of them hold for it.
+// RemoveAnnotatedArgs are the args of the plugin in a DeschedulerPolicy. A pod is evicted if it matches all of them.
 type RemoveAnnotatedArgs struct {
 	metav1.TypeMeta `json:",inline"`
 
 	// AnnotationKey is the key of the annotation that marks a pod. Default: DefaultAnnotationKey.
 	AnnotationKey string `json:"annotationKey,omitempty"`
-	// Values are the values of the annotation that count. None: all but "false".
+	// Values are the values of the annotation that mark a pod. Default: all except "false".
 	Values []string `json:"values,omitempty"`
 
-	// Namespaces are those of the pods: only those included, or all but those excluded.
+	// Namespaces of the pods: only the included ones, or all except the excluded ones.
 	Namespaces *api.Namespaces `json:"namespaces,omitempty"`
-	// LabelSelector is what the labels of a pod must match.
+	// LabelSelector must match the labels of a pod.
 	LabelSelector *metav1.LabelSelector `json:"labelSelector,omitempty"`
 
-	// MinAge and MaxAge bound how long ago a pod was hit, both inclusive: 30s, 10m, 24h (time.ParseDuration).
-	// Empty: no bound. MinAge leaves time to take a mark back, MaxAge leaves alone what was marked while no
-	// descheduler ran. A pod that does not say when it was hit is within no bound.
+	// MinAge and MaxAge bound the age of the kill, both inclusive: 30s, 10m, 24h (time.ParseDuration). Default: no bound.
+	// MinAge leaves time to remove a mark. MaxAge ignores marks that were made while no descheduler ran. If there is a
+	// bound, pods without the time of the kill are not evicted.
 	MinAge string `json:"minAge,omitempty"`
 	MaxAge string `json:"maxAge,omitempty"`
-	// SummaryAnnotationKey is the key of the annotation that says when, as a JSON object with the time (RFC
-	// 3339) in "time". Default: DefaultSummaryAnnotationKey. Only the bounds ask for it.
+	// SummaryAnnotationKey is the key of the annotation with the time of the kill: a JSON object with an RFC 3339 time in
+	// "time". Default: DefaultSummaryAnnotationKey. Only MinAge and MaxAge need it.
 	SummaryAnnotationKey string `json:"summaryAnnotationKey,omitempty"`
 }

@@ -26,17 +26,40 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/budget"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/decide"
+	"github.com/oom-tracer/oom-tracer/go/internal/mark"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 // These tests are about what no API server does on demand. What one does is in go/cmd/oom-annotator.
+
+const key = "oom-tracer.alpha.kubernetes.io/evict-me"
+
+// acting is the shipped policy with the annotation set.
+func acting() config.Policy {
+	p := config.Default().Policy
+	p.Annotation = key + "=true"
+	return p
+}
+
+// kill is an event for which the pod is marked.
+func kill() *event.Event {
+	return &event.Event{
+		Schema: event.Schema, ID: "boot-1-2", Seq: 1, Time: time.Unix(1000, 0).UTC(), Node: event.Node{Name: "node-1"},
+		Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled, Victim: event.Victim{PID: 1, TID: 1, Comm: "java"},
+		Limit:     &event.Limit{Level: event.LevelNode},
+		Container: &event.Container{PodUID: "uid-1", ContainerID: "c"},
+	}
+}
 
 var resource = schema.GroupResource{Resource: "pods"}
 
 // world is everything around an Annotator.
 type world struct {
 	*Annotator
-	now time.Time
+	now      time.Time
+	registry *prometheus.Registry
 
 	mu       sync.Mutex
 	pod      *corev1.Pod // on the API server; nil: none
@@ -46,7 +69,7 @@ type world struct {
 	status   []error // likewise
 	find     error
 	stale    error
-	full     error // of the outlet
+	full     error // of the publisher
 	verdict  budget.Verdict
 	claim    error
 	claims   []string
@@ -56,18 +79,19 @@ type world struct {
 	asked    []string // the subjects that were looked at
 	events   []string // in Kubernetes
 	out      []bus.Msg
-	settled  []string
+	acks     []string
 }
 
 func newWorld() *world {
-	w := &world{now: time.Unix(1001, 0), stored: map[string]string{}}
+	w := &world{now: time.Unix(1001, 0), stored: map[string]string{}, registry: prometheus.NewPedanticRegistry()}
 	w.pod = &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "7"}, Spec: corev1.PodSpec{NodeName: "node-1"}}
 	cfg := config.Default()
 	cfg.Policy = acting()
+	metrics, log, now := NewMetrics(w.registry), slog.New(slog.DiscardHandler), func() time.Time { return w.now }
 	w.Annotator = &Annotator{
-		Policy: cfg.Policy, Terms: Terms(&cfg), Wait: 30 * time.Second, API: w, Finder: w, Outlet: w, Metrics: NewMetrics(),
-		Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return w.now },
-		Stale: func() error { return w.stale }, Ledger: w, Last: w.last, Events: w,
+		Policy: cfg.Policy, Wait: 30 * time.Second, Finder: w, Stale: func() error { return w.stale }, Events: w, Metrics: metrics, Log: log, Now: now,
+		Marker:   &mark.Marker{Policy: cfg.Policy, Terms: decide.Terms(&cfg), API: w, Ledger: w, Now: now},
+		Outcomes: &Outcomes{Publisher: w, Last: w.last, Metrics: metrics, Log: log},
 	}
 	return w
 }
@@ -165,13 +189,13 @@ func (w *world) Enqueue(m bus.Msg) error {
 	w.out = append(w.out, m)
 	_, before := w.stored[m.Subject]
 	w.mu.Unlock()
-	w.Hooks().OnAck(m, before)
+	w.Outcomes.Hooks().OnAck(m, before)
 	return nil
 }
 
-func (w *world) Ack()                      { w.settled = append(w.settled, "ack") }
-func (w *world) Term(reason string)        { w.settled = append(w.settled, "term "+reason) }
-func (w *world) Retry(after time.Duration) { w.settled = append(w.settled, "retry") }
+func (w *world) Ack()               { w.acks = append(w.acks, "ack") }
+func (w *world) Term(reason string) { w.acks = append(w.acks, "term "+reason) }
+func (w *world) Nak(time.Duration)  { w.acks = append(w.acks, "nak") }
 
 // handle works on an event, and returns its outcome, if there is one.
 func (w *world) handle(t *testing.T, e *event.Event) *event.Outcome {
@@ -190,9 +214,9 @@ func (w *world) handle(t *testing.T, e *event.Event) *event.Outcome {
 func (w *world) raw(t *testing.T, subject string, data []byte) *event.Outcome {
 	t.Helper()
 	before := len(w.out)
-	w.Handle(t.Context(), Message{Stored: bus.Stored{ID: "x", Subject: subject, Data: data, Seq: 9, Time: time.Unix(1000, 0)}, Attempt: 1, Settler: w})
-	if len(w.settled) == 0 {
-		t.Fatal("the message is not settled")
+	w.Handle(t.Context(), Message{Stored: bus.Stored{ID: "x", Subject: subject, Data: data, Seq: 9, Time: time.Unix(1000, 0)}, Attempt: 1, Acker: w})
+	if len(w.acks) == 0 {
+		t.Fatal("the message is not acknowledged")
 	}
 	if len(w.out) == before {
 		return nil
@@ -209,22 +233,22 @@ func (w *world) raw(t *testing.T, subject string, data []byte) *event.Outcome {
 	return &o
 }
 
-// want checks an outcome's result and reason, and how the message was settled last.
-func (w *world) want(t *testing.T, o *event.Outcome, want, settled string) {
+// want checks an outcome's result and reason, and how the message was acknowledged last.
+func (w *world) want(t *testing.T, o *event.Outcome, want, ack string) {
 	t.Helper()
 	got := "none"
 	if o != nil {
 		got = string(o.Result) + "/" + string(o.Reason)
 	}
-	if last := w.settled[len(w.settled)-1]; got != want || last != settled {
-		t.Errorf("outcome %s (%s), want %s (%s)", got, last, want, settled)
+	if last := w.acks[len(w.acks)-1]; got != want || last != ack {
+		t.Errorf("outcome %s (%s), want %s (%s)", got, last, want, ack)
 	}
 }
 
 // A mark by the key of another configuration goes with the new one: the summary names it no longer.
 func TestHandleReplaces(t *testing.T) {
 	w := newWorld()
-	w.pod.Annotations = map[string]string{"example.com/old": "x", "other": "y", w.Terms.Summary: `{"event":"boot-1-1","annotation":"example.com/old"}`}
+	w.pod.Annotations = map[string]string{"example.com/old": "x", "other": "y", w.Marker.Terms.Summary: `{"event":"boot-1-1","annotation":"example.com/old"}`}
 	w.want(t, w.handle(t, kill()), "annotated/marked", "ack")
 	if len(w.patches) != 1 || !strings.Contains(w.patches[0], `"example.com/old":null`) || strings.Contains(w.patches[0], `"other"`) {
 		t.Errorf("patches %q", w.patches)
@@ -241,7 +265,7 @@ func TestHandleMarks(t *testing.T) {
 	w.want(t, o, "annotated/marked", "ack")
 	want := event.Outcome{
 		Schema: event.Schema, ID: "boot-1-2/annotate", Kill: "boot-1-2", Stage: "annotate", Time: w.now.UTC(), Result: "annotated", Reason: "marked",
-		Node: "node-1", Pod: &event.PodRef{Namespace: "shop", Name: "cart", UID: "uid-1"}, Container: "main", Annotation: mark + "=true",
+		Node: "node-1", Pod: &event.PodRef{Namespace: "shop", Name: "cart", UID: "uid-1"}, Container: "main", Annotation: key + "=true",
 	}
 	if diff := cmp.Diff(want, *o); diff != "" {
 		t.Errorf("outcome (-want +got):\n%s", diff)
@@ -269,32 +293,32 @@ func TestHandleCondition(t *testing.T) {
 	conflict := apierrors.NewConflict(resource, "cart", errors.New("changed"))
 	forbidden := fmt.Errorf("patch pods/status: %w", apierrors.NewForbidden(resource, "cart", errors.New("no")))
 	for _, tt := range []struct {
-		name          string
-		change        func(w *world)
-		want, settled string
-		versions      string // of the pod, at each patch of its status
-		annotations   int    // how often it is annotated
-		claims        int
+		name        string
+		change      func(w *world)
+		want, ack   string
+		versions    string // of the pod, at each patch of its status
+		annotations int    // how often it is annotated
+		claims      int
 	}{
 		{"all goes well", func(w *world) {}, "annotated/marked", "ack", "71", 1, 1},
 		{"another condition changes", func(w *world) { w.status = []error{conflict} }, "annotated/marked", "ack", "71 71", 1, 1},
 		{"left at once", func(w *world) { w.status = []error{apierrors.NewNotFound(resource, "cart")} }, "annotated/marked", "ack", "71", 1, 1},
-		{"no right", func(w *world) { w.status = []error{forbidden} }, "none", "retry", "71", 1, 1},
+		{"no right", func(w *world) { w.status = []error{forbidden} }, "none", "nak", "71", 1, 1},
 		{"no right for long", func(w *world) {
 			w.status, w.now = []error{forbidden}, time.Unix(1031, 0)
 		}, "failed/forbidden", "ack", "71", 1, 1},
 		{"a replica before got no further than the annotation", func(w *world) {
-			w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+			w.pod.Annotations = map[string]string{key: "true", w.Marker.Terms.Summary: `{"event":"boot-1-2"}`}
 		}, "annotated/marked", "ack", "7", 0, 0},
 		{"and it was taken back since", func(w *world) {
-			w.pod.Annotations = map[string]string{w.Terms.Summary: `{"event":"boot-1-2"}`}
+			w.pod.Annotations = map[string]string{w.Marker.Terms.Summary: `{"event":"boot-1-2"}`}
 		}, "annotated/marked", "ack", "", 0, 0},
 		{"and it leaves", func(w *world) {
-			w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+			w.pod.Annotations = map[string]string{key: "true", w.Marker.Terms.Summary: `{"event":"boot-1-2"}`}
 			w.pod.DeletionTimestamp = &metav1.Time{Time: w.now}
 		}, "annotated/marked", "ack", "", 0, 0},
 		{"done before", func(w *world) {
-			w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+			w.pod.Annotations = map[string]string{key: "true", w.Marker.Terms.Summary: `{"event":"boot-1-2"}`}
 			w.pod.Status.Conditions = []corev1.PodCondition{{Type: "example.com/evict", Status: corev1.ConditionTrue, Message: "boot-1-2"}}
 		}, "annotated/marked", "ack", "", 0, 0},
 		{"one of a kill before is there", func(w *world) {
@@ -303,9 +327,10 @@ func TestHandleCondition(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld()
-			w.Policy.Condition, w.Terms.Condition = "example.com/evict", "example.com/evict"
+			w.Marker.Policy.Condition, w.Marker.Terms.Condition = "example.com/evict", "example.com/evict"
+			w.Policy.Condition = w.Marker.Policy.Condition
 			tt.change(w)
-			w.want(t, w.handle(t, kill()), tt.want, tt.settled)
+			w.want(t, w.handle(t, kill()), tt.want, tt.ack)
 			annotations := 0
 			var got, want []string
 			for _, p := range w.patches {
@@ -344,7 +369,7 @@ func TestHandleClaims(t *testing.T) {
 		t.Errorf("detail %q", o.Detail)
 	}
 	w.verdict, w.claim = budget.Verdict{}, errors.New("nats is away")
-	w.want(t, w.handle(t, kill()), "none", "retry")
+	w.want(t, w.handle(t, kill()), "none", "nak")
 	w.now = time.Unix(1600, 0)
 	w.want(t, w.handle(t, kill()), "failed/unavailable", "ack")
 	if len(w.patches) > 0 {
@@ -379,7 +404,7 @@ func TestHandleDecided(t *testing.T) {
 	w.stored[subject] = `{"schema":"oom-tracer/v1","id":"boot-1-2/annotate","kill":"boot-1-2","time":"2026-01-01T00:00:00Z","result":"observed","reason":"paused","node":"node-1"}`
 	w.want(t, w.handle(t, e), "none", "ack")
 	w.lastErr = errors.New("nats is away")
-	w.want(t, w.handle(t, e), "none", "retry")
+	w.want(t, w.handle(t, e), "none", "nak")
 	if diff := cmp.Diff([]string{subject, subject}, w.asked); diff != "" {
 		t.Errorf("asked (-want +got):\n%s", diff)
 	}
@@ -403,8 +428,8 @@ func TestHandleDecided(t *testing.T) {
 		t.Errorf("%g repeated, %g skipped", r, s)
 	}
 	// An attempt before this one may have been stored without word of it: that was ours.
-	w.Hooks().OnRetry(w.out[0], errors.New("no answer"))
-	w.Hooks().OnAck(w.out[0], true)
+	w.Outcomes.Hooks().OnRetry(w.out[0], errors.New("no answer"))
+	w.Outcomes.Hooks().OnAck(w.out[0], true)
 	if r, s := testutil.ToFloat64(repeated), testutil.ToFloat64(skipped); r != 2 || s != 1 {
 		t.Errorf("after another attempt: %g repeated, %g skipped", r, s)
 	}
@@ -416,10 +441,10 @@ func TestHandleChanged(t *testing.T) {
 	invalid := apierrors.NewInvalid(schema.GroupKind{Kind: "Pod"}, "cart", nil)
 	notFound := apierrors.NewNotFound(resource, "cart")
 	for _, tt := range []struct {
-		name          string
-		change        func(w *world)
-		want, settled string
-		patches       int
+		name      string
+		change    func(w *world)
+		want, ack string
+		patches   int
 	}{
 		{"reborn", func(w *world) { w.pod.UID = "uid-2" }, "skipped/reborn", "ack", 0},
 		{"gone", func(w *world) { w.pod = nil }, "skipped/gone", "ack", 0},
@@ -429,21 +454,21 @@ func TestHandleChanged(t *testing.T) {
 			w.pod.Annotations = map[string]string{"oom-tracer.alpha.kubernetes.io/opt-out": ""}
 		}, "skipped/opt_out", "ack", 0},
 		{"marked by another replica", func(w *world) {
-			w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+			w.pod.Annotations = map[string]string{key: "true", w.Marker.Terms.Summary: `{"event":"boot-1-2"}`}
 		}, "annotated/marked", "ack", 0},
-		{"marked for another kill", func(w *world) { w.pod.Annotations = map[string]string{mark: "true"} }, "skipped/already", "ack", 0},
+		{"marked for another kill", func(w *world) { w.pod.Annotations = map[string]string{key: "true"} }, "skipped/already", "ack", 0},
 		{"changes twice", func(w *world) { w.patched = []error{conflict, conflict} }, "annotated/marked", "ack", 3},
-		{"changes without an end", func(w *world) { w.patched = []error{conflict, conflict, conflict, conflict, conflict} }, "none", "retry", 5},
+		{"changes without an end", func(w *world) { w.patched = []error{conflict, conflict, conflict, conflict, conflict} }, "none", "nak", 5},
 		{"refused once", func(w *world) { w.patched = []error{invalid} }, "annotated/marked", "ack", 2},
 		{"refused for good", func(w *world) { w.patched = []error{invalid, invalid, invalid} }, "failed/rejected", "ack", 2},
 		{"refused for good, and NATS is away", func(w *world) {
 			w.patched, w.released = []error{invalid, invalid, invalid}, errors.New("nats is away")
-		}, "none", "retry", 2},
+		}, "none", "nak", 2},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld()
 			tt.change(w)
-			w.want(t, w.handle(t, kill()), tt.want, tt.settled)
+			w.want(t, w.handle(t, kill()), tt.want, tt.ack)
 			if len(w.patches) != tt.patches {
 				t.Errorf("%d patches, want %d", len(w.patches), tt.patches)
 			}
@@ -475,22 +500,22 @@ func TestHandleAhead(t *testing.T) {
 }
 
 // An API server that does not answer holds up as many kills as may wait for it, and none that does not need it.
-func TestHandleTurns(t *testing.T) {
+func TestHandleInFlight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld()
 		const using = 2
-		w.Turns = NewTurns(using)
-		w.API = frozen{w}
+		w.InFlight = NewInFlight(using)
+		w.Marker.API = frozen{w}
 		var handled sync.WaitGroup
 		begin := func(e *event.Event, to *worker) {
 			data, _ := json.Marshal(e)
 			subject, _ := e.Subject()
 			handled.Go(func() {
-				w.Handle(t.Context(), Message{Stored: bus.Stored{ID: "x", Subject: subject, Data: data, Seq: 9, Time: time.Unix(1000, 0)}, Attempt: 1, Settler: to})
+				w.Handle(t.Context(), Message{Stored: bus.Stored{ID: "x", Subject: subject, Data: data, Seq: 9, Time: time.Unix(1000, 0)}, Attempt: 1, Acker: to})
 			})
 		}
 		var acting, more, none worker
-		for range using + using*Waiting {
+		for range using + using*QueueFactor {
 			begin(kill(), &acting)
 		}
 		synctest.Wait()
@@ -501,16 +526,16 @@ func TestHandleTurns(t *testing.T) {
 			begin(e, &none)
 		}
 		synctest.Wait() // no time passes
-		if acting.count("") != 0 || more.count("retry") != 1 || none.count("ack") != 100 {
+		if acting.count("") != 0 || more.count("nak") != 1 || none.count("ack") != 100 {
 			t.Errorf("at once: those that wait %q, one more %q, those that need no API %d", acting.all, more.all, none.count("ack"))
 		}
 		began := time.Now()
 		handled.Wait()
-		if took := time.Since(began); acting.count("retry") != using+using*Waiting || took > 2*handleTime {
+		if took := time.Since(began); acting.count("nak") != using+using*QueueFactor || took > 2*mark.Timeout {
 			t.Errorf("those that wait: %q after %s", acting.all, took)
 		}
 		// Their turns are free again.
-		w.API = w
+		w.Marker.API = w
 		var late worker
 		begin(kill(), &late)
 		handled.Wait()
@@ -528,7 +553,7 @@ func (frozen) Get(ctx context.Context, _, _ string) (*corev1.Pod, error) {
 	return nil, ctx.Err()
 }
 
-// worker is a Settler for several goroutines.
+// worker is an Acker for several goroutines.
 type worker struct {
 	mu  sync.Mutex
 	all []string
@@ -551,9 +576,9 @@ func (s *worker) count(act string) (n int) {
 	return n
 }
 
-func (s *worker) Ack()                { s.add("ack") }
-func (s *worker) Term(string)         { s.add("term") }
-func (s *worker) Retry(time.Duration) { s.add("retry") }
+func (s *worker) Ack()              { s.add("ack") }
+func (s *worker) Term(string)       { s.add("term") }
+func (s *worker) Nak(time.Duration) { s.add("nak") }
 
 // Between the read and the patch the pod is reborn: the server's refusal, of either kind, ends the work.
 func TestHandleRebornBetween(t *testing.T) {
@@ -564,7 +589,7 @@ func TestHandleRebornBetween(t *testing.T) {
 		w.patched = []error{refusal}
 		reborn := w.pod.DeepCopy()
 		reborn.UID = "uid-2"
-		w.API = &swap{world: w, then: reborn}
+		w.Marker.API = &swap{world: w, then: reborn}
 		w.want(t, w.handle(t, kill()), "skipped/reborn", "ack")
 		if len(w.patches) != 1 {
 			t.Errorf("%d patches", len(w.patches))
@@ -614,12 +639,12 @@ func TestHandleErrors(t *testing.T) {
 				} else {
 					w.patched = []error{tt.err}
 				}
-				settled := "ack"
+				ack := "ack"
 				if tt.want == "none" {
-					settled = "retry"
+					ack = "nak"
 				}
 				o := w.handle(t, kill())
-				w.want(t, o, tt.want, settled)
+				w.want(t, o, tt.want, ack)
 				if o != nil && o.Detail == "" {
 					t.Error("the outcome tells no detail")
 				}
@@ -631,12 +656,12 @@ func TestHandleErrors(t *testing.T) {
 func TestHandleWaits(t *testing.T) {
 	w := newWorld()
 	w.find = pods.ErrUnknown
-	w.want(t, w.handle(t, kill()), "none", "retry")
+	w.want(t, w.handle(t, kill()), "none", "nak")
 	w.now = time.Unix(1030, 0)
 	w.want(t, w.handle(t, kill()), "skipped/not_found", "ack")
 	// Who does not know what there is cannot say that there is none.
 	w.stale = errors.New("the API server is away")
-	w.want(t, w.handle(t, kill()), "none", "retry")
+	w.want(t, w.handle(t, kill()), "none", "nak")
 	w.now = time.Unix(1601, 0)
 	w.want(t, w.handle(t, kill()), "skipped/too_old", "ack")
 	// Nobody waits for the pod of a host's process.
@@ -655,7 +680,7 @@ func TestHandleWaitsForName(t *testing.T) {
 	e := kill()
 	e.Limit, e.Scope = &event.Limit{Level: event.LevelContainer}, event.ScopeCgroup
 	e.Container.ContainerID = strings.Repeat("5", 64)
-	w.want(t, w.handle(t, e), "none", "retry")
+	w.want(t, w.handle(t, e), "none", "nak")
 	w.now = time.Unix(1010, 0) // a sandbox's ID is in no status
 	w.want(t, w.handle(t, e), "skipped/level", "ack")
 	// A mark does not wait.
@@ -665,11 +690,11 @@ func TestHandleWaitsForName(t *testing.T) {
 	w.want(t, w.handle(t, e), "annotated/marked", "ack")
 }
 
-func TestHandleOutletFull(t *testing.T) {
+func TestHandlePublisherFull(t *testing.T) {
 	w := newWorld()
 	for _, err := range []error{bus.ErrFull, bus.ErrClosed} {
 		w.full = err
-		w.want(t, w.handle(t, kill()), "none", "retry")
+		w.want(t, w.handle(t, kill()), "none", "nak")
 	}
 }
 
@@ -697,7 +722,7 @@ func TestHandleRefuses(t *testing.T) {
 		{"no json", subject, []byte("\x1b[31m\n"), event.ReasonMalformed},
 		{"incomplete", subject, []byte(`{"schema":"oom-tracer/v1"}`), event.ReasonMalformed},
 		{"future", subject, []byte(strings.Replace(string(good), "v1", "v2", 1)), event.ReasonSchema},
-		{"oversized", subject, append(good, make([]byte, maxMessage)...), event.ReasonOversized},
+		{"oversized", subject, append(good, make([]byte, 256<<10)...), event.ReasonOversized},
 		{"another node", "oom.v1.kill.global.node-2", good, event.ReasonForged},
 		{"another scope", "oom.v1.kill.cgroup.node-1", good, event.ReasonForged},
 		{"no kill", subject, with(func(e *event.Event) { e.Outcome = event.OutcomeExiting }), event.ReasonForged},
@@ -709,7 +734,7 @@ func TestHandleRefuses(t *testing.T) {
 			w := newWorld()
 			o := w.raw(t, tt.subject, tt.data)
 			w.want(t, o, "failed/"+string(tt.want), "term "+string(tt.want))
-			if o.Kill != "OOM-9" || o.Detail == "" || len(o.Detail) > maxDetail || strings.ContainsAny(o.Detail, "\x1b\n") || o.Pod != nil {
+			if o.Kill != "OOM-9" || o.Detail == "" || len(o.Detail) > text.MaxDetail || strings.ContainsAny(o.Detail, "\x1b\n") || o.Pod != nil {
 				t.Errorf("outcome %+v", o)
 			}
 			if len(w.patches) > 0 {
@@ -734,14 +759,12 @@ func TestPatchIsSmall(t *testing.T) {
 
 func TestMetrics(t *testing.T) {
 	w := newWorld()
-	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(w.Metrics)
-	before, err := testutil.GatherAndCount(registry)
+	before, err := testutil.GatherAndCount(w.registry)
 	if err != nil {
 		t.Fatal(err)
 	}
 	w.handle(t, kill())
-	w.pod.Annotations = map[string]string{mark: "true", w.Terms.Summary: `{"event":"boot-1-2"}`}
+	w.pod.Annotations = map[string]string{key: "true", w.Marker.Terms.Summary: `{"event":"boot-1-2"}`}
 	w.handle(t, kill())
 	w.raw(t, "oom.v1.kill.global.node-1", nil)
 	w.find = pods.ErrUnknown
@@ -754,7 +777,7 @@ func TestMetrics(t *testing.T) {
 	w.handle(t, kill())
 	w.stored["oom.v1.outcome.boot-1-2_annotate.node-1"] = string(w.out[0].Data)
 	w.handle(t, kill())
-	after, err := testutil.GatherAndCount(registry)
+	after, err := testutil.GatherAndCount(w.registry)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -781,21 +804,21 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("%v is %g, want %g", labels, got, want)
 		}
 	}
-	problems, err := testutil.GatherAndLint(registry)
+	problems, err := testutil.GatherAndLint(w.registry)
 	if err != nil || len(problems) > 0 {
 		t.Errorf("lint: %v, %v", problems, err)
 	}
 }
 
 func TestDelay(t *testing.T) {
-	for attempt, want := range map[uint64]time.Duration{0: firstRetry, 1: firstRetry, 2: 2 * firstRetry, 5: 4 * time.Second, 100: lastRetry, 1 << 40: lastRetry} {
-		if got := delay(attempt, lastRetry); got < want/2 || got > want {
+	for attempt, want := range map[uint64]time.Duration{0: firstDelay, 1: firstDelay, 2: 2 * firstDelay, 5: 4 * time.Second, 100: maxDelay, 1 << 40: maxDelay} {
+		if got := delay(attempt, maxDelay); got < want/2 || got > want {
 			t.Errorf("attempt %d waits %s, want at most %s", attempt, got, want)
 		}
 	}
 }
 
-// Whatever comes is settled, and changes no pod that it does not name.
+// Whatever comes is acknowledged once, and changes no pod that it does not name.
 func FuzzHandle(f *testing.F) {
 	good, err := json.Marshal(kill())
 	if err != nil {
@@ -806,9 +829,9 @@ func FuzzHandle(f *testing.F) {
 	f.Add("oom.v1.kill.>", []byte("{}"))
 	f.Fuzz(func(t *testing.T, subject string, data []byte) {
 		w := newWorld()
-		w.Handle(t.Context(), Message{Stored: bus.Stored{Subject: subject, Data: data, Seq: 1, Time: w.now}, Settler: w})
-		if len(w.settled) != 1 {
-			t.Errorf("settled: %q", w.settled)
+		w.Handle(t.Context(), Message{Stored: bus.Stored{Subject: subject, Data: data, Seq: 1, Time: w.now}, Acker: w})
+		if len(w.acks) != 1 {
+			t.Errorf("acknowledged: %q", w.acks)
 		}
 		for _, m := range w.out {
 			if _, err := event.ParseOutcome(m.Data); err != nil || len(m.Data) > 4<<10 {

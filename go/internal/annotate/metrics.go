@@ -5,8 +5,10 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/decide"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 )
 
@@ -17,30 +19,29 @@ type Metrics struct {
 	latency prometheus.Histogram
 }
 
-// The reasons of events_total{stage="error"} that are no reasons of an outcome.
-var errorReasons = []string{"publish", "dropped", clockReason}
+const (
+	// clockReason is the reason of a kill whose node's clock is ahead of the stream's.
+	clockReason = "clock"
+	// repeatedReason is the reason of a mark that an earlier attempt made, and of a kill that has an outcome.
+	repeatedReason = "repeated"
+)
 
-// clockReason is that of a kill whose node's clock is ahead of the stream's.
-const clockReason = "clock"
-
-// repeatedReason is that of a mark that an attempt before had made, and of a kill whose outcome was told.
-const repeatedReason = "repeated"
-
-// NewMetrics makes the metrics, with every series from the start, so that a rate sees the first event.
-func NewMetrics() *Metrics {
+// NewMetrics registers the metrics, with every series from the start, so that a rate includes the first event.
+func NewMetrics(registerer prometheus.Registerer) *Metrics {
 	const subsystem = "oom_tracer"
+	register := promauto.With(registerer)
 	m := &Metrics{
-		events: prometheus.NewCounterVec(prometheus.CounterOpts{
+		events: register.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "events_total",
-			Help: "What became of the messages of the stream, by stage and reason; an attempt counts each time.",
+			Help: "Number of attempts to process an OOM kill, by stage (observed, identified, skipped, error) and reason.",
 		}, []string{"stage", "reason"}),
-		victims: prometheus.NewCounterVec(prometheus.CounterOpts{
+		victims: register.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "marked_victims_total",
-			Help: "The outcomes of kills, by result (stage) and reason.",
+			Help: "Number of outcomes of OOM kills, by result (stage) and reason.",
 		}, []string{"stage", "reason"}),
-		latency: prometheus.NewHistogram(prometheus.HistogramOpts{
+		latency: register.NewHistogram(prometheus.HistogramOpts{
 			Subsystem: subsystem, Name: "annotate_latency_seconds",
-			Help:    "From the kill in the kernel to the annotation on the pod.",
+			Help:    "Time from the OOM kill in the kernel to the annotation on the pod.",
 			Buckets: prometheus.ExponentialBuckets(0.002, 2, 16),
 		}),
 	}
@@ -48,7 +49,7 @@ func NewMetrics() *Metrics {
 		"observed":   {"kill"},
 		"identified": {"pod", "gone", "host", "not_found", "refused"},
 		"skipped":    {"wait_pod", "wait_container", "wait_turn", repeatedReason},
-		"error":      errorReasons,
+		"error":      {"publish", "dropped", clockReason}, // and those of failed outcomes, below
 	} {
 		for _, reason := range reasons {
 			m.events.WithLabelValues(stage, reason)
@@ -57,7 +58,7 @@ func NewMetrics() *Metrics {
 	for result, reasons := range event.Reasons() {
 		for _, reason := range reasons {
 			if reason == event.ReasonNeighbours {
-				continue // says nothing of the victim
+				continue // not about the victim
 			}
 			m.victims.WithLabelValues(stageOf(result), string(reason))
 			if result == event.ResultFailed {
@@ -69,7 +70,7 @@ func NewMetrics() *Metrics {
 	return m
 }
 
-// stageOf is the result in the metric's words.
+// stageOf is the value of the label stage.
 func stageOf(r event.Result) string {
 	if r == event.ResultAnnotated {
 		return "marked"
@@ -82,23 +83,23 @@ func (m *Metrics) failure(reason string) { m.events.WithLabelValues("error", rea
 func (m *Metrics) repeated()             { m.events.WithLabelValues("skipped", repeatedReason).Inc() }
 func (m *Metrics) waiting(what string)   { m.events.WithLabelValues("skipped", "wait_"+what).Inc() }
 
-// identified counts whose the kill was.
-func (m *Metrics) identified(c *Case) {
+// identified counts whether the kill hit a pod.
+func (m *Metrics) identified(k *decide.Kill) {
 	reason := "pod"
 	switch {
-	case !ofPod(c.Event, c.Found.Pod):
+	case !k.InPod():
 		reason = "host"
-	case c.Found.Gone:
+	case k.Found.Gone:
 		reason = "gone"
-	case errors.Is(c.Err, pods.ErrUnknown):
+	case errors.Is(k.Err, pods.ErrUnknown):
 		reason = "not_found"
-	case c.Err != nil:
+	case k.Err != nil:
 		reason = "refused"
 	}
 	m.events.WithLabelValues("identified", reason).Inc()
 }
 
-// closed counts what became of a marked pod.
+// closed counts the end of a mark.
 func (m *Metrics) closed(o *event.Outcome) {
 	m.victims.WithLabelValues(stageOf(o.Result), string(o.Reason)).Inc()
 }
@@ -113,18 +114,4 @@ func (m *Metrics) decided(o *event.Outcome, repeated bool, latency time.Duration
 	if o.Result == event.ResultAnnotated {
 		m.latency.Observe(latency.Seconds())
 	}
-}
-
-// Describe implements prometheus.Collector.
-func (m *Metrics) Describe(ch chan<- *prometheus.Desc) {
-	m.events.Describe(ch)
-	m.victims.Describe(ch)
-	m.latency.Describe(ch)
-}
-
-// Collect implements prometheus.Collector.
-func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
-	m.events.Collect(ch)
-	m.victims.Collect(ch)
-	m.latency.Collect(ch)
 }

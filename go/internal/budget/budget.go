@@ -1,11 +1,9 @@
-// Package budget bounds how many pods are marked, and holds the switch that stops marking. Both are one
-// value, shared by all replicas and kept by NATS: to claim a mark and to pause exclude each other, so that
-// after a pause nothing new is claimed by anybody.
+// Package budget bounds how many pods are marked, and holds the pause. Both are one value, shared by all replicas in a NATS KV
+// entry. Because a claim and a pause change the same value, no replica can claim a mark after a pause.
 //
-// Rule of the package: what was refused once stays refused. A claim is held against the marks since its
-// kill's time less the window, and not since now less the window: of those there are never fewer later on,
-// whenever, and however often, the kill comes again. The one exception is a mark that the API server refused for good: it
-// counts no more.
+// Rule of the package: a claim that was refused stays refused, however often the kill is delivered again. The window of a claim
+// begins before the time of its kill, not before the present: the number of marks since then never goes down. The exception is a
+// mark that the API server refused permanently: it does not count any more.
 package budget
 
 import (
@@ -20,11 +18,11 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 )
 
-// State is what is shared.
+// State is the shared value.
 type State struct {
 	Schema string `json:"schema"`
 	Pause  *Pause `json:"pause,omitempty"`
-	// Marks are in the order in which they were claimed.
+	// Marks are in the order of their claims.
 	Marks []Mark `json:"marks,omitempty"`
 }
 
@@ -33,21 +31,21 @@ type Pause struct {
 	Reason string    `json:"reason"`
 	By     string    `json:"by"` // user@host
 	Since  time.Time `json:"since"`
-	// Until is when it ends by itself; nil: never.
+	// Until is when the pause ends; nil: when somebody ends it.
 	Until *time.Time `json:"until,omitempty"`
 }
 
-// Mark is the right to mark one pod, for one kill. Whether that was done stands in the outcome of the kill. A
-// right that was not used because the pod was gone is not given back; one whose patch was refused for good is.
+// Mark is the right to mark one pod, for one kill. The outcome of the kill says whether it was used. A right that was not used
+// because the pod was gone still counts; one whose patch was refused permanently is returned.
 type Mark struct {
 	Kill string `json:"kill"` // event.Event's ID
 	Node string `json:"node"`
-	// Owner is what would make a new pod in this one's place, or the pod itself: <namespace>/<kind>/<name>.
+	// Owner is the workload of the pod, or the pod itself: <namespace>/<kind>/<name>.
 	Owner string    `json:"owner"`
 	Time  time.Time `json:"time"` // of the claim
 }
 
-// Paused returns the pause that holds at a moment, nil if none does.
+// Paused returns the pause in effect, nil if there is none.
 func (s *State) Paused(now time.Time) *Pause {
 	if p := s.Pause; p != nil && (p.Until == nil || now.Before(*p.Until)) {
 		return p
@@ -55,7 +53,7 @@ func (s *State) Paused(now time.Time) *Pause {
 	return nil
 }
 
-// Since lists the marks after a moment.
+// Since lists the marks after a time.
 func (s *State) Since(t time.Time) []Mark {
 	var marks []Mark
 	for _, m := range s.Marks {
@@ -66,23 +64,23 @@ func (s *State) Since(t time.Time) []Mark {
 	return marks
 }
 
-// Refusal is why a claim is not granted.
+// Refusal is why a claim was refused.
 type Refusal string
 
-// Claim adds m, whose kill happened at a time, unless that is refused. A claim that was granted before is still.
-// keep is for how long a kill may come again.
+// Claim adds m, unless a limit refuses it. A claim that was granted before stays granted. keep is how long a kill may be delivered
+// again.
 func (s *State) Claim(limits config.Budgets, m Mark, killed time.Time, keep time.Duration) Refusal {
 	_, refusal := s.claim(limits, m, killed, keep)
 	return refusal
 }
 
-// claim reports as well whether that changes anything.
+// claim also reports whether it changed the state.
 func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time.Duration) (changed bool, refusal Refusal) {
 	if slices.ContainsFunc(s.Marks, func(had Mark) bool { return had.Kill == m.Kill }) {
 		return false, ""
 	}
 	if m.Time.Sub(killed) > keep {
-		return false, Refusal(fmt.Sprintf("the kill is older than %s", keep)) // marks that it was held against may be forgotten
+		return false, Refusal(fmt.Sprintf("the kill is older than %s", keep)) // the marks in its window may be deleted already
 	}
 	node := func(had Mark) bool { return had.Node == m.Node }
 	owner := func(had Mark) bool { return had.Owner == m.Owner }
@@ -99,7 +97,7 @@ func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time
 		{"owner " + m.Owner, 1, limits.Cooldown, owner},
 	} {
 		if b.limit == 0 || b.window == 0 {
-			continue // no bound of its own
+			continue // no limit
 		}
 		used := 0
 		for _, had := range s.Since(killed.Add(-b.window)) {
@@ -115,21 +113,20 @@ func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time
 	return true, ""
 }
 
-// Schema names what is shared. It is that of nothing else on NATS.
+// Schema is the schema of the state. Nothing else on NATS has it.
 const Schema = "oom-tracer/budgets/v1"
 
 var (
 	// ErrState means that the shared state cannot be used, and nothing may be marked.
 	ErrState = errors.New("the state of budgets and pause is refused, nothing is marked (restore it with oom-tap restore)")
-	// ErrAbsent means that there is none, and wraps ErrState. Setup writes the first one, so that absence is never the beginning.
+	// ErrAbsent means that there is no state. It wraps ErrState: oom-tap setup writes the first state, so an absent one was deleted.
 	ErrAbsent = fmt.Errorf("%w: it is absent", ErrState)
 )
 
-// Initial is the state of a bucket that nothing was ever stored in.
+// Initial is the first state of a new bucket.
 func Initial() []byte { return []byte(`{"schema":"` + Schema + `"}`) }
 
-// Parse reads what is shared. It refuses everything that is not exactly that: a state that was emptied or replaced would lift
-// the pause and reset the budgets.
+// Parse reads the state. It is strict: a state that was emptied or replaced would end the pause and reset the budgets.
 func Parse(data []byte) (State, error) {
 	if len(data) == 0 {
 		return State{}, ErrAbsent
@@ -141,14 +138,14 @@ func Parse(data []byte) (State, error) {
 		return State{}, fmt.Errorf("%w: %w", ErrState, err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return State{}, fmt.Errorf("%w: something follows it", ErrState)
+		return State{}, fmt.Errorf("%w: unexpected data after it", ErrState)
 	}
 	if s.Schema != Schema {
 		return State{}, fmt.Errorf("%w: its schema is %.50q, not %q", ErrState, s.Schema, Schema)
 	}
 	for i, m := range s.Marks {
 		if m.Kill == "" || m.Node == "" || m.Owner == "" || m.Time.IsZero() {
-			return State{}, fmt.Errorf("%w: mark %d is not complete", ErrState, i)
+			return State{}, fmt.Errorf("%w: mark %d is incomplete", ErrState, i)
 		}
 	}
 	return s, nil

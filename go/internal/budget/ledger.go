@@ -11,44 +11,43 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 )
 
-// Key names the state in the bucket bus.BucketName.
+// Key is the key of the state in the KV bucket bus.BucketName.
 const Key = "state"
 
-// maxClaims bounds the state that claims make, in bytes: NATS takes messages of 1 MiB, unless told otherwise,
-// and a pause must always fit in.
+// maxClaims bounds the state that claims write, in bytes. NATS takes messages of 1 MiB by default, and a pause must always fit.
 const maxClaims = 960 << 10
 
-// Cell holds the state; see bus.Cell.
-type Cell interface {
-	// Load returns nil where there is nothing.
+// Entry is the KV entry of the state; see bus.KVEntry.
+type Entry interface {
+	// Load returns nil if there is no value.
 	Load(ctx context.Context) ([]byte, error)
-	// Update has change called on the newest value until it is stored. Where change returns nil, or an error,
-	// nothing is stored.
+	// Update calls change with the newest value until the result is stored. If change returns nil or an error, nothing is
+	// stored.
 	Update(ctx context.Context, change func([]byte) ([]byte, error)) error
 }
 
-// Ledger is the state in its cell. Its methods may be called from any goroutine.
+// Ledger reads and changes the shared state. Its methods may be called from any goroutine.
 type Ledger struct {
-	Cell   Cell
+	Entry  Entry
 	Limits config.Budgets
-	Keep   time.Duration // for how long a kill may come again: policy.max_event_age
+	Keep   time.Duration // how long a kill may be delivered again: policy.max_event_age
 	Now    func() time.Time
 
-	mu sync.Mutex // one at a time: those of one process need not contend
+	mu sync.Mutex // one at a time: the goroutines of one process need not compete
 }
 
-// Verdict is the answer to a claim. The zero one grants it.
+// Verdict is the answer to a claim. The zero value grants it.
 type Verdict struct {
 	Paused  *Pause
 	Refusal Refusal
 }
 
-// Claim claims the right to mark a pod for a kill that happened at a time. To claim it again, here or in
-// another process, is the same right. Where it fails there is no right.
+// Claim claims the right to mark a pod for a kill. Claiming it again, here or in another process, gives the same right. An error
+// gives none.
 func (l *Ledger) Claim(ctx context.Context, kill, node, owner string, killed time.Time) (v Verdict, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	err = l.Cell.Update(ctx, func(data []byte) ([]byte, error) {
+	err = l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
 		v = Verdict{}
 		s, err := Parse(data)
 		if err != nil {
@@ -64,7 +63,7 @@ func (l *Ledger) Claim(ctx context.Context, kill, node, owner string, killed tim
 		}
 		value, err := json.Marshal(&s)
 		if len(value) > maxClaims {
-			return nil, fmt.Errorf("%d marks that still count take %d bytes, more than %d", len(s.Marks), len(value), maxClaims)
+			return nil, fmt.Errorf("the state with %d marks has %d bytes, the maximum is %d", len(s.Marks), len(value), maxClaims)
 		}
 		return value, err
 	})
@@ -74,11 +73,11 @@ func (l *Ledger) Claim(ctx context.Context, kill, node, owner string, killed tim
 	return v, nil
 }
 
-// Release gives back the right to mark a pod for a kill, of which nothing was made.
+// Release returns the right to mark a pod that was not used.
 func (l *Ledger) Release(ctx context.Context, kill string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	err := l.Cell.Update(ctx, func(data []byte) ([]byte, error) {
+	err := l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
 		s, err := Parse(data)
 		if err != nil {
 			return nil, err
@@ -90,23 +89,23 @@ func (l *Ledger) Release(ctx context.Context, kill string) error {
 		return json.Marshal(&s)
 	})
 	if err != nil {
-		return fmt.Errorf("give back the right to mark a pod: %w", err)
+		return fmt.Errorf("return the right to mark a pod: %w", err)
 	}
 	return nil
 }
 
-// State reads what is shared.
+// State reads the shared state.
 func (l *Ledger) State(ctx context.Context) (State, error) {
-	data, err := l.Cell.Load(ctx)
+	data, err := l.Entry.Load(ctx)
 	if err != nil {
 		return State{}, err
 	}
 	return Parse(data)
 }
 
-// SetPause sets the pause; nil ends it. It returns the one that was set before.
+// SetPause sets the pause; nil removes it. It returns the previous one.
 func (l *Ledger) SetPause(ctx context.Context, p *Pause) (before *Pause, err error) {
-	err = l.Cell.Update(ctx, func(data []byte) ([]byte, error) {
+	err = l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
 		s, err := Parse(data)
 		if err != nil {
 			return nil, err
@@ -119,16 +118,15 @@ func (l *Ledger) SetPause(ctx context.Context, p *Pause) (before *Pause, err err
 	return before, err
 }
 
-// Revision is a value that was stored before.
+// Revision is an earlier value.
 type Revision struct {
 	Data []byte
 	Time time.Time // when it was stored
 }
 
-// Restore stores the newest of the revisions that is valid, and returns it. It changes nothing where the state is valid as it
-// is, and reports that.
+// Restore stores the newest valid revision, and returns it. If the current state is valid, nothing is changed, and valid is true.
 func (l *Ledger) Restore(ctx context.Context, newestFirst []Revision) (from *Revision, valid bool, err error) {
-	err = l.Cell.Update(ctx, func(data []byte) ([]byte, error) {
+	err = l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
 		from = nil
 		if _, err := Parse(data); err == nil {
 			valid = true

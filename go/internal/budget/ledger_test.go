@@ -53,7 +53,7 @@ func connections(t *testing.T, count int) (all []*bus.Conn) {
 
 func ledgers(t *testing.T, count int, limits config.Budgets) (all []*budget.Ledger) {
 	for _, c := range connections(t, count) {
-		all = append(all, &budget.Ledger{Cell: c.Cell(budget.Key), Limits: limits, Keep: time.Minute, Now: time.Now})
+		all = append(all, &budget.Ledger{Entry: c.KVEntry(budget.Key), Limits: limits, Keep: time.Minute, Now: time.Now})
 	}
 	return all
 }
@@ -188,7 +188,7 @@ func TestLedgerSize(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = l.Cell.Update(t.Context(), func([]byte) ([]byte, error) { return data, nil })
+		err = l.Entry.Update(t.Context(), func([]byte) ([]byte, error) { return data, nil })
 		if err == nil {
 			var v budget.Verdict
 			if v, err = l.Claim(t.Context(), "last", "node", "owner", now); v != (budget.Verdict{}) {
@@ -205,8 +205,8 @@ func TestLedgerSize(t *testing.T) {
 // last valid one back, with its pause and its marks.
 func TestLedgerRefused(t *testing.T) {
 	c := connections(t, 1)[0]
-	cell := c.Cell(budget.Key)
-	l := &budget.Ledger{Cell: cell, Limits: config.Budgets{Window: time.Hour, Cluster: 2}, Keep: time.Minute, Now: time.Now}
+	entry := c.KVEntry(budget.Key)
+	l := &budget.Ledger{Entry: entry, Limits: config.Budgets{Window: time.Hour, Cluster: 2}, Keep: time.Minute, Now: time.Now}
 	claim := func(kill string, granted bool, want error) {
 		t.Helper()
 		v, err := l.Claim(t.Context(), kill, "node", "owner", time.Now())
@@ -241,7 +241,7 @@ func TestLedgerRefused(t *testing.T) {
 		if _, err := l.SetPause(t.Context(), &budget.Pause{Reason: "x", Since: time.Now()}); !errors.Is(err, budget.ErrState) {
 			t.Errorf("%s: pause: %v", name, err)
 		}
-		revisions, err := cell.History(t.Context())
+		revisions, err := entry.History(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -262,7 +262,7 @@ func TestLedgerRefused(t *testing.T) {
 	if err := kv.Purge(t.Context(), budget.Key); err != nil {
 		t.Fatal(err)
 	}
-	revisions, err := cell.History(t.Context())
+	revisions, err := entry.History(t.Context())
 	if err != nil || len(revisions) != 0 {
 		t.Errorf("after a purge: %d revisions, %v", len(revisions), err)
 	}

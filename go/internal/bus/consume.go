@@ -14,27 +14,25 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 )
 
-// The bounds of a consumer.
 const (
-	// ackWait is after what silence the server hands a message to somebody else. Who still works on one
-	// says so three times as often.
+	// ackWait is after how long without a word the server delivers a message to another consumer. Messages that are being
+	// processed are reported as in progress three times as often.
 	ackWait = 30 * time.Second
-	// maxUndecided is how many messages may be neither settled nor given back for good. Those that wait
-	// for another attempt count: where so many wait, what they wait for is broken, and pulling more helps
-	// nobody.
-	maxUndecided = 20_000
-	// Retry's bounds. Below the lower one a message that always fails would spin.
-	retryMin = 100 * time.Millisecond
-	retryMax = time.Minute
-	// handlerGrace is how long handlers may go on when it is time to end, giveBackTime how long it takes to
-	// return what was pulled and not handled.
+	// maxAckPending bounds the messages without ack. Those that wait for a redelivery count: if so many wait, what they wait for
+	// is broken, and pulling more does not help.
+	maxAckPending = 20_000
+	// The bounds of Nak's delay. Below the lower one, a message that always fails would loop.
+	nakMin = 100 * time.Millisecond
+	nakMax = time.Minute
+	// At shutdown handlers have handlerGrace to finish, and messages that were pulled and not handled are returned within
+	// returnTime.
 	handlerGrace = 1500 * time.Millisecond
-	giveBackTime = 500 * time.Millisecond
+	returnTime   = 500 * time.Millisecond
 )
 
-// ConsumeOptions say what to consume.
+// ConsumeOptions configure a consumer.
 type ConsumeOptions struct {
-	// Name is that of the durable consumer. All that consume under one name share the messages.
+	// Name is the name of the durable consumer. Processes that use the same name share the messages.
 	Name string
 	// Subjects are subject patterns that do not overlap.
 	Subjects []string
@@ -42,8 +40,8 @@ type ConsumeOptions struct {
 	Workers int
 }
 
-// Delivery is a message that must be settled, once, by Ack, Retry or Term. Until then the server is told
-// that it is worked on, also after its handler has returned.
+// Delivery is a delivery of a message. Ack, Nak or Term must be called once. Until then the message is reported as in
+// progress, also after its handler has returned.
 type Delivery struct {
 	Stored
 	// Attempt counts from 1.
@@ -53,48 +51,46 @@ type Delivery struct {
 	msg      jetstream.Msg
 }
 
-// Consumer hands the messages of [event.StreamName] to a function, each until it is settled, across
-// reconnects and restarts of the server. The place is kept on the server, so that another process goes on
-// where this one ends.
+// Consumer calls a function with the messages of [event.StreamName], each until it is acknowledged, across reconnects and
+// restarts of the server. The server keeps the position, so that another process continues where this one ends.
 //
-// A message may come again after it was settled, when word of that is lost. It does not come twice at a
-// time to one Consumer.
+// A message is delivered again after its ack if the ack is lost. One Consumer never has two deliveries of a message at a time.
 type Consumer struct {
 	conn *Conn
 	o    ConsumeOptions
 
-	mu        sync.Mutex
-	undecided map[uint64]*Delivery // by Stored.Seq
-	behind    uint64               // messages that the server had still to deliver with the last one
-	failing   error
-	consumed  bool  // there was a stream to consume
-	unsettled error // why nothing can be settled
+	mu         sync.Mutex
+	pending    map[uint64]*Delivery // without ack, by Stored.Seq
+	numPending uint64               // messages that the server had not delivered yet, at the last delivery
+	failing    error
+	consumed   bool  // the stream existed
+	ackErr     error // why acks are refused
 }
 
-// NewConsumer makes a consumer. Nothing is asked of the server before Run.
+// NewConsumer makes a consumer. Nothing is requested from the server before Run.
 func NewConsumer(c *Conn, o ConsumeOptions) (*Consumer, error) {
 	if o.Name == "" || strings.ContainsAny(o.Name, " .*>/\\\t\r\n") || o.Workers < 1 {
-		return nil, fmt.Errorf("make consumer %q: it needs a name without dots and wildcards, and at least one worker", o.Name)
+		return nil, fmt.Errorf("make consumer %q: the name must have no dots, spaces or wildcards, and at least one worker is needed", o.Name)
 	}
-	return &Consumer{conn: c, o: o, undecided: map[uint64]*Delivery{}, failing: errors.New("not begun")}, nil
+	return &Consumer{conn: c, o: o, pending: map[uint64]*Delivery{}, failing: errors.New("not started")}, nil
 }
 
-// Failing is why nothing can be consumed or settled now, and nil when it can.
+// Failing returns why messages cannot be consumed or acknowledged now, and nil if they can.
 func (c *Consumer) Failing() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.failing == nil {
-		return c.unsettled
+		return c.ackErr
 	}
 	return c.failing
 }
 
-// Waiting is how many messages are not settled here, and how many the server had still to deliver with the last one. Those that
-// were given back, to come again, do not count.
+// Waiting is how many messages are in progress here, plus how many the server had not delivered yet at the last delivery. Those
+// that wait for a redelivery do not count.
 func (c *Consumer) Waiting() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.undecided) + int(c.behind)
+	return len(c.pending) + int(c.numPending)
 }
 
 func (c *Consumer) setFailing(err error) {
@@ -104,32 +100,31 @@ func (c *Consumer) setFailing(err error) {
 	c.consumed = c.consumed || err == nil
 }
 
-// report logs why consuming fails, once. A stream that was not made yet is no fault: on a first install its owner
-// may come later.
+// report logs once why consuming fails. A missing stream is not an error at first: on a first install, oom-tap setup may run
+// later.
 func (c *Consumer) report(err error) {
 	c.mu.Lock()
 	consumed := c.consumed
 	c.mu.Unlock()
 	if !consumed && errors.Is(err, jetstream.ErrStreamNotFound) {
 		if c.conn.isNews("waiting for " + event.StreamName) {
-			c.conn.log.Info("waiting for the stream, which oom-tap setup makes", "consumer", c.o.Name, "stream", event.StreamName)
+			c.conn.log.Info("waiting for the stream, oom-tap setup creates it", "consumer", c.o.Name, "stream", event.StreamName)
 		}
 		return
 	}
-	c.conn.once("consume"+err.Error(), "consuming is interrupted, will go on", "consumer", c.o.Name, "stream", event.StreamName, "error", err)
+	c.conn.once("consume"+err.Error(), "consuming is interrupted, will try again", "consumer", c.o.Name, "stream", event.StreamName, "error", err)
 }
 
-func (c *Consumer) setUnsettled(err error) {
+func (c *Consumer) setAckErr(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.unsettled = err
+	c.ackErr = err
 }
 
-// Run consumes until ctx ends, and returns nil then. Handlers have a moment more before their own context
-// ends. It waits for a server, a stream and permissions that are not there yet, and fails only when the
-// connection is closed for good.
+// Run consumes until ctx ends, and returns nil then. The context of the handlers ends a moment later. Run waits for a server, a
+// stream and permissions that are not there yet, and fails only if the connection is closed permanently.
 //
-// What was handled and not settled when it returns is Release's.
+// Call Release for what has no ack when Run returns.
 func (c *Consumer) Run(ctx context.Context, handle func(context.Context, *Delivery)) error {
 	handling, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
@@ -153,11 +148,11 @@ func (c *Consumer) Run(ctx context.Context, handle func(context.Context, *Delive
 	grace.Stop()
 	stop()
 	keeper.Wait()
-	c.setFailing(errors.New("ended"))
+	c.setFailing(errors.New("stopped"))
 	return err
 }
 
-// sessions makes one attempt after the other to consume.
+// sessions consumes, again after each failure.
 func (c *Consumer) sessions(ctx context.Context, work chan<- *Delivery) error {
 	failures := 0
 	for {
@@ -187,17 +182,17 @@ func (c *Consumer) sessions(ctx context.Context, work chan<- *Delivery) error {
 	}
 }
 
-// session consumes for as long as one connection, and the consumer on the server, last.
+// session consumes until the connection or the consumer on the server ends.
 func (c *Consumer) session(ctx, link context.Context, work chan<- *Delivery) error {
 	ctx, cut := context.WithCancelCause(ctx)
 	defer cut(nil)
 	defer context.AfterFunc(link, func() { cut(context.Cause(link)) })()
-	// Without this a consumer that it is forbidden to pull from would look like an idle one, and where it is
-	// forbidden to settle, each message would come again and again.
-	c.setUnsettled(nil)
+	// NATS reports missing permissions asynchronously. Without this, a consumer that may not pull would look idle, and one
+	// that may not ack would receive every message again and again.
+	c.setAckErr(nil)
 	defer c.conn.watch(func(d denial) {
 		if strings.HasPrefix(d.subject, "$JS.ACK."+event.StreamName+".") {
-			c.setUnsettled(fmt.Errorf("settle: %w", d.err))
+			c.setAckErr(fmt.Errorf("ack: %w", d.err))
 		}
 		if d.subscribe && strings.HasPrefix(d.subject, c.conn.inbox+".") || strings.HasPrefix(d.subject, "$JS.API.CONSUMER.MSG.NEXT."+event.StreamName+".") {
 			cut(d.err)
@@ -216,12 +211,12 @@ func (c *Consumer) pull(ctx context.Context, work chan<- *Delivery) error {
 		DeliverPolicy:  jetstream.DeliverAllPolicy,
 		AckPolicy:      jetstream.AckExplicitPolicy,
 		AckWait:        ackWait,
-		MaxDeliver:     -1, // whoever consumes decides when to give up, and says so
-		MaxAckPending:  maxUndecided,
+		MaxDeliver:     -1, // the handler decides when to give up, and publishes that
+		MaxAckPending:  maxAckPending,
 		FilterSubjects: c.o.Subjects,
 	}
 	if len(c.o.Subjects) == 1 {
-		// Puts the filter into the request's subject, where permissions can see it.
+		// The filter becomes part of the request's subject, where permissions apply to it.
 		cfg.FilterSubject, cfg.FilterSubjects = c.o.Subjects[0], nil
 	}
 	var consumer jetstream.Consumer
@@ -235,7 +230,7 @@ func (c *Consumer) pull(ctx context.Context, work chan<- *Delivery) error {
 	if err != nil {
 		return fmt.Errorf("pull: %w", err)
 	}
-	defer c.giveBack(messages)
+	defer c.returnPulled(messages)
 	c.setFailing(nil)
 	for {
 		m, err := messages.Next(jetstream.NextContext(ctx))
@@ -252,16 +247,16 @@ func (c *Consumer) pull(ctx context.Context, work chan<- *Delivery) error {
 		select {
 		case work <- d:
 		case <-ctx.Done():
-			d.Retry(0)
+			d.Nak(0)
 			return nil
 		}
 	}
 }
 
-// giveBack returns what was pulled and not looked at, so that nobody need wait for ackWait.
-func (c *Consumer) giveBack(messages jetstream.MessagesContext) {
+// returnPulled returns the messages that were pulled and not handled, so that nobody has to wait for ackWait.
+func (c *Consumer) returnPulled(messages jetstream.MessagesContext) {
 	messages.Drain()
-	ctx, cancel := context.WithTimeout(context.Background(), giveBackTime)
+	ctx, cancel := context.WithTimeout(context.Background(), returnTime)
 	defer cancel()
 	for {
 		m, err := messages.Next(jetstream.NextContext(ctx))
@@ -270,13 +265,12 @@ func (c *Consumer) giveBack(messages jetstream.MessagesContext) {
 			return
 		}
 		if err := m.Nak(); err != nil {
-			c.conn.log.Debug("message cannot be given back, it comes again later", "error", plain(err))
+			c.conn.log.Debug("could not return a message, it is delivered again later", "error", plain(err))
 		}
 	}
 }
 
-// take makes a Delivery of a message, none where it is being worked on already: word of that did not
-// reach the server in time.
+// take makes a Delivery of a message. It returns nil if the message is already in progress here, and the server did not know.
 func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	meta, err := m.Metadata()
 	if err != nil {
@@ -296,18 +290,18 @@ func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.behind = meta.NumPending
-	if before, ok := c.undecided[d.Seq]; ok {
+	c.numPending = meta.NumPending
+	if before, ok := c.pending[d.Seq]; ok {
 		if before.Time.Equal(d.Time) {
 			return nil, nil
 		}
-		// The stream was made anew, and counts again.
+		// The stream was created again, and its sequences begin again.
 	}
-	c.undecided[d.Seq] = d
+	c.pending[d.Seq] = d
 	return d, nil
 }
 
-// keep tells the server of what is being worked on.
+// keep reports messages as in progress.
 func (c *Consumer) keep(ctx context.Context) {
 	tick := time.NewTicker(ackWait / 3)
 	defer tick.Stop()
@@ -322,59 +316,58 @@ func (c *Consumer) keep(ctx context.Context) {
 		}
 		for _, d := range c.open() {
 			if err := d.msg.InProgress(); err != nil {
-				c.conn.log.Debug("cannot say that a message is worked on", "seq", d.Seq, "error", plain(err))
+				c.conn.log.Debug("could not report a message as in progress", "seq", d.Seq, "error", plain(err))
 			}
 		}
 	}
 }
 
-// open lists what is not settled.
+// open lists the deliveries without ack.
 func (c *Consumer) open() []*Delivery {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	all := make([]*Delivery, 0, len(c.undecided))
-	for _, d := range c.undecided {
+	all := make([]*Delivery, 0, len(c.pending))
+	for _, d := range c.pending {
 		all = append(all, d)
 	}
 	return all
 }
 
-// Release gives back what is not settled, for others to go on with at once. Call it when Run has returned.
+// Release returns the deliveries without ack, so that other replicas receive them at once. Call it when Run has returned.
 func (c *Consumer) Release() (count int) {
 	for _, d := range c.open() {
-		d.Retry(0)
+		d.Nak(0)
 		count++
 	}
 	return count
 }
 
-// Ack settles the message: it is done with.
-func (d *Delivery) Ack() { d.settle("ack", d.msg.Ack) }
+// Ack acknowledges the message: it is processed.
+func (d *Delivery) Ack() { d.finish("ack", d.msg.Ack) }
 
-// Term settles the message: it can never be done with. The server publishes the reason as an advisory.
+// Term ends the message: it can never be processed. The server publishes the reason as an advisory.
 func (d *Delivery) Term(reason string) {
-	d.settle("term", func() error { return d.msg.TermWithReason(reason) })
+	d.finish("term", func() error { return d.msg.TermWithReason(reason) })
 }
 
-// Retry settles this attempt: the message comes again, here or elsewhere, after about that time, which is
-// held within 100 ms and a minute.
-func (d *Delivery) Retry(after time.Duration) {
-	d.settle("nak", func() error { return d.msg.NakWithDelay(min(max(after, retryMin), retryMax)) })
+// Nak has the message delivered again, here or to another replica, after a delay between 100 ms and a minute.
+func (d *Delivery) Nak(delay time.Duration) {
+	d.finish("nak", func() error { return d.msg.NakWithDelay(min(max(delay, nakMin), nakMax)) })
 }
 
-func (d *Delivery) settle(act string, say func() error) {
+func (d *Delivery) finish(kind string, send func() error) {
 	c := d.consumer
 	c.mu.Lock()
-	open := c.undecided[d.Seq] == d
+	open := c.pending[d.Seq] == d
 	if open {
-		delete(c.undecided, d.Seq)
+		delete(c.pending, d.Seq)
 	}
 	c.mu.Unlock()
 	if !open {
 		return
 	}
-	// Where it does not arrive the message comes again, which whoever consumes must bear anyway.
-	if err := say(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
-		c.conn.log.Debug("message cannot be settled, it comes again later", "act", act, "seq", d.Seq, "error", plain(err))
+	// If the ack is lost the message is delivered again, which every handler must expect.
+	if err := send(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
+		c.conn.log.Debug("could not acknowledge a message, it is delivered again later", "kind", kind, "seq", d.Seq, "error", plain(err))
 	}
 }

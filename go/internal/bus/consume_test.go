@@ -88,8 +88,8 @@ func consume(t *testing.T, c *bus.Conn, workers int, handle func(context.Context
 	return consumer, stop
 }
 
-// undecided is what the server's consumer has neither handed out nor seen settled.
-func undecided(ctx context.Context, t *testing.T, c *bus.Conn) (pending uint64, acks int) {
+// unacked is what the server's consumer has not delivered, and what it waits for the acks of.
+func unacked(ctx context.Context, t *testing.T, c *bus.Conn) (pending uint64, acks int) {
 	t.Helper()
 	consumer, err := c.JetStream().Consumer(ctx, event.StreamName, "worker")
 	check(t, err)
@@ -100,14 +100,14 @@ func undecided(ctx context.Context, t *testing.T, c *bus.Conn) (pending uint64, 
 func waitSettled(ctx context.Context, t *testing.T, c *bus.Conn) {
 	t.Helper()
 	for {
-		pending, acks := undecided(ctx, t, c)
+		pending, acks := unacked(ctx, t, c)
 		if pending == 0 && acks == 0 {
 			return
 		}
 		select {
 		case <-time.After(20 * time.Millisecond):
 		case <-ctx.Done():
-			t.Fatalf("%d messages are not handed out, %d not settled", pending, acks)
+			t.Fatalf("%d messages are not delivered, %d have no ack", pending, acks)
 		}
 	}
 }
@@ -144,7 +144,7 @@ func TestConsume(t *testing.T) {
 				}
 				d.Ack()
 			case d.ID == message(t, 1).ID && d.Attempt < 3:
-				d.Retry(0)
+				d.Nak(0)
 			case d.ID == message(t, 2).ID:
 				d.Term("it is poison")
 				d.Ack() // too late
@@ -222,7 +222,7 @@ func TestConsumeServerKilled(t *testing.T) {
 	}
 }
 
-// Whoever comes before the stream waits for it, and says so without a warning. A stream that is deleted later is one.
+// Before the stream exists the consumer waits for it, and logs that without a warning. A stream that is deleted later is logged as one.
 func TestConsumeNoStream(t *testing.T) {
 	ctx := begin(t)
 	cfg, _ := startEmbedded(t)
@@ -230,7 +230,7 @@ func TestConsumeNoStream(t *testing.T) {
 	c := connect(ctx, t, cfg, bus.Options{}, log)
 	seen := newHandled()
 	consumer, _ := consume(t, c, 1, func(_ context.Context, d *bus.Delivery) { seen.note(d); d.Ack() })
-	says := func(what string) {
+	logs := func(what string) {
 		t.Helper()
 		for !strings.Contains(logged.String(), what) {
 			if ctx.Err() != nil {
@@ -239,7 +239,7 @@ func TestConsumeNoStream(t *testing.T) {
 			time.Sleep(5 * time.Millisecond)
 		}
 	}
-	says("waiting for the stream")
+	logs("waiting for the stream")
 	wantError(t, consumer.Failing(), "make consumer", "stream not found")
 	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	p, _ := publisher(t, c, 10, bus.Hooks{}, log)
@@ -252,7 +252,7 @@ func TestConsumeNoStream(t *testing.T) {
 		t.Errorf("a warning:\n%s", logged)
 	}
 	check(t, c.JetStream().DeleteStream(ctx, event.StreamName))
-	says("consuming is interrupted")
+	logs("consuming is interrupted")
 }
 
 // What a replica leaves undone when it ends, another does at once.
@@ -266,7 +266,7 @@ func TestConsumeRelease(t *testing.T) {
 	consumer, stop := consume(t, c, 1, func(ctx context.Context, d *bus.Delivery) {
 		first.note(d)
 		if len(d.Data) > 0 && d.ID == message(t, 1).ID {
-			<-ctx.Done() // hangs until it is told to end
+			<-ctx.Done() // hangs until its context ends
 		}
 	})
 	p, _ := publisher(t, c, 10, bus.Hooks{}, log)
@@ -309,7 +309,7 @@ func TestConsumeLong(t *testing.T) {
 	waitSettled(ctx, t, c)
 }
 
-// These permissions are all that a consumer needs, and the lack of the one to pull is told.
+// These permissions are all that a consumer needs, and a missing permission to pull is reported.
 func TestConsumePermissions(t *testing.T) {
 	ctx := begin(t)
 	inbox := bus.InboxPrefix("oom-annotator")

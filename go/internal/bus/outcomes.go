@@ -14,19 +14,18 @@ import (
 )
 
 const (
-	// outcomes is where they are.
-	outcomes = "oom.v1." + string(event.KindOutcome) + ".>"
-	// readers is how many requests are on their way at once, and readEach how many sequences of the stream each reader has
-	// before what they read is handed over.
-	readers, readEach = 16, 256
+	outcomeSubjects = "oom.v1." + string(event.KindOutcome) + ".>"
+	// outcomeReaders is how many requests are in flight, and readerBatch how many sequences of the stream each reader has before
+	// what they read is handed over.
+	outcomeReaders, readerBatch = 16, 256
 )
 
-// Outcomes hands the outcomes that were stored at since or later to each, in the stream's order, up to those that the
+// Outcomes hands the outcomes that were stored since a time to each, in the order of the stream, up to the last one that the
 // stream holds now.
 //
-// It asks for one message at a time, and has no consumer: whoever may pull from a consumer whose name is not known beforehand may pull
-// from all of them, since the name is one token of a subject.
-func Outcomes(ctx context.Context, c *Conn, since time.Time, each func(Stored) error) error {
+// It requests one message at a time and has no consumer: NATS permissions cannot tell apart consumers whose names are not known
+// beforehand, because the name is one token of a subject. Who may pull from one of them may pull from all.
+func (c *Conn) Outcomes(ctx context.Context, since time.Time, each func(Stored) error) error {
 	if err := c.outcomes(ctx, since, each); err != nil {
 		return fmt.Errorf("read the outcomes: %w", err)
 	}
@@ -44,14 +43,14 @@ func (c *Conn) outcomes(ctx context.Context, since time.Time, each func(Stored) 
 	}
 	get := func(ctx context.Context, from uint64) (m *jetstream.RawStreamMsg, err error) {
 		err = c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
-			m, err = s.GetMsg(ctx, from, jetstream.WithGetMsgSubject(outcomes))
+			m, err = s.GetMsg(ctx, from, jetstream.WithGetMsgSubject(outcomeSubjects))
 			return err
 		})
 		return m, err
 	}
 	var last *jetstream.RawStreamMsg
 	err = c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
-		last, err = s.GetLastMsgForSubject(ctx, outcomes)
+		last, err = s.GetLastMsgForSubject(ctx, outcomeSubjects)
 		return err
 	})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
@@ -65,27 +64,27 @@ func (c *Conn) outcomes(ctx context.Context, since time.Time, each func(Stored) 
 		return err
 	}
 	for from <= last.Sequence {
-		parts := make([][]Stored, readers)
-		errs := make([]error, readers)
-		next := from + readers*readEach // where the next round begins
+		parts := make([][]Stored, outcomeReaders)
+		errs := make([]error, outcomeReaders)
+		next := from + outcomeReaders*readerBatch // where the next round begins
 		var reading sync.WaitGroup
-		for i := range readers {
-			begin := from + uint64(i)*readEach
+		for i := range outcomeReaders {
+			begin := from + uint64(i)*readerBatch
 			if begin > last.Sequence {
 				break
 			}
 			reading.Go(func() {
-				end := min(begin+readEach-1, last.Sequence)
+				end := min(begin+readerBatch-1, last.Sequence)
 				for seq := begin; seq <= end; {
 					m, err := get(ctx, seq)
 					switch {
-					case errors.Is(err, jetstream.ErrMsgNotFound): // what was there has gone
+					case errors.Is(err, jetstream.ErrMsgNotFound): // the rest was deleted
 						return
 					case err != nil:
 						errs[i] = err
 						return
 					case m.Sequence > end:
-						if i == readers-1 {
+						if i == outcomeReaders-1 {
 							next = m.Sequence
 						}
 						return
@@ -114,11 +113,11 @@ func (c *Conn) outcomes(ctx context.Context, since time.Time, each func(Stored) 
 	return nil
 }
 
-// firstOutcome is the sequence of the first outcome that was stored at since or later. A server before 2.11 knows no times here, and
-// names the first one that it has.
+// firstOutcome is the sequence of the first outcome that was stored at since or later. Servers before 2.11
+// ignore the time and return the first one that they have.
 func (c *Conn) firstOutcome(ctx context.Context, since time.Time) (uint64, error) {
 	subject := "$JS.API.STREAM.MSG.GET." + event.StreamName
-	request, err := json.Marshal(map[string]any{"next_by_subj": outcomes, "start_time": since})
+	request, err := json.Marshal(map[string]any{"next_by_subj": outcomeSubjects, "start_time": since})
 	if err != nil {
 		return 0, fmt.Errorf("write the request: %w", err)
 	}

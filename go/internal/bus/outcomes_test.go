@@ -22,7 +22,7 @@ func TestOutcomes(t *testing.T) {
 			check(t, bus.EnsureStreams(ctx, c, streamConfig))
 			read := func(since time.Time) (ids []string) {
 				t.Helper()
-				check(t, bus.Outcomes(ctx, c, since, func(m bus.Stored) error {
+				check(t, c.Outcomes(ctx, since, func(m bus.Stored) error {
 					if m.Seq == 0 || m.Time.Before(since) || !strings.HasPrefix(m.Subject, "oom.v1.outcome.boot-1-") || string(m.Data) != "{}" {
 						t.Errorf("read %+v", m)
 					}

@@ -10,8 +10,8 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/annotate"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/decide"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 )
 
@@ -97,11 +97,11 @@ func TestNotMarked(t *testing.T) {
 	objects := render(t, "--set", "descheduler.enabled=true")
 	cfg := configs(t, objects)["annotator"]
 	cfg.Policy.Protections = config.Protections{}
-	terms := annotate.Terms(&cfg)
+	terms := decide.Terms(&cfg)
 	for name, template := range templates(t, objects) {
-		decide := func(template corev1.PodTemplateSpec) annotate.Decision {
+		decided := func(template corev1.PodTemplateSpec) decide.Decision {
 			pod := terms.Read(&corev1.Pod{ObjectMeta: template.ObjectMeta, Spec: template.Spec})
-			return annotate.Decide(&cfg.Policy, &annotate.Case{
+			return decide.Decide(&cfg.Policy, &decide.Kill{
 				Event: &event.Event{
 					ID: "kill", Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled, Limit: &event.Limit{Level: event.LevelNode},
 					Container: &event.Container{PodUID: "4a0e1b9c-0000-4000-8000-000000000000"},
@@ -109,11 +109,11 @@ func TestNotMarked(t *testing.T) {
 				Found: pods.Found{Pod: pod},
 			})
 		}
-		if d := decide(template); d.Result != event.ResultSkipped || d.Reason != event.ReasonOptOut {
+		if d := decided(template); d.Result != event.ResultSkipped || d.Reason != event.ReasonOptOut {
 			t.Errorf("%s: %s/%s", name, d.Result, d.Reason)
 		}
 		delete(template.Annotations, cfg.Policy.OptOutAnnotation)
-		if d := decide(template); !d.Act {
+		if d := decided(template); !d.Act {
 			t.Errorf("%s without the annotation: %s/%s, so that this test shows nothing", name, d.Result, d.Reason)
 		}
 	}

@@ -15,38 +15,38 @@ import (
 )
 
 const (
-	// firstLook is how long after a kill its message of the kind neighbours is looked for: the tracer begins to read
-	// after a second. lastLook is when it is given up: the tracer bounds its reading at two more.
-	firstLook = 1200 * time.Millisecond
-	lastLook  = 4 * time.Second
-	lookAgain = 400 * time.Millisecond
-	// maxWaiting is how many incidents may wait for that, and maxKills how many kills of one are kept. Those above are
-	// not completed.
+	// firstRead is how long after a kill its message of the kind neighbours is read first: the tracer reads the memory usage
+	// after a second. It takes at most two more, so that after lastRead there will be no message.
+	firstRead = 1200 * time.Millisecond
+	lastRead  = 4 * time.Second
+	readAgain = 400 * time.Millisecond
+	// maxWaiting bounds the incidents that wait for their message, and maxKills the kills of an incident that are kept. Those
+	// above are not completed.
 	maxWaiting = 1000
 	maxKills   = 100
-	// maxNamed is how many pods are named.
+	// maxNamed is how many other pods are named.
 	maxNamed = 3
 )
 
-// Enricher completes the Events of incidents beyond one pod with what the other pods of the node used after them, and
-// publishes that on NATS too. The victims are not among those others.
+// Enricher adds to the Events of incidents beyond one pod how much memory the other pods of the node used afterwards, and
+// publishes that on NATS too. The pods of the victims are not among those others.
 type Enricher struct {
 	// Last reads the last message on a subject of the stream; see bus.Conn.
 	Last func(ctx context.Context, subject string) ([]byte, error)
-	// Find knows the pods; see pods.Store.
+	// Find finds a pod; see pods.Store.
 	Find func(node, uid, containerID string) (pods.Found, error)
 	// Publish publishes an outcome of a kill.
 	Publish func(o *event.Outcome) error
 
 	recorder *Recorder
 	log      *slog.Logger
-	wake     chan struct{} // holds a token when there is something new
+	wake     chan struct{} // holds a token if there are new incidents
 
 	mu      sync.Mutex
 	waiting []*waiting
 }
 
-// waiting is an incident whose message was not there yet.
+// waiting is an incident whose message is not stored yet.
 type waiting struct {
 	first       *event.Event
 	kills       []victimKill
@@ -58,12 +58,12 @@ type victimKill struct {
 	o *event.Outcome
 }
 
-// NewEnricher makes an enricher of what a recorder records. Its exported fields are to be set before it is used.
+// NewEnricher makes an enricher. Set its exported fields before it is used.
 func NewEnricher(recorder *Recorder, log *slog.Logger) *Enricher {
 	return &Enricher{recorder: recorder, log: log, wake: make(chan struct{}, 1)}
 }
 
-// Record has a kill recorded at once, and completed later. It never blocks.
+// Record records a kill at once, and completes its Event later. It never blocks.
 func (n *Enricher) Record(e *event.Event, o *event.Outcome) {
 	n.recorder.Record(e, o)
 	if !e.BeyondPod() || e.Incident == nil || o.Reason == event.ReasonTooOld {
@@ -85,7 +85,7 @@ func (n *Enricher) Record(e *event.Event, o *event.Outcome) {
 	now := time.Now()
 	n.waiting = append(n.waiting, &waiting{
 		first: e, kills: []victimKill{{e, o}},
-		next: now.Add(min(max(time.Until(e.Time.Add(firstLook)), 0), firstLook)), until: now.Add(lastLook), // that clock is another node's
+		next: now.Add(min(max(time.Until(e.Time.Add(firstRead)), 0), firstRead)), until: now.Add(lastRead), // the clock of the node may be wrong
 	})
 	select {
 	case n.wake <- struct{}{}:
@@ -104,7 +104,7 @@ func (n *Enricher) Run(ctx context.Context) {
 		case <-n.wake:
 		case <-timer.C:
 		}
-		if next, ok := n.look(ctx); ok {
+		if next, ok := n.completeDue(ctx); ok {
 			timer.Reset(time.Until(next))
 		} else {
 			timer.Stop()
@@ -112,8 +112,8 @@ func (n *Enricher) Run(ctx context.Context) {
 	}
 }
 
-// look looks for what is due. It returns when to look again, if at all.
-func (n *Enricher) look(ctx context.Context) (next time.Time, ok bool) {
+// completeDue completes the incidents that are due. It returns when the next one is due, if any.
+func (n *Enricher) completeDue(ctx context.Context) (next time.Time, ok bool) {
 	now := time.Now()
 	n.mu.Lock()
 	var due []*waiting
@@ -157,7 +157,7 @@ func (n *Enricher) look(ctx context.Context) (next time.Time, ok bool) {
 			continue
 		}
 		if !w.next.After(now) {
-			w.next = now.Add(lookAgain)
+			w.next = now.Add(readAgain)
 		}
 		if left = append(left, w); !ok || w.next.Before(next) {
 			next, ok = w.next, true
@@ -187,7 +187,7 @@ func (n *Enricher) read(ctx context.Context, e *event.Event) (event.Neighbours, 
 	return m, err
 }
 
-// complete completes an incident as far as its kills were recorded, and returns how many those are.
+// complete completes an incident with the kills that were recorded so far, and returns their number.
 func (n *Enricher) complete(w *waiting, m *event.Neighbours) int {
 	n.mu.Lock()
 	kills := w.kills
@@ -198,24 +198,24 @@ func (n *Enricher) complete(w *waiting, m *event.Neighbours) int {
 	}
 	n.recorder.Complete(w.first.Incident.ID, after)
 	for _, k := range kills {
-		if k.e.ID == m.Kill { // of the others their replica says nothing: there is one such outcome of an incident
+		if k.e.ID == m.Kill { // an incident has one such outcome, of this kill
 			n.publish(k, after)
 		}
 	}
 	return len(kills)
 }
 
-// after names the pods that used most after an incident. A pod in which a process was killed is none of the others: what
-// it still uses is told only where it uses more than any other.
+// after names the pods that used most memory after an incident. A pod in which a process was killed is not one of the others: its
+// usage is shown only if it is the highest.
 func (n *Enricher) after(kills []victimKill, m *event.Neighbours) string {
 	victims := map[string]bool{} // by UID, that of the cgroup and that of the API
-	pods := map[string]bool{}
+	victimPods := map[string]bool{}
 	for _, k := range kills {
 		if k.e.Container != nil && k.e.Container.PodUID != "" {
 			victims[k.e.Container.PodUID] = true
 		}
 		if k.o.Pod != nil {
-			victims[k.o.Pod.UID], pods[k.o.Pod.UID] = true, true
+			victims[k.o.Pod.UID], victimPods[k.o.Pod.UID] = true, true
 		}
 	}
 	var others []string
@@ -230,7 +230,7 @@ func (n *Enricher) after(kills []victimKill, m *event.Neighbours) string {
 			}
 			continue
 		}
-		name := "pod " + text.Printable(cut(p.PodUID, 36))
+		name := "pod " + text.Printable(text.Truncate(p.PodUID, 36))
 		if err == nil {
 			name = f.Pod.Namespace + "/" + f.Pod.Name
 		}
@@ -238,20 +238,20 @@ func (n *Enricher) after(kills []victimKill, m *event.Neighbours) string {
 			others = append(others, name+" "+text.Size(p.Usage)+request(f, err))
 		}
 	}
-	var said []string
-	if own != "" && hit == 1 && len(pods) == 1 {
-		said = append(said, "its own pod still used "+own)
+	var parts []string
+	if own != "" && hit == 1 && len(victimPods) == 1 {
+		parts = append(parts, "its own pod still used "+own)
 	}
 	if others != nil {
-		said = append(said, "other pods then used: "+strings.Join(others, ", "))
+		parts = append(parts, "other pods then used: "+strings.Join(others, ", "))
 	}
-	if said != nil && m.Incomplete {
-		said = append(said, "not every pod could be read")
+	if parts != nil && m.Incomplete {
+		parts = append(parts, "not every pod could be read")
 	}
-	return strings.Join(said, "; ")
+	return strings.Join(parts, "; ")
 }
 
-// request is what a pod requests, in parentheses.
+// request is the memory request of a pod, in parentheses.
 func request(f pods.Found, err error) string {
 	switch {
 	case err != nil:
@@ -262,16 +262,13 @@ func request(f pods.Found, err error) string {
 	return " (no request)"
 }
 
-// publish publishes what the figures mean.
+// publish publishes the text as an outcome of the stage neighbours.
 func (n *Enricher) publish(k victimKill, after string) {
 	o := *k.o
 	o.ID, o.Stage = event.OutcomeID(k.e.ID, event.StageNeighbours), event.StageNeighbours
 	o.Time, o.Result, o.Reason = time.Now().UTC(), event.ResultObserved, event.ReasonNeighbours
-	o.Detail, o.Annotation = cut(after, maxDetail), ""
+	o.Detail, o.Annotation = text.Truncate(after, text.MaxDetail), ""
 	if err := n.Publish(&o); err != nil {
 		n.log.Warn("could not publish the memory usage of the other pods", "id", k.e.ID, "error", err)
 	}
 }
-
-// maxDetail bounds an outcome's detail, in bytes.
-const maxDetail = 500

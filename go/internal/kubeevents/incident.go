@@ -10,15 +10,15 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// The bounds of what an Event holds. memory.oom.group may kill thousands of processes at once.
+// Limits of the content of an Event. memory.oom.group may kill thousands of processes at once.
 const (
 	maxProcesses = 1000 // of an incident
-	maxVictims   = 8    // named
-	maxPlaces    = 4    // containers or pods, likewise
-	maxCounted   = 32   // incidents that are known to be counted
+	maxVictims   = 8    // that are named
+	maxPlaces    = 4    // containers or pods that are named
+	maxCounted   = 32   // IDs of counted incidents that are kept
 )
 
-// record is what is new for an Event: a kill, or what the other pods used after an incident.
+// record is an addition to an Event: a kill, or what the other pods used after an incident.
 type record struct {
 	incident string
 	kill     *kill
@@ -38,7 +38,7 @@ type kill struct {
 	fate     fate
 }
 
-// fate is what becomes of the pod of an incident. Of several outcomes the one of the highest rank is told.
+// fate is the outcome for the pod of an incident. Of several outcomes the one with the highest rank is shown.
 type fate struct {
 	Rank  int    `json:"rank"`
 	Index uint32 `json:"index"` // of the kill
@@ -66,23 +66,23 @@ func newRecord(e *event.Event, o *event.Outcome, pod bool) record {
 		k.fate.Rank = 3
 	case o.Result == event.ResultFailed:
 		k.fate.Rank = 2
-	case o.Reason != event.ReasonAlready: // that is said of the others of an incident for whose first kill the pod was marked
+	case o.Reason != event.ReasonAlready: // the pod was marked for the first kill of the incident
 		k.fate.Rank = 1
 	}
 	return r
 }
 
-// incident is one decision of the OOM killer, as far as it was recorded. The order in which its kills are added does not
-// matter, nor whether one is added twice.
+// incident is one decision of the OOM killer, as far as it was recorded. The order of its kills does not matter, nor whether one
+// is added twice.
 type incident struct {
 	ID        string    `json:"id"`
 	Time      time.Time `json:"time"`      // of its first kill
 	Processes []uint32  `json:"processes"` // event.Incident.Index of each, in order
 	More      bool      `json:"more,omitempty"`
-	Victims   []victim  `json:"victims"` // those with the lowest indexes
-	RSS       uint64    `json:"rss"`     // of those whose RSS is known, in bytes
+	Victims   []victim  `json:"victims"` // with the lowest indexes
+	RSS       uint64    `json:"rss"`     // sum of those that are known, in bytes
 	NoRSS     bool      `json:"no_rss,omitempty"`
-	Unproven  bool      `json:"unproven,omitempty"` // none is proven
+	Unproven  bool      `json:"unproven,omitempty"` // no kill is proven
 	Where     []string  `json:"where,omitempty"`
 	Pods      []string  `json:"pods,omitempty"` // UIDs
 	Cause     string    `json:"cause"`
@@ -128,7 +128,7 @@ func (n *incident) add(k *kill) {
 	}
 }
 
-// insert adds a word to a sorted set. Of too many the first ones stay, whatever their order.
+// insert adds a word to a sorted set, and keeps the first maxPlaces.
 func insert(set []string, word string) []string {
 	at, again := slices.BinarySearch(set, word)
 	if word == "" || again {
@@ -153,28 +153,28 @@ func (n *incident) String() string {
 		s.Where = append(slices.Clone(n.Where[:maxPlaces-1]), "others")
 	}
 	if len(n.Pods) > 1 {
-		s.Fate = "" // the Event on each pod tells its own
+		s.Fate = "" // each pod has its own Event
 	}
 	return s.String()
 }
 
-// content is what an Event tells: how many incidents there were, and the last of them.
+// content is the content of an Event: the number of incidents, and the last one.
 type content struct {
-	version     string // the Event's resourceVersion; empty: it is not on the server
+	version     string // the Event's resourceVersion; empty: there is no Event
 	count       int
 	first, last time.Time // kills
 	state
 }
 
-// state is the part of content that an Event's own fields do not hold. It stands in an annotation of the Event, so that
-// several replicas, and those that come after them, write one Event together.
+// state is the part of content that has no field in an Event. It is stored in an annotation, so that several replicas, and later
+// ones, can write the same Event.
 type state struct {
-	// Counted are the last incidents that were counted, shortened.
+	// Counted are the hashed IDs of the last incidents that were counted.
 	Counted  []string `json:"counted"`
 	Incident incident `json:"incident"`
 }
 
-// with is the content with more records. It reports whether they changed anything.
+// with returns the content with more records, and whether they changed it.
 func (c content) with(records []record) (_ content, changed bool) {
 	c.Counted = slices.Clone(c.Counted)
 	for _, r := range records {
@@ -201,7 +201,7 @@ func (c content) with(records []record) (_ content, changed bool) {
 		if !same && (c.Incident.ID == "" || r.kill.time.After(c.Incident.Time)) {
 			c.Incident, same = incident{ID: r.incident}, true
 		}
-		if same { // of one before only the count is told
+		if same { // an earlier incident only counts
 			processes, more := len(c.Incident.Processes), c.Incident.More
 			c.Incident.add(r.kill)
 			changed = changed || len(c.Incident.Processes) != processes || c.Incident.More != more

@@ -1,7 +1,7 @@
-// Package kubeevents tells of OOM kills in Kubernetes Events.
+// Package kubeevents writes OOM kills as Kubernetes Events.
 //
-// Rule of the package: one Event tells of a whole incident. It is written at once and completed later, and what is
-// recorded twice, by whichever replica, is counted once.
+// Rule of the package: one Event describes a whole incident. It is written at once and completed later. A kill that is recorded
+// twice, by any replica, is counted once.
 package kubeevents
 
 import (
@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -26,55 +27,56 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// What Kubernetes Events may cost the API server. client-go's recorder would drop the last kills of a crash
-// loop for good; here they are in the next write of the same Event, which comes also when no kill does.
+// Limits of what Kubernetes Events cost the API server. client-go's recorder would drop the last kills of a crash loop. Here they
+// are part of the next write of the same Event, which also happens if no further kill does.
 const (
-	eventInterval   = time.Minute      // between two incidents that are written to one Event, at least
-	firstDelay      = time.Second      // until an incident is completed, or a write tried again; it doubles up to eventInterval
-	eventLife       = 10 * time.Minute // after so long without a kill what could not be written is given up
+	eventInterval   = time.Minute      // minimum between two incidents that are written to one Event
+	firstDelay      = time.Second      // until an incident is completed, or a write repeated; doubles up to eventInterval
+	eventLife       = 10 * time.Minute // without a kill, until writes that fail are given up
 	eventsPerSec    = 10               // of all Events
 	eventsAtOnce    = 50
 	maxSeries       = 5000
 	maxPending      = 50_000 // records
 	maxEventName    = 253    // bytes, of a DNS-1123 subdomain
 	maxEventMessage = 1024   // bytes (NoteLengthLimit in pkg/apis/core/validation/events.go)
-	tries           = 4      // of one write against others' at the same time
+	maxTries        = 4      // of one write, while other replicas write too
 	drainEvents     = time.Second
 )
 
-// Reason is that of every Event.
+// Reason is the reason of every Event.
 const Reason = "OOMKilled"
 
 const (
 	component = "oom-tracer"
-	// stateKey is the annotation of an Event that holds its state.
+	// stateKey is the annotation with the state of an Event.
 	stateKey = "oom-tracer.alpha.kubernetes.io/incident"
 )
 
-// API is what is asked of the API server.
+// API is the part of the Kubernetes API that Events need; see pods.Client.
 type API interface {
-	// GetEvent returns nil where there is none.
+	// GetEvent returns nil and nil if there is no such Event.
 	GetEvent(ctx context.Context, namespace, name string) (*corev1.Event, error)
 	CreateEvent(ctx context.Context, e *corev1.Event) (*corev1.Event, error)
 	PatchEvent(ctx context.Context, namespace, name string, patch []byte) (*corev1.Event, error)
 }
 
-// Recorder writes a Kubernetes Event for each kill: on the pod, and on the node where more than a pod ran out of
-// memory. The incidents of one container, and those of one node, are one Event with a count, whose message is about the
-// last one.
-// As all Events of Kubernetes they are best effort: what could not be written for ten minutes is given up,
-// and counted. NATS has it all.
+// Recorder writes a Kubernetes Event for each kill: on the pod, and on the node if more than the pod ran out of memory. The
+// incidents of a container, and those of a node, are one Event with a count. Its message is about the last incident.
+//
+// Like all Events of Kubernetes they are best effort: what could not be written for ten minutes is given up, and counted. NATS
+// has every kill.
 type Recorder struct {
 	api      API
-	instance string // of this program: a host's name
+	instance string // the name of this host
 	log      *slog.Logger
 	limit    *rate.Limiter
 	kills    *prometheus.CounterVec
 	writes   prometheus.Counter
 
-	wake chan struct{} // holds a token when there is something new
+	wake chan struct{} // holds a token if there are new records
 
 	mu      sync.Mutex
 	series  map[seriesKey]*series
@@ -88,24 +90,25 @@ type seriesKey struct{ uid, container string }
 type series struct {
 	namespace, name string
 	about           corev1.ObjectReference
-	known           content   // what the server has
-	pending         []record  // what it has not
-	latest          string    // incident
-	heard           time.Time // when the last kill was recorded
-	wrote           time.Time // when it was last tried
+	known           content   // on the server
+	pending         []record  // not written yet
+	latest          string    // the ID of the last incident
+	recorded        time.Time // when the last kill was
+	attempted       time.Time // when it was last written, or that failed
 	delay           time.Duration
 	failed          bool
 }
 
-// NewRecorder makes a recorder. Nothing is written before Run.
-func NewRecorder(api API, instance string, log *slog.Logger) *Recorder {
+// NewRecorder makes a recorder, and registers its metrics. Nothing is written before Run.
+func NewRecorder(api API, instance string, log *slog.Logger, registerer prometheus.Registerer) *Recorder {
+	register := promauto.With(registerer)
 	r := &Recorder{
 		api: api, instance: instance, log: log, limit: rate.NewLimiter(eventsPerSec, eventsAtOnce),
-		kills: prometheus.NewCounterVec(prometheus.CounterOpts{
+		kills: register.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: "oom_tracer", Name: "kubernetes_events_total",
-			Help: "Number of OOM kills by what became of their Kubernetes Events, on pods and on nodes: written, failed (given up) or dropped (too many at once).",
+			Help: "Number of OOM kills recorded as Kubernetes Events, on pods and on nodes, by result: written, failed (given up) or dropped (too many at once).",
 		}, []string{"result"}),
-		writes: prometheus.NewCounter(prometheus.CounterOpts{
+		writes: register.NewCounter(prometheus.CounterOpts{
 			Subsystem: "oom_tracer", Name: "kubernetes_event_writes_total",
 			Help: "Number of attempts to create or update a Kubernetes Event.",
 		}),
@@ -117,22 +120,10 @@ func NewRecorder(api API, instance string, log *slog.Logger) *Recorder {
 	return r
 }
 
-// Describe implements prometheus.Collector.
-func (r *Recorder) Describe(ch chan<- *prometheus.Desc) {
-	r.kills.Describe(ch)
-	r.writes.Describe(ch)
-}
-
-// Collect implements prometheus.Collector.
-func (r *Recorder) Collect(ch chan<- prometheus.Metric) {
-	r.kills.Collect(ch)
-	r.writes.Collect(ch)
-}
-
 // Record takes a kill and its outcome. It never blocks.
 func (r *Recorder) Record(e *event.Event, o *event.Outcome) {
 	if o.Reason == event.ReasonTooOld {
-		return // news of long ago
+		return // happened long ago
 	}
 	if p := o.Pod; p != nil {
 		r.add(newRecord(e, o, false), corev1.ObjectReference{
@@ -145,8 +136,8 @@ func (r *Recorder) Record(e *event.Event, o *event.Outcome) {
 	}
 }
 
-// Complete adds to the Events of an incident, as far as they are about it still, what the other pods used after it. It
-// never blocks.
+// Complete adds to the Events of an incident what the other pods used after it. Events that are about a later incident stay as
+// they are. It never blocks.
 func (r *Recorder) Complete(incident, after string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -169,7 +160,7 @@ func (r *Recorder) add(one record, about corev1.ObjectReference, container strin
 		return
 	}
 	if s == nil {
-		// The same for every replica.
+		// Every replica computes the same name.
 		sum := sha256.Sum256([]byte(key.uid + "/" + key.container))
 		suffix := "." + hex.EncodeToString(sum[:8])
 		name := strings.TrimRight(about.Name[:min(len(about.Name), maxEventName-len(suffix))], "-.") + suffix
@@ -179,7 +170,7 @@ func (r *Recorder) add(one record, about corev1.ObjectReference, container strin
 		}
 		r.series[key] = s
 	}
-	s.heard, s.latest = time.Now(), one.incident
+	s.recorded, s.latest = time.Now(), one.incident
 	s.pending = append(s.pending, one)
 	r.pending++
 	r.signal()
@@ -195,7 +186,7 @@ func kills(records []record) (n float64) {
 	return n
 }
 
-// end forgets a series.
+// end removes a series.
 func (r *Recorder) end(key seriesKey, s *series) {
 	r.kills.WithLabelValues("failed").Add(kills(s.pending))
 	r.pending -= len(s.pending)
@@ -209,7 +200,7 @@ func (r *Recorder) signal() {
 	}
 }
 
-// Run writes until ctx ends, and then what is left within a moment.
+// Run writes until ctx ends. Then it writes what is pending, for at most drainEvents.
 func (r *Recorder) Run(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -231,18 +222,18 @@ func (r *Recorder) Run(ctx context.Context) {
 	}
 }
 
-// due is when a series is to be written.
+// due is when a series must be written.
 func (s *series) due() time.Time {
 	switch {
-	case s.wrote.IsZero():
-		return s.wrote
+	case s.attempted.IsZero():
+		return s.attempted
 	case !s.failed && slices.ContainsFunc(s.pending, func(one record) bool { return one.incident != s.known.Incident.ID }):
-		return s.wrote.Add(eventInterval)
+		return s.attempted.Add(eventInterval)
 	}
-	return s.wrote.Add(s.delay)
+	return s.attempted.Add(s.delay)
 }
 
-// write writes the series that are due, or all that are not written. It returns when something is due next, if ever.
+// write writes the series that are due, or all pending ones. It returns when the next one is due, if any.
 func (r *Recorder) write(ctx context.Context, all bool) (next time.Time, ok bool) {
 	type item struct {
 		key seriesKey
@@ -259,7 +250,7 @@ func (r *Recorder) write(ctx context.Context, all bool) (next time.Time, ok bool
 	for key, s := range r.series {
 		d := s.due()
 		switch {
-		case now.Sub(s.heard) > eventLife:
+		case now.Sub(s.recorded) > eventLife:
 			r.end(key, s)
 			continue
 		case len(s.pending) == 0:
@@ -268,10 +259,10 @@ func (r *Recorder) write(ctx context.Context, all bool) (next time.Time, ok bool
 		default:
 			at(d)
 		}
-		at(s.heard.Add(eventLife + time.Second))
+		at(s.recorded.Add(eventLife + time.Second))
 	}
 	r.mu.Unlock()
-	// Those that nobody knows of yet come first.
+	// Events that do not exist yet come first.
 	slices.SortFunc(due, func(a, b item) int { return cmp.Or(a.due.Compare(b.due), strings.Compare(a.key.uid, b.key.uid)) })
 	for _, one := range due {
 		if r.limit.Wait(ctx) != nil {
@@ -285,7 +276,7 @@ func (r *Recorder) write(ctx context.Context, all bool) (next time.Time, ok bool
 
 func (r *Recorder) writeOne(ctx context.Context, key seriesKey) {
 	r.mu.Lock()
-	s := r.series[key] // only this goroutine takes them away
+	s := r.series[key] // only this goroutine removes them
 	records := s.pending
 	s.pending = nil
 	r.mu.Unlock()
@@ -294,7 +285,7 @@ func (r *Recorder) writeOne(ctx context.Context, key seriesKey) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.note(err)
-	s.wrote, s.failed = time.Now(), err != nil
+	s.attempted, s.failed = time.Now(), err != nil
 	switch {
 	case err == nil:
 		if known.Incident.ID != s.known.Incident.ID {
@@ -306,7 +297,7 @@ func (r *Recorder) writeOne(ctx context.Context, key seriesKey) {
 		r.kills.WithLabelValues("written").Add(kills(records))
 		r.pending -= len(records)
 	case apierrors.IsNotFound(err), apierrors.IsInvalid(err), errors.Is(err, errForeign):
-		// The namespace is gone, or this Event can never be. The next kill may be told.
+		// The namespace is gone, or the Event can never be written. The next kill begins a new series.
 		s.pending = append(records, s.pending...)
 		r.end(key, s)
 	default:
@@ -318,15 +309,15 @@ func (r *Recorder) writeOne(ctx context.Context, key seriesKey) {
 	}
 }
 
-// put adds records to a series' Event, which it creates if need be. It returns what the Event tells then. Whoever else
-// writes at the same time loses nothing: an update holds for the version that was read.
+// put adds records to the Event of a series, or creates it. It returns the new content. Other replicas that write at the same time
+// lose nothing: an update names the version that was read.
 func (r *Recorder) put(ctx context.Context, s *series, records []record) (content, error) {
 	known := s.known
 	var err error
-	for range tries {
+	for range maxTries {
 		now, changed := known.with(records)
 		if known.version != "" && !changed {
-			return known, nil // another replica has told it all
+			return known, nil // another replica has written all of it
 		}
 		var written *corev1.Event
 		if written, err = r.send(ctx, s, now); err == nil {
@@ -335,12 +326,12 @@ func (r *Recorder) put(ctx context.Context, s *series, records []record) (conten
 		}
 		switch {
 		case known.version == "" && apierrors.IsAlreadyExists(err), apierrors.IsConflict(err):
-			// Another replica was faster, or one before.
+			// Another replica was faster, or an earlier process has written it.
 			if known, err = r.read(ctx, s); err != nil {
 				return content{}, err
 			}
 		case known.version != "" && apierrors.IsNotFound(err):
-			known.version = "" // it has outlived its time on the server
+			known.version = "" // the server has deleted it (--event-ttl)
 		default:
 			return content{}, err
 		}
@@ -348,13 +339,13 @@ func (r *Recorder) put(ctx context.Context, s *series, records []record) (conten
 	return content{}, err
 }
 
-// send creates a series' Event, or updates the version of it that is known.
+// send creates the Event of a series, or updates the known version.
 func (r *Recorder) send(ctx context.Context, s *series, c content) (*corev1.Event, error) {
 	annotation, err := json.Marshal(c.state)
 	if err != nil {
-		return nil, fmt.Errorf("write the state of an Event: %w", err)
+		return nil, fmt.Errorf("encode the state of an Event: %w", err)
 	}
-	message := cut(c.Incident.String(), maxEventMessage)
+	message := text.Truncate(c.Incident.String(), maxEventMessage)
 	annotations := map[string]string{stateKey: string(annotation)}
 	if c.version == "" {
 		return r.api.CreateEvent(ctx, &corev1.Event{
@@ -370,15 +361,15 @@ func (r *Recorder) send(ctx context.Context, s *series, c content) (*corev1.Even
 		"message":  message, "count": c.count, "firstTimestamp": metav1.NewTime(c.first), "lastTimestamp": metav1.NewTime(c.last),
 	})
 	if err != nil {
-		return nil, fmt.Errorf("write the patch of an Event: %w", err)
+		return nil, fmt.Errorf("encode the patch of an Event: %w", err)
 	}
 	return r.api.PatchEvent(ctx, s.namespace, s.name, patch)
 }
 
-// errForeign means that somebody else has an Event of that name.
-var errForeign = errors.New("an Event of that name is not of " + component)
+// errForeign means that another component has an Event of that name.
+var errForeign = errors.New("another component has an Event of that name")
 
-// read reads what a series' Event tells. It tells nothing where there is none.
+// read reads the Event of a series. The content is empty if there is none.
 func (r *Recorder) read(ctx context.Context, s *series) (content, error) {
 	e, err := r.api.GetEvent(ctx, s.namespace, s.name)
 	if err != nil || e == nil {
@@ -389,21 +380,18 @@ func (r *Recorder) read(ctx context.Context, s *series) (content, error) {
 	}
 	c := content{version: e.ResourceVersion, count: int(e.Count), first: e.FirstTimestamp.Time, last: e.LastTimestamp.Time}
 	if err := json.Unmarshal([]byte(e.Annotations[stateKey]), &c.state); err != nil {
-		c.state = state{} // somebody took it away: the count is still right
+		c.state = state{} // somebody removed it; the count is still right
 	}
 	return c, nil
 }
 
 // note logs once why Events cannot be written.
 func (r *Recorder) note(err error) {
-	text := ""
+	failing := ""
 	if err != nil {
-		text = err.Error()
+		if failing = err.Error(); failing != r.failing {
+			r.log.Warn("could not write a kubernetes event, will try again", "error", err)
+		}
 	}
-	if text != r.failing && err != nil {
-		r.log.Warn("kubernetes event cannot be written, will try again", "error", err)
-	}
-	r.failing = text
+	r.failing = failing
 }
-
-func cut(s string, most int) string { return strings.ToValidUTF8(s[:min(len(s), most)], "") }

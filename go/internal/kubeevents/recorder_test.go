@@ -123,7 +123,7 @@ func sleep(d time.Duration) {
 func writing(t *testing.T, test func(t *testing.T, r *Recorder, s *shelf)) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &shelf{events: map[string]*corev1.Event{}}
-		r := NewRecorder(s, "host-1", slog.New(slog.DiscardHandler))
+		r := NewRecorder(s, "host-1", slog.New(slog.DiscardHandler), nil)
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan struct{})
 		go func() {
@@ -266,7 +266,7 @@ func first(e *event.Event, _ *event.Outcome) *event.Event { return e }
 // when one of them ends and its kills are handled again.
 func TestRecorderReplicas(t *testing.T) {
 	writing(t, func(t *testing.T, r *Recorder, s *shelf) {
-		other := NewRecorder(s, "host-2", slog.New(slog.DiscardHandler))
+		other := NewRecorder(s, "host-2", slog.New(slog.DiscardHandler), nil)
 		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
 		go other.Run(ctx)
@@ -283,7 +283,7 @@ func TestRecorderReplicas(t *testing.T) {
 		if got, want := s.on("node-1"), []string{told + " of pod shop/cart: the node is out of memory; marked for eviction"}; !slices.Equal(got, want) {
 			t.Errorf("on the node there is %q\nwant %q", got, want)
 		}
-		third := NewRecorder(s, "host-3", slog.New(slog.DiscardHandler))
+		third := NewRecorder(s, "host-3", slog.New(slog.DiscardHandler), nil)
 		for n := range 50 {
 			sleep(time.Second)
 			e, o := podKill("web", n)
@@ -419,7 +419,7 @@ func TestRecorderExpired(t *testing.T) {
 		for _, e := range s.events {
 			e.Source.Component, e.Message = "kubelet", "theirs"
 		}
-		again := NewRecorder(s, "host-2", slog.New(slog.DiscardHandler))
+		again := NewRecorder(s, "host-2", slog.New(slog.DiscardHandler), nil)
 		killIn(again, "cart", 3)
 		again.write(context.Background(), true)
 		if got, want := s.on("cart"), []string{"2 theirs"}; !slices.Equal(got, want) || testutil.ToFloat64(again.kills.WithLabelValues("failed")) != 1 {
@@ -463,7 +463,7 @@ func TestRecorderStorm(t *testing.T) {
 func TestRecorderDrain(t *testing.T) {
 	s := &shelf{events: map[string]*corev1.Event{}}
 	synctest.Test(t, func(t *testing.T) {
-		r := NewRecorder(s, "host-1", slog.New(slog.DiscardHandler))
+		r := NewRecorder(s, "host-1", slog.New(slog.DiscardHandler), nil)
 		ctx, cancel := context.WithCancel(context.Background())
 		go r.Run(ctx)
 		killIn(r, "cart", 1)
@@ -499,7 +499,7 @@ func TestEventNames(t *testing.T) {
 
 func TestRecorderMetrics(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(NewRecorder(nil, "", slog.New(slog.DiscardHandler)))
+	NewRecorder(nil, "", slog.New(slog.DiscardHandler), registry)
 	if n, err := testutil.GatherAndCount(registry); err != nil || n != 4 {
 		t.Errorf("%d series, %v", n, err)
 	}
@@ -515,7 +515,7 @@ func FuzzRead(f *testing.F) {
 	f.Add(`{`, "kubelet", int32(0))
 	f.Fuzz(func(t *testing.T, annotation, source string, count int32) {
 		s := &shelf{events: map[string]*corev1.Event{}}
-		r := NewRecorder(s, "host-1", slog.New(slog.DiscardHandler))
+		r := NewRecorder(s, "host-1", slog.New(slog.DiscardHandler), nil)
 		e := &event.Event{
 			ID: "boot-1-2", Time: time.Unix(1, 0), Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled, Victim: event.Victim{PID: 7, Comm: "java"},
 			Incident: &event.Incident{ID: "incident", Index: 1},

@@ -2,6 +2,7 @@ package pods
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"time"
@@ -18,30 +19,28 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 )
 
-// What one request to the API server may take.
+// Limits of one request to the API server.
 const (
-	requestTimeout = 5 * time.Second // of one that is neither a list nor a watch
+	requestTimeout = 5 * time.Second // neither a list of pods nor a watch
 	listTimeout    = 30 * time.Second
 	maxEvents      = 500 // on one pod, for one reason
 )
 
-// FieldManager is who the API server writes down as having set a field. deploy/manifests/admission.yaml goes by it.
+// FieldManager is the field manager of our patches. deploy/manifests/admission.yaml reads it.
 const FieldManager = "oom-annotator"
 
-// Client speaks with the API server about pods and the Events on them. Its errors name the verb of RBAC
-// that was missing, if that was it. It makes no second attempts of its own.
+// Client reads and patches pods and Events. If a permission is missing, its errors name the RBAC verb. It does not retry.
 type Client struct {
 	rest   rest.Interface
 	params runtime.ParameterCodec
 }
 
-// Config finds the API server: that of the kubeconfig file, or, where the path is empty, the one of the pod
-// that this runs in.
+// Config reads the kubeconfig file. If the path is empty, it returns the config of the pod that this process runs in.
 func Config(kubeconfig string) (*rest.Config, error) {
 	if kubeconfig == "" {
 		cfg, err := rest.InClusterConfig()
 		if err != nil {
-			return nil, fmt.Errorf("find the API server: %w (outside of a cluster, name a kubeconfig file)", err)
+			return nil, fmt.Errorf("find the API server: %w (outside of a cluster, a kubeconfig file is needed)", err)
 		}
 		return cfg, nil
 	}
@@ -52,10 +51,10 @@ func Config(kubeconfig string) (*rest.Config, error) {
 	return cfg, nil
 }
 
-// NewClient makes a client that sends at most qps requests a second, and burst at once; with qps 0 it leaves that to the
-// server's priority and fairness. Nothing is asked of the server.
+// NewClient makes a client that sends at most qps requests a second, and burst at once. With qps 0 the server's priority and
+// fairness decides. Nothing is requested from the server.
 func NewClient(cfg *rest.Config, userAgent string, qps, burst int) (*Client, error) {
-	// A scheme of our own: client-go's knows every kind there is, which would be most of the program.
+	// client-go's scheme has every kind, which would be most of the program.
 	scheme := runtime.NewScheme()
 	if err := corev1.AddToScheme(scheme); err != nil {
 		return nil, fmt.Errorf("make API client: %w", err)
@@ -81,95 +80,66 @@ func NewClient(cfg *rest.Config, userAgent string, qps, burst int) (*Client, err
 
 // Get reads one pod.
 func (c *Client) Get(ctx context.Context, namespace, name string) (*corev1.Pod, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	pod := &corev1.Pod{}
-	err := c.rest.Get().Resource("pods").Namespace(namespace).Name(name).MaxRetries(0).Do(ctx).Into(pod)
-	if err != nil {
-		return nil, explain("get", "pods", err)
-	}
-	return pod, nil
+	return do(ctx, "get", "pods", c.rest.Get().Resource("pods").Namespace(namespace).Name(name), &corev1.Pod{})
 }
 
 // Patch applies a JSON merge patch (RFC 7386) to one pod.
 func (c *Client) Patch(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	pod := &corev1.Pod{}
-	err := c.rest.Patch(types.MergePatchType).Resource("pods").Namespace(namespace).Name(name).Param("fieldManager", FieldManager).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
-	if err != nil {
-		return nil, explain("patch", "pods", err)
-	}
-	return pod, nil
+	r := c.rest.Patch(types.MergePatchType).Resource("pods").Namespace(namespace).Name(name).Param("fieldManager", FieldManager).Body(patch)
+	return do(ctx, "patch", "pods", r, &corev1.Pod{})
 }
 
-// PatchStatus applies a strategic merge patch to the status of one pod: of the conditions it changes those that it names.
+// PatchStatus applies a strategic merge patch to the status of one pod: it changes only the conditions that the patch names.
 func (c *Client) PatchStatus(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	pod := &corev1.Pod{}
-	err := c.rest.Patch(types.StrategicMergePatchType).Resource("pods").SubResource("status").Namespace(namespace).Name(name).Param("fieldManager", FieldManager).Body(patch).MaxRetries(0).Do(ctx).Into(pod)
-	if err != nil {
-		return nil, explain("patch", "pods/status", err)
-	}
-	return pod, nil
+	r := c.rest.Patch(types.StrategicMergePatchType).Resource("pods").SubResource("status").Namespace(namespace).Name(name).Param("fieldManager", FieldManager).Body(patch)
+	return do(ctx, "patch", "pods/status", r, &corev1.Pod{})
 }
 
 // Events lists the Events of a reason on the pod of a UID.
 func (c *Client) Events(ctx context.Context, namespace, uid, reason string) ([]corev1.Event, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	list := &corev1.EventList{}
-	o := &metav1.ListOptions{FieldSelector: fields.Set{"involvedObject.uid": uid, "reason": reason}.String(), Limit: maxEvents}
-	err := c.rest.Get().Resource("events").Namespace(namespace).VersionedParams(o, c.params).MaxRetries(0).Do(ctx).Into(list)
+	return c.events(ctx, namespace, fields.Set{"involvedObject.uid": uid, "reason": reason})
+}
+
+// GetEvent reads one Event. It returns nil and nil if there is none. It needs the verb list, which Events needs too, and not get:
+// the server looks it up by its name.
+func (c *Client) GetEvent(ctx context.Context, namespace, name string) (*corev1.Event, error) {
+	events, err := c.events(ctx, namespace, fields.Set{"metadata.name": name})
+	if err != nil || len(events) == 0 {
+		return nil, err
+	}
+	return &events[0], nil
+}
+
+func (c *Client) events(ctx context.Context, namespace string, selector fields.Set) ([]corev1.Event, error) {
+	o := &metav1.ListOptions{FieldSelector: selector.String(), Limit: maxEvents}
+	list, err := do(ctx, "list", "events", c.rest.Get().Resource("events").Namespace(namespace).VersionedParams(o, c.params), &corev1.EventList{})
 	if err != nil {
-		return nil, explain("list", "events", err)
+		return nil, err
 	}
 	return list.Items, nil
 }
 
-// GetEvent reads one Event; nil where there is none. It needs the verb list, which Events needs too, and not get. The
-// server looks it up by its name.
-func (c *Client) GetEvent(ctx context.Context, namespace, name string) (*corev1.Event, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	list := &corev1.EventList{}
-	o := &metav1.ListOptions{FieldSelector: fields.Set{"metadata.name": name}.String()}
-	err := c.rest.Get().Resource("events").Namespace(namespace).VersionedParams(o, c.params).MaxRetries(0).Do(ctx).Into(list)
-	if err != nil {
-		return nil, explain("list", "events", err)
-	}
-	if len(list.Items) == 0 {
-		return nil, nil
-	}
-	return &list.Items[0], nil
-}
-
-// CreateEvent makes an Event.
+// CreateEvent creates an Event.
 func (c *Client) CreateEvent(ctx context.Context, e *corev1.Event) (*corev1.Event, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	made := &corev1.Event{}
-	err := c.rest.Post().Resource("events").Namespace(e.Namespace).Body(e).MaxRetries(0).Do(ctx).Into(made)
-	if err != nil {
-		return nil, explain("create", "events", err)
-	}
-	return made, nil
+	return do(ctx, "create", "events", c.rest.Post().Resource("events").Namespace(e.Namespace).Body(e), &corev1.Event{})
 }
 
 // PatchEvent applies a JSON merge patch (RFC 7386) to one Event.
 func (c *Client) PatchEvent(ctx context.Context, namespace, name string, patch []byte) (*corev1.Event, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	patched := &corev1.Event{}
-	err := c.rest.Patch(types.MergePatchType).Resource("events").Namespace(namespace).Name(name).Body(patch).MaxRetries(0).Do(ctx).Into(patched)
-	if err != nil {
-		return nil, explain("patch", "events", err)
-	}
-	return patched, nil
+	return do(ctx, "patch", "events", c.rest.Patch(types.MergePatchType).Resource("events").Namespace(namespace).Name(name).Body(patch), &corev1.Event{})
 }
 
-// list reads one page of all pods, from the place where the one before ended.
+// do sends one request, without retries.
+func do[T runtime.Object](ctx context.Context, verb, resource string, r *rest.Request, into T) (answer T, err error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	if err := r.MaxRetries(0).Do(ctx).Into(into); err != nil {
+		return answer, explain(verb, resource, err)
+	}
+	return into, nil
+}
+
+// list reads the next page of all pods.
 func (c *Client) list(ctx context.Context, next string, limit int64) (*corev1.PodList, error) {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
@@ -182,8 +152,8 @@ func (c *Client) list(ctx context.Context, next string, limit int64) (*corev1.Po
 	return list, nil
 }
 
-// watch follows all pods for about that time: from a version on, or from the pods as they are, which the server then
-// streams first. A server without WatchList refuses the latter as invalid.
+// watch watches all pods for about that time, from a resourceVersion on. Without one, the server streams the present pods first
+// (WatchList); a server without WatchList answers that the request is invalid.
 func (c *Client) watch(ctx context.Context, version string, lasts time.Duration) (watch.Interface, error) {
 	seconds := int64(lasts.Seconds())
 	o := &metav1.ListOptions{Watch: true, ResourceVersion: version, AllowWatchBookmarks: true, TimeoutSeconds: &seconds}
@@ -197,23 +167,23 @@ func (c *Client) watch(ctx context.Context, version string, lasts time.Duration)
 	return w, nil
 }
 
-// explain adds what an operator must do to an error of the API server.
+// explain adds the remedy to an error of the API server.
 func explain(verb, resource string, err error) error {
 	switch {
 	case apierrors.IsForbidden(err):
 		return fmt.Errorf("%s %s: the API server forbids it, the verb %q on %s is missing in the role of this account: %w", verb, resource, verb, resource, err)
 	case apierrors.IsUnauthorized(err):
-		return fmt.Errorf("%s %s: the API server does not take the token or certificate of this account: %w", verb, resource, err)
+		return fmt.Errorf("%s %s: the API server refuses the token or certificate of this account: %w", verb, resource, err)
 	}
 	return fmt.Errorf("%s %s: %w", verb, resource, err)
 }
 
-// Transient tells errors of the API server that may pass by themselves from those that will not. A missing
-// permission is not one of either kind: an operator can give it.
+// Transient reports whether an error of a request may disappear without a change. A missing permission does not, but an operator
+// can grant it.
 func Transient(err error) bool {
 	var status apierrors.APIStatus
-	if !asStatus(err, &status) {
-		return true // of the network, or of time
+	if !errors.As(err, &status) {
+		return true // a network error or a timeout
 	}
 	code := status.Status().Code
 	return code == http.StatusTooManyRequests || code == http.StatusRequestTimeout || code >= 500 || code == http.StatusUnauthorized || code == 0

@@ -1,25 +1,19 @@
-// Package pods is what is known of the cluster's pods: which one a kill hit, and what of it decides whether
-// it may be marked.
+// Package pods keeps the pods of the cluster, reduced to what decides whether a pod may be marked, and finds the pod of a kill.
 //
-// Rule of the package: a pod is named only when everything that is known of the kill fits it. Two that fit
-// are none.
+// Rule of the package: a pod is found only if everything that is known about the kill matches it. If two match, none is found.
 //
 // # Why a watch
 //
-// The other way would be to list the pods of a node (spec.nodeName) when a kill comes from there, with a
-// short cache. Both were weighed for 150,000 pods on 10,000 nodes:
+// The alternative is to list the pods of a node (spec.nodeName) when it reports a kill. For 150,000 pods on 10,000 nodes:
 //
-//   - A list on demand costs nothing until a kill comes, then some 15 pods of 5 KB each and a round trip before
-//     every decision that finds no fresh list. When a bad roll-out runs many nodes out of memory at once,
-//     which is when the API server has least to spare, it costs one list a node: 10,000 of them. It cannot
-//     name a pod that is gone by then, nor decide anything while the API server is away.
-//   - A watch costs memory, and the decoding of every change of every pod, all the time and in each replica.
-//     Stored whole, as the original does on every node, a pod takes some 22 KB. Reduced to the fields of Pod
-//     while they are read, 150,000 pods are some 60 MB of live heap. make bench-annotate measures memory, time
-//     until ready and decisions a second; deploy/docs/scale.md has the figures.
+//   - A list costs nothing until a kill comes, then some 15 pods of 5 KB each and a round trip. A bad roll-out that runs many
+//     nodes out of memory costs one list for each node, when the API server can least afford it. It cannot find a pod that is
+//     gone by then, and cannot decide anything while the API server is away.
+//   - A watch costs memory, and the decoding of every change of every pod, in each replica. A whole pod takes some 22 KB.
+//     Reduced to Pod, 150,000 pods are some 60 MB of live heap. make bench-annotate measures it; deploy/docs/scale.md has
+//     the figures.
 //
-// The watch is what keeps its cost constant when things go wrong, and it is paid by a few replicas, not on
-// the nodes.
+// The cost of a watch does not rise when nodes run out of memory, and only a few replicas pay it.
 package pods
 
 import (
@@ -45,25 +39,25 @@ const (
 // pkg/apis/scheduling/types.go). Users' own classes stay below half of it.
 const systemCriticalPriority = 2_000_000_000
 
-// Pod is one pod, reduced to what is needed. Nobody may change one.
+// Pod is a pod, reduced to what is needed. It must not be changed.
 type Pod struct {
 	Namespace, Name, UID string
 	Node                 string // empty: not bound yet
-	// Hash is the UID that the kubelet gave a static pod, on the mirror pod that stands for it.
+	// Hash is the UID that the kubelet gave a static pod. It is set on its mirror pod.
 	Hash       string
 	Containers []Container
-	// Owner is what would make a new pod in this one's place, as <kind>/<name>; empty: nothing would.
+	// Owner is the controller that would replace the pod, as <kind>/<name>; empty: none would.
 	Owner string
-	// Request is how much memory the scheduler reserves for it, in bytes.
+	// Request is the memory request, in bytes.
 	Request int64
-	// Mark is what the pod was marked for; nil: nothing.
+	// Mark is the summary of the kill that the pod was marked for; nil: none.
 	Mark *Mark
-	// Condition is the ID of the event that the condition of the policy names, empty where that is not true.
+	// Condition is the ID of the event in the condition of the policy, empty if the condition is not true.
 	Condition string
 
-	Mirror    bool // stands for a static pod
+	Mirror    bool // is the mirror pod of a static pod
 	DaemonSet bool
-	Critical  bool // of the priority of system components
+	Critical  bool // has the priority of system components
 	Finished  bool // has ended, or is about to be deleted
 	Evicted   bool // through the eviction API (condition DisruptionTarget)
 	Marked    bool // carries the annotation of the policy
@@ -71,11 +65,11 @@ type Pod struct {
 	Selected  bool // has the labels of the policy
 }
 
-// Mark is what a pod's summary says.
+// Mark is the content of a pod's summary.
 type Mark struct {
 	Kill string // event.Event's ID
 	Time time.Time
-	// Annotation is the key of the annotation that was set with it, empty where the pod does not carry that any more.
+	// Annotation is the key of the annotation that was set with it, empty if the pod no longer has that.
 	Annotation string
 }
 
@@ -87,28 +81,36 @@ func (p *Pod) Kill() string {
 	return p.Mark.Kill
 }
 
-// Container is an ID that stands in a pod's status, and the name of the container that has or had it.
+// Workload is what would replace the pod, or the pod itself, as <namespace>/<kind>/<name>. Budgets count by it.
+func (p *Pod) Workload() string {
+	if p.Owner == "" {
+		return p.Namespace + "/Pod/" + p.Name
+	}
+	return p.Namespace + "/" + p.Owner
+}
+
+// Container is a container ID in a pod's status, and the name of its container.
 type Container struct {
 	ID   ContainerID
 	Name string
 }
 
-// ContainerID is the first half of an ID, which is random: 16 bytes are as unique as a UID.
+// ContainerID is the first half of an ID. IDs are random, and 16 bytes are as unique as a UID.
 type ContainerID [16]byte
 
-// Terms are the names in the configuration that decide how a pod is read.
+// Terms are the annotations, labels and the condition that Read reads.
 type Terms struct {
 	Mark    string // the key of the annotation of the policy; empty: there is none
 	Summary string // the key of the annotation with a Summary
-	// Condition is the type of the condition that goes with Mark; empty: there is none. The kubelet leaves a type that is
-	// not its own as it is (mergePodStatus in pkg/kubelet/status/status_manager.go).
+	// Condition is the type of the condition that is set with Mark; empty: none. The kubelet does not change types that are
+	// not its own (mergePodStatus in pkg/kubelet/status/status_manager.go).
 	Condition corev1.PodConditionType
 	OptOut    string // the key of the annotation that protects; empty: there is none
 	Selector  map[string]string
 }
 
-// Summary is the annotation that says, in JSON, which kill a pod was marked for. It is for people, and for
-// the annotator itself, which recognises its own work by Event.
+// Summary is the annotation with the kill that a pod was marked for, in JSON. It is for people, and the annotator recognises its
+// own mark by Event.
 type Summary struct {
 	Event string `json:"event"` // the event's ID
 	// Annotation is the key of the annotation that was set with it. deploy/manifests/admission.yaml reads it, and Event, from this text.
@@ -124,7 +126,7 @@ type Summary struct {
 	Node       string    `json:"node"`
 }
 
-// Read reduces a pod of the API.
+// Read reduces a pod.
 func (t *Terms) Read(in *corev1.Pod) *Pod {
 	both := in.Name + string(in.UID) // one allocation for each of 150,000 pods
 	p := &Pod{
@@ -138,7 +140,7 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	}
 	if mirror, ok := in.Annotations[mirrorAnnotation]; ok {
 		p.Mirror = true
-		// The kubelet writes the same value twice; what has one of them is no mirror pod of it.
+		// The kubelet sets both annotations to the same value. A pod with one of them is not a mirror pod.
 		if mirror == in.Annotations[hashAnnotation] {
 			p.Hash = mirror
 		}
@@ -162,7 +164,7 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	}
 	if text, ok := in.Annotations[t.Summary]; ok {
 		var s Summary
-		if json.Unmarshal([]byte(text), &s) == nil && s.Event != "" { // else it is nobody's
+		if json.Unmarshal([]byte(text), &s) == nil && s.Event != "" { // else no annotator wrote it
 			p.Mark = &Mark{Kill: s.Event, Time: s.Time}
 			if _, ok := in.Annotations[s.Annotation]; ok {
 				p.Mark.Annotation = unique.Make(s.Annotation).Value()
@@ -186,8 +188,7 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 				p.Containers = make([]Container, 0, len(in.Spec.Containers)) // mostly just that
 			}
 			p.addContainer(s.Name, s.ContainerID)
-			// Of a container that was restarted the status names the one before as well, and that is the
-			// one that was killed.
+			// The status of a restarted container also has the ID of the previous one, which was killed.
 			for _, state := range []*corev1.ContainerState{&s.State, &s.LastTerminationState} {
 				if state.Terminated != nil {
 					p.addContainer(s.Name, state.Terminated.ContainerID)
@@ -198,8 +199,8 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	return p
 }
 
-// topOwner is the owner above one that is made anew for each change or run. To ask for the owner's owner
-// would take the right to read all of them: their names tell.
+// topOwner is the owner of an owner that is created for each change or run. It is derived from names: reading the owner's owner
+// would need permissions for all of them.
 func topOwner(owner *metav1.OwnerReference, labels map[string]string) string {
 	kind, name := owner.Kind, owner.Name
 	switch kind {
@@ -224,7 +225,7 @@ func topOwner(owner *metav1.OwnerReference, labels map[string]string) string {
 	return kind + "/" + name
 }
 
-// addContainer takes <runtime>://<id>.
+// addContainer adds <runtime>://<id>.
 func (p *Pod) addContainer(name, id string) {
 	_, digits, ok := strings.Cut(id, "://")
 	key, isID := containerKey(digits)
@@ -239,7 +240,7 @@ func (p *Pod) addContainer(name, id string) {
 	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(name).Value()})
 }
 
-// containerKey is an ID of 64 hexadecimal digits.
+// containerKey parses an ID of 64 hexadecimal digits.
 func containerKey(id string) (key ContainerID, ok bool) {
 	var all [32]byte
 	if len(id) != 2*len(all) {
@@ -250,14 +251,14 @@ func containerKey(id string) (key ContainerID, ok bool) {
 	return key, err == nil
 }
 
-// Unnamed reports whether id is a container's, and no status names that container.
+// Unnamed reports whether id is a container ID that is not in the pod's status.
 func (p *Pod) Unnamed(id string) bool {
 	_, ok := containerKey(id)
 	return ok && p.Container(id) == ""
 }
 
-// Container is the name of the container of that ID, empty when no status names it: of the pause container
-// there is none, and that of a new container comes a moment after it.
+// Container is the name of the container with that ID. It is empty if the status does not have the ID: that of the pause container,
+// or that of a container that started a moment ago.
 func (p *Pod) Container(id string) string {
 	key, ok := containerKey(id)
 	if !ok {

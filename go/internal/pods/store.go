@@ -7,33 +7,32 @@ import (
 	"time"
 )
 
-// maxGone is how many deleted pods are remembered, at most: some 20 MB of them.
+// maxGone bounds the deleted pods that are kept, some 20 MB.
 const maxGone = 50_000
 
-// Errors of Find.
 var (
-	// ErrUnknown means that no such pod is known. It may be one that is not visible yet.
-	ErrUnknown = errors.New("no such pod is known")
-	// ErrOtherNode means that the pod runs on another node than the one asked about.
+	// ErrUnknown means that the pod is not known. The watch may not have delivered it yet.
+	ErrUnknown = errors.New("the pod is not known")
+	// ErrOtherNode means that the pod runs on another node.
 	ErrOtherNode = errors.New("the pod runs on another node")
-	// ErrAmbiguous means that several pods fit.
-	ErrAmbiguous = errors.New("several pods fit")
+	// ErrAmbiguous means that several pods match.
+	ErrAmbiguous = errors.New("several pods match")
 )
 
 // Store holds the pods of a cluster. Its methods may be called from any goroutine.
 type Store struct {
-	// OnLeave is told of marked pods that are about to be deleted, were, or have ended; more than once. It must not
-	// block, nor call the Store.
+	// OnLeave is called with marked pods that are being deleted, were deleted, or have ended; more than once. It must not
+	// block or call the Store.
 	OnLeave func(p *Pod)
 
-	keep time.Duration // how long deleted pods are remembered
+	keep time.Duration // how long deleted pods are kept
 	now  func() time.Time
 
 	mu     sync.RWMutex
 	byUID  map[string]*Pod
 	byNode map[string][]*Pod
 	gone   map[string]*Pod // by UID
-	order  []goneAt        // of gone, the oldest first
+	order  []goneAt        // the keys of gone, the oldest first
 }
 
 type goneAt struct {
@@ -41,7 +40,7 @@ type goneAt struct {
 	at  time.Time
 }
 
-// NewStore makes an empty store that remembers deleted pods for keep.
+// NewStore makes an empty store that keeps deleted pods for a time.
 func NewStore(keep time.Duration) *Store {
 	return &Store{
 		keep: keep, now: time.Now,
@@ -49,14 +48,14 @@ func NewStore(keep time.Duration) *Store {
 	}
 }
 
-// Len is how many pods there are.
+// Len is the number of pods.
 func (s *Store) Len() int {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return len(s.byUID)
 }
 
-// Set adds a pod, or replaces what was known of it.
+// Set adds or replaces a pod.
 func (s *Store) Set(p *Pod) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -76,14 +75,14 @@ func (s *Store) Set(p *Pod) {
 	s.byNode[p.Node] = append(s.byNode[p.Node], p)
 }
 
-// Delete moves a pod to those that are gone. p is its last state.
+// Delete moves a pod to the deleted ones. p is its last state.
 func (s *Store) Delete(p *Pod) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.remove(p)
 }
 
-// Retain deletes all pods but those of these UIDs.
+// Retain deletes all pods except those with these UIDs.
 func (s *Store) Retain(uids map[string]struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -100,7 +99,7 @@ func (s *Store) leaves(p *Pod) {
 	}
 }
 
-// Hit lists the pods that say which kill they were marked for, marked still or not.
+// Hit lists the pods with the summary of a kill, marked or not.
 func (s *Store) Hit() (all []*Pod) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -112,7 +111,7 @@ func (s *Store) Hit() (all []*Pod) {
 	return all
 }
 
-// Has tells whether there is a pod of that UID.
+// Has reports whether there is a pod with that UID.
 func (s *Store) Has(uid string) bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -138,7 +137,7 @@ func (s *Store) remove(p *Pod) {
 	s.order = slices.Delete(s.order, 0, forget)
 }
 
-// unlink takes a pod out of its node's list.
+// unlink removes a pod from the list of its node.
 func (s *Store) unlink(p *Pod) {
 	on := s.byNode[p.Node]
 	on = slices.Delete(on, slices.Index(on, p), slices.Index(on, p)+1)
@@ -152,13 +151,12 @@ func (s *Store) unlink(p *Pod) {
 // Found is the pod of a kill.
 type Found struct {
 	Pod *Pod
-	// Gone means that it was deleted.
+	// Gone is set if the pod was deleted.
 	Gone bool
 }
 
-// Find looks for the pod of a kill on a node: by the UID in its cgroup's path, which for a static pod is
-// not that of the API but its mirror pod's hash, and by the container's ID where the path names no pod.
-// Both may be empty.
+// Find finds the pod of a kill on a node: by the UID in the cgroup path, or by the container ID if the path names no pod. Both may
+// be empty. For a static pod, the UID in the path is the hash of its mirror pod, and not its UID in the API.
 //
 // It fails with ErrUnknown, ErrOtherNode or ErrAmbiguous.
 func (s *Store) Find(node, uid, containerID string) (Found, error) {
@@ -168,18 +166,18 @@ func (s *Store) Find(node, uid, containerID string) (Found, error) {
 		switch p.Node {
 		case node:
 			return Found{Pod: p}, nil
-		case "": // the binding is still on its way here
+		case "": // the watch has not delivered the binding yet
 			return Found{}, ErrUnknown
 		}
 		return Found{}, ErrOtherNode
 	}
-	fits := func(p *Pod) bool {
+	matches := func(p *Pod) bool {
 		if uid != "" {
 			return p.Hash == uid
 		}
 		return p.Container(containerID) != ""
 	}
-	p, err := s.only(s.byNode[node], fits, containerID)
+	p, err := s.only(s.byNode[node], matches, containerID)
 	if p != nil || err != nil {
 		return Found{Pod: p}, err
 	}
@@ -196,18 +194,18 @@ func (s *Store) Find(node, uid, containerID string) (Found, error) {
 			gone = append(gone, p)
 		}
 	}
-	p, err = s.only(gone, fits, containerID)
+	p, err = s.only(gone, matches, containerID)
 	if p == nil && err == nil {
 		err = ErrUnknown
 	}
 	return Found{Pod: p, Gone: p != nil}, err
 }
 
-// only returns the one pod that fits, nil if none does. Of several the one counts that has the container.
-func (s *Store) only(all []*Pod, fits func(*Pod) bool, containerID string) (*Pod, error) {
+// only returns the pod that matches, nil if none does. Of several, it returns the one with the container.
+func (s *Store) only(all []*Pod, matches func(*Pod) bool, containerID string) (*Pod, error) {
 	var found, exact []*Pod
 	for _, p := range all {
-		if fits(p) {
+		if matches(p) {
 			found = append(found, p)
 			if p.Container(containerID) != "" {
 				exact = append(exact, p)

@@ -16,35 +16,30 @@ import (
 )
 
 const (
-	// pageSize bounds what is decoded at a time when all pods are listed: some 10 MB.
+	// pageSize is the number of pods in a page of a list, some 10 MB.
 	pageSize = 250
-	// watchTime is how long one watch lasts, and up to twice that. A server that went away without a word
-	// is noticed sooner, by the pings of HTTP/2.
+	// A watch lasts between watchTime and twice that. HTTP/2 pings notice a server that is gone sooner.
 	watchTime  = 5 * time.Minute
 	backoffMin = 200 * time.Millisecond
 	backoffMax = 10 * time.Second
 )
 
-// asStatus finds the API server's own answer in an error.
-func asStatus(err error, status *apierrors.APIStatus) bool { return errors.As(err, status) }
-
-// Watcher keeps a Store like the cluster.
+// Watcher keeps a Store in sync with the cluster.
 //
-// It streams the pods where the server can (WatchList, KEP-3157; from Kubernetes 1.34 on), and lists them by pages
-// where it cannot. client-go's reflector does the same, but holds every page of a list until the last one has come:
-// 150,000 whole pods are more than a gigabyte. It also lists anew after every watch that a proxy or a server in
-// trouble ends with a 5xx. Here each pod is reduced when it comes, and only a version that the server no longer
-// keeps leads to another list.
+// It streams the pods if the server can (WatchList, KEP-3157; from Kubernetes 1.34 on), else it lists them by pages.
+// client-go's Reflector does the same, but holds every page of a list until the last one: 150,000 whole pods are more
+// than a gigabyte. It also lists again after every watch that ends with a 5xx. Here each pod is reduced at once, and
+// only a resourceVersion that the server no longer keeps leads to another list.
 type Watcher struct {
 	client *Client
 	store  *Store
 	terms  Terms
 	log    *slog.Logger
 
-	// Of Run alone.
-	version string              // to watch from; empty: all pods are to be read first
+	// Used by Run only.
+	version string              // to watch from; empty: read all pods first
 	next    string              // the continue token of a list that is not complete
-	uids    map[string]struct{} // what that list has had so far; nil where the store was empty
+	uids    map[string]struct{} // in that list so far; nil if the store was empty
 
 	mu      sync.Mutex
 	errors  uint64
@@ -53,34 +48,34 @@ type Watcher struct {
 	once    sync.Once
 }
 
-// NewWatcher makes a watcher. Nothing is asked of the server before Run.
+// NewWatcher makes a watcher. Nothing is requested from the server before Run.
 func NewWatcher(c *Client, s *Store, t Terms, log *slog.Logger) *Watcher {
 	return &Watcher{client: c, store: s, terms: t, log: log, failing: errors.New("pods are not listed yet"), synced: make(chan struct{})}
 }
 
-// Synced is closed when all pods were listed once.
+// Synced is closed after all pods were listed once.
 func (w *Watcher) Synced() <-chan struct{} { return w.synced }
 
-// Failing is why the store may not be like the cluster now, and nil when it follows it.
+// Failing returns why the store may be out of date, and nil if it is not.
 func (w *Watcher) Failing() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.failing
 }
 
-// Errors is how many attempts to list or watch have failed.
+// Errors is the number of failed attempts to list or watch.
 func (w *Watcher) Errors() uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.errors
 }
 
-// Run lists and watches until ctx ends, whatever the server answers.
+// Run lists and watches until ctx ends. It tries again after every error.
 func (w *Watcher) Run(ctx context.Context) {
 	failures := 0
 	for {
 		err := w.follow(ctx)
-		if w.version == "" && (apierrors.IsInvalid(unwrapStatus(err)) || apierrors.IsBadRequest(unwrapStatus(err))) {
+		if w.version == "" && (apierrors.IsInvalid(err) || apierrors.IsBadRequest(err)) {
 			err = w.list(ctx) // no WatchList on this server
 		}
 		if ctx.Err() != nil {
@@ -96,7 +91,7 @@ func (w *Watcher) Run(ctx context.Context) {
 		if failures < 10 {
 			d = min(backoffMin<<(failures-1), backoffMax)
 		}
-		if after, ok := apierrors.SuggestsClientDelay(unwrapStatus(err)); ok {
+		if after, ok := apierrors.SuggestsClientDelay(err); ok {
 			d = max(d, min(time.Duration(after)*time.Second, backoffMax))
 		}
 		select {
@@ -107,18 +102,7 @@ func (w *Watcher) Run(ctx context.Context) {
 	}
 }
 
-// unwrapStatus is the API server's own error within err, else err.
-func unwrapStatus(err error) error {
-	var status apierrors.APIStatus
-	if asStatus(err, &status) {
-		if e, ok := status.(error); ok {
-			return e
-		}
-	}
-	return err
-}
-
-// note says once why the cluster cannot be followed, and when it can be again.
+// note logs once why the pods cannot be watched, and when they can be again.
 func (w *Watcher) note(err error) {
 	w.mu.Lock()
 	before := w.failing
@@ -128,14 +112,14 @@ func (w *Watcher) note(err error) {
 	w.mu.Unlock()
 	switch {
 	case err != nil && (before == nil || before.Error() != err.Error()):
-		w.log.Warn("pods cannot be followed, will go on trying", "error", err)
+		w.log.Warn("could not watch the pods, will try again", "error", err)
 	case err == nil && before != nil:
-		w.log.Info("pods are followed", "pods", w.store.Len())
+		w.log.Info("watching pods", "pods", w.store.Len())
 	}
 }
 
-// list brings the store to the state of one version, page by page. After an error the next call goes on with the page
-// that failed, unless the server no longer keeps that version.
+// list lists all pods of one resourceVersion, page by page. After an error the next call continues with the page that failed,
+// unless the server no longer keeps that version.
 func (w *Watcher) list(ctx context.Context) error {
 	for {
 		page, err := w.client.list(ctx, w.next, pageSize)
@@ -158,7 +142,7 @@ func (w *Watcher) list(ctx context.Context) error {
 	}
 }
 
-// begin begins with the first pod of all.
+// begin prepares for a complete list.
 func (w *Watcher) begin() {
 	if w.next, w.uids = "", nil; w.store.Len() > 0 {
 		w.uids = map[string]struct{}{}
@@ -172,7 +156,7 @@ func (w *Watcher) set(p *Pod) {
 	}
 }
 
-// listed notes that the store has all pods of a version. What it had before, and was not listed, is gone.
+// listed completes a list. Pods in the store that were not listed are gone.
 func (w *Watcher) listed(version string) {
 	if w.uids != nil {
 		w.store.Retain(w.uids)
@@ -181,10 +165,10 @@ func (w *Watcher) listed(version string) {
 	w.once.Do(func() { close(w.synced) })
 }
 
-// follow keeps the store up to date until the watch ends. Where no version is known the server first streams all pods.
+// follow updates the store until the watch ends. Without a resourceVersion the server streams all pods first.
 func (w *Watcher) follow(ctx context.Context) error {
 	lasts := watchTime + rand.N(watchTime)
-	ctx, cancel := context.WithTimeout(ctx, lasts+listTimeout) // for a server that does not end it
+	ctx, cancel := context.WithTimeout(ctx, lasts+listTimeout) // in case the server does not end the watch
 	defer cancel()
 	began := time.Now()
 	stream, err := w.client.watch(ctx, w.version, lasts)
@@ -210,7 +194,7 @@ func (w *Watcher) follow(ctx context.Context) error {
 			}
 			return fmt.Errorf("watch pods: %w", err)
 		case !ok:
-			return fmt.Errorf("watch pods: %T came where a pod was due", e.Object)
+			return fmt.Errorf("watch pods: received %T instead of a pod", e.Object)
 		case e.Type == watch.Added, e.Type == watch.Modified:
 			w.set(w.terms.Read(pod))
 		case e.Type == watch.Deleted:
@@ -221,21 +205,21 @@ func (w *Watcher) follow(ctx context.Context) error {
 		switch {
 		case w.version != "":
 			w.version = pod.ResourceVersion
-		case pod.Annotations[metav1.InitialEventsAnnotationKey] == "true": // of a bookmark
+		case pod.Annotations[metav1.InitialEventsAnnotationKey] == "true": // a bookmark
 			w.listed(pod.ResourceVersion)
 			w.note(nil)
 		}
 	}
 	switch {
 	case w.version == "":
-		return errors.New("watch pods: the API server ended the stream before all pods had come")
+		return errors.New("watch pods: the API server ended the stream before it had sent all pods")
 	case time.Since(began) < time.Second:
 		return errors.New("watch pods: the API server ends the watch at once")
 	}
 	return nil
 }
 
-// expired tells whether the server no longer keeps the version that was asked for.
+// expired reports whether the server no longer keeps the requested version.
 func expired(err error) bool {
-	return apierrors.IsResourceExpired(unwrapStatus(err)) || apierrors.IsGone(unwrapStatus(err))
+	return apierrors.IsResourceExpired(err) || apierrors.IsGone(err)
 }

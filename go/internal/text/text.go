@@ -276,8 +276,17 @@ func Size(n uint64) string {
 	return fmt.Sprintf("%.1f %ciB", value, units[unit])
 }
 
+// MaxDetail bounds the detail of an outcome, in bytes.
+const MaxDetail = 500
+
 // unescape takes back what strconv.QuoteToASCII does for the sake of Go's syntax alone.
 var unescape = strings.NewReplacer(`\\`, `\`, `\"`, `"`)
+
+// Truncate cuts s to at most n bytes of valid UTF-8.
+func Truncate(s string, n int) string { return strings.ToValidUTF8(s[:min(len(s), n)], "") }
+
+// Detail makes s fit into the detail of an outcome.
+func Detail(s string) string { return Truncate(Printable(s), MaxDetail) }
 
 // Printable leaves printable ASCII as it is and writes everything else as Go escapes it in a string:
 // control characters, and letters that would read backwards, look like others or have no certain

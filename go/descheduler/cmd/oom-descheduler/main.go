@@ -35,10 +35,10 @@ func newCommand(out io.Writer) *cobra.Command {
 		if err := setUp(cmd, args); err != nil {
 			return err
 		}
-		// After it, for it makes the registry anew.
+		// setUp creates the registry, so register after it.
 		reasons := &removeannotated.Reasons{}
 		if evictor, ok := pluginregistry.PluginRegistry[defaultevictor.PluginName]; ok {
-			evictor.PluginBuilder = reasons.Listen(evictor.PluginBuilder)
+			evictor.PluginBuilder = reasons.Wrap(evictor.PluginBuilder)
 			pluginregistry.PluginRegistry[defaultevictor.PluginName] = evictor
 		}
 		pluginregistry.Register(removeannotated.PluginName, removeannotated.Builder(reasons),

@@ -20,23 +20,23 @@ import (
 )
 
 func ledger(c *bus.Conn, limits config.Budgets, now func() time.Time) *budget.Ledger {
-	return &budget.Ledger{Cell: c.Cell(budget.Key), Limits: limits, Keep: 10 * time.Minute, Now: now}
+	return &budget.Ledger{Entry: c.KVEntry(budget.Key), Limits: limits, Keep: 10 * time.Minute, Now: now}
 }
 
 // Every change sees the one before, however many change at once.
-func TestCellUpdate(t *testing.T) {
+func TestKVEntryUpdate(t *testing.T) {
 	ctx := begin(t)
 	cfg, _ := startEmbedded(t)
 	c := connect(ctx, t, cfg, bus.Options{}, quiet())
 	check(t, bus.EnsureStreams(ctx, c, streamConfig))
-	cell := c.Cell("counter")
-	if data, err := cell.Load(ctx); err != nil || data != nil {
+	entry := c.KVEntry("counter")
+	if data, err := entry.Load(ctx); err != nil || data != nil {
 		t.Fatalf("before anything was stored: %q, %v", data, err)
 	}
 	const workers, each = 4, 10
 	var wg sync.WaitGroup
 	for range workers {
-		own := connect(ctx, t, cfg, bus.Options{}, quiet()).Cell("counter")
+		own := connect(ctx, t, cfg, bus.Options{}, quiet()).KVEntry("counter")
 		wg.Go(func() {
 			for range each {
 				if err := own.Update(ctx, func(data []byte) ([]byte, error) { return append(data, 'x'), nil }); err != nil {
@@ -46,17 +46,17 @@ func TestCellUpdate(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if data, err := cell.Load(ctx); err != nil || string(data) != strings.Repeat("x", workers*each) {
+	if data, err := entry.Load(ctx); err != nil || string(data) != strings.Repeat("x", workers*each) {
 		t.Errorf("%d updates are stored as %q, %v", workers*each, data, err)
 	}
 
 	// What the change does not want is not stored.
 	refused := errors.New("refused")
-	if err := cell.Update(ctx, func([]byte) ([]byte, error) { return []byte("no"), refused }); err != refused {
+	if err := entry.Update(ctx, func([]byte) ([]byte, error) { return []byte("no"), refused }); err != refused {
 		t.Errorf("the error of the change came as %v", err)
 	}
-	check(t, cell.Update(ctx, func([]byte) ([]byte, error) { return nil, nil }))
-	if data, err := cell.Load(ctx); err != nil || len(data) != workers*each {
+	check(t, entry.Update(ctx, func([]byte) ([]byte, error) { return nil, nil }))
+	if data, err := entry.Load(ctx); err != nil || len(data) != workers*each {
 		t.Errorf("after no change: %q, %v", data, err)
 	}
 
@@ -68,33 +68,33 @@ func TestCellUpdate(t *testing.T) {
 		func() error { return kv.Purge(ctx, "counter") },
 	} {
 		check(t, remove())
-		if data, err := cell.Load(ctx); err != nil || data != nil {
+		if data, err := entry.Load(ctx); err != nil || data != nil {
 			t.Errorf("removal %d: %q, %v", i, data, err)
 		}
-		check(t, cell.Update(ctx, func(data []byte) ([]byte, error) { return append(data, 'y'), nil }))
-		if data, err := cell.Load(ctx); err != nil || string(data) != "y" {
+		check(t, entry.Update(ctx, func(data []byte) ([]byte, error) { return append(data, 'y'), nil }))
+		if data, err := entry.Load(ctx); err != nil || string(data) != "y" {
 			t.Errorf("after removal %d: %q, %v", i, data, err)
 		}
 	}
 }
 
-func TestCellWithoutBucket(t *testing.T) {
+func TestKVEntryWithoutBucket(t *testing.T) {
 	ctx := begin(t)
 	cfg, _ := startEmbedded(t)
-	cell := connect(ctx, t, cfg, bus.Options{}, quiet()).Cell("k")
-	_, err := cell.Load(ctx)
+	entry := connect(ctx, t, cfg, bus.Options{}, quiet()).KVEntry("k")
+	_, err := entry.Load(ctx)
 	if !errors.Is(err, jetstream.ErrBucketNotFound) {
 		t.Errorf("load: %v", err)
 	}
 	wantError(t, err, "read k of bucket OOM_ANNOTATOR")
-	err = cell.Update(ctx, func([]byte) ([]byte, error) { return []byte("v"), nil })
+	err = entry.Update(ctx, func([]byte) ([]byte, error) { return []byte("v"), nil })
 	if !errors.Is(err, jetstream.ErrBucketNotFound) {
 		t.Errorf("update: %v", err)
 	}
 }
 
 // Where the server refuses, that is said at once, and not waited for.
-func TestCellRefused(t *testing.T) {
+func TestKVEntryRefused(t *testing.T) {
 	ctx := begin(t)
 	d := startNatsd(t, `authorization { users: [
 		{ user: all, password: p }
@@ -105,9 +105,9 @@ func TestCellRefused(t *testing.T) {
 		return connect(ctx, t, config.NATS{URL: d.url(), User: user, PasswordFile: secret(t, "p")}, bus.Options{}, quiet())
 	}
 	check(t, bus.EnsureStreams(ctx, as("all"), streamConfig))
-	check(t, as("all").Cell("k").Update(ctx, func([]byte) ([]byte, error) { return []byte("v"), nil }))
+	check(t, as("all").KVEntry("k").Update(ctx, func([]byte) ([]byte, error) { return []byte("v"), nil }))
 	begun := time.Now()
-	reads := as("reads").Cell("k")
+	reads := as("reads").KVEntry("k")
 	if data, err := reads.Load(ctx); err != nil || string(data) != "v" {
 		t.Errorf("read with the right to: %q, %v", data, err)
 	}
@@ -116,7 +116,7 @@ func TestCellRefused(t *testing.T) {
 		t.Errorf("write: %v", err)
 	}
 	wantError(t, err, "write k of bucket OOM_ANNOTATOR", "$KV.OOM_ANNOTATOR.k")
-	_, err = as("nothing").Cell("k").Load(ctx)
+	_, err = as("nothing").KVEntry("k").Load(ctx)
 	if !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("read: %v", err)
 	}
@@ -131,14 +131,14 @@ func TestBucketReplicas(t *testing.T) {
 	cfg, _ := startEmbedded(t)
 	c := connect(ctx, t, cfg, bus.Options{}, quiet())
 	check(t, bus.EnsureStreams(ctx, c, streamConfig))
-	check(t, c.Cell("k").Update(ctx, func([]byte) ([]byte, error) { return []byte("v"), nil }))
+	check(t, c.KVEntry("k").Update(ctx, func([]byte) ([]byte, error) { return []byte("v"), nil }))
 	// A server alone takes no replicas, so this is all that can be seen: it is asked for.
 	keepAccount(ctx, t, c)
 	three := streamConfig
 	three.Replicas = 3
 	wantError(t, bus.EnsureBucket(ctx, c, three), "ensure bucket OOM_ANNOTATOR", "replicas")
 	check(t, bus.EnsureBucket(ctx, c, streamConfig))
-	if data, err := c.Cell("k").Load(ctx); err != nil || string(data) != "v" {
+	if data, err := c.KVEntry("k").Load(ctx); err != nil || string(data) != "v" {
 		t.Errorf("afterwards: %q, %v", data, err)
 	}
 }
@@ -280,7 +280,7 @@ func TestLedgerSize(t *testing.T) {
 				Node: strings.Repeat("n", 253), Owner: strings.Repeat("s", 63) + "/Deployment/" + strings.Repeat("d", 253), Time: now,
 			})
 		}
-		check(t, c.Cell(budget.Key).Update(ctx, func([]byte) ([]byte, error) { return json.Marshal(&s) }))
+		check(t, c.KVEntry(budget.Key).Update(ctx, func([]byte) ([]byte, error) { return json.Marshal(&s) }))
 	}
 	l := ledger(c, config.Budgets{Window: time.Hour, Cluster: 10000}, func() time.Time { return now })
 	fill(999)
@@ -289,7 +289,7 @@ func TestLedgerSize(t *testing.T) {
 	}
 	fill(1390)
 	_, err := l.Claim(ctx, "k", "m", "o", now)
-	wantError(t, err, "claim a mark", "1391 marks that still count take", "bytes, more than")
+	wantError(t, err, "claim a mark", "the state with 1391 marks has", "bytes, the maximum is")
 	if _, err := l.SetPause(ctx, &budget.Pause{Reason: strings.Repeat("r", 256), By: "me", Since: now}); err != nil {
 		t.Errorf("a pause: %v", err)
 	}

@@ -15,35 +15,35 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// eventReason is the reason of the Events that say why a marked pod stays: the descheduler's own word for it, where its
-// policy has evictionFailureEventNotification. oom-annotator reads them.
+// eventReason is the reason of the Events on marked pods that are not evicted. The descheduler uses the same reason if its policy
+// has evictionFailureEventNotification. oom-annotator reads them.
 const eventReason = "EvictionFailed"
 
 const (
-	// refresh is how often an Event is written again whose pod stays for the same reason: well within the hour
-	// after which an API server forgets it (its --event-ttl).
+	// refresh is how often an Event is written again while its pod stays for the same reason: well within the hour after
+	// which an API server deletes it (--event-ttl).
 	refresh = 10 * time.Minute
 	maxNote = 1024 // bytes (NoteLengthLimit in pkg/apis/core/validation/events.go)
 )
 
-// said is what an Event on a pod said last.
-type said struct {
+// lastEvent is the last Event on a pod.
+type lastEvent struct {
 	name, note string
 	count      int32
 	at         time.Time // when it was written
 	seen       bool      // in this cycle
 }
 
-// speaker writes why marked pods stay: an Event for each reason, so that a cycle that finds all as it was writes
-// nothing. It is for one goroutine.
-type speaker struct {
+// eventWriter writes why marked pods are not evicted: one Event for each reason, so that a cycle without changes writes nothing.
+// It is for one goroutine.
+type eventWriter struct {
 	instance string
 	now      func() time.Time
-	pods     map[types.UID]*said
+	pods     map[types.UID]*lastEvent
 }
 
-// say tells why a pod stays.
-func (s *speaker) say(ctx context.Context, client kubernetes.Interface, pod *v1.Pod, why string) error {
+// write writes why a pod is not evicted.
+func (s *eventWriter) write(ctx context.Context, client kubernetes.Interface, pod *v1.Pod, why string) error {
 	note := "marked pod stays: " + why
 	note = strings.ToValidUTF8(note[:min(len(note), maxNote)], "")
 	now := s.now()
@@ -68,7 +68,7 @@ func (s *speaker) say(ctx context.Context, client kubernetes.Interface, pod *v1.
 		}
 	}
 	event := &eventsv1.Event{
-		// As client-go's recorders name theirs.
+		// Named as client-go's recorders do.
 		ObjectMeta:          metav1.ObjectMeta{Namespace: pod.Namespace, Name: fmt.Sprintf("%s.%x", strings.TrimRight(pod.Name[:min(len(pod.Name), 200)], "-."), now.UnixNano())},
 		EventTime:           metav1.NewMicroTime(now),
 		ReportingController: "oom-descheduler",
@@ -82,12 +82,12 @@ func (s *speaker) say(ctx context.Context, client kubernetes.Interface, pod *v1.
 	if _, err := events.Create(ctx, event, metav1.CreateOptions{}); err != nil {
 		return fmt.Errorf("create an event on %s: %w", klog.KObj(pod), err)
 	}
-	s.pods[pod.UID] = &said{name: event.Name, note: note, count: 1, at: now, seen: true}
+	s.pods[pod.UID] = &lastEvent{name: event.Name, note: note, count: 1, at: now, seen: true}
 	return nil
 }
 
-// endCycle forgets the pods that nothing was said of.
-func (s *speaker) endCycle() {
+// endCycle removes the pods that write was not called for in this cycle.
+func (s *eventWriter) endCycle() {
 	for uid, last := range s.pods {
 		if !last.seen {
 			delete(s.pods, uid)

@@ -27,15 +27,15 @@ import (
 )
 
 // The passing of time and what a server forgets.
-func TestSpeaker(t *testing.T) {
+func TestEventWriter(t *testing.T) {
 	client := fake.NewClientset()
 	now := time.Unix(1000, 0)
-	s := speaker{instance: "host-1", now: func() time.Time { return now }, pods: map[types.UID]*said{}}
+	s := eventWriter{instance: "host-1", now: func() time.Time { return now }, pods: map[types.UID]*lastEvent{}}
 	web := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: strings.Repeat("w-", 126) + "w", UID: "1"}}
 	cart := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart", UID: "2"}}
-	say := func(pod *v1.Pod, why string) {
+	write := func(pod *v1.Pod, why string) {
 		t.Helper()
-		if err := s.say(t.Context(), client, pod, why); err != nil {
+		if err := s.write(t.Context(), client, pod, why); err != nil {
 			t.Fatal(err)
 		}
 		now = now.Add(time.Minute)
@@ -51,8 +51,8 @@ func TestSpeaker(t *testing.T) {
 		client.ClearActions()
 		return list.Items
 	}
-	say(web, strings.Repeat("é", 1000))
-	say(cart, "a budget")
+	write(web, strings.Repeat("é", 1000))
+	write(cart, "a budget")
 	for _, e := range count(2, 2) {
 		if len(validation.IsDNS1123Subdomain(e.Name)) > 0 || !utf8.ValidString(e.Note) || len(e.Note) > maxNote || !strings.HasPrefix(e.Note, "marked pod stays: ") || e.Regarding.UID != "1" && e.Regarding.UID != "2" {
 			t.Errorf("event %+v", e)
@@ -61,22 +61,22 @@ func TestSpeaker(t *testing.T) {
 	s.endCycle()
 	// The same for long is one Event, which is kept from being forgotten. Another reason is another one.
 	for range 12 {
-		say(cart, "a budget")
+		write(cart, "a budget")
 	}
 	if e := count(2, 1)[0]; e.Series == nil || e.Series.Count != 11 {
 		t.Errorf("series %+v", e.Series)
 	}
-	say(cart, "a filter")
-	say(cart, "a budget")
+	write(cart, "a filter")
+	write(cart, "a budget")
 	count(4, 2)
 	// The server has forgotten it.
 	now = now.Add(time.Hour)
 	if err := client.Tracker().Delete(eventsv1.SchemeGroupVersion.WithResource("events"), "shop", s.pods["2"].name); err != nil {
 		t.Fatal(err)
 	}
-	say(cart, "a budget")
+	write(cart, "a budget")
 	count(4, 2)
-	// A pod that nothing was said of is forgotten after that cycle, and so is nothing else.
+	// A pod without a call in a cycle is removed after it, and no other pod is.
 	s.endCycle()
 	if s.pods["1"] != nil || s.pods["2"] == nil {
 		t.Errorf("remembered %v", s.pods)
@@ -88,20 +88,20 @@ func TestSpeaker(t *testing.T) {
 	client.PrependReactor("create", "events", func(clienttesting.Action) (bool, runtime.Object, error) {
 		return true, nil, errors.New("no")
 	})
-	if err := s.say(t.Context(), client, cart, "a budget"); err == nil || s.pods["2"] != nil {
+	if err := s.write(t.Context(), client, cart, "a budget"); err == nil || s.pods["2"] != nil {
 		t.Errorf("error %v, remembered %v", err, s.pods)
 	}
 }
 
 // A real server takes both: the Event, and that it goes on.
-func TestSpeakerServer(t *testing.T) {
+func TestEventWriterServer(t *testing.T) {
 	c := kubetest.Start(t)
 	c.Namespace("shop")
 	pod := c.Pod("shop", "web", "node-1")
 	now := time.Now()
-	s := speaker{instance: "host-1", now: func() time.Time { return now }, pods: map[types.UID]*said{}}
+	s := eventWriter{instance: "host-1", now: func() time.Time { return now }, pods: map[types.UID]*lastEvent{}}
 	for range 3 {
-		if err := s.say(t.Context(), c.Client, pod, "a budget"); err != nil {
+		if err := s.write(t.Context(), c.Client, pod, "a budget"); err != nil {
 			t.Fatal(err)
 		}
 		now = now.Add(refresh)
@@ -121,12 +121,12 @@ type talker struct{ logger klog.Logger }
 
 func (talker) Name() string { return "talker" }
 
-// What a filter says is heard at any verbosity, and nobody else hears more than before.
+// What a filter logs is captured at any verbosity, and the log does not show more than before.
 func TestReasons(t *testing.T) {
 	var shown []string
 	sink := funcr.New(func(_, args string) { shown = append(shown, args) }, funcr.Options{Verbosity: 1}).GetSink()
 	reasons := &Reasons{}
-	build := reasons.Listen(func(ctx context.Context, args runtime.Object, handle frameworktypes.Handle) (frameworktypes.Plugin, error) {
+	build := reasons.Wrap(func(ctx context.Context, args runtime.Object, handle frameworktypes.Handle) (frameworktypes.Plugin, error) {
 		return talker{klog.FromContext(ctx).WithValues("plugin", "talker").WithName("x")}, nil
 	})
 	plugin, err := build(klog.NewContext(t.Context(), logr.New(sink)), nil, nil)
@@ -147,9 +147,9 @@ func TestReasons(t *testing.T) {
 		{func() bool { logger.Info("pod does not fit", "pod", "web"); return false }, false, "pod does not fit"},
 		{func() bool { logger.Error(errors.New("no index"), "unable to list"); return false }, false, "unable to list: no index"},
 		{func() bool { logger.Info("all is well"); return true }, true, ""},
-		{func() bool { return false }, false, ""}, // what was said before is not its reason
+		{func() bool { return false }, false, ""}, // an earlier message is not its reason
 	} {
-		if why, ok := reasons.hear(test.filter); why != test.why || ok != test.ok {
+		if why, ok := reasons.capture(test.filter); why != test.why || ok != test.ok {
 			t.Errorf("%t, %q, want %t, %q", ok, why, test.ok, test.why)
 		}
 	}

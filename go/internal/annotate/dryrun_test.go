@@ -14,8 +14,8 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 )
 
-// A policy on trial comes to what an Annotator with it would have come to.
-func TestTrial(t *testing.T) {
+// A dry run decides what an Annotator with the same policy would have decided.
+func TestDryRun(t *testing.T) {
 	store := pods.NewStore(time.Minute)
 	for _, name := range []string{"a-1", "a-2", "b-1", "c-1"} {
 		store.Set(&pods.Pod{Namespace: "shop", Name: name, UID: name, Node: "node-1", Owner: "Deployment/" + name[:1], Selected: true})
@@ -53,9 +53,9 @@ func TestTrial(t *testing.T) {
 		{Seq: 99, Subject: "oom.v1.kill.global.node-1", Data: []byte("{"), Time: at},
 	}
 	try := func(policy config.Policy) (got []string) {
-		trial := Trial{Policy: policy, Finder: store}
+		run := DryRun{Policy: policy, Finder: store}
 		for _, m := range messages {
-			e, o := trial.Decide(m)
+			e, o := run.Decide(m)
 			if (e == nil) != (m.Seq == 99) {
 				t.Errorf("message %d: kill %v", m.Seq, e)
 			}
