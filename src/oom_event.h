@@ -106,9 +106,10 @@ struct oom_memory {
 	__u64 pgtables;			 /* bytes */
 };
 
-/* In pages; a max of OOM_NO_LIMIT or more is no limit (PAGE_COUNTER_MAX on 64 bit). */
-#define OOM_NO_LIMIT (0x7fffffffffffffffULL / 4096)
-
+/*
+ * In pages of the kernel. A max of PAGE_COUNTER_MAX or more is no limit: LONG_MAX / PAGE_SIZE
+ * (include/linux/page_counter.h).
+ */
 struct oom_limit {
 	__u64 max;
 	__u64 usage;
