@@ -270,7 +270,7 @@ _Static_assert(sizeof(struct oom_state) == 168, "oom_state");
 
 enum oom_frame {
 	OOM_FRAME_KILL = 0,	    /* __oom_kill_process: a real kill */
-	OOM_FRAME_KILL_PROCESS = 1, /* oom_kill_process */
+	OOM_FRAME_KILL_PROCESS = 1, /* oom_kill_process, where that is inlined into it */
 	OOM_FRAME_GROUP = 2,	    /* oom_kill_memcg_member: memory.oom.group */
 	OOM_FRAME_OOM = 3,	    /* out_of_memory */
 	OOM_FRAME_MEMCG = 4,	    /* mem_cgroup_out_of_memory */
