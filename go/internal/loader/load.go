@@ -488,6 +488,9 @@ func (l *Loader) takeOver(g *ground) error {
 		return nil
 	}
 	time.Sleep(takeOverTime)
+	if !strongOrder {
+		_ = barrier()
+	}
 	head := atomic.LoadUint64(&l.state.Head)
 	acked := atomic.LoadUint64(&l.state.Acked)
 	own, err := l.module.GetMap(journalMap)
