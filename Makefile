@@ -163,6 +163,11 @@ RELEASE_DIR ?= build/release-$(VERSION)
 release: build build/oom-descheduler ## images as OCI archives, chart, manifests, oom-tap for Linux, macOS and Windows, SBOMs, provenance, checksums (RELEASE_DIR=, IMAGES=none)
 	$(Q)$(image_env) IMAGES='$(IMAGES)' OBS=$(obs) tools/release.sh $(RELEASE_DIR)
 
+.PHONY: check-btf
+check-btf: build/static/oom-tracer ## on which of the kernels whose BTF is in the directory DIR the program loads, and with what (ARCH=arm64)
+	@tools/install-deps.sh $(LIBBPF) $(emulator:%=%=qemu-user-static)
+	$(Q)$(emulator) $< doctor --btf $(or $(DIR),$(error DIR= names a directory with the BTF of kernels))
+
 .PHONY: test-image
 test-image: BASE := localhost/debian:bookworm
 test-image: build/hog base-image image ## run the images on this kernel, with the capabilities of the manifest and a real OOM kill (needs root)

@@ -85,6 +85,9 @@ func doctor(ctx context.Context, cfg config.Config, node, output string, stdout 
 // doctorBTF says whether the program fits a kernel that need not be this machine's, by its types. It fails
 // when they lack something without which the program would not load there.
 func doctorBTF(file, output string, stdout io.Writer) error {
+	if info, err := os.Stat(file); err == nil && info.IsDir() {
+		return doctorBTFs(file, output, stdout)
+	}
 	x := examiner{btfFile: file}
 	x.kernel, x.kernelErr = btf.LoadSpec(file)
 	findings := []finding{x.btf(), x.prototype(), x.relocations(), x.functions()}

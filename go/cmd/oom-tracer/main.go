@@ -26,7 +26,8 @@ Usage:
   oom-tracer selftest [flags]                    cause one contained OOM kill and see it come back
   oom-tracer doctor [--output text|json] [flags] what this kernel and this process can do
   oom-tracer doctor --btf file [--output text|json]
-                                                 whether the program fits the kernel with these types
+                                                 whether the program fits the kernel with these types,
+                                                 or each of those in a directory
   oom-tracer config check [flags]                read the config, say what is wrong with it
   oom-tracer unload [--force] [flags]            end the recording that goes on while no tracer runs
 
@@ -132,7 +133,7 @@ func parseFlags(command string, args []string) (o options, flags *flag.FlagSet, 
 	flags.BoolVar(&o.version, "version", false, "print the version and end")
 	if command == "doctor" {
 		flags.StringVar(&o.output, "output", "text", "the `format`: text or json")
-		flags.StringVar(&o.btf, "btf", "", "the kernel's BTF in a `file`, raw or in an ELF file: look at that, and not at this machine and its config")
+		flags.StringVar(&o.btf, "btf", "", "the kernel's BTF in a `file`, raw or in an ELF file, or a directory of such: look at that, and not at this machine and its config")
 	}
 	if command == "unload" {
 		flags.BoolVar(&o.force, "force", false, "also discard records that are not published yet, or that this version cannot read")
