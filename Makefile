@@ -137,7 +137,7 @@ build/oom-descheduler: $(GO_FILES) $(DESCHEDULER_FILES)
 
 build/hog: tools/hog.c build/.deps
 	$(say) CC $@
-	$(Q)gcc -O2 -Wall -Wextra -Werror -static -pthread $< -o $@
+	$(Q)$(if $(emulator),$(CC),gcc) -O2 -Wall -Wextra -Werror -static -pthread $< -o $@
 
 ##@ Images
 
@@ -166,6 +166,11 @@ RELEASE_DIR ?= build/release-$(VERSION)
 .PHONY: release
 release: build build/oom-descheduler ## images as OCI archives, chart, manifests, oom-tap for Linux, macOS and Windows, SBOMs, provenance, checksums (RELEASE_DIR=, IMAGES=none)
 	$(Q)$(image_env) IMAGES='$(IMAGES)' OBS=$(obs) tools/release.sh $(RELEASE_DIR)
+
+.PHONY: check-btf
+check-btf: build/static/oom-tracer ## on which of the kernels whose BTF is in the directory DIR the program loads, and with what (ARCH=arm64)
+	@tools/install-deps.sh $(LIBBPF) $(emulator:%=%=qemu-user-static)
+	$(Q)$(emulator) $< doctor --btf $(or $(DIR),$(error DIR= names a directory with the BTF of kernels))
 
 .PHONY: test-image
 test-image: BASE := localhost/debian:bookworm
@@ -252,16 +257,18 @@ build/static/vm-faults.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go)
 # oom-tap and hog are static as they are.
 VM_TEST_BINARY ?= build/static/vm.test
 vm_programs = build/static/vm-faults.test build/static/oom-tracer build/oom-tap build/hog
-vm_deps = qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio
+vm_qemu_amd64 = qemu-system-x86_64=qemu-system-x86
+vm_qemu_arm64 = qemu-system-aarch64=qemu-system-arm
+vm_deps = $(vm_qemu_$(ARCH)) /var/lib/dpkg/info/busybox-static.list=busybox-static cpio
 
 .PHONY: vm-parts
 vm-parts: $(VM_TEST_BINARY) $(vm_programs) # what the next ones boot, and with what
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 
 .PHONY: test-vm
-test-vm: vm-parts ## the tests of the tag vm on stock Debian kernels in QEMU (KERNELS="6.12 7.2", KERNEL=vmlinuz)
-	$(Q)CACHE=$(CACHE) tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
-	$(Q)$(if $(KERNEL),,$(MAKE) --no-print-directory test-vm-annotate)
+test-vm: vm-parts ## the tests of the tag vm on stock Debian kernels in QEMU (KERNELS="6.12 7.2", KERNEL=vmlinuz, ARCH=arm64)
+	$(Q)CACHE=$(CACHE) ARCH=$(ARCH) tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
+	$(Q)$(if $(KERNEL)$(emulator),,$(MAKE) --no-print-directory test-vm-annotate)
 
 .PHONY: test-vm-ci
 test-vm-ci: vm-parts ## the same on 5.10 and the newest only, without test-vm-annotate: test-node has more of it

@@ -105,8 +105,8 @@ __noinline int put_path(__u32 role)
 
 static __always_inline __u64 headroom(__u64 max, __u64 usage)
 {
-	if (max >= OOM_NO_LIMIT)
-		return OOM_NO_LIMIT;
+	if (max >= oom_no_limit)
+		return oom_no_limit;
 	return max > usage ? max - usage : 0;
 }
 
@@ -119,7 +119,7 @@ static __always_inline __u64 headroom(__u64 max, __u64 usage)
 __noinline __u64 infer_limit(__u64 trigger_memcg, __u32 unified)
 {
 	struct mem_cgroup *memcg = (void *)trigger_memcg, *owner = NULL;
-	__u64 least = OOM_NO_LIMIT;
+	__u64 least = oom_no_limit;
 
 	for (int level = 0; level < MAX_DEPTH && memcg; level++) {
 		__u64 room = headroom(BPF_CORE_READ(memcg, memory.max),

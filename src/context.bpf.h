@@ -112,15 +112,18 @@ static __always_inline __u8 scope_of(struct cause *c, enum oom_constraint constr
 }
 
 /*
- * outcome_of distinguishes a kill from the mark of a task that is exiting anyway. A hook that did not
- * run proves nothing. Only the stack proves that nobody was killed: the two callers of
- * mark_oom_victim() that do not kill are not below __oom_kill_process(). (The loader writes symbols
- * only if that function is not inlined.)
+ * outcome_of tells a kill from the mark of a task that is exiting anyway. That a hook did not run
+ * proves nothing: only the stack proves that nobody was killed. There both callers of mark_oom_victim()
+ * that do not kill are told by the absence of __oom_kill_process(). Where that has no address of its
+ * own, the loader writes oom_kill_process(), which is one of the two and calls it: it proves neither. A
+ * member of a group is only marked when it is killed.
  */
 static __always_inline __u8 outcome_of(bool killing, __u32 frames)
 {
-	if (killing || has(frames, OOM_FRAME_KILL))
+	if (killing || has(frames, OOM_FRAME_KILL) || has(frames, OOM_FRAME_GROUP))
 		return OOM_OUTCOME_KILLED;
+	if (has(frames, OOM_FRAME_KILL_PROCESS))
+		return OOM_OUTCOME_UNKNOWN;
 	return has(frames, OOM_FRAME_OOM) ? OOM_OUTCOME_EXITING : OOM_OUTCOME_UNKNOWN;
 }
 

@@ -12,6 +12,14 @@
 #include <bpf/bpf_helpers.h>
 
 /*
+ * element_of points to element i of an array of kernel structs. Where the index is a variable, CO-RE
+ * relocates the array and not the step: the compiler takes that from vmlinux.h. But the size of a
+ * struct depends on the kernel's configuration. percpu_counter, for one, is larger with
+ * DEBUG_SPINLOCK and smaller without HOTPLUG_CPU.
+ */
+#define element_of(array, i, type) ((type *)((void *)(array) + (__u64)(i)*bpf_core_type_size(type)))
+
+/*
  * mark_victim hands over the task since commit 72ba14deb40a ("mm: update mark_victim tracepoints
  * fields", v6.9, backported to stable kernels); before, only the thread's ID. The commit added uid to
  * the trace event and changed the prototype in one step.

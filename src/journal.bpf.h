@@ -87,12 +87,22 @@ static __always_inline void count(struct oom_event *e, struct oom_state *st, boo
 /*
  * put_journal writes the record behind the last one. head names it only now that it is whole.
  *
- * The barriers are for the compiler only: not every supported kernel has a CPU barrier for BPF. On a
- * weakly ordered CPU the reader may see head before the record, until the kernel's next barrier. Both
- * kinds of notification have one before the reader sees the notification: perf_output_put_handle()
- * and bpf_ringbuf_commit(). A reader that polls head has to wait a moment before it reads the record.
- * When a segment is reused, its earlier records have long been visible: oom_lock was released and
- * taken in between.
+ * The barriers are for the compiler alone. BPF has none for the CPU that every supported kernel knows:
+ * what -mcpu=v2 offers, an addition without a result, orders nothing on arm64, and the atomics that do
+ * came with v5.12. So on a weakly ordered CPU what is written here may become visible in any order, and
+ * the protocol with the reader (go/internal/loader/journal.go) rests on these:
+ *
+ * - One kill comes before the next for everybody who sees anything of the next: mark_oom_victim() is
+ *   called under oom_lock, which is released and acquired in between, on whatever CPUs.
+ * - A notification is seen after its record, and so after all records before it:
+ *   perf_output_put_handle() and bpf_ringbuf_commit() have a barrier before what the reader loads.
+ * - head may be seen before its record. A reader that goes by head has every CPU execute a barrier
+ *   (membarrier(2)) between the two. Without that call it waits for a moment.
+ * - Before a segment is written over, current has named the one before it, in an earlier kill. From
+ *   then on the reader rejects what it has copied out of the old one. Whoever loads anything of the
+ *   new one, and current after that, finds such a current.
+ * - first_seq and number of a segment that is begun may be seen in either order. Its first record is
+ *   then not visible for certain, so nobody looks for it there.
  */
 static __always_inline void put_journal(struct oom_event *e, struct oom_state *st, __u32 size)
 {
@@ -138,9 +148,9 @@ static __always_inline void put_journal(struct oom_event *e, struct oom_state *s
  * notify wakes the reader with the seq of the record, if it waits. A reader that is awake looks at head
  * before it waits again. A notification that is refused costs time, but no record.
  *
- * The reader sets waiting and then reads head. The program writes head and then reads waiting. A CPU
- * may reorder the program's two accesses, so the reader reads head again after a moment (see
- * visibleTime).
+ * The reader sets waiting and then reads head, the program writes head and then reads waiting. Any
+ * CPU, x86 too, may do the last two the other way round, so the reader looks once more after a moment
+ * (visibleTime). Should that be too short, the record is read at the next look: that costs time only.
  */
 static __always_inline void notify(void *ctx, __u64 seq, struct oom_stats *stats)
 {

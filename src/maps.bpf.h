@@ -14,6 +14,7 @@ const volatile __u32 oom_notify;	  /* enum oom_notify */
 const volatile __u32 oom_nr_cpus;	  /* possible CPUs */
 const volatile __u32 oom_one_memory_node; /* no cpuset or mempolicy can bind on such a machine */
 const volatile __u64 oom_generation;	  /* of this load: it speaks while the state says the same */
+const volatile __u64 oom_no_limit;	  /* PAGE_COUNTER_MAX, which depends on the page size */
 const volatile __u32 oom_segments;	  /* of the journal, a power of two */
 const volatile __u32 oom_symbol_count;
 const volatile struct oom_symbol oom_symbols[OOM_SYMBOLS_MAX];

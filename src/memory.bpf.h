@@ -37,7 +37,8 @@ static __always_inline __u64 positive(__s64 n)
  */
 static __always_inline void read_percpu_rss(struct oom_event *e, struct mm_struct *task_mm)
 {
-	struct mm_struct___since_v62 *mm = (void *)task_mm;
+	void *rss_stat =
+		(void *)task_mm + bpf_core_field_offset(struct mm_struct___since_v62, rss_stat);
 	__s64 sum[OOM_RSS_COUNTERS];
 	__u64 counters[OOM_RSS_COUNTERS];
 	struct bpf_array *array;
@@ -46,8 +47,10 @@ static __always_inline void read_percpu_rss(struct oom_event *e, struct mm_struc
 	__u32 zero = 0;
 
 	for (int i = 0; i < OOM_RSS_COUNTERS; i++) {
-		sum[i] = BPF_CORE_READ(mm, rss_stat[i].count);
-		counters[i] = (__u64)BPF_CORE_READ(mm, rss_stat[i].counters);
+		struct percpu_counter *counter = element_of(rss_stat, i, struct percpu_counter);
+
+		sum[i] = BPF_CORE_READ(counter, count);
+		counters[i] = (__u64)BPF_CORE_READ(counter, counters);
 		e->memory.batched[i] = positive(sum[i]);
 		e->memory.rss[i] = positive(sum[i]);
 		/* percpu_counter_init_many() allocates them as one block. */
@@ -88,10 +91,11 @@ static __always_inline void read_memory(struct oom_event *e, struct task_struct 
 	if (rss_is_percpu()) {
 		read_percpu_rss(e, mm);
 	} else {
-		struct mm_struct___before_v62 *old = (void *)mm;
+		void *count = (void *)mm +
+			      bpf_core_field_offset(struct mm_struct___before_v62, rss_stat.count);
 
 		for (int i = 0; i < OOM_RSS_COUNTERS; i++) {
-			__s64 n = BPF_CORE_READ(old, rss_stat.count[i].counter);
+			__s64 n = BPF_CORE_READ(element_of(count, i, atomic_long_t), counter);
 
 			e->memory.batched[i] = positive(n);
 			e->memory.rss[i] = positive(n);

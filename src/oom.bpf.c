@@ -107,7 +107,7 @@ static __always_inline void read_victim(struct oom_event *e, struct task_struct 
 	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
 	struct pid *pid = BPF_CORE_READ(leader, thread_pid);
 	unsigned int level = BPF_CORE_READ(pid, level);
-	struct upid upid = {};
+	struct upid *upid;
 
 	e->victim.tid = BPF_CORE_READ(task, pid);
 	e->victim.tgid = BPF_CORE_READ(task, tgid);
@@ -115,8 +115,8 @@ static __always_inline void read_victim(struct oom_event *e, struct task_struct 
 	e->victim.oom_score_adj = BPF_CORE_READ(task, signal, oom_score_adj);
 	e->victim.start_boottime_ns = BPF_CORE_READ(leader, start_boottime);
 	BPF_CORE_READ_STR_INTO(&e->victim.comm, task, comm);
-	bpf_core_read(&upid, sizeof(upid), &pid->numbers[level]);
-	e->victim.ns_tgid = upid.nr;
+	upid = element_of((void *)pid + bpf_core_field_offset(struct pid, numbers), level, struct upid);
+	e->victim.ns_tgid = BPF_CORE_READ(upid, nr);
 	e->flags |= OOM_F_VICTIM;
 	read_memory(e, task);
 }

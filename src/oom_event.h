@@ -106,9 +106,10 @@ struct oom_memory {
 	__u64 pgtables;			 /* bytes */
 };
 
-/* In pages; a max of OOM_NO_LIMIT or more is no limit (PAGE_COUNTER_MAX on 64 bit). */
-#define OOM_NO_LIMIT (0x7fffffffffffffffULL / 4096)
-
+/*
+ * In pages of the kernel. A max of PAGE_COUNTER_MAX or more is no limit: LONG_MAX / PAGE_SIZE
+ * (include/linux/page_counter.h).
+ */
 struct oom_limit {
 	__u64 max;
 	__u64 usage;
@@ -268,7 +269,7 @@ _Static_assert(sizeof(struct oom_state) == 168, "oom_state");
 
 enum oom_frame {
 	OOM_FRAME_KILL = 0,	    /* __oom_kill_process: a real kill */
-	OOM_FRAME_KILL_PROCESS = 1, /* oom_kill_process */
+	OOM_FRAME_KILL_PROCESS = 1, /* oom_kill_process, where that is inlined into it */
 	OOM_FRAME_GROUP = 2,	    /* oom_kill_memcg_member: memory.oom.group */
 	OOM_FRAME_OOM = 3,	    /* out_of_memory */
 	OOM_FRAME_MEMCG = 4,	    /* mem_cgroup_out_of_memory */

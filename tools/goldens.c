@@ -218,7 +218,7 @@ static void truncated(const char *dir)
 	strcpy(e.victim.comm, "v");
 	e.victim.oom_score_adj = 1000;
 	e.memory.batched[OOM_RSS_ANON] = e.memory.rss[OOM_RSS_ANON] = 5;
-	e.limit.max = OOM_NO_LIMIT;
+	e.limit.max = 0x7fffffffffffffffULL / 4096; /* PAGE_COUNTER_MAX with pages of 4 KiB */
 	leaf = name("a");
 	name("b");
 	cgroup(OOM_CG_VICTIM, 701, leaf, OOM_CG_F_TRUNCATED);

@@ -43,7 +43,7 @@ enum {
 	UID = 1234,
 };
 
-static const size_t page = 4096;
+static size_t page;
 static size_t bytes;
 static int hold;	 /* where to say so */
 static const char *file; /* of "mixed" */
@@ -320,6 +320,7 @@ int main(int argc, char **argv)
 		fprintf(stderr, "hog: COUNT is 0..100000 and MIB 1..4096\n");
 		return 2;
 	}
+	page = sysconf(_SC_PAGESIZE);
 	bytes = (size_t)mib << 20;
 	hold = strcmp(mode, "hold") == 0 ? STDOUT_FILENO : 0;
 	file = paths(mode) == 1 ? argv[4] : NULL;

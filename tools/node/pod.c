@@ -64,7 +64,7 @@ int main(int argc, char **argv)
 	/* Fast, or an emulated node's kubelet evicts the pod before the kernel kills. It need not
 	 * succeed. */
 	madvise(p, mib << 20, MADV_HUGEPAGE);
-	for (long i = 0; i < mib << 20; i += 4096)
+	for (long i = 0; i < mib << 20; i += sysconf(_SC_PAGESIZE))
 		p[i] = 1;
 	return 0;
 }

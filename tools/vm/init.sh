@@ -7,6 +7,7 @@
 #
 #   oom.cgroup=v2|v1     the hierarchy of the memory controller
 #   oom.nodes=N          NUMA nodes that are wanted
+#   oom.port=ttyS1       the second serial port
 #   oom.run=, oom.skip=, oom.timeout=    as go test has them
 #
 # What the tests print, and these lines, go to the second serial port, which no kernel message cuts in
@@ -91,5 +92,5 @@ cd /tmp || exit
 		echo "VM-EXIT $?"
 	fi
 	echo VM-END
-} >/dev/ttyS1 </dev/null
+} >"/dev/$(param port ttyS1)" </dev/null
 poweroff -f

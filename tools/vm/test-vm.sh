@@ -17,11 +17,12 @@
 #
 #   KERNELS="6.12 7.2"   only these of the stock Debian kernels. The newest package of each suite is taken,
 #                        so "7" and "7.2" both mean whatever sid has; "newest" does too.
-#   KERNEL=FILE          a kernel (bzImage) of one's own instead
+#   ARCH=arm64           kernels of another architecture (the programs too); 7.2-16k has pages of 16 KiB
+#   KERNEL=FILE          a kernel (bzImage, or arm64's Image) of one's own instead
 #   BOOTS="v2 v1"        only these boots
 #   RUN=REGEXP           only these tests (with BOOTS: a boot in which none of them runs fails)
 #   FRESH=1              look for newer packages now (else once a week)
-#   JOBS=2 TIMEOUT=720 SMP=1 MEMORY=512 ACCEL=tcg,thread=multi      machines at once; seconds per boot;
+#   JOBS=2 TIMEOUT=720 (arm64: 1440) SMP=1 MEMORY=512 ACCEL=tcg,thread=multi      machines at once; seconds per boot;
 #                        CPUs and MiB of a machine; what runs it
 #   CACHE, OUT           where packages are kept; where results go (build/vm)
 #
@@ -57,11 +58,29 @@ here=$(cd "$(dirname "$0")" && pwd)
 tools=$(dirname "$here")
 CACHE=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/oom-tracer}
 OUT=${OUT:-$tools/../build/vm}
+ARCH=${ARCH:-$(dpkg --print-architecture)}
 JOBS=${JOBS:-2}
-TIMEOUT=${TIMEOUT:-720}
 SMP=${SMP:-1}
 MEMORY=${MEMORY:-512}
 ACCEL=${ACCEL:-tcg,thread=multi}
+# What QEMU is to be, and the machine's second serial port, which is not cut in two by the kernel's messages.
+case $ARCH in
+amd64)
+	# -cx16 and no_timer_check keep clear of two faults of the emulator (a double fault on 6.12, a panic
+	# of the IO-APIC on 5.10).
+	emulator=(qemu-system-x86_64 -cpu 'max,-cx16')
+	ports=(console=ttyS0 oom.port=ttyS1 no_timer_check)
+	numa=ACPI_NUMA
+	TIMEOUT=${TIMEOUT:-720}
+	;;
+arm64)
+	emulator=(qemu-system-aarch64 -M 'virt,gic-version=3' -cpu neoverse-n1)
+	ports=(console=ttyAMA0 oom.port=ttyS0)
+	numa=NUMA
+	TIMEOUT=${TIMEOUT:-1440}
+	;;
+*) die "ARCH: must be amd64 or arm64, not $ARCH" ;;
+esac
 BOOTS=${BOOTS:-v2 confined ${faults:+faults} v1 numa}
 for boot in $BOOTS; do
 	[[ $boot == @(v2|confined|faults|v1|numa) ]] || die "BOOTS: $boot is none of v2, confined, faults, v1, numa"
@@ -71,9 +90,13 @@ done
 # --- what to boot
 
 # release VMLINUZ prints the release that a bzImage says it is (Documentation/arch/x86/boot.rst,
-# kernel_version).
+# kernel_version), or linux_banner in arm64's Image (Documentation/arch/arm64/booting.rst).
 release() {
 	local at text
+	if [[ $(od -An -c -j 56 -N 4 "$1" 2>/dev/null | tr -d ' \n') == ARMd ]]; then
+		LC_ALL=C grep -aoE 'Linux version [0-9][^ ]+ ' "$1" | sed -n '1s/Linux version \(.*\) /\1/p'
+		return
+	fi
 	[[ $(od -An -c -j 514 -N 4 "$1" 2>/dev/null | tr -d ' \n') == HdrS ]] || return 0
 	at=$(od -An -v -j 526 -N 2 -t u2 --endian=little "$1" | tr -d ' \n')
 	text=$(dd if="$1" bs=1 skip=$((at + 512)) count=200 status=none | tr '\0' ' ')
@@ -89,14 +112,15 @@ if [[ -n ${KERNEL:-} ]]; then
 	image[own]=$KERNEL
 	config[own]=
 	version[own]=$(release "$KERNEL")
-	[[ -n ${version[own]} ]] || die "$KERNEL is not a bzImage (an x86 vmlinuz)"
+	[[ -n ${version[own]} ]] || die "$KERNEL is not a bzImage (an x86 vmlinuz), nor an uncompressed Image of arm64"
 	what[own]=$KERNEL
 else
-	kernels=$(CACHE=$CACHE "$here/kernels.sh")
+	kernels=$(CACHE=$CACHE ARCH=$ARCH "$here/kernels.sh")
 	while read -r _ dir; do
 		said=$(release "$dir/vmlinuz")
 		[[ $said =~ ^[0-9]+\.[0-9]+ ]] || die "$dir/vmlinuz does not say what it is"
 		name=${BASH_REMATCH[0]}
+		[[ $said != *-16k ]] || name+=-16k
 		names+=("$name")
 		image[$name]=$dir/vmlinuz
 		config[$name]=$dir/config
@@ -110,7 +134,7 @@ has() {
 	local file=${config[$1]} wanted
 	case $2 in
 	v2 | confined | faults) wanted='MEMCG' ;;
-	numa) wanted='ACPI_NUMA' ;;
+	numa) wanted=$numa ;;
 	v1) wanted='MEMCG_V1' ;;
 	esac
 	if [[ -z $file ]]; then
@@ -127,13 +151,20 @@ has() {
 
 # --- the machine
 
+# A busybox of the machine's architecture.
+busybox=$(command -v busybox)
+if [[ $ARCH != $(dpkg --print-architecture) ]]; then
+	busybox=$CACHE/busybox-$ARCH/bin/busybox
+	[[ -e $busybox ]] || DEB_ARCH=$ARCH "$tools/fetch-deb.sh" bookworm "$CACHE/busybox-$ARCH" busybox-static
+fi
+
 # pack TEST_BINARY INITRAMFS writes an initramfs.
 pack() {
 	local root=$OUT/root
 	rm -rf "$root"
 	mkdir -p "$root/bin"
 	install -m 755 "$here/init.sh" "$root/init"
-	install -m 755 "$(command -v busybox)" "$root/bin/busybox"
+	install -m 755 "$busybox" "$root/bin/busybox"
 	install -m 755 "$1" "$root/bin/vm.test"
 	if ((${#programs[@]})); then install -m 755 "${programs[@]}" "$root/bin"; fi
 	(cd "$root" && find . | cpio --quiet -o -H newc -R 0:0) >"$2"
@@ -157,15 +188,18 @@ run_machine() {
 	faults) initramfs+=.faults run='^TestVM(Faults|MissedHook)' skip= ;;
 	v1) cgroup=v1 ;;
 	esac
-	local append=(console=ttyS0 loglevel=4 log_buf_len=4M panic=-1 oops=panic mitigations=off no_timer_check
+	local append=("${ports[@]}" loglevel=4 log_buf_len=4M panic=-1 oops=panic mitigations=off
 		"oom.cgroup=$cgroup" "oom.nodes=$nodes"
 		"oom.run=${RUN:-$run}" "oom.skip=$skip" "oom.timeout=$((TIMEOUT > 60 ? TIMEOUT - 40 : TIMEOUT))s")
+	if [[ $ARCH == arm64 ]]; then # it has one port
+		args+=(-chardev "file,id=output,path=$dir/output.log" -device 'pci-serial,chardev=output')
+	else
+		args+=(-serial "file:$dir/output.log")
+	fi
 
-	# -cx16 and no_timer_check keep clear of two faults of the emulator (a double fault on 6.12, a panic
-	# of the IO-APIC on 5.10).
-	timeout --kill-after=10 "$TIMEOUT" qemu-system-x86_64 -accel "$ACCEL" -cpu max,-cx16 -smp "$SMP" -m "$MEMORY" \
+	timeout --kill-after=10 "$TIMEOUT" "${emulator[@]}" -accel "$ACCEL" -smp "$SMP" -m "$MEMORY" \
 		-nodefaults -no-user-config -display none -monitor none -no-reboot \
-		-serial "file:$dir/console.log" -serial "file:$dir/output.log" \
+		-serial "file:$dir/console.log" \
 		-kernel "${image[$kernel]}" -initrd "$initramfs" -append "${append[*]}" "${args[@]}" \
 		>"$dir/qemu.log" 2>&1 </dev/null &
 	machine=$!
@@ -234,6 +268,8 @@ boot() {
 	wanted=$(has "$kernel" "$boot")
 	if [[ $wanted == no ]]; then
 		verdict=n/a why='not in this kernel (its configuration)'
+	elif [[ $boot == confined && $ARCH == arm64 && ${version[$kernel]} =~ ^(5|6\.[0-3])\. ]]; then
+		verdict=n/a why='expects fentry, which arm64 has since 6.4'
 	elif [[ $boot == faults && $kernel != "${names[0]}" && $kernel != "${names[-1]}" ]]; then
 		# It tests the comparison, of which there are two sorts: before and since the tracepoint has the task.
 		verdict=n/a why='done on the oldest and the newest'

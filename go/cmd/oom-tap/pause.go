@@ -24,7 +24,7 @@ const maxReason = 300
 
 func newLedger(conn *bus.Conn, o options) *budget.Ledger {
 	policy := o.config.Policy
-	return &budget.Ledger{Cell: conn.KVEntry(budget.Key), Limits: policy.Budgets, Keep: policy.MaxEventAge, Now: time.Now}
+	return &budget.Ledger{Entry: conn.KVEntry(budget.Key), Limits: policy.Budgets, Keep: policy.MaxEventAge, Now: time.Now}
 }
 
 // setPause replaces the pause, shows one that was in force, and returns whether there was one.

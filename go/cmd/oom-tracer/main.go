@@ -66,12 +66,12 @@ func commandLine() *cobra.Command {
 	output, btf := "", ""
 	doctorCommand := &cobra.Command{
 		Use: "doctor", Short: "Show what this kernel and this process can do",
-		Long: `Show what this kernel and this process can do. With --btf: whether the program fits the kernel with these types; nothing of
-this machine and no config is read.`,
+		Long: `Show what this kernel and this process can do. With --btf: whether the program fits the kernel with these types,
+or each of the kernels in a directory; nothing of this machine and no config is read.`,
 		Annotations: map[string]string{cli.ExitHelp(cli.ExitFailure): "failed, or tracing cannot work"},
 	}
 	cli.Output(doctorCommand, &output, "the `format`: text or json")
-	doctorCommand.Flags().StringVar(&btf, "btf", "", "the kernel's BTF in a `file`, raw or in an ELF file")
+	doctorCommand.Flags().StringVar(&btf, "btf", "", "the kernel's BTF in a `file`, raw or in an ELF file, or a directory of such files")
 	cli.File(doctorCommand.Flags(), "btf")
 	doctorCommand.RunE = func(cmd *cobra.Command, args []string) error {
 		if btf != "" {

@@ -171,7 +171,7 @@ func compareWithConsole(t *testing.T, e *event.Event, k *kmsg.Kill) {
 		}
 	}
 	near := func(field string, got, want uint64) {
-		if max(got, want)-min(got, want) > rssSlack {
+		if max(got, want)-min(got, want) > rssSlack() {
 			t.Errorf("%s: %s: %d, the console says %d", e.ID, field, got, want)
 		}
 	}

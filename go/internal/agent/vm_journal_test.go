@@ -109,7 +109,7 @@ func metric(t *testing.T, series string) string {
 func TestVMJournalVictim(t *testing.T) {
 	config := vmConfig(t, "auto")
 	first := vmTracer(t, config)
-	tier := regexp.MustCompile(`tier=(\w+)`).FindStringSubmatch(first.log.String())[1]
+	tier := regexp.MustCompile(`msg="tracing oom kills".* tier=(\w+)`).FindStringSubmatch(first.log.String())[1]
 	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", first.Process.Pid), []byte("1000"), 0); err != nil {
 		t.Fatal(err)
 	}

@@ -3,8 +3,9 @@
 //
 // Rule of the package: no wrong pod. Every component from the node's root down to the container that
 // looks like a part of a kubelet's tree must be one that a kubelet or a runtime makes at that very
-// place; otherwise the path names no pod at all. What lies below a pod's container was made by the
-// container, under whatever names it liked, and counts for nothing.
+// place; otherwise the path names no pod at all. What lies below a pod's cgroup is the pod's, whatever
+// it is called: a runtime that is not known made it (the container is then not known either), or a
+// container, under whatever names it liked.
 //
 // What a path cannot say: a pod's sandbox (the pause container) has the same shape as the pod's
 // containers, so that ContainerID may be a sandbox's.
@@ -169,7 +170,7 @@ type place struct {
 // walk follows the kubelet's tree whose root is parts[at] down to the container's cgroup, or as far
 // as the path goes. It fails at the first component that does not belong there.
 //
-// The tree is kubepods[/burstable|/besteffort]/pod<uid>/<container>, guaranteed pods standing
+// The tree is [kubepods/...]kubepods[/burstable|/besteffort]/pod<uid>/<container>, guaranteed pods standing
 // directly under kubepods: qosContainerManagerImpl.Start() in
 // pkg/kubelet/cm/qos_container_manager_linux.go and podContainerManagerImpl.GetPodContainerName()
 // in pkg/kubelet/cm/pod_container_manager_linux.go.
@@ -187,6 +188,14 @@ func walk(parts []string, at int) (place, bool) {
 	}
 
 	name := tree.child(parts[p.end])
+	// The kubelet's --cgroup-root has the same name (Docker Desktop: /kubepods/kubepods/burstable/...).
+	for name == kubepods {
+		p.end++
+		if p.end == len(parts) {
+			return p, true
+		}
+		name = tree.child(parts[p.end])
+	}
 	p.container.QoS = guaranteed
 	if name == burstable || name == bestEffort {
 		p.container.QoS, p.level = name, event.LevelQoS
@@ -210,20 +219,20 @@ func walk(parts []string, at int) (place, bool) {
 	id, runtime, monitor := containerName(parts[p.end], tree.systemd())
 	p.end++
 	switch {
-	case monitor && p.end == len(parts):
+	case monitor:
 		// conmon_cgroup = "pod" in crio.conf: the monitor's memory is charged to the pod, and no
-		// container of it was hit. It makes no cgroups, so that nothing stands below its own.
+		// container of it was hit.
 		p.container.Runtime, p.level = runtime, event.LevelOther
-	case id != "" && !monitor:
+	case id != "":
 		p.container.ContainerID, p.container.Runtime = id, runtime
 		p.level = event.LevelContainer
 		if tree.systemd() {
 			p.end = skipSubgroup(parts, p.end)
 		}
 	default:
-		// The pod is plain to see, but not who made this cgroup in it (Kata's kata_overhead, a
-		// runtime still to come): not fully understood, so no pod.
-		return place{}, false
+		// The pod's own cgroup proves the pod, but nothing says who made this one in it: Kata's sandbox
+		// (kata_<id>, kata_overhead), another runtime.
+		p.level = event.LevelOther
 	}
 	return p, true
 }
@@ -307,6 +316,13 @@ func colonForm(c string) (event.Container, bool) {
 	root, rest, isKube := strings.Cut(unit, kubepods+"-")
 	if !ok || !isKube || !isRootPrefix(root) || !isHex(id, 64) {
 		return event.Container{}, false
+	}
+	for { // a --cgroup-root of that name; see walk
+		inner, same := strings.CutPrefix(rest, kubepods+"-")
+		if !same {
+			break
+		}
+		rest = inner
 	}
 	qos, name, ok := strings.Cut(rest, "-")
 	switch {

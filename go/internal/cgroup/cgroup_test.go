@@ -26,6 +26,8 @@ const (
 	sysG  = "/kubepods.slice/kubepods-pod" + uid_ + ".slice"
 	kindB = "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod" + uid_ + ".slice"
 	deepB = "/a.slice/a-b_c.slice/a-b_c-kubepods.slice/a-b_c-kubepods-burstable.slice/a-b_c-kubepods-burstable-pod" + uid_ + ".slice"
+	// A kubelet with --cgroup-root=/kubepods.
+	twiceB = "/kubepods.slice/kubepods-kubepods.slice/kubepods-kubepods-burstable.slice/kubepods-kubepods-burstable-pod" + uid_ + ".slice"
 	// A container in a pod on the machine.
 	other = "/kubepods/besteffort/pod" + uid2 + "/" + id2
 	nodeD = "/system.slice/docker-" + id2 + ".scope"
@@ -45,7 +47,7 @@ func bare(runtime, id string) *event.Container {
 }
 
 // shape is one path that is understood. Every byte of the path outside of free and below is
-// structure: with any of them off, nothing may be proven.
+// structure: with any of them off, nothing may be proven but the pod, where it stands to the left.
 type shape struct {
 	name  string
 	free  string // what stands to the left and may have any name
@@ -83,6 +85,8 @@ func shapes() []shape {
 		{"systemd, cri-dockerd", "", sysE + "/docker-" + id + ".scope", "", pod("besteffort", "docker", id), con},
 		{"systemd, the pod's own cgroup", "", sysB, "", pod("burstable", "", ""), lp},
 		{"systemd, guaranteed, the pod's own cgroup", "", sysG, "", pod("guaranteed", "", ""), lp},
+		{"systemd, Kata", "", sysB, "/kata_" + id, pod("burstable", "", ""), lp},
+		{"systemd, gVisor", "", sysG + "/cri-containerd-" + id + ".scope", "/" + id2, pod("guaranteed", "containerd", id), con},
 		{"systemd, static", "", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + hash + ".slice/cri-containerd-" + id + ".scope", "", static("burstable", "containerd", id), con},
 		{"systemd, static, guaranteed", "", "/kubepods.slice/kubepods-pod" + hash + ".slice/crio-" + id + ".scope", "", static("guaranteed", "cri-o", id), con},
 		{"systemd, ten levels below", "", sysB + "/cri-containerd-" + id + ".scope", ten, pod("burstable", "containerd", id), con},
@@ -93,6 +97,9 @@ func shapes() []shape {
 		{"cgroupfs, CRI-O", "", "/kubepods/burstable/pod" + uid + "/crio-" + id, "", pod("burstable", "cri-o", id), con},
 		{"cgroupfs, CRI-O's monitor", "", "/kubepods/pod" + uid + "/crio-conmon-" + id, "", pod("guaranteed", "cri-o", ""), oth},
 		{"cgroupfs, the pod's own cgroup", "", "/kubepods/besteffort/pod" + uid, "", pod("besteffort", "", ""), lp},
+		{"cgroupfs, Kata", "", "/kubepods/pod" + uid, "/kata_" + id, pod("guaranteed", "", ""), lp},
+		{"cgroupfs, Kata's overhead", "", "/kubepods/besteffort/pod" + uid, "/kata_overhead/" + id, pod("besteffort", "", ""), lp},
+		{"cgroupfs, gVisor", "", "/kubepods/burstable/pod" + uid + "/" + id, "/" + id2, pod("burstable", "", id), con},
 		{"cgroupfs, static", "", "/kubepods/burstable/pod" + hash + "/" + id, "", static("burstable", "", id), con},
 		{"cgroupfs, static, the pod's own cgroup", "", "/kubepods/pod" + hash, "", static("guaranteed", "", ""), lp},
 		{"cgroupfs, ten levels below", "", "/kubepods/besteffort/pod" + uid + "/" + id, ten, pod("besteffort", "", id), con},
@@ -107,10 +114,16 @@ func shapes() []shape {
 		{"--cgroup-root of two levels, systemd", "", deepB + "/crio-" + id + ".scope", "", pod("burstable", "cri-o", id), con},
 		{"--cgroup-root, systemd, guaranteed", "", "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod" + uid_ + ".slice/cri-containerd-" + id + ".scope", "", pod("guaranteed", "containerd", id), con},
 		{"--cgroup-root, cgroupfs", "/kubelet", "/kubepods/burstable/pod" + uid + "/" + id, "", pod("burstable", "", id), con},
+		{"--cgroup-root=/kubepods, cgroupfs (Docker Desktop)", "/kubepods", "/kubepods/burstable/pod" + uid + "/" + id, "", pod("burstable", "", id), con},
+		{"--cgroup-root=/kubepods, guaranteed", "/kubepods", "/kubepods/pod" + uid, "", pod("guaranteed", "", ""), lp},
+		{"--cgroup-root=/kubepods, systemd", "", twiceB + "/cri-containerd-" + id + ".scope", "", pod("burstable", "containerd", id), con},
+		{"--cgroup-root=/kubelet/kubepods, systemd", "", "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-kubepods.slice/kubelet-kubepods-kubepods-pod" + uid_ + ".slice/crio-" + id + ".scope", "", pod("guaranteed", "cri-o", id), con},
+		{"--cgroup-root=/kubepods, colon form", "/system.slice/containerd.service/kubepods", "-kubepods-burstable-pod" + uid_ + ".slice:cri-containerd:" + id, "", pod("burstable", "containerd", id), con},
 		{"k3s", "/system.slice/k3s.service", "/kubepods/besteffort/pod" + uid + "/" + id, "", pod("besteffort", "", id), con},
 		{"kind in docker, systemd", nodeD, kindB + "/cri-containerd-" + id + ".scope", "", pod("burstable", "containerd", id), con},
 		{"kind in docker, cgroupfs", "/docker/" + id2 + "/kubelet", "/kubepods/pod" + uid + "/" + id, "", pod("guaranteed", "", id), con},
 		{"kind in podman", "/machine.slice/libpod-" + id2 + ".scope/container", kindB + "/cri-containerd-" + id + ".scope", "", pod("burstable", "containerd", id), con},
+		{"kind in kind", nodeD + "/docker/" + id2, kindB + "/cri-containerd-" + id + ".scope", "", pod("burstable", "containerd", id), con},
 		{"minikube in docker", "/docker/" + id2, sysE + "/docker-" + id + ".scope", "", pod("besteffort", "docker", id), con},
 
 		{"docker, cgroupfs", "", "/docker/" + id, "", bare("docker", id), con},
@@ -141,15 +154,24 @@ func TestParse(t *testing.T) {
 func TestParseNearMiss(t *testing.T) {
 	for _, s := range shapes() {
 		t.Run(s.name, func(t *testing.T) {
+			p := s.path
+			// inPod is where the name of the container begins that stands in the pod's own cgroup.
+			inPod := len(p) + 1
+			if i := strings.LastIndexByte(p, '/') + 1; s.want.PodUID != "" && strings.Contains(p[i:], id) && !strings.Contains(p, ":") {
+				inPod = i
+			}
 			miss := func(what string, i int, structure string) {
 				path := s.free + structure + s.below
+				var want *event.Container
+				if i >= inPod && !strings.Contains(path, "\x00") {
+					want = &event.Container{PodUID: s.want.PodUID, QoS: s.want.QoS, Static: s.want.Static}
+				}
 				for _, root := range s.roots() {
-					if c := cgroup.Parse(root, path); c != nil {
-						t.Fatalf("%s at %d: Parse(%q, %q) = %+v, want nil", what, i, root, path, *c)
+					if c := cgroup.Parse(root, path); !same(want, c) {
+						t.Fatalf("%s at %d: Parse(%q, %q): -want +got\n%s", what, i, root, path, cmp.Diff(want, c))
 					}
 				}
 			}
-			p := s.path
 			for i := range len(p) {
 				for _, c := range []string{"~", "g", "A", ".", ":", "\x00", "\xff"} {
 					if c != p[i:i+1] {
@@ -187,7 +209,6 @@ func TestParseNothing(t *testing.T) {
 		{"dot", "/." + plainID},
 		{"dot dot", plainID + "/.."},
 		{"dot dot inside", "/docker/../kubepods/pod" + uid},
-		{"invalid UTF-8 in the pod", "/kubepods/burstable/pod" + uid + "/\xc3\x28"},
 		{"NUL", plainID + "/a\x00b"},
 		{"newline", plainID + "/a\nb"},
 		{"newline at the end", plainID + "\n"},
@@ -213,16 +234,6 @@ func TestParseNothing(t *testing.T) {
 		{"container directly under a QoS class", "/kubepods/burstable/" + id},
 		{"guaranteed has no directory", "/kubepods/guaranteed/pod" + uid + "/" + id},
 		{"guaranteed has no slice", "/kubepods.slice/kubepods-guaranteed.slice/kubepods-guaranteed-pod" + uid_ + ".slice"},
-		{"unknown under the pod", "/kubepods/burstable/pod" + uid + "/foo"},
-		{"unknown under the pod, container below", "/kubepods/burstable/pod" + uid + "/foo/" + id},
-		{"Kata's overhead", "/kubepods/burstable/pod" + uid + "/kata_overhead"},
-		{"below CRI-O's monitor", sysB + "/crio-conmon-" + id + ".scope/foo"},
-		{"podman in a pod's slice", sysB + "/libpod-" + id + ".scope"},
-		{"plain ID under systemd", sysB + "/" + id},
-		{"scope of no runtime", sysB + "/" + id + ".scope"},
-		{"scope under cgroupfs", "/kubepods/burstable/pod" + uid + "/crio-" + id + ".scope"},
-		{"containerd's prefix under cgroupfs", "/kubepods/burstable/pod" + uid + "/cri-containerd-" + id},
-		{"short ID", "/kubepods/burstable/pod" + uid + "/" + id[:12]},
 		{"UUID without dashes is static, with some it is not", "/kubepods/pod0b9de1c4-6a3f4c579d217e5fa08c3b62"},
 		{"UID with dashes in a slice", "/kubepods.slice/kubepods-pod" + uid + ".slice"},
 		{"UID with underscores under cgroupfs", "/kubepods/pod" + uid_ + "/" + id},
@@ -242,7 +253,6 @@ func TestParseNothing(t *testing.T) {
 		{"kubepods in another slice", "/system.slice" + sysB},
 		{"empty element in a slice's name", "/a.slice/a-.slice/a--kubepods.slice/a--kubepods-pod" + uid_ + ".slice"},
 		{"leading dash in a slice's name", "/-kubepods.slice/-kubepods-pod" + uid_ + ".slice"},
-		{"--cgroup-root=/kubepods", "/kubepods/kubepods/pod" + uid + "/" + id},
 		{"kubepods in a longer name", "/my-kubepods-backup" + plainID},
 		{"pod without kubepods", "/pod" + uid2 + plainID},
 
@@ -254,7 +264,6 @@ func TestParseNothing(t *testing.T) {
 
 		// What imitates a kubelet's tree outside of any container of a pod.
 		{"fake left of a valid one", "/kubepods/burstable/podx/" + id2 + plainID},
-		{"fake in the pod, beside the containers", "/kubepods/burstable/pod" + uid + "/kubepods/burstable/pod" + uid2 + "/" + id2},
 		{"fake below docker", "/docker/" + id2 + "/kubepods/burstable/podx"},
 		{"fake below docker, left of a valid one", "/docker/" + id2 + "/kubepods/burstable/podx" + plainID},
 		{"fake below docker: pod without kubepods", "/docker/" + id2 + "/pod" + uid},
@@ -262,6 +271,39 @@ func TestParseNothing(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			if c := cgroup.Parse("/", tt.path); c != nil {
 				t.Errorf("Parse(/, %q) = %+v, want nil", tt.path, *c)
+			}
+		})
+	}
+}
+
+// A pod is proven by its own cgroup, whatever stands in that.
+func TestParsePod(t *testing.T) {
+	for _, tt := range []struct {
+		name, path string
+		want       *event.Container
+	}{
+		{"invalid UTF-8 in the pod", "/kubepods/burstable/pod" + uid + "/\xc3\x28", pod("burstable", "", "")},
+		{"unknown under the pod", "/kubepods/burstable/pod" + uid + "/foo", pod("burstable", "", "")},
+		{"unknown under the pod, container below", "/kubepods/burstable/pod" + uid + "/foo/" + id, pod("burstable", "", "")},
+		{"below CRI-O's monitor", sysB + "/crio-conmon-" + id + ".scope/foo", pod("burstable", "cri-o", "")},
+		{"podman in a pod's slice", sysB + "/libpod-" + id + ".scope", pod("burstable", "", "")},
+		{"plain ID under systemd", sysB + "/" + id, pod("burstable", "", "")},
+		{"scope of no runtime", sysB + "/" + id + ".scope", pod("burstable", "", "")},
+		{"scope under cgroupfs", "/kubepods/burstable/pod" + uid + "/crio-" + id + ".scope", pod("burstable", "", "")},
+		{"containerd's prefix under cgroupfs", "/kubepods/burstable/pod" + uid + "/cri-containerd-" + id, pod("burstable", "", "")},
+		{"short ID", "/kubepods/burstable/pod" + uid + "/" + id[:12], pod("burstable", "", "")},
+		{"fake in the pod, beside the containers", "/kubepods/burstable/pod" + uid + "/kubepods/burstable/pod" + uid2 + "/" + id2, pod("burstable", "", "")},
+		{"Kata with a scope", sysB + "/kata_" + id + ".scope/vcpus", pod("burstable", "", "")},
+		{"another pod's slice in it", sysB + strings.ReplaceAll(sysB, uid_, uid2_), pod("burstable", "", "")},
+		{"another pod in Kata's", "/kubepods/pod" + uid + "/kata_" + id + other, pod("guaranteed", "", "")},
+		{"Kata in a kubepods in kubepods", "/kubepods/kubepods/besteffort/pod" + uid + "/kata_" + id, pod("besteffort", "", "")},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if diff := cmp.Diff(tt.want, cgroup.Parse("/", tt.path)); diff != "" {
+				t.Errorf("Parse(/, %q): -want +got\n%s", tt.path, diff)
+			}
+			if got := cgroup.Level("/", tt.path); got != event.LevelOther {
+				t.Errorf("Level(/, %q) = %s, want other", tt.path, got)
 			}
 		})
 	}
@@ -293,11 +335,11 @@ func imitations() []string {
 	return all
 }
 
-// TestParseBelow puts below every container of a pod whatever the container may make there: the trees
+// TestParseBelow puts below every pod and every container of one whatever the container may make there: the trees
 // of other pods, whole and cut off.
 func TestParseBelow(t *testing.T) {
 	for _, s := range shapes() {
-		if s.want.PodUID == "" || s.want.ContainerID == "" {
+		if s.want.PodUID == "" {
 			continue
 		}
 		t.Run(s.name, func(t *testing.T) {
@@ -394,6 +436,14 @@ func TestLevel(t *testing.T) {
 		{"/", "/", event.LevelNode},
 		{"/", "/kubepods.slice", event.LevelKubepods},
 		{"/", "/kubepods", event.LevelKubepods},
+		{"/", "/kubepods/kubepods", event.LevelKubepods},
+		{"/", "/kubepods/kubepods/burstable", event.LevelQoS},
+		{"/", "/kubepods/kubepods/burstable/pod" + uid, event.LevelPod},
+		{"/", "/kubepods/burstable/kubepods", event.LevelOther},
+		{"/", "/kubepods.slice/kubepods-kubepods.slice", event.LevelKubepods},
+		{"/", "/kubepods.slice/kubepods-kubepods.slice/kubepods-kubepods-besteffort.slice", event.LevelQoS},
+		{"/", twiceB, event.LevelPod},
+		{"/", "/kubepods/pod" + uid + "/kata_" + id, event.LevelOther},
 		{"/", "/kubelet.slice/kubelet-kubepods.slice", event.LevelKubepods},
 		{"/", "/system.slice/k3s.service/kubepods", event.LevelKubepods},
 		{"/", "/kubepods.slice/kubepods-burstable.slice", event.LevelQoS},

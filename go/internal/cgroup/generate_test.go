@@ -56,8 +56,8 @@ type cluster struct {
 	qos        string
 	uid        string
 	static     bool
-	who        string // container, monitor or pod: who lives in the cgroup
-	runtime    string // containerd, cri-o or docker
+	who        string // container, sandbox, monitor or pod: who lives in the cgroup
+	runtime    string // containerd, cri-o or docker; of a sandbox the name of its cgroup
 	id         string
 	crun       bool // the container's processes are in crun's child of the scope
 }
@@ -67,11 +67,14 @@ func drawCluster(d *dice, container bool) cluster {
 		driver: pick(d, "systemd", "cgroupfs", "colon"),
 		qos:    pick(d, "burstable", "besteffort", "guaranteed"),
 		static: d.roll(4) == 1,
-		who:    pick(d, "container", "container", "pod", "monitor"),
+		who:    pick(d, "container", "container", "pod", "monitor", "sandbox"),
 		id:     d.hex(64),
 	}
 	for range pick(d, 0, 0, 1, 2) {
 		c.cgroupRoot = append(c.cgroupRoot, pick(d, "kubelet", "a", "x.y", "my-root", "burstable", "kubepod"))
+	}
+	for range pick(d, 0, 0, 0, 1, 2) { // Docker Desktop's has the name of what is in it
+		c.cgroupRoot = append(c.cgroupRoot, "kubepods")
 	}
 	c.uid = d.uuid()
 	if c.static {
@@ -83,6 +86,8 @@ func drawCluster(d *dice, container bool) cluster {
 	switch {
 	case c.who == "monitor":
 		c.runtime = "cri-o"
+	case c.who == "sandbox": // Kata's, gVisor's, and of runtimes that nobody has heard of
+		c.runtime = pick(d, "kata_"+c.id, "kata_overhead", "kata_"+c.id+".scope", "runsc-"+c.id+".scope", "libpod-"+c.id+".scope", c.id[:12], "sandbox", "x.slice", "\xc3\x28")
 	case c.driver == "colon":
 		c.runtime = "containerd"
 	default:
@@ -110,10 +115,10 @@ func (c cluster) write() (parts []string, levels []event.LimitLevel) {
 	names := c.names()
 	level := func(i int) event.LimitLevel {
 		switch i -= len(c.cgroupRoot); {
+		case names[i+len(c.cgroupRoot)] == "kubepods":
+			return event.LevelKubepods
 		case i < 0:
 			return event.LevelOther
-		case i == 0:
-			return event.LevelKubepods
 		case names[i+len(c.cgroupRoot)] == c.qos:
 			return event.LevelQoS
 		}
@@ -155,6 +160,8 @@ func (c cluster) write() (parts []string, levels []event.LimitLevel) {
 			prefix = ""
 		}
 		add(prefix+c.id, event.LevelContainer)
+	case "sandbox systemd", "sandbox cgroupfs":
+		add(c.runtime, event.LevelOther)
 	case "monitor systemd":
 		add("crio-conmon-"+c.id+".scope", event.LevelOther)
 	case "monitor cgroupfs":
@@ -255,7 +262,7 @@ func generate(d *dice) generated {
 		}
 		g.nodes = append(g.nodes, n)
 
-		if c.who == "container" {
+		if c.who != "pod" {
 			if pods == 0 {
 				parts = append(parts, below(d, 12)...)
 			}
@@ -455,7 +462,7 @@ func checkSound(t *testing.T, root, path string) {
 		}
 		for _, fake := range []string{other, "/kubepods/x", "/kubepods.slice", "/x/pod" + uid, "/\xff"} {
 			deeper := path + fake
-			if c.ContainerID == "" || len(deeper) >= 4096 {
+			if len(deeper) >= 4096 {
 				continue
 			}
 			if got := cgroup.Parse("/", deeper); !same(c, got) {
@@ -477,14 +484,10 @@ func checkSound(t *testing.T, root, path string) {
 		}
 	}
 
-	// What is below a container is the container's; what is below anything else is nobody's.
+	// What is below a pod or a container is its; what is below anything else is nobody's.
 	if deeper := path + "/x"; len(deeper) < 4096 && path != "/" {
-		want := c
-		if c != nil && c.ContainerID == "" {
-			want = nil
-		}
-		if got := cgroup.Parse("/", deeper); !same(want, got) {
-			t.Fatalf("Parse(%q): -want +got\n%s", deeper, cmp.Diff(want, got))
+		if got := cgroup.Parse("/", deeper); !same(c, got) {
+			t.Fatalf("Parse(%q): -want +got\n%s", deeper, cmp.Diff(c, got))
 		}
 		if l := cgroup.Level("/", deeper); l != event.LevelOther && c != nil {
 			t.Fatalf("Level(/, %q) = %s", deeper, l)
@@ -551,6 +554,11 @@ func TestGenerated(t *testing.T) {
 			for _, p := range n.tree {
 				seen["level "+string(p.level)]++
 			}
+			for what, s := range map[string]string{"kubepods twice": "kubepods/kubepods/", "sandbox": "/kata_", "colon": ":cri-containerd:"} {
+				if strings.Contains(g.path, s) {
+					seen[what]++
+				}
+			}
 		}
 		seen[fmt.Sprintf("boxed %t", g.box != nil)]++
 		seen[fmt.Sprintf("nodes %d", len(g.nodes))]++
@@ -565,7 +573,7 @@ func TestGenerated(t *testing.T) {
 		"class ", "class burstable", "class besteffort", "class guaranteed", "static true", "static false",
 		"container true, pod true", "container false, pod true", "container true, pod false", "boxed true", "boxed false",
 		"nodes 1", "nodes 2", "nodes 3", "UTF-8 true", "UTF-8 false", "imitated true",
-		"level kubepods", "level qos", "level pod", "level container", "level other",
+		"kubepods twice", "sandbox", "colon", "level kubepods", "level qos", "level pod", "level container", "level other",
 	} {
 		if seen[want] < n/500 {
 			t.Errorf("%q was drawn %d times", want, seen[want])

@@ -84,6 +84,9 @@ func Run(ctx context.Context, cfg config.Config, node, output string, stdout io.
 // RunBTF says whether the program fits a kernel that need not be this machine's, by its types. It fails
 // when they lack something without which the program would not load there.
 func RunBTF(file, output string, stdout io.Writer) error {
+	if info, err := os.Stat(file); err == nil && info.IsDir() {
+		return runBTFs(file, output, stdout)
+	}
 	x := examiner{btfFile: file}
 	x.kernel, x.kernelErr = btf.LoadSpec(file)
 	findings := []Finding{x.btf(), x.prototype(), x.relocations(), x.functions()}

@@ -129,25 +129,30 @@ func (j *journal) overwritten(number uint64) bool {
 	return number+j.slots <= atomic.LoadUint64(&j.segment(0).Current)+1
 }
 
-// read copies the record of seq; nil when it does not stand there any more.
+// read copies the record of seq, which must be visible (see visible); nil when it does not stand there any more.
+//
+// The program may write meanwhile: the next records, or the next segment over the oldest one. Its stores may become
+// visible in any order, but those of one kill before those of the next: oom_lock was released and taken in between. So:
+//
+//   - current names a segment long before a record in the next one is written, many kills later. Every load here is an
+//     acquire: those of the record come before the second one of current. If that does not find the segment in
+//     danger, nothing of the copy is of a later record.
+//   - number may be visible before first_seq, which is then the old one. The record is not there then, and the search
+//     goes on in the segment before.
 func (j *journal) read(seq uint64) []byte {
 	if j.stride != SegmentSize { // journal-v1: the slot of a record is its seq's. Nobody writes to it any more.
 		return copyRecord(j.slot(seq), seq, seq)
 	}
 	for number := atomic.LoadUint64(&j.segment(0).Current); ; number-- {
 		s := j.segment(number)
-		first := atomic.LoadUint64(&s.FirstSeq)
 		// The program names the next segment before it begins it.
-		if atomic.LoadUint64(&s.Number) == number && first > 0 && first <= seq {
-			record := copyRecord(j.slot(number)[segmentHeader:], first, seq)
-			// The copy must be done before current is read again: an atomic load alone does not wait for the loads
-			// before it, an atomic addition does.
-			var barrier uint32
-			atomic.AddUint32(&barrier, 1)
-			if j.overwritten(number) {
-				return nil
+		if first := atomic.LoadUint64(&s.FirstSeq); atomic.LoadUint64(&s.Number) == number && first > 0 && first <= seq {
+			if record := copyRecord(j.slot(number)[segmentHeader:], first, seq); record != nil {
+				if j.overwritten(number) {
+					return nil
+				}
+				return record
 			}
-			return record
 		}
 		if number == 0 || j.overwritten(number-1) {
 			return nil
@@ -156,35 +161,57 @@ func (j *journal) read(seq uint64) []byte {
 }
 
 // copyRecord copies the record of seq out of data, in which records stand from that of first on; nil when it does not
-// stand there.
+// stand there. Every load is atomic, and so an acquire.
 func copyRecord(data []byte, first, seq uint64) []byte {
-	for ; len(data) >= recordPrefix && binary.NativeEndian.Uint64(data[seqOffset:]) == first; first++ {
-		size := min(max(uint64(binary.NativeEndian.Uint32(data[sizeOffset:])), recordPrefix), uint64(len(data)))
+	load := func(at uint64) uint64 { return atomic.LoadUint64((*uint64)(unsafe.Pointer(&data[at]))) }
+	for ; len(data) >= recordPrefix && load(seqOffset) == first; first++ {
+		size := uint64(atomic.LoadUint32((*uint32)(unsafe.Pointer(&data[sizeOffset]))))
+		size = min(max(size, recordPrefix), uint64(len(data)))
+		whole := min((size+7)/8*8, uint64(len(data)))
 		if first == seq {
-			record := append([]byte(nil), data[:size]...)
+			record := make([]byte, whole)
+			for at := uint64(0); at < whole; at += 8 {
+				binary.NativeEndian.PutUint64(record[at:], load(at))
+			}
 			if binary.NativeEndian.Uint64(record[seqOffset:]) != seq {
 				return nil
 			}
-			return record
+			return record[:size]
 		}
-		data = data[min((size+7)/8*8, uint64(len(data))):]
+		data = data[whole:]
 	}
 	return nil
 }
 
 func (j *journal) close() { _ = unix.Munmap(j.memory) }
 
-// visibleTime is longer than any CPU takes to show what another one has written: once head names a record, it stands
-// in its slot for everybody after this time (see put_journal() in src/journal.bpf.h).
+// visibleTime is longer than a CPU takes to show what another one has written. Where nothing better can be had, a record
+// that head names is taken for visible after this time.
 const visibleTime = 10 * time.Millisecond
 
-// visible returns up to where the records are visible for certain, where the last one is head. x86 shows what a CPU
-// has written in its order, so head comes last.
+// strongOrder: the CPU shows what another one has written in the order in which it was written.
+const strongOrder = runtime.GOARCH == "amd64"
+
+// visible returns up to where the records are visible for certain, where head was just read and the last one is that.
+//
+// The program writes head last, but without a barrier between (see put_journal() in src/journal.bpf.h). On x86 it is
+// visible last all the same. Elsewhere the reader has every CPU execute a barrier, after it has read head.
 func visible(head uint64) uint64 {
-	if runtime.GOARCH == "amd64" {
+	if strongOrder || barrier() == nil {
 		return head
 	}
 	return 0
+}
+
+// barrier returns when every CPU has executed a full memory barrier since the call. It takes some ten milliseconds.
+func barrier() error {
+	// MEMBARRIER_CMD_GLOBAL is synchronize_rcu() (kernel/sched/membarrier.c). With nohz_full the kernel refuses it, and so may
+	// a seccomp filter.
+	const global = 1
+	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0); errno != 0 {
+		return fmt.Errorf("membarrier: %w", errno)
+	}
+	return nil
 }
 
 // reader reads the journal in the order of seq.
@@ -215,7 +242,7 @@ func (r *reader) notified(seq, head uint64, now time.Time) {
 	}
 }
 
-// look reads what is visible for certain, and returns how many records that were which no notification named. (After
+// look reads what head named at the last look, and returns how many records that were which no notification named. (After
 // a refusal nobody knows.)
 func (r *reader) look(head uint64, now time.Time) (unnotified int) {
 	refused := r.wait

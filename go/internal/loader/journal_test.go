@@ -67,6 +67,14 @@ func TestJournalRead(t *testing.T) {
 	if j.read(firsts[8]) != nil || j.read(firsts[9]) == nil || j.read(last) == nil {
 		t.Error("while a segment is begun, the oldest is read, or another is not")
 	}
+	// Its number is visible, and its first_seq not yet.
+	next := j.segment(j.segment(0).Current)
+	old := next.Number
+	next.Number = j.segment(0).Current
+	if got := j.read(last); !slices.Equal(got, record(last)) {
+		t.Errorf("while the next segment is half visible, the last record is %x", got)
+	}
+	next.Number = old
 	j.segment(0).Current--
 	// A size that is none must not lead out of the segment.
 	data := j.slot(9)[segmentHeader:]

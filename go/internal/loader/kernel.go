@@ -7,9 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -83,10 +81,23 @@ type symbol struct {
 // maxSymbols is OOM_SYMBOLS_MAX.
 const maxSymbols = 32
 
+// stackFunction is what the stack tier knows of one function of the kernel.
+type stackFunction struct {
+	frame frame
+	// names are the function and, where a compiler has inlined it everywhere, so that it has no address, the
+	// functions that it is inlined into. The first row of which kallsyms has one counts.
+	names [][]string
+	// instead is used where kallsyms has none of the names.
+	instead *stackFunction
+	// required: the stack proves nothing without it.
+	required bool
+}
+
 // stackFunctions are the functions that the stack tier knows. Among them are all those that call
-// out_of_memory() in Linux 5.10 to 7.2, by a name that has an address of its own whatever a compiler inlines:
+// out_of_memory() in Linux 5.10 to 7.2:
 //
-//   - mem_cgroup_out_of_memory() (mm/memcontrol.c);
+//   - mem_cgroup_out_of_memory() (mm/memcontrol.c), which mem_cgroup_oom() calls, that is try_charge(),
+//     try_charge_memcg() since v5.13, and mem_cgroup_oom_synchronize() and memory_max_write();
 //   - moom_callback() (drivers/tty/sysrq.c), which is a work function;
 //   - __alloc_pages_may_oom() (mm/page_alloc.c), which is inlined into __alloc_pages_slowpath(), and that on arm64 into
 //     the allocator's entry;
@@ -95,29 +106,61 @@ const maxSymbols = 32
 //     never runs out of memory (PF_MEMALLOC).
 //
 // The one that is nearest to out_of_memory() decides. A caller that is not among them proves nothing.
-var stackFunctions = map[string]frame{
-	"__oom_kill_process":       frameKill,
-	"oom_kill_process":         frameKillProcess,
-	"oom_kill_memcg_member":    frameGroup,
-	"out_of_memory":            frameOOM,
-	"mem_cgroup_out_of_memory": frameMemcg,
-	"moom_callback":            frameSysrq,
-	"pagefault_out_of_memory":  framePageAlloc,
-	"kswapd":                   frameKswapd,
-
-	"__alloc_pages_may_oom":       framePageAlloc,
-	"__alloc_pages_slowpath":      framePageAlloc,
-	"__alloc_pages_nodemask":      framePageAlloc, // before v5.13
-	"__alloc_pages":               framePageAlloc, // before v6.10
-	"__alloc_pages_noprof":        framePageAlloc,
-	"__alloc_frozen_pages_noprof": framePageAlloc, // since v6.14
+//
+// Where __oom_kill_process() is inlined, oom_kill_process() is either a kill or the mark of a task that is exiting.
+// Its absence from the stack still proves such a mark by out_of_memory() itself.
+var stackFunctions = []stackFunction{
+	{frame: frameKill, names: [][]string{{"__oom_kill_process"}}, required: true,
+		instead: &stackFunction{frame: frameKillProcess, names: [][]string{{"oom_kill_process"}}}},
+	{frame: frameGroup, names: [][]string{{"oom_kill_memcg_member"}}},
+	{frame: frameOOM, names: [][]string{{"out_of_memory"}}, required: true},
+	{frame: frameMemcg, names: [][]string{
+		{"mem_cgroup_out_of_memory"},
+		{"mem_cgroup_oom", "try_charge", "try_charge_memcg", "mem_cgroup_oom_synchronize", "memory_max_write"},
+	}, required: true},
+	{frame: frameSysrq, names: [][]string{{"moom_callback"}}},
+	{frame: framePageAlloc, names: [][]string{
+		{"__alloc_pages_may_oom"},
+		{"__alloc_pages_slowpath"},
+		// The entry of the allocator: before v5.13, before v6.10, since then, since v6.14.
+		{"__alloc_pages_nodemask", "__alloc_pages", "__alloc_pages_noprof", "__alloc_frozen_pages_noprof"},
+	}, required: true},
+	{frame: framePageAlloc, names: [][]string{{"pagefault_out_of_memory"}}},
+	{frame: frameKswapd, names: [][]string{{"kswapd"}}},
 }
 
-// stackRequired are the functions without which the stack proves nothing: were one of them inlined,
-// its absence from the stack would be taken for a fact.
-var stackRequired = map[frame]string{
-	frameKill: "__oom_kill_process", frameKillProcess: "oom_kill_process", frameOOM: "out_of_memory",
-	frameMemcg: "mem_cgroup_out_of_memory", framePageAlloc: "__alloc_pages_slowpath and what it is inlined into",
+// stackNames are all names of stackFunctions.
+func stackNames() map[string]bool {
+	names := map[string]bool{}
+	for _, f := range stackFunctions {
+		for f := &f; f != nil; f = f.instead {
+			for _, row := range f.names {
+				for _, name := range row {
+					names[name] = true
+				}
+			}
+		}
+	}
+	return names
+}
+
+// choose returns the symbols of a function, none where kallsyms has none of its names.
+func (f *stackFunction) choose(found map[string][]symbol) []symbol {
+	for ; f != nil; f = f.instead {
+		for _, row := range f.names {
+			var chosen []symbol
+			for _, name := range row {
+				for _, s := range found[name] {
+					s.Frame = f.frame
+					chosen = append(chosen, s)
+				}
+			}
+			if len(chosen) > 0 {
+				return chosen
+			}
+		}
+	}
+	return nil
 }
 
 // ErrNoStack is wrapped by the error that says why the stack tier is not available.
@@ -129,9 +172,13 @@ var ErrNoStack = errors.New("the kernel stack cannot be read as proof")
 // The kernel's own symbols come first and in the order of their addresses (scripts/kallsyms.c), so a function ends
 // where the next one begins. There are some 200,000 lines.
 func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
-	var found []symbol
-	open := 0 // index in found of the first one whose end is not known yet
-	missing := maps.Clone(stackRequired)
+	type part struct {
+		name string
+		symbol
+	}
+	var parts []part
+	open := 0 // index in parts of the first one whose end is not known yet
+	names := stackNames()
 	scan := bufio.NewScanner(kallsyms)
 	for scan.Scan() {
 		// address type name, and behind a tab [module].
@@ -147,34 +194,45 @@ func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read kallsyms: %w", err)
 		}
-		for open < len(found) && found[open].Start < address {
-			found[open].End = address
+		for open < len(parts) && parts[open].Start < address {
+			parts[open].End = address
 			open++
 		}
 		name, _, _ = bytes.Cut(name, []byte("."))
-		kind, ok := stackFunctions[string(name)]
-		if !ok {
+		if !names[string(name)] {
 			continue
 		}
 		if address == 0 {
 			return nil, fmt.Errorf("%w: kallsyms hides its addresses (kernel.kptr_restrict; needs CAP_SYSLOG)", ErrNoStack)
 		}
-		delete(missing, kind)
-		found = append(found, symbol{Start: address, Frame: kind})
+		parts = append(parts, part{string(name), symbol{Start: address}})
 	}
 	if err := scan.Err(); err != nil {
 		return nil, fmt.Errorf("read kallsyms: %w", err)
 	}
+	if open < len(parts) {
+		return nil, fmt.Errorf("%w: no end of the function at %#x", ErrNoStack, parts[open].Start)
+	}
+	found := map[string][]symbol{}
+	for _, p := range parts {
+		found[p.name] = append(found[p.name], p.symbol)
+	}
+	var symbols []symbol
+	var missing []string
+	for _, f := range stackFunctions {
+		chosen := f.choose(found)
+		if f.required && len(chosen) == 0 {
+			missing = append(missing, f.names[0][0])
+		}
+		symbols = append(symbols, chosen...)
+	}
 	if len(missing) > 0 {
-		return nil, fmt.Errorf("%w: kallsyms has no %s", ErrNoStack, strings.Join(slices.Sorted(maps.Values(missing)), ", no "))
+		return nil, fmt.Errorf("%w: kallsyms has no %s, nor what it may be inlined into", ErrNoStack, strings.Join(missing, ", no "))
 	}
-	if len(found) > maxSymbols {
-		return nil, fmt.Errorf("%w: kallsyms has %d parts of the functions, more than %d", ErrNoStack, len(found), maxSymbols)
+	if len(symbols) > maxSymbols {
+		return nil, fmt.Errorf("%w: kallsyms has %d parts of the functions, more than %d", ErrNoStack, len(symbols), maxSymbols)
 	}
-	if open < len(found) {
-		return nil, fmt.Errorf("%w: no end of the function at %#x", ErrNoStack, found[open].Start)
-	}
-	return found, nil
+	return symbols, nil
 }
 
 // oneMemoryNode reports whether the machine has a single NUMA node with memory, on which neither a

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -487,6 +488,9 @@ func (l *Loader) takeOver(g *ground) error {
 		return nil
 	}
 	time.Sleep(takeOverTime)
+	if !strongOrder {
+		_ = barrier()
+	}
 	head := atomic.LoadUint64(&l.state.Head)
 	acked := atomic.LoadUint64(&l.state.Acked)
 	own, err := l.module.GetMap(journalMap)
@@ -636,6 +640,7 @@ func (l *Loader) setVariables(opts Options, tier uint32, symbols []symbol) error
 		{"oom_nr_cpus", uint32(cpus)},
 		{"oom_one_memory_node", map[bool]uint32{true: 1}[one]},
 		{"oom_generation", l.generation},
+		{"oom_no_limit", math.MaxInt64 / uint64(os.Getpagesize())},
 		{"oom_segments", opts.segments()},
 		{"oom_symbol_count", uint32(len(symbols))},
 		{"oom_symbols", table},

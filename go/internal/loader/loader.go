@@ -281,6 +281,9 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 	unread := func() bool { return l.Counts().Head > known }
 	look := func() {
 		known = l.Counts().Head
+		if !strongOrder && r.next <= r.seen {
+			_ = barrier() // or visibleTime has passed since seen was read
+		}
 		if n := r.look(known, time.Now()); n > 0 {
 			l.caughtUp.Add(uint64(n))
 			if !l.notifier.polls() {
@@ -306,7 +309,11 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 			fallthrough
 		case unread():
 			known = l.Counts().Head
-			r.notified(max(seq, visible(known)), known, time.Now())
+			// Its notification makes a record visible, and all before it.
+			if seq == 0 || strongOrder {
+				seq = max(seq, visible(known))
+			}
+			r.notified(seq, known, time.Now())
 			around()
 		}
 		resumed := r.wait && !l.refused.Load()

@@ -232,12 +232,10 @@ ffffffffc0000000 t out_of_memory	[evil]
 	}
 	for _, want := range []symbol{
 		{0xffffffff81212300, 0xffffffff81212346, frameKill, 0},
-		{0xffffffff81212346, 0xffffffff81595b90, frameKillProcess, 0},
 		{0xffffffff81596eb0, 0xffffffff81597310, frameKill, 0},
 		{0xffffffff815974b0, 0xffffffff81597ce0, frameGroup, 0},
 		{0xffffffff81597ce0, 0xffffffff815981f0, frameOOM, 0},
 		{0xffffffff8161e720, 0xffffffff8161f720, framePageAlloc, 0},
-		{0xffffffff81620000, 0xffffffff81620100, framePageAlloc, 0},
 		{0xffffffff81630000, 0xffffffff81630100, frameKswapd, 0},
 		{0xffffffff8168bab0, 0xffffffff8168bbb0, frameMemcg, 0},
 	} {
@@ -257,10 +255,10 @@ ffffffffc0000000 t out_of_memory	[evil]
 
 	for _, tt := range []struct{ name, text, want string }{
 		{"inlined", strings.Replace(whole, "t __oom_kill_process\n", "t x\n", 1), ""}, // the .cold part is still one
-		{"missing", strings.ReplaceAll(whole, "__oom_kill_process", "x"), "no __oom_kill_process"},
+		{"missing", strings.ReplaceAll(whole, "oom_kill_process", "x"), "no __oom_kill_process"},
 		{"slow path inlined", strings.ReplaceAll(whole, "__alloc_pages_slowpath", "x"), ""}, // into __alloc_pages_noprof
-		{"no page allocator", strings.NewReplacer("__alloc_pages_slowpath", "x", "__alloc_pages_noprof", "x").Replace(whole), "no __alloc_pages_slowpath and what it is inlined into"},
-		{"two missing", strings.NewReplacer("T out_of_memory", "T x", "__oom_kill_process", "x").Replace(whole), "no __oom_kill_process, no out_of_memory"},
+		{"no page allocator", strings.NewReplacer("__alloc_pages_slowpath", "x", "__alloc_pages_noprof", "x").Replace(whole), "no __alloc_pages_may_oom"},
+		{"two missing", strings.NewReplacer("T out_of_memory", "T x", "oom_kill_process", "x").Replace(whole), "no __oom_kill_process, no out_of_memory"},
 		{"no memcg", strings.ReplaceAll(whole, "mem_cgroup_out", "x"), "no mem_cgroup_out_of_memory"},
 		{"hidden", regexp.MustCompile(`(?m)^[0-9a-f]{16}`).ReplaceAllString(whole, "0000000000000000"), "hides"},
 		{"empty", "", "no __oom_kill_process"},
@@ -278,6 +276,79 @@ ffffffffc0000000 t out_of_memory	[evil]
 	}
 	if _, err := StackSymbols(t.TempDir()); !errors.Is(err, ErrNoStack) {
 		t.Errorf("without kallsyms: %v", err)
+	}
+}
+
+// Recorded from Debian's kernels: what they have of the functions, and where each ends. (The addresses are not those of
+// a running kernel.)
+func TestStackSymbolsOfKernels(t *testing.T) {
+	const dir = "testdata/kallsyms/"
+	read := func(kernel string) string {
+		text, err := os.ReadFile(dir + kernel)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	// chosen names the functions in which frames of a kind end, by the text.
+	chosen := func(text string) map[frame][]string {
+		t.Helper()
+		symbols, err := stackSymbols(strings.NewReader(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		names := map[frame][]string{}
+		for _, s := range symbols {
+			m := regexp.MustCompile(fmt.Sprintf(`(?m)^%016x . (.*)$`, s.Start)).FindStringSubmatch(text)
+			if m == nil || !strings.Contains(text, fmt.Sprintf("%016x", s.End)) {
+				t.Fatalf("%x is not in\n%s", s, text)
+			}
+			names[s.Frame] = append(names[s.Frame], m[1])
+		}
+		return names
+	}
+	for kernel, allocator := range map[string][]string{
+		"amd64-5.10.223":   {"__alloc_pages_slowpath.constprop.0", "pagefault_out_of_memory", "pagefault_out_of_memory.cold"},
+		"amd64-6.1.192":    {"__alloc_pages_slowpath.constprop.0", "pagefault_out_of_memory", "pagefault_out_of_memory.cold"},
+		"amd64-6.12.95":    {"__alloc_pages_slowpath.constprop.0", "pagefault_out_of_memory"},
+		"amd64-7.2.13":     {"__alloc_pages_slowpath.constprop.0.cold", "__alloc_pages_slowpath.constprop.0", "pagefault_out_of_memory.cold", "pagefault_out_of_memory"},
+		"arm64-5.10.223":   {"__alloc_pages_nodemask", "pagefault_out_of_memory"},
+		"arm64-6.1.192":    {"__alloc_pages", "pagefault_out_of_memory"},
+		"arm64-6.12.95":    {"__alloc_pages_noprof", "pagefault_out_of_memory"},
+		"arm64-7.2.13":     {"__alloc_pages_noprof", "__alloc_frozen_pages_noprof", "pagefault_out_of_memory"},
+		"arm64-7.2.13-16k": {"__alloc_pages_noprof", "__alloc_frozen_pages_noprof", "pagefault_out_of_memory"},
+	} {
+		t.Run(kernel, func(t *testing.T) {
+			text := read(kernel)
+			names := chosen(text)
+			if got := names[framePageAlloc]; !slices.Equal(got, allocator) {
+				t.Errorf("page allocator: %q, want %q", got, allocator)
+			}
+			for frame, want := range map[frame]string{
+				frameKill: "__oom_kill_process", frameGroup: "oom_kill_memcg_member", frameOOM: "out_of_memory",
+				frameMemcg: "mem_cgroup_out_of_memory", frameSysrq: "moom_callback", frameKswapd: "kswapd",
+			} {
+				if !slices.Contains(names[frame], want) {
+					t.Errorf("frame %d: %q, want %s", frame, names[frame], want)
+				}
+			}
+			if len(names[frameKillProcess]) > 0 {
+				t.Errorf("beside __oom_kill_process there is %q", names[frameKillProcess])
+			}
+
+			// As if a compiler had inlined them.
+			inlined := chosen(regexp.MustCompile(`(?m) (__oom_kill_process|mem_cgroup_out_of_memory)\b`).ReplaceAllString(text, " x"))
+			charge := slices.ContainsFunc(inlined[frameMemcg], func(name string) bool { return strings.HasPrefix(name, "try_charge") })
+			if !charge || !slices.Contains(inlined[frameMemcg], "memory_max_write") {
+				t.Errorf("mem_cgroup_out_of_memory is inlined: %q", inlined[frameMemcg])
+			}
+			if len(inlined[frameKill]) > 0 || !slices.Contains(inlined[frameKillProcess], "oom_kill_process") {
+				t.Errorf("__oom_kill_process is inlined: %q, %q", inlined[frameKill], inlined[frameKillProcess])
+			}
+		})
+	}
+	if files, err := os.ReadDir(dir); err != nil || len(files) != 9 {
+		t.Errorf("%d recordings, %v", len(files), err)
 	}
 }
 

@@ -62,6 +62,12 @@ func without(t *testing.T, typ string, names ...string) *btf.Spec {
 	if removed == 0 {
 		t.Fatalf("this kernel has no %s.%v", typ, names)
 	}
+	return rebuilt(t, types)
+}
+
+// rebuilt writes types as a kernel would, and reads them.
+func rebuilt(t *testing.T, types []btf.Type) *btf.Spec {
+	t.Helper()
 	builder, err := btf.NewBuilder(types, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +76,7 @@ func without(t *testing.T, typ string, names ...string) *btf.Spec {
 	if err != nil {
 		t.Fatal(err)
 	}
-	spec, err = btf.LoadSpecFromReader(bytes.NewReader(raw))
+	spec, err := btf.LoadSpecFromReader(bytes.NewReader(raw))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,10 +16,18 @@ import (
 
 const uid = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f"
 
-// files makes a tree of directories with files.
+var id, other = strings.Repeat("a", 64), strings.Repeat("b", 64)
+
+// files makes a tree of directories with files, and write adds to it.
 func files(t *testing.T, all map[string]string) string {
 	t.Helper()
 	root := t.TempDir()
+	write(t, root, all)
+	return root
+}
+
+func write(t *testing.T, root string, all map[string]string) {
+	t.Helper()
 	for name, text := range all {
 		path := filepath.Join(root, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -29,7 +37,6 @@ func files(t *testing.T, all map[string]string) string {
 			t.Fatal(err)
 		}
 	}
-	return root
 }
 
 func TestRead(t *testing.T) {
@@ -82,6 +89,26 @@ func TestRead(t *testing.T) {
 			"kubepods/pod" + uid + "0/cgroup.procs":   "",
 			"kubepods/pod" + uid + "1/memory.current": "2\n",
 		}, Reading{Seen: 1, Pods: []event.PodMemory{{PodUID: uid + "1", QoS: "guaranteed", Usage: 2}}}},
+		{"--cgroup-root=/kubepods", 2, "/", map[string]string{
+			"kubepods/kubepods/burstable/pod" + uid + "0/memory.current": "1\n",
+			"kubepods/kubepods/pod" + uid + "1/memory.current":           "2\n",
+		}, Reading{Seen: 2, Pods: []event.PodMemory{{PodUID: uid + "1", QoS: "guaranteed", Usage: 2}, {PodUID: uid + "0", QoS: "burstable", Usage: 1}}}},
+		{"containers outside of their pod's cgroup", 2, "/", map[string]string{
+			"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + escaped + "0.slice/memory.current":                      "4\n",
+			"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + escaped + "0.slice/memory.max":                          "1000\n",
+			"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + escaped + "0.slice/memory.stat":                         "inactive_file 1\n",
+			"kubepods.slice/kubepods-pod" + escaped + "2.slice/cri-containerd-" + id + ".scope/memory.current":                         "6\n",
+			"kubepods.slice/kubepods-pod" + escaped + "2.slice/memory.current":                                                         "7\n",
+			"system.slice/containerd.service/kubepods-burstable-pod" + escaped + "0.slice:cri-containerd:" + id + "/memory.current":    "500\n",
+			"system.slice/containerd.service/kubepods-burstable-pod" + escaped + "0.slice:cri-containerd:" + id + "/memory.stat":       "inactive_file 100\n",
+			"system.slice/containerd.service/kubepods-burstable-pod" + escaped + "0.slice:cri-containerd:" + other + "/memory.current": "30\n",
+			"system.slice/containerd.service/kubepods-burstable-pod" + escaped + "0.slice:cri-containerd:" + other + "/memory.stat":    "inactive_file 0\n",
+			"system.slice/containerd.service/kubepods-besteffort-pod" + escaped + "3.slice:cri-containerd:" + id + "/memory.current":   "8\n",
+		}, Reading{Seen: 3, Pods: []event.PodMemory{
+			{PodUID: uid + "0", QoS: "burstable", Usage: 534, WorkingSet: new(uint64(433))},
+			{PodUID: uid + "3", QoS: "besteffort", Usage: 8},
+			{PodUID: uid + "2", QoS: "guaranteed", Usage: 7},
+		}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tree := Tree{Mount: files(t, tt.files), Version: tt.version, Root: tt.root}
@@ -145,12 +172,39 @@ func TestReadBounds(t *testing.T) {
 	if r, err := tree.Read(ended, 5); err == nil && !r.Incomplete {
 		t.Errorf("after the time: %+v", r)
 	}
+	// Other cgroups, as many as somebody has forgotten to remove.
 	clear(all)
 	for i := range maxDirs + 10 {
 		all[fmt.Sprintf("d/%d/x", i)] = ""
 	}
 	tree.Mount = files(t, all)
 	if _, err := tree.Read(t.Context(), 5); !errors.Is(err, ErrNoPods) {
-		t.Errorf("many others: %v", err)
+		t.Errorf("without pods: %v", err)
+	}
+	write(t, tree.Mount, map[string]string{"system.slice/k3s.service/kubepods/pod" + uid + "0/" + id + "/memory.current": "1\n", "system.slice/k3s.service/kubepods/pod" + uid + "0/memory.current": "2\n"})
+	if r, err := tree.Read(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete || r.Pods[0].Usage != 2 {
+		t.Errorf("with a pod: %+v, %v", r, err)
+	}
+	clear(all)
+	for i := range maxDirs + 10 {
+		all[fmt.Sprintf("d/%d/y/x", i)] = ""
+	}
+	write(t, tree.Mount, all)
+	if r, err := tree.Read(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete {
+		t.Errorf("with a pod where few others are: %+v, %v", r, err)
+	}
+	tree.Root = "/d"
+	if r, err := tree.Read(t.Context(), 5); err == nil || errors.Is(err, ErrNoPods) {
+		t.Errorf("too many to search: %+v, %v", r, err)
+	}
+	tree.Root = "/"
+	// Beside a pod that is found the others do not matter, unless its containers may be among them.
+	write(t, tree.Mount, map[string]string{"kubepods/pod" + uid + "0/" + id + "/memory.current": "1\n", "kubepods/pod" + uid + "0/memory.current": "2\n"})
+	if r, err := tree.Read(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete {
+		t.Errorf("too many others: %+v, %v", r, err)
+	}
+	write(t, tree.Mount, map[string]string{"kubepods/pod" + uid + "1/memory.current": "0\n"})
+	if r, err := tree.Read(t.Context(), 5); err != nil || r.Seen < 2 || !r.Incomplete {
+		t.Errorf("a pod without containers among too many others: %+v, %v", r, err)
 	}
 }

@@ -3,6 +3,7 @@ package wire
 import (
 	"bytes"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -174,9 +175,9 @@ func (c *Converter) bytes(pages uint64) *uint64 {
 	return &n
 }
 
-// bounded is nil where the limit is none.
+// bounded is nil where the limit is none: PAGE_COUNTER_MAX pages or more (include/linux/page_counter.h).
 func (c *Converter) bounded(pages uint64) *uint64 {
-	if pages >= noLimit {
+	if pages >= math.MaxInt64/c.PageSize {
 		return nil
 	}
 	return c.bytes(pages)

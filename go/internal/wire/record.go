@@ -42,9 +42,6 @@ const (
 	roleLimit       = 2
 	roleTrigger     = 3
 	roles           = 4
-
-	// noLimit is OOM_NO_LIMIT, in pages of 4 KiB: PAGE_COUNTER_MAX on 64-bit kernels.
-	noLimit = 0x7fffffffffffffff / 4096
 )
 
 // Header mirrors struct oom_event up to its data. The abi tags are the C names.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -259,6 +260,20 @@ func BenchmarkDecode(b *testing.B) {
 		e := c.Event(r)
 		if _, err := json.Marshal(&e); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+// PAGE_COUNTER_MAX stands for no limit, and is LONG_MAX in pages of the kernel.
+func TestNoLimit(t *testing.T) {
+	for _, page := range []uint64{4 << 10, 16 << 10, 64 << 10} {
+		c := Converter{PageSize: page}
+		none := math.MaxInt64 / page
+		if got := c.bounded(none); got != nil {
+			t.Errorf("pages of %d bytes: no limit is %d bytes", page, *got)
+		}
+		if got := c.bounded(none - 1); got == nil || *got != (none-1)*page {
+			t.Errorf("pages of %d bytes: a limit of %d pages is %v", page, none-1, got)
 		}
 	}
 }

@@ -1,0 +1,152 @@
+package doctor
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/cilium/ebpf/btf"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/loader"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+// fleetSchema names the shape of what doctor prints of a directory with --output json; see Schema.
+const fleetSchema = "oom-tracer-doctor-btf/v1"
+
+// fleet is that.
+type fleet struct {
+	Schema  string       `json:"schema"`
+	Version string       `json:"version"` // of this program
+	Kernels []kernelType `json:"kernels"`
+}
+
+// kernelType is what a kernel's types say.
+type kernelType struct {
+	File  string `json:"file"` // below the directory
+	Loads bool   `json:"loads"`
+	// Victim is what mark_victim hands over: task or pid.
+	Victim loader.Prototype `json:"victim,omitempty"`
+	// Tier is hooks where the types have all that fentry and kprobe hook, else unknown: fentry cannot hook what they lack,
+	// and kprobe goes by kallsyms.
+	Tier string `json:"tier,omitempty"`
+	// Missing is what it lacks; it may load all the same.
+	Missing string `json:"missing,omitempty"`
+}
+
+// runBTFs says of each kernel whose BTF is in a directory, or below, whether the program fits it, as doctorBTF does of
+// one. It fails when the program does not load on one of them.
+func runBTFs(dir, output string, stdout io.Writer) error {
+	all := fleet{Schema: fleetSchema, Version: obs.Version().Version, Kernels: []kernelType{}}
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || !hasTypes(path) {
+			return err
+		}
+		k := examineTypes(path)
+		if k.File, err = filepath.Rel(dir, path); err != nil {
+			return err
+		}
+		all.Kernels = append(all.Kernels, k)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("read the kernels' BTF: %w", err)
+	}
+	if len(all.Kernels) == 0 {
+		return fmt.Errorf("no BTF in %s: put each kernel's /sys/kernel/btf/vmlinux there, or its vmlinux", dir)
+	}
+	if output == "json" {
+		encoder := json.NewEncoder(stdout)
+		encoder.SetEscapeHTML(false)
+		encoder.SetIndent("", "  ")
+		err = encoder.Encode(all)
+	} else {
+		table := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(table, "KERNEL\tLOADS\tVICTIM\tTIER\tMISSING")
+		for _, k := range all.Kernels {
+			cells := []string{k.File, map[bool]string{true: "yes", false: "no"}[k.Loads], string(k.Victim), k.Tier, k.Missing}
+			for i, cell := range cells {
+				if cells[i] = text.Printable(cell); cell == "" {
+					cells[i] = "-"
+				}
+			}
+			fmt.Fprintln(table, strings.Join(cells, "\t"))
+		}
+		err = table.Flush()
+	}
+	if err != nil {
+		return fmt.Errorf("write the table: %w", err)
+	}
+	failed := 0
+	for _, k := range all.Kernels {
+		if !k.Loads {
+			failed++
+		}
+	}
+	if failed > 0 {
+		return fmt.Errorf("the program does not load on %d of %d kernels: see MISSING", failed, len(all.Kernels))
+	}
+	return nil
+}
+
+// hasTypes reports whether a file is raw BTF or an ELF file. (One that cannot be read is, so that it is named.)
+func hasTypes(path string) bool {
+	f, err := os.Open(path)
+	if err != nil {
+		return true
+	}
+	defer f.Close()
+	var magic [4]byte
+	if _, err := io.ReadFull(f, magic[:]); err != nil {
+		return false
+	}
+	little, big := []byte{0x9f, 0xeb}, []byte{0xeb, 0x9f} // include/uapi/linux/btf.h
+	return bytes.HasPrefix(magic[:], little) || bytes.HasPrefix(magic[:], big) || string(magic[:]) == "\x7fELF"
+}
+
+// examineTypes checks the program against one kernel's types.
+func examineTypes(path string) (k kernelType) {
+	kernel, err := btf.LoadSpec(path)
+	if err != nil {
+		k.Missing = err.Error()
+		return k
+	}
+	if arch := architecture(kernel); arch != runtime.GOARCH {
+		k.Missing = fmt.Sprintf("a kernel for %s, and this program is for %s", arch, runtime.GOARCH)
+		return k
+	}
+	prototype, prototypeErr := loader.MarkVictimPrototype(kernel)
+	_, relocationsErr := loader.CheckRelocations(kernel)
+	if err := errors.Join(prototypeErr, relocationsErr); err != nil {
+		k.Missing = strings.ReplaceAll(err.Error(), "\n", "; ")
+		return k
+	}
+	k.Loads, k.Victim, k.Tier = true, prototype, "hooks"
+	missing := loader.MissingHooks(kernel)
+	if prototype == loader.PrototypeTask { // it is hooked for the task only
+		missing = slices.DeleteFunc(missing, func(name string) bool { return name == "mark_oom_victim" })
+	}
+	if len(missing) > 0 {
+		k.Tier, k.Missing = "unknown", "for fentry: "+strings.Join(missing, ", ")
+	}
+	return k
+}
+
+// architecture is the one that a kernel was built for.
+func architecture(kernel *btf.Spec) string {
+	var regs *btf.Struct
+	if kernel.TypeByName("user_pt_regs", &regs) == nil { // arch/arm64/include/uapi/asm/ptrace.h
+		return "arm64"
+	}
+	return "amd64"
+}
