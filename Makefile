@@ -391,6 +391,8 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(say) LINT 'go generate'
 	$(Q)cd go/descheduler/removeannotated && $(GO) tool deepcopy-gen --output-file ../../../build/_deepcopy.go . && \
 		diff -u zz_generated.deepcopy.go ../../../build/_deepcopy.go
+	$(say) LINT strings
+	$(Q)$(GO) run tools/strings/main.go >build/strings
 	$(say) LINT clang-format
 	$(Q)clang-format --dry-run --Werror $(C_FILES)
 	$(say) LINT shellcheck

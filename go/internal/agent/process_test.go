@@ -188,7 +188,7 @@ func TestJSONOutput(t *testing.T) {
 			tracer.Stdout, tracer.Stderr = &out, &log
 			must(t, tracer.Start())
 			if tt.fails {
-				if tracer.Wait() == nil || !strings.Contains(log.String(), `"msg":"oom-tracer failed"`) {
+				if tracer.Wait() == nil || !strings.Contains(log.String(), `"msg":"program failed","program":"oom-tracer"`) {
 					t.Errorf("it ended well:\n%s", &log)
 				}
 			} else {

@@ -56,7 +56,7 @@ func Run(ctx context.Context, root *cobra.Command, args []string, stdout, stderr
 		exit.status = ExitFailure
 	}
 	if exit.log != nil {
-		exit.log.Error(name+" failed", "error", err)
+		exit.log.Error("program failed", "program", name, "error", err)
 	} else {
 		// A wrong config has a line for each fault.
 		fmt.Fprintf(stderr, "%s: %s\n", name, strings.ReplaceAll(err.Error(), "\n", "\n"+name+": "))

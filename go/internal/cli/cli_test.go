@@ -79,7 +79,7 @@ func TestRun(t *testing.T) {
 			t.Errorf("%s: status %d, %q", tt.args, status, &stdout)
 		case tt.stderr == "-" && stderr.Len() > 0:
 			t.Errorf("%s: %q", tt.args, &stderr)
-		case tt.stderr == "" && (err != nil || line.Level != "ERROR" || line.Msg != "prog failed" || line.Error != failure.Error()):
+		case tt.stderr == "" && (err != nil || line.Level != "ERROR" || line.Msg != "program failed" || line.Error != failure.Error()):
 			t.Errorf("%s: %q: %v", tt.args, &stderr, err)
 		case tt.stderr != "" && tt.stderr != "-" && stderr.String() != tt.stderr:
 			t.Errorf("%s: %q", tt.args, &stderr)
