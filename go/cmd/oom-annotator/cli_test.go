@@ -48,7 +48,7 @@ func TestCommandLine(t *testing.T) {
 		{"--config /nowhere/config.yaml", 1, "", "no such file or directory (--config names another file)\n"},
 		{"--config " + bad, 1, "", "policy.annotation: must be key=value, a key or empty"},
 		{"--config " + bad, 1, "", "\noom-annotator: " + bad + ":3: policy.scope: unknown key: did you mean scopes?\n"},
-		{"--config " + good, 1, "", "(outside of a cluster, name a kubeconfig file)\n"},
+		{"--config " + good, 1, "", "(outside of a cluster, a kubeconfig file is needed)\n"},
 		{"--config " + asJSON, 1, "", `"msg":"program failed","program":"oom-annotator","error":"`},
 		{"--config " + good + " --kubeconfig /nowhere", 1, "", "read kubeconfig /nowhere: "},
 	} {
