@@ -38,7 +38,7 @@ func (t *tracer) stable() (counts loader.Counts, kernel uint64, known bool) {
 	return counts, kernel, true
 }
 
-// begin tells what happened while nobody recorded, and begins to remember.
+// begin reports what happened while nobody recorded, and writes the state file for the first time.
 func (t *tracer) begin() error {
 	counts, kernel, known := t.stable()
 	now, boottime := now()
@@ -67,7 +67,7 @@ func (t *tracer) begin() error {
 				missed -= min(missed, *before.Kernel)
 				missed += before.Head - before.Acked
 			}
-			// What was told in the last second is not in the file, and an exiting task is no kill.
+			// What was published in the last second is not in the file, and an exiting task is no kill.
 			exact = before.Clean && before.Head == before.Acked
 		}
 		var unread uint64 // by a tracer of another version
@@ -107,7 +107,7 @@ func (t *tracer) begin() error {
 	room := true
 	if before != nil {
 		for _, g := range before.Unpublished { // by a tracer that ended before they were on NATS
-			room = room && !errors.Is(t.publish(g, settles{gap: g.ID}), bus.ErrFull)
+			room = room && !errors.Is(t.publish(g, ackTag{gap: g.ID}), bus.ErrFull)
 		}
 	}
 	for _, g := range gaps {
@@ -116,10 +116,10 @@ func (t *tracer) begin() error {
 	if !room {
 		return errors.New("the publish buffer has no room for the gaps found at the start")
 	}
-	// What was written over before this start happened after the last that is known to have been told.
-	t.told = now.Add(-time.Duration(boottime - t.converter.Node.Epoch))
-	if sameBoot && before.Time.After(t.told) {
-		t.told = before.Time
+	// What was written over before this start happened after the last record that is known to be published.
+	t.lastRecord = now.Add(-time.Duration(boottime - t.converter.Node.Epoch))
+	if sameBoot && before.Time.After(t.lastRecord) {
+		t.lastRecord = before.Time
 	}
 	// With the base, the next start does not look for what was missed before this one. So it waits until that is in
 	// the file, or on NATS where the file cannot be written.
@@ -155,15 +155,15 @@ func (t *tracer) gap(g event.Gap) bool {
 		return false
 	} else if err != nil {
 		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
-		t.settle(tag)
+		t.ack(tag)
 	}
-	t.say(&g)
+	t.reportGap(&g)
 	return true
 }
 
-// complete fills in what every gap says, and returns what it settles: records of the journal, or itself, which is in no
-// journal.
-func (t *tracer) complete(g *event.Gap) settles {
+// complete fills in what every gap has, and returns what its acknowledgement frees: records of the journal, or the gap itself, which
+// is in no journal.
+func (t *tracer) complete(g *event.Gap) ackTag {
 	g.Schema, g.Node, g.Time = event.Schema, t.converter.Node, time.Now().UTC()
 	g.Node.Tier = string(t.loader.Tier())
 	if g.Until == nil {
@@ -172,7 +172,7 @@ func (t *tracer) complete(g *event.Gap) settles {
 	switch g.Cause {
 	case event.GapWrapped, event.GapUnreadable, event.GapDropped, event.GapOtherNode:
 		g.ID = event.SeqGapID(g.Node.BootID, g.Node.Epoch, g.FirstSeq, g.LastSeq)
-		return settles{first: g.FirstSeq, last: g.LastSeq}
+		return ackTag{first: g.FirstSeq, last: g.LastSeq}
 	case event.GapStateLost, event.GapStoreLost: // each time anew
 		_, boottime := now()
 		g.ID = event.GapID(g.Node.BootID, g.Cause, g.Node.Epoch, boottime)
@@ -181,25 +181,25 @@ func (t *tracer) complete(g *event.Gap) settles {
 	default:
 		g.ID = event.GapID(g.Node.BootID, g.Cause, g.Node.Epoch, 0)
 	}
-	return settles{gap: g.ID}
+	return ackTag{gap: g.ID}
 }
 
 // dropped is the gap in the place of an event that NATS has refused for good; nil if there can be none.
-func (t *tracer) dropped(tag settles) *bus.Msg {
+func (t *tracer) dropped(tag ackTag) *bus.Msg {
 	g := seqGap(event.GapDropped, tag.first, 1)
 	tag = t.complete(&g)
 	m, err := message(&g, tag)
 	if err != nil {
 		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
-		t.settle(tag)
+		t.ack(tag)
 		return nil
 	}
-	t.say(&g)
+	t.reportGap(&g)
 	return &m
 }
 
-// say counts and logs a gap, unless nothing is missing.
-func (t *tracer) say(g *event.Gap) {
+// reportGap counts and logs a gap, unless nothing is missing.
+func (t *tracer) reportGap(g *event.Gap) {
 	if !g.Missing() {
 		return
 	}
@@ -221,7 +221,7 @@ func (t *tracer) say(g *event.Gap) {
 }
 
 // message is a gap as it is published.
-func message(g *event.Gap, tag settles) (bus.Msg, error) {
+func message(g *event.Gap, tag ackTag) (bus.Msg, error) {
 	subject, err := g.Subject()
 	if err != nil {
 		return bus.Msg{}, err
@@ -234,7 +234,7 @@ func message(g *event.Gap, tag settles) (bus.Msg, error) {
 }
 
 // publish hands a gap to the publisher. One that is in no journal is remembered until NATS has it.
-func (t *tracer) publish(g event.Gap, tag settles) error {
+func (t *tracer) publish(g event.Gap, tag ackTag) error {
 	if tag.gap != "" {
 		t.state.add(g)
 	}
@@ -248,14 +248,14 @@ func (t *tracer) publish(g event.Gap, tag settles) error {
 	return err
 }
 
-// lost tells of records that were written over before they were read.
+// lost reports records that were overwritten before they were read.
 func (t *tracer) lost(first, last uint64) bool {
 	count := last - first + 1
-	since := t.told.UTC()
+	since := t.lastRecord.UTC()
 	return t.gap(event.Gap{Cause: event.GapWrapped, Since: &since, FirstSeq: first, LastSeq: last, Count: &count})
 }
 
-// unseen tells of kills that the kernel counted and the program did not see, once.
+// unseen reports kills that the kernel counted and the program did not see, once.
 func (t *tracer) unseen(ctx context.Context) {
 	var counts loader.Counts
 	var kernel, atLeast, atMost uint64
@@ -277,7 +277,7 @@ func (t *tracer) unseen(ctx context.Context) {
 		if !t.gap(g) {
 			return
 		}
-		t.save(ctx, false) // before the base, or a tracer that ends now has told nobody
+		t.save(ctx, false) // before the base: a tracer that ends now must not lose the gap
 		t.loader.SetKernelBase(counts.KernelBase + atLeast)
 		t.state.touch()
 	}
@@ -308,17 +308,17 @@ func (t *tracer) checkStore(ctx context.Context) {
 	t.state.mu.Unlock()
 }
 
-// reconciled holds the program's counts against the kernel's. What cannot be told apart (Counts.Unseen) since the last
-// reading says nothing of what was certain before it.
+// reconciled holds the program's counts against the kernel's. What is uncertain (Counts.Unseen) since the last
+// reading does not change what was certain before it.
 type reconciled struct {
 	mu      sync.Mutex
 	read    bool // there is a reading since the base is known
 	counts  loader.Counts
 	kernel  uint64
-	atLeast uint64 // until then, and not told yet
+	atLeast uint64 // until then, and not reported yet
 }
 
-// bounds are how many kills were not seen and not told.
+// bounds are how many kills were not seen and not reported.
 func (r *reconciled) bounds(c loader.Counts, kernel uint64) (atLeast, atMost uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -332,13 +332,13 @@ func (r *reconciled) bounds(c loader.Counts, kernel uint64) (atLeast, atMost uin
 	return atLeast, atMost
 }
 
-// advance makes this the last reading, of which the kills that were told are taken off.
-func (r *reconciled) advance(c loader.Counts, kernel, told uint64) {
+// advance makes this the last reading, without the kills that were reported.
+func (r *reconciled) advance(c loader.Counts, kernel, reported uint64) {
 	if c.KernelBase == math.MaxUint64 {
 		return // not known yet
 	}
 	atLeast, _ := r.bounds(c, kernel)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.read, r.counts, r.kernel, r.atLeast = true, c, kernel, atLeast-min(atLeast, told)
+	r.read, r.counts, r.kernel, r.atLeast = true, c, kernel, atLeast-min(atLeast, reported)
 }

@@ -74,11 +74,11 @@ func fail(check, detail, remedy string) Finding { return Finding{check, StatusFa
 
 // Run says what this kernel and this process can do. It fails when tracing cannot work.
 func Run(ctx context.Context, cfg config.Config, node, output string, stdout io.Writer) error {
-	x := examiner{
+	x := checker{
 		cfg: cfg, node: node, procfs: "/proc", sysfs: "/sys",
 		checkBPF: loader.CheckBPF, checkPerf: loader.CheckPerfEvents, load: tryLoad,
 	}
-	return tell(x.examine(ctx), node, "here", output, stdout)
+	return printFindings(x.examine(ctx), node, "here", output, stdout)
 }
 
 // RunBTF says whether the program fits a kernel that need not be this machine's, by its types. It fails
@@ -87,20 +87,20 @@ func RunBTF(file, output string, stdout io.Writer) error {
 	if info, err := os.Stat(file); err == nil && info.IsDir() {
 		return runBTFs(file, output, stdout)
 	}
-	x := examiner{btfFile: file}
+	x := checker{btfFile: file}
 	x.kernel, x.kernelErr = btf.LoadSpec(file)
 	findings := []Finding{x.btf(), x.prototype(), x.relocations(), x.functions()}
-	return tell(findings, "", "there", output, stdout)
+	return printFindings(findings, "", "there", output, stdout)
 }
 
 // prototype says what mark_victim hands over, of a kernel that is known by its types only.
-func (x *examiner) prototype() Finding {
+func (x *checker) prototype() Finding {
 	x.hook = loader.TierKprobe // whether they can be had, functions says as far as types tell
 	return x.markVictim()
 }
 
 // relocations says whether the kernel's types have all that the program reads.
-func (x *examiner) relocations() Finding {
+func (x *checker) relocations() Finding {
 	const check = "relocations"
 	if x.kernelErr != nil {
 		return fail(check, "not known without BTF", "see btf")
@@ -113,7 +113,7 @@ func (x *examiner) relocations() Finding {
 }
 
 // functions says whether what the best tiers hook is there.
-func (x *examiner) functions() Finding {
+func (x *checker) functions() Finding {
 	const check = "functions"
 	if x.kernelErr != nil {
 		return fail(check, "not known without BTF", "see btf")
@@ -125,8 +125,8 @@ func (x *examiner) functions() Finding {
 	return ok(check, "the kernel has the functions that the tiers fentry and kprobe hook")
 }
 
-// tell prints the findings of this machine (here) or another's kernel (there). It fails when one of them does.
-func tell(findings []Finding, node, where, output string, stdout io.Writer) error {
+// printFindings prints the findings of this machine (here) or another's kernel (there). It fails when one of them does.
+func printFindings(findings []Finding, node, where, output string, stdout io.Writer) error {
 	failed := failures(findings)
 	var err error
 	if output == "json" {
@@ -164,8 +164,8 @@ func failures(findings []Finding) []string {
 	return failed
 }
 
-// examiner looks at the machine that procfs and sysfs show.
-type examiner struct {
+// checker looks at the machine that procfs and sysfs show.
+type checker struct {
 	cfg    config.Config
 	node   string
 	procfs string
@@ -189,7 +189,7 @@ type examiner struct {
 	running    bool        // a tracer of this config runs on this node
 	loaded     loaded      // what a run would use; empty if programErr
 	programErr error       // why nothing can be loaded
-	said       complaints  // about that
+	said       warnings    // about that
 	hook       loader.Tier // the tier with hooks that a run would use; empty when there is none
 	unhooked   []string    // why those before it are not available
 	needsPerf  bool        // that of kprobe is that perf events are refused
@@ -203,7 +203,7 @@ type loaded struct {
 
 // examine makes all checks: first what the kernel program needs, each before what depends on it, then
 // that program itself, then what is around it.
-func (x *examiner) examine(ctx context.Context) []Finding {
+func (x *checker) examine(ctx context.Context) []Finding {
 	x.look(ctx)
 	findings := []Finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.bpf(), x.notify(), x.memlock(), x.btf(), x.markVictim()}
 	findings = append(findings, x.hooks(failures(findings)), x.kallsyms(), x.stack())
@@ -212,7 +212,7 @@ func (x *examiner) examine(ctx context.Context) []Finding {
 	return append(findings, x.nats(ctx)...)
 }
 
-func (x *examiner) look(ctx context.Context) {
+func (x *checker) look(ctx context.Context) {
 	self, err := thisProcess(x.procfs)
 	if x.processErr = err; err == nil {
 		x.process, x.processErr = self.NewStatus()
@@ -223,7 +223,7 @@ func (x *examiner) look(ctx context.Context) {
 	x.running = obs.TracerRuns(ctx, x.cfg.Metrics.Listen)
 	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe} {
 		if x.wants(loader.TierAuto, tier) && x.hook == "" {
-			if l, err := x.tryTier(tier, &complaints{}); err != nil {
+			if l, err := x.tryTier(tier, &warnings{}); err != nil {
 				x.unhooked = append(x.unhooked, strings.TrimPrefix(err.Error(), "use tier "))
 				x.needsPerf = tier == loader.TierKprobe && x.perfErr != nil && errors.Is(err, errno(x.perfErr))
 			} else {
@@ -237,17 +237,17 @@ func (x *examiner) look(ctx context.Context) {
 }
 
 // wants reports whether kernel.tier is one of those given.
-func (x *examiner) wants(tiers ...loader.Tier) bool {
+func (x *checker) wants(tiers ...loader.Tier) bool {
 	return slices.Contains(tiers, loader.Tier(x.cfg.Kernel.Tier))
 }
 
 // needsStack reports whether the context of kills comes from the kernel's stack, if it comes at all.
-func (x *examiner) needsStack() bool {
+func (x *checker) needsStack() bool {
 	return x.wants(loader.TierStack) || x.wants(loader.TierAuto) && x.hook == ""
 }
 
 // tryTier loads and attaches what a run with that tier would.
-func (x *examiner) tryTier(tier loader.Tier, said *complaints) (loaded, error) {
+func (x *checker) tryTier(tier loader.Tier, said *warnings) (loaded, error) {
 	return x.load(loader.Options{
 		Tier: tier, Notify: loader.Notify(x.cfg.Kernel.Notify), JournalSize: uint64(x.cfg.Kernel.JournalSize), Log: slog.New(said),
 	})
@@ -282,7 +282,7 @@ func addressesShown(root string) (bool, error) {
 }
 
 // sysctl reads a number below /proc/sys; what cannot be read is the kernel's default, given.
-func (x *examiner) sysctl(name string, otherwise int) int {
+func (x *checker) sysctl(name string, otherwise int) int {
 	data, err := os.ReadFile(filepath.Join(x.procfs, "sys", name))
 	if err != nil {
 		return otherwise
@@ -296,7 +296,7 @@ func (x *examiner) sysctl(name string, otherwise int) int {
 
 // has reports whether this process has a capability, in the only user namespace where the kernel asks
 // for those of a tracer.
-func (x *examiner) has(bit uint) bool {
+func (x *checker) has(bit uint) bool {
 	return x.processErr == nil && x.foreignNamespace("user") == "" && x.process.CapEff&(1<<bit) != 0
 }
 
@@ -304,7 +304,7 @@ func (x *examiner) has(bit uint) bool {
 var initialNamespaces = map[string]string{"user": "user:[4026531837]", "cgroup": "cgroup:[4026531835]"}
 
 // foreignNamespace is this process's namespace of a kind, if it is not the initial one.
-func (x *examiner) foreignNamespace(kind string) string {
+func (x *checker) foreignNamespace(kind string) string {
 	link, err := os.Readlink(filepath.Join(x.procfs, "self/ns", kind))
 	if err != nil || link == initialNamespaces[kind] {
 		return ""
@@ -312,7 +312,7 @@ func (x *examiner) foreignNamespace(kind string) string {
 	return link
 }
 
-func (x *examiner) release() Finding {
+func (x *checker) release() Finding {
 	data, err := os.ReadFile(x.procfs + "/sys/kernel/osrelease")
 	if err != nil {
 		return fail("kernel", err.Error(), "mount proc at "+x.procfs)
@@ -323,7 +323,7 @@ func (x *examiner) release() Finding {
 // capabilities holds what the process may do against what bpf(2) and perf_event_open(2) ask of it
 // (bpf_prog_load() in kernel/bpf/syscall.c, perf_allow_cpu() in include/linux/perf_event.h). All of it
 // is asked of the initial user namespace.
-func (x *examiner) capabilities() Finding {
+func (x *checker) capabilities() Finding {
 	const check = "capabilities"
 	if x.processErr != nil {
 		return fail(check, x.processErr.Error(), "mount proc at "+x.procfs)
@@ -382,7 +382,7 @@ func (x *examiner) capabilities() Finding {
 
 // protection says whether a tracer can keep the OOM killer from itself: to go below the least oom_score_adj
 // that it had takes CAP_SYS_RESOURCE in the first user namespace (__set_oom_adj() in fs/proc/base.c).
-func (x *examiner) protection() Finding {
+func (x *checker) protection() Finding {
 	const check = "protection"
 	data, err := os.ReadFile(x.procfs + "/self/oom_score_adj")
 	if err != nil {
@@ -398,7 +398,7 @@ func (x *examiner) protection() Finding {
 
 // lockdown reads the mode in force, which stands in brackets (lockdown_read() in
 // security/lockdown/lockdown.c). Only confidentiality takes bpf_probe_read_kernel() away.
-func (x *examiner) lockdown() Finding {
+func (x *checker) lockdown() Finding {
 	const check = "lockdown"
 	data, err := os.ReadFile(x.sysfs + "/kernel/security/lockdown")
 	if errors.Is(err, fs.ErrNotExist) {
@@ -423,13 +423,13 @@ func (x *examiner) lockdown() Finding {
 }
 
 // securityfs reports whether it is mounted, which it is not in most containers.
-func (x *examiner) securityfs() bool {
+func (x *checker) securityfs() bool {
 	entries, err := os.ReadDir(x.sysfs + "/kernel/security")
 	return err == nil && len(entries) > 0
 }
 
 // filtered reports whether a seccomp filter is in force (SECCOMP_MODE_FILTER in proc_pid_status(5)).
-func (x *examiner) filtered() bool {
+func (x *checker) filtered() bool {
 	data, err := os.ReadFile(x.procfs + "/self/status")
 	return err == nil && slices.ContainsFunc(strings.Split(string(data), "\n"), func(line string) bool {
 		name, mode, _ := strings.Cut(line, ":")
@@ -439,7 +439,7 @@ func (x *examiner) filtered() bool {
 
 // refusal says why the kernel refuses a system call to this process, and what to do about it. The call takes a
 // capability, or CAP_SYS_ADMIN.
-func (x *examiner) refusal(call, capability string, bit uint, err error) (cause, remedy string) {
+func (x *checker) refusal(call, capability string, bit uint, err error) (cause, remedy string) {
 	admin := x.has(unix.CAP_SYS_ADMIN)
 	switch paranoid := x.sysctl("kernel/perf_event_paranoid", 2); {
 	case !errors.Is(err, fs.ErrPermission):
@@ -461,7 +461,7 @@ func (x *examiner) refusal(call, capability string, bit uint, err error) (cause,
 }
 
 // bpf says whether bpf(2) can be used at all.
-func (x *examiner) bpf() Finding {
+func (x *checker) bpf() Finding {
 	const check = "bpf"
 	if x.bpfErr == nil {
 		return ok(check, "the bpf system call is permitted")
@@ -483,7 +483,7 @@ func errno(err error) error {
 }
 
 // notify says how the tracer learns of a kill. Perf events are the usual way, and not needed.
-func (x *examiner) notify() Finding {
+func (x *checker) notify() Finding {
 	const check = "notify"
 	way, known := map[loader.Notify]string{
 		loader.NotifyPerf: "a perf buffer", loader.NotifyRingbuf: "a ring buffer", loader.NotifyPoll: "polling, every 200 ms",
@@ -512,7 +512,7 @@ func (x *examiner) notify() Finding {
 // memlock holds the perf buffers against the memory that this user may lock: beyond
 // kernel.perf_event_mlock_kb for each CPU, which is all its processes' together, it counts against
 // RLIMIT_MEMLOCK (perf_mmap() in kernel/events/core.c).
-func (x *examiner) memlock() Finding {
+func (x *checker) memlock() Finding {
 	const check = "memlock"
 	const remedy = "raise the limit (systemd: LimitMEMLOCK=infinity; shell: ulimit -l), or "
 	soft, err := x.memlockLimit()
@@ -554,7 +554,7 @@ const noLimit = unix.RLIM_INFINITY
 func kib(n uint64) string { return fmt.Sprintf("%d KiB", n>>10) }
 
 // memlockLimit is the soft RLIMIT_MEMLOCK, in bytes.
-func (x *examiner) memlockLimit() (uint64, error) {
+func (x *checker) memlockLimit() (uint64, error) {
 	self, err := thisProcess(x.procfs)
 	if err != nil {
 		return 0, err
@@ -564,7 +564,7 @@ func (x *examiner) memlockLimit() (uint64, error) {
 }
 
 // onlineCPUs counts those that have a perf buffer.
-func (x *examiner) onlineCPUs() int {
+func (x *checker) onlineCPUs() int {
 	// Documentation/ABI/stable/sysfs-devices-system-cpu: such as 0-3,8
 	data, err := os.ReadFile(x.sysfs + "/devices/system/cpu/online")
 	if err != nil {
@@ -588,7 +588,7 @@ func (x *examiner) onlineCPUs() int {
 
 // countsBPF reports whether the kernel counts BPF memory against the limit that this process has, as it did before
 // 5.11. It is told as libbpf tells it (probe_memcg_account()): by a helper that came with the change.
-func (x *examiner) countsBPF() bool {
+func (x *checker) countsBPF() bool {
 	if soft, err := x.memlockLimit(); err != nil || soft == noLimit || x.has(unix.CAP_SYS_RESOURCE) {
 		return false
 	}
@@ -604,7 +604,7 @@ func CountsBPF(kernel *btf.Spec) bool {
 	return !slices.ContainsFunc(helpers.Values, func(v btf.EnumValue) bool { return v.Name == "BPF_FUNC_ktime_get_coarse_ns" })
 }
 
-func (x *examiner) btf() Finding {
+func (x *checker) btf() Finding {
 	file := cmp.Or(x.btfFile, x.sysfs+"/kernel/btf/vmlinux")
 	if x.btfFile != "" && x.kernelErr != nil {
 		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "take that kernel's /sys/kernel/btf/vmlinux, or its vmlinux with a section .BTF")
@@ -618,7 +618,7 @@ func (x *examiner) btf() Finding {
 	return ok("btf", "%s", file)
 }
 
-func (x *examiner) markVictim() Finding {
+func (x *checker) markVictim() Finding {
 	const check = "mark_victim"
 	if x.kernelErr != nil {
 		return fail(check, "not known without BTF", "see btf")
@@ -641,7 +641,7 @@ func (x *examiner) markVictim() Finding {
 
 // hooks says whether the functions of the OOM killer can be hooked, which proves the context of every
 // kill. earlier are the checks that have failed.
-func (x *examiner) hooks(earlier []string) Finding {
+func (x *checker) hooks(earlier []string) Finding {
 	const check = "hooks"
 	switch why := strings.Join(x.unhooked, "; "); {
 	case x.wants(loader.TierStack, loader.TierNone):
@@ -666,7 +666,7 @@ func (x *examiner) hooks(earlier []string) Finding {
 
 // degraded is what stands in the way of a tier: with kernel.tier auto there is less, with that tier
 // demanded the tracer does not start.
-func (x *examiner) degraded(check, detail, remedy string) Finding {
+func (x *checker) degraded(check, detail, remedy string) Finding {
 	if x.wants(loader.TierAuto) {
 		return warn(check, detail, remedy)
 	}
@@ -674,7 +674,7 @@ func (x *examiner) degraded(check, detail, remedy string) Finding {
 }
 
 // unneeded says why the stack is not asked.
-func (x *examiner) unneeded(check string) Finding {
+func (x *checker) unneeded(check string) Finding {
 	if x.hook != "" {
 		return ok(check, "not needed beside the hooks")
 	}
@@ -683,7 +683,7 @@ func (x *examiner) unneeded(check string) Finding {
 
 // kallsyms says whether addresses are shown, by the rule of kallsyms_show_value() in
 // kernel/ksyms_common.c.
-func (x *examiner) kallsyms() Finding {
+func (x *checker) kallsyms() Finding {
 	const check = "kallsyms"
 	restrict, paranoid := x.sysctl("kernel/kptr_restrict", 0), x.sysctl("kernel/perf_event_paranoid", 2)
 	hidden := fmt.Sprintf("hides the kernel's addresses from this process (kernel.kptr_restrict is %d, kernel.perf_event_paranoid %d)", restrict, paranoid)
@@ -704,7 +704,7 @@ func (x *examiner) kallsyms() Finding {
 }
 
 // stack says whether the stack tier is there, and what it cannot tell.
-func (x *examiner) stack() Finding {
+func (x *checker) stack() Finding {
 	const check = "stack"
 	if !x.needsStack() {
 		return x.unneeded(check)
@@ -723,7 +723,7 @@ func (x *examiner) stack() Finding {
 }
 
 // memoryNodes lists the NUMA nodes with memory, such as 0-1; empty without NUMA.
-func (x *examiner) memoryNodes() string {
+func (x *checker) memoryNodes() string {
 	list, _ := os.ReadFile(x.sysfs + "/devices/system/node/has_memory")
 	return strings.TrimSpace(string(list))
 }
@@ -739,7 +739,7 @@ func tryLoad(o loader.Options) (loaded, error) {
 }
 
 // program says whether what a run would load and attach does. earlier are the checks that have failed.
-func (x *examiner) program(earlier []string) Finding {
+func (x *checker) program(earlier []string) Finding {
 	const check = "program"
 	err := x.programErr
 	if err == nil {
@@ -762,11 +762,11 @@ func (x *examiner) program(earlier []string) Finding {
 	return fail(check, detail, remedy)
 }
 
-// complaints collects what the loader and libbpf say at level warn and above.
-type complaints struct{ lines []string }
+// warnings collects what the loader and libbpf say at level warn and above.
+type warnings struct{ lines []string }
 
 // String is all of it, in brackets.
-func (c *complaints) String() string {
+func (c *warnings) String() string {
 	if len(c.lines) == 0 {
 		return ""
 	}
@@ -774,12 +774,12 @@ func (c *complaints) String() string {
 }
 
 // Enabled implements slog.Handler.
-func (c *complaints) Enabled(_ context.Context, level slog.Level) bool {
+func (c *warnings) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= slog.LevelWarn
 }
 
 // Handle implements slog.Handler.
-func (c *complaints) Handle(_ context.Context, r slog.Record) error {
+func (c *warnings) Handle(_ context.Context, r slog.Record) error {
 	line := r.Message
 	r.Attrs(func(a slog.Attr) bool {
 		line += ": " + a.Value.String()
@@ -791,13 +791,13 @@ func (c *complaints) Handle(_ context.Context, r slog.Record) error {
 }
 
 // WithAttrs implements slog.Handler. The loader has no use for it.
-func (c *complaints) WithAttrs([]slog.Attr) slog.Handler { return c }
+func (c *warnings) WithAttrs([]slog.Attr) slog.Handler { return c }
 
 // WithGroup implements slog.Handler.
-func (c *complaints) WithGroup(string) slog.Handler { return c }
+func (c *warnings) WithGroup(string) slog.Handler { return c }
 
 // cgroup says which hierarchy the events' paths are from, and what stands in the way of the selftest.
-func (x *examiner) cgroup() Finding {
+func (x *checker) cgroup() Finding {
 	const check = "cgroup"
 	if x.memoryDisabled() {
 		return warn(check, "the memory controller is off: events carry no cgroup, and no pod",
@@ -826,7 +826,7 @@ func (x *examiner) cgroup() Finding {
 
 // memoryDisabled reads /proc/cgroups, where a controller that the kernel has and that is switched off
 // has a 0 in the fourth column.
-func (x *examiner) memoryDisabled() bool {
+func (x *checker) memoryDisabled() bool {
 	data, err := os.ReadFile(x.procfs + "/cgroups")
 	if err != nil {
 		return false
@@ -840,7 +840,7 @@ func (x *examiner) memoryDisabled() bool {
 }
 
 // bpffs says whether recording can go on while no tracer runs.
-func (x *examiner) bpffs() Finding {
+func (x *checker) bpffs() Finding {
 	const check = "bpffs"
 	dir := x.cfg.Kernel.PinDir
 	if dir == "" {
@@ -868,7 +868,7 @@ func (x *examiner) bpffs() Finding {
 
 // tracer says whether one runs on this node already and how it is, or whether its metrics could be
 // served.
-func (x *examiner) tracer(ctx context.Context) Finding {
+func (x *checker) tracer(ctx context.Context) Finding {
 	const check = "tracer"
 	addr := x.cfg.Metrics.Listen
 	if addr == "" {
@@ -894,7 +894,7 @@ func (x *examiner) tracer(ctx context.Context) Finding {
 }
 
 // nats looks at the server that a run would publish to, and at JetStream in it.
-func (x *examiner) nats(ctx context.Context) []Finding {
+func (x *checker) nats(ctx context.Context) []Finding {
 	// The name decides where replies come, and a tracer may receive them nowhere else.
 	o := bus.Options{Name: bus.TracerName(x.node)}
 	log := slog.New(slog.DiscardHandler)
@@ -919,7 +919,7 @@ func (x *examiner) nats(ctx context.Context) []Finding {
 }
 
 // jetstream says whether a server that is reached can store events.
-func (x *examiner) jetstream(h bus.Health) Finding {
+func (x *checker) jetstream(h bus.Health) Finding {
 	const check = "jetstream"
 	switch {
 	case h.Stream:
@@ -939,7 +939,7 @@ func (x *examiner) jetstream(h bus.Health) Finding {
 
 // embedded says what became of the embedded server, which could not be reached for the reason given, or
 // whether it could start.
-func (x *examiner) embedded(reason error) Finding {
+func (x *checker) embedded(reason error) Finding {
 	const check = "nats"
 	cfg := x.cfg.NATS.Embedded
 	_, passwordErr := bus.ReadEmbeddedPassword(cfg.Dir)
@@ -966,7 +966,7 @@ func (x *examiner) embedded(reason error) Finding {
 }
 
 // store says whether the embedded server, which does not run, could keep its stream.
-func (x *examiner) store() Finding {
+func (x *checker) store() Finding {
 	const check = "jetstream"
 	dir, want := x.cfg.NATS.Embedded.Dir, uint64(x.cfg.NATS.Stream.MaxBytes)
 	// The nearest directory that is there decides.

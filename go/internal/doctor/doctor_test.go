@@ -61,10 +61,10 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// patient is an examiner of a machine made of files, on which everything is well until a test changes
+// machine is an checker of a machine made of files, on which everything is well until a test changes
 // something.
-type patient struct {
-	*examiner
+type machine struct {
+	*checker
 	t *testing.T
 	// refuse is what loading comes to, by tier, and said what libbpf has to say of each refusal.
 	refuse map[loader.Tier]error
@@ -74,7 +74,7 @@ type patient struct {
 	noBPF, noPerf error
 }
 
-func newPatient(t *testing.T) *patient {
+func newMachine(t *testing.T) *machine {
 	t.Helper()
 	cfg := config.Default()
 	cfg.Metrics.Listen = "127.0.0.1:0"
@@ -82,7 +82,7 @@ func newPatient(t *testing.T) *patient {
 	cfg.NATS.Embedded.Dir = filepath.Join(t.TempDir(), "nats")
 	cfg.NATS.Stream.MaxBytes = 1 << 20
 	cfg.Kernel.PinDir = ""
-	p := &patient{t: t, examiner: &examiner{cfg: cfg, node: "node-1", procfs: t.TempDir(), sysfs: t.TempDir()}, refuse: map[loader.Tier]error{}}
+	p := &machine{t: t, checker: &checker{cfg: cfg, node: "node-1", procfs: t.TempDir(), sysfs: t.TempDir()}, refuse: map[loader.Tier]error{}}
 	p.checkBPF = func() error { return p.noBPF }
 	p.checkPerf = func() error { return p.noPerf }
 	p.load = func(o loader.Options) (loaded, error) {
@@ -140,11 +140,11 @@ func write(t *testing.T, path, text string) {
 	must(t, os.WriteFile(path, []byte(text), 0o644))
 }
 
-func (p *patient) proc(path, text string) { p.t.Helper(); write(p.t, p.procfs+"/"+path, text) }
-func (p *patient) sys(path, text string)  { p.t.Helper(); write(p.t, p.sysfs+"/"+path, text) }
+func (p *machine) proc(path, text string) { p.t.Helper(); write(p.t, p.procfs+"/"+path, text) }
+func (p *machine) sys(path, text string)  { p.t.Helper(); write(p.t, p.sysfs+"/"+path, text) }
 
 // without removes a file or a directory of /proc or /sys.
-func (p *patient) without(path string) {
+func (p *machine) without(path string) {
 	p.t.Helper()
 	for _, root := range []string{p.procfs, p.sysfs} {
 		if _, err := os.Lstat(root + "/" + path); err == nil {
@@ -155,27 +155,27 @@ func (p *patient) without(path string) {
 	p.t.Fatalf("there is no %s", path)
 }
 
-func (p *patient) namespace(kind, link string) {
+func (p *machine) namespace(kind, link string) {
 	p.t.Helper()
 	must(p.t, os.MkdirAll(p.procfs+"/77/ns", 0o755))
 	os.Remove(p.procfs + "/77/ns/" + kind)
 	must(p.t, os.Symlink(link, p.procfs+"/77/ns/"+kind))
 }
 
-func (p *patient) memlockLimitIs(soft string) {
+func (p *machine) memlockLimitIs(soft string) {
 	p.t.Helper()
 	p.proc("77/limits", fmt.Sprintf("%-25s %-20s %-20s %-10s\n%-25s %-20s %-20s %-10s\n",
 		"Limit", "Soft Limit", "Hard Limit", "Units", "Max locked memory", soft, "unlimited", "bytes"))
 }
 
 // free is what perf events may lock beside the limit, in KiB for each CPU.
-func (p *patient) free(kib int) {
+func (p *machine) free(kib int) {
 	p.t.Helper()
 	p.proc("sys/kernel/perf_event_mlock_kb", fmt.Sprintln(kib))
 }
 
 // filtered has a seccomp filter in force.
-func (p *patient) filtered() {
+func (p *machine) filtered() {
 	p.t.Helper()
 	data, err := os.ReadFile(p.procfs + "/77/status")
 	must(p.t, err)
@@ -183,7 +183,7 @@ func (p *patient) filtered() {
 }
 
 // mounts has the memory controller at a directory, in a hierarchy of version 1 ("cgroup") or 2.
-func (p *patient) mounts(fstype, dir string) {
+func (p *machine) mounts(fstype, dir string) {
 	p.t.Helper()
 	p.proc("77/mountinfo", fmt.Sprintf("26 22 0:23 / %s rw - %s cgroup rw,memory\n", dir, fstype))
 	if fstype == "cgroup2" {
@@ -192,7 +192,7 @@ func (p *patient) mounts(fstype, dir string) {
 }
 
 // lacks takes capabilities from the effective set.
-func (p *patient) lacks(bits ...uint) {
+func (p *machine) lacks(bits ...uint) {
 	p.t.Helper()
 	effective := uint64(1)<<(unix.CAP_LAST_CAP+1) - 1
 	for _, bit := range bits {
@@ -206,7 +206,7 @@ var allSymbols = []string{
 	"moom_callback", "__alloc_pages_slowpath.constprop.0", "last_of_the_text",
 }
 
-func (p *patient) kallsymsText(names []string) {
+func (p *machine) kallsymsText(names []string) {
 	p.t.Helper()
 	text := "0000000000000000 A fixed_percpu_data\n"
 	for i, name := range names {
@@ -216,7 +216,7 @@ func (p *patient) kallsymsText(names []string) {
 }
 
 // noHooks has neither fentry nor kprobe work.
-func (p *patient) noHooks() {
+func (p *machine) noHooks() {
 	p.refuse[loader.TierFentry] = fmt.Errorf("load the BPF object: %w", unix.EPERM)
 	p.refuse[loader.TierKprobe] = fmt.Errorf("attach kprobe_out_of_memory: %w", unix.ENOENT)
 }
@@ -225,13 +225,13 @@ func (p *patient) noHooks() {
 var withoutHooks = Finding{"hooks", StatusWarn, "none; the owner of a limit is inferred, and the failed allocation is not known (fentry: load the BPF object: operation not permitted; kprobe: attach kprobe_out_of_memory: no such file or directory)", "CONFIG_KPROBE_EVENTS=y"}
 
 // nothing has every tier refused.
-func (p *patient) nothing(err error) {
+func (p *machine) nothing(err error) {
 	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe, loader.TierStack, loader.TierNone} {
 		p.refuse[tier] = err
 	}
 }
 
-func (p *patient) kallsymsHidden() {
+func (p *machine) kallsymsHidden() {
 	p.t.Helper()
 	text := "0000000000000000 A fixed_percpu_data\n"
 	for _, name := range allSymbols {
@@ -249,7 +249,7 @@ var (
 
 // kernelTypes writes the BTF of a kernel whose mark_victim takes arguments (none: there is no such
 // tracepoint) and that has BPF helpers.
-func (p *patient) kernelTypes(arguments []btf.FuncParam, helpers ...string) {
+func (p *machine) kernelTypes(arguments []btf.FuncParam, helpers ...string) {
 	p.t.Helper()
 	void := &btf.Pointer{Target: &btf.Void{}}
 	var types []btf.Type
@@ -278,12 +278,12 @@ var checks = []string{
 
 // expect holds the findings against those wanted: every one that is not ok must be among them, detail
 // and remedy being parts of what it says. What is wanted as ok must say so.
-func (p *patient) expect(want ...Finding) {
+func (p *machine) expect(want ...Finding) {
 	p.t.Helper()
 	p.check(p.examine(p.t.Context()), want)
 }
 
-func (p *patient) check(got, want []Finding) {
+func (p *machine) check(got, want []Finding) {
 	p.t.Helper()
 	var names []string
 	for _, f := range got {
@@ -321,10 +321,10 @@ func TestDoctorFindings(t *testing.T) {
 	)
 	for _, tt := range []struct {
 		name   string
-		change func(*patient)
+		change func(*machine)
 		want   []Finding
 	}{
-		{"all is well", func(*patient) {}, []Finding{
+		{"all is well", func(*machine) {}, []Finding{
 			{"kernel", StatusOK, "6.12.95+deb12-cloud-amd64 " + runtime.GOARCH + ", node node-1", ""},
 			{"capabilities", StatusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""},
 			{"protection", StatusOK, "can have oom_score_adj -998", ""},
@@ -345,107 +345,107 @@ func TestDoctorFindings(t *testing.T) {
 			{"jetstream", StatusOK, "part of the embedded server", ""},
 		}},
 
-		{"no proc", func(p *patient) { p.without("sys/kernel/osrelease") }, []Finding{
+		{"no proc", func(p *machine) { p.without("sys/kernel/osrelease") }, []Finding{
 			{"kernel", StatusFail, "osrelease: no such file", "mount proc"},
 			{"program", StatusOK, "", ""},
 		}},
 
 		// Hooks.
-		{"kprobe alone", func(p *patient) { p.noHooks(); delete(p.refuse, loader.TierKprobe) }, []Finding{
+		{"kprobe alone", func(p *machine) { p.noHooks(); delete(p.refuse, loader.TierKprobe) }, []Finding{
 			{"hooks", StatusOK, "kprobe works (fentry: load the BPF object: operation not permitted)", ""},
 			{"kallsyms", StatusOK, "shows the kernel's addresses", ""},
 			{"stack", StatusOK, "not needed beside the hooks", ""},
 			{"program", StatusOK, "tier kprobe", ""},
 		}},
-		{"no hooks", func(p *patient) { p.noHooks() }, []Finding{
+		{"no hooks", func(p *machine) { p.noHooks() }, []Finding{
 			withoutHooks,
 			{"stack", StatusOK, "proves scope and outcome", ""},
 			{"program", StatusOK, "tier stack", ""},
 		}},
-		{"fentry demanded", func(p *patient) { p.cfg.Kernel.Tier = "fentry"; p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG) }, []Finding{
+		{"fentry demanded", func(p *machine) { p.cfg.Kernel.Tier = "fentry"; p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG) }, []Finding{
 			{"capabilities", StatusOK, "no need of CAP_SYSLOG", ""},
 			{"hooks", StatusOK, "fentry works", ""},
 			{"kallsyms", StatusOK, "not needed beside the hooks", ""},
 			{"stack", StatusOK, "not needed beside the hooks", ""},
 		}},
-		{"kprobe demanded", func(p *patient) { p.cfg.Kernel.Tier = "kprobe" }, []Finding{
+		{"kprobe demanded", func(p *machine) { p.cfg.Kernel.Tier = "kprobe" }, []Finding{
 			{"hooks", StatusOK, "kprobe works", ""},
 			{"program", StatusOK, "tier kprobe", ""},
 		}},
-		{"fentry demanded and refused", func(p *patient) { p.cfg.Kernel.Tier = "fentry"; p.noHooks() }, []Finding{
+		{"fentry demanded and refused", func(p *machine) { p.cfg.Kernel.Tier = "fentry"; p.noHooks() }, []Finding{
 			{"hooks", StatusFail, "(fentry: load the BPF object: operation not permitted)", "or set kernel.tier to auto"},
 			{"stack", StatusOK, "not used: kernel.tier is fentry", ""},
 			{"program", StatusFail, "use tier fentry: ", "see hooks"},
 		}},
-		{"kprobe demanded and refused", func(p *patient) { p.cfg.Kernel.Tier = "kprobe"; p.noHooks() }, []Finding{
+		{"kprobe demanded and refused", func(p *machine) { p.cfg.Kernel.Tier = "kprobe"; p.noHooks() }, []Finding{
 			{"hooks", StatusFail, "(kprobe: attach kprobe_out_of_memory: no such file or directory)", "or set kernel.tier to auto"},
 			{"program", StatusFail, "use tier kprobe: ", "see hooks"},
 		}},
-		{"the stack demanded", func(p *patient) { p.cfg.Kernel.Tier = "stack" }, []Finding{
+		{"the stack demanded", func(p *machine) { p.cfg.Kernel.Tier = "stack" }, []Finding{
 			{"hooks", StatusOK, "not used: kernel.tier is stack", ""},
 			{"stack", StatusOK, "proves scope and outcome", ""},
 			{"program", StatusOK, "tier stack", ""},
 		}},
 
 		// Capabilities.
-		{"no CAP_BPF", func(p *patient) { p.lacks(unix.CAP_BPF, admin) }, []Finding{
+		{"no CAP_BPF", func(p *machine) { p.lacks(unix.CAP_BPF, admin) }, []Finding{
 			{"capabilities", StatusFail, "has CAP_PERFMON, CAP_SYSLOG; lacks CAP_BPF to load the program", "capabilities.add: [BPF], with runAsUser: 0"},
 		}},
-		{"no CAP_PERFMON", func(p *patient) { p.lacks(unix.CAP_PERFMON, admin) }, []Finding{
+		{"no CAP_PERFMON", func(p *machine) { p.lacks(unix.CAP_PERFMON, admin) }, []Finding{
 			{"capabilities", StatusFail, "lacks CAP_PERFMON to attach it and read the kernel's memory", "[PERFMON]"},
 		}},
-		{"none at all", func(p *patient) {
+		{"none at all", func(p *machine) {
 			p.kallsymsHidden()
 			p.nothing(unix.EPERM)
 			p.lacks(unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYSLOG, admin)
 		}, append([]Finding{{"hooks", StatusWarn, "none", "see capabilities"}, {"program", StatusFail, "use tier none: operation not permitted", "see capabilities"}},
 			append(withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, hidden, "see capabilities"})[:2],
 				Finding{"capabilities", StatusFail, "has none of those needed; lacks CAP_BPF to load the program, CAP_PERFMON to attach", "[BPF, PERFMON, SYSLOG]"})...)},
-		{"CAP_SYS_ADMIN stands for two of them", func(p *patient) { p.lacks(unix.CAP_BPF, unix.CAP_PERFMON) }, []Finding{
+		{"CAP_SYS_ADMIN stands for two of them", func(p *machine) { p.lacks(unix.CAP_BPF, unix.CAP_PERFMON) }, []Finding{
 			{"capabilities", StatusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON, CAP_SYSLOG", ""},
 		}},
-		{"CAP_SYS_ADMIN does not stand for CAP_SYSLOG", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden(); p.noHooks() },
+		{"CAP_SYS_ADMIN does not stand for CAP_SYSLOG", func(p *machine) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden(); p.noHooks() },
 			append(withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, hidden + " from this process (kernel.kptr_restrict is 1, kernel.perf_event_paranoid 2)", "needs CAP_SYSLOG: see capabilities"}),
 				Finding{"capabilities", StatusWarn, "has CAP_BPF, CAP_PERFMON; lacks CAP_SYSLOG to see the kernel's addresses (tier stack)", "[SYSLOG]"})},
-		{"may lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n") }, nil},
-		{"may not lower its oom_score_adj", func(p *patient) { p.proc("77/oom_score_adj", "-997\n"); p.lacks(unix.CAP_SYS_RESOURCE) }, []Finding{
+		{"may lower its oom_score_adj", func(p *machine) { p.proc("77/oom_score_adj", "-997\n") }, nil},
+		{"may not lower its oom_score_adj", func(p *machine) { p.proc("77/oom_score_adj", "-997\n"); p.lacks(unix.CAP_SYS_RESOURCE) }, []Finding{
 			{"protection", StatusWarn, "lacks CAP_SYS_RESOURCE to lower its oom_score_adj, now -997", "add: [SYS_RESOURCE]"},
 		}},
-		{"need not lower its oom_score_adj", func(p *patient) { p.lacks(unix.CAP_SYS_RESOURCE) }, nil},
-		{"no need of CAP_SYSLOG, where the addresses are shown", func(p *patient) {
+		{"need not lower its oom_score_adj", func(p *machine) { p.lacks(unix.CAP_SYS_RESOURCE) }, nil},
+		{"no need of CAP_SYSLOG, where the addresses are shown", func(p *machine) {
 			p.noHooks()
 			p.lacks(unix.CAP_SYSLOG)
 			p.proc("sys/kernel/kptr_restrict", "0\n")
 			p.proc("sys/kernel/perf_event_paranoid", "1\n")
 		}, []Finding{withoutHooks, {"capabilities", StatusOK, "has CAP_BPF, CAP_PERFMON, no need of CAP_SYSLOG", ""}}},
-		{"no need of CAP_SYSLOG, beside the hooks", func(p *patient) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden() }, []Finding{
+		{"no need of CAP_SYSLOG, beside the hooks", func(p *machine) { p.lacks(unix.CAP_SYSLOG); p.kallsymsHidden() }, []Finding{
 			{"capabilities", StatusOK, "no need of CAP_SYSLOG", ""},
 			{"kallsyms", StatusOK, "not needed beside the hooks", ""},
 		}},
-		{"a user who might have them", func(p *patient) {
+		{"a user who might have them", func(p *machine) {
 			p.proc("77/status", "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\n")
 		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "run it as user 0, which has them here; user 1000 does not"}}},
-		{"a user who might not", func(p *patient) {
+		{"a user who might not", func(p *machine) {
 			p.proc("77/status", "Uid:\t1000\t1000\t1000\t1000\nCapEff:\t0000000000000000\nCapBnd:\t00000000a80425fb\n")
 		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "securityContext.capabilities.add: [BPF, PERFMON], with runAsUser: 0"}}},
-		{"root without what it might have", func(p *patient) {
+		{"root without what it might have", func(p *machine) {
 			p.proc("77/status", "Uid:\t0\t0\t0\t0\nCapEff:\t0000000000000000\nCapBnd:\t000001ffffffffff\n")
 		}, []Finding{{"capabilities", StatusFail, "lacks CAP_BPF", "run it as root with all capabilities"}}},
-		{"root in a user namespace", func(p *patient) { p.namespace("user", "user:[4026532177]") }, []Finding{
+		{"root in a user namespace", func(p *machine) { p.namespace("user", "user:[4026532177]") }, []Finding{
 			{"capabilities", StatusFail, "user namespace user:[4026532177]", "hostUsers"},
 		}},
-		{"before 5.8, without CAP_SYS_ADMIN", func(p *patient) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40, admin) }, []Finding{
+		{"before 5.8, without CAP_SYS_ADMIN", func(p *machine) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40, admin) }, []Finding{
 			{"capabilities", StatusFail, "lacks CAP_SYS_ADMIN", "give it CAP_SYS_ADMIN"},
 		}},
-		{"before 5.8, with CAP_SYS_ADMIN", func(p *patient) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40) }, []Finding{
+		{"before 5.8, with CAP_SYS_ADMIN", func(p *machine) { p.proc("sys/kernel/cap_last_cap", "37\n"); p.lacks(38, 39, 40) }, []Finding{
 			{"capabilities", StatusOK, "has CAP_SYS_ADMIN for CAP_BPF", ""},
 		}},
-		{"a status that cannot be read", func(p *patient) { p.without("77/status") }, []Finding{
+		{"a status that cannot be read", func(p *machine) { p.without("77/status") }, []Finding{
 			{"capabilities", StatusFail, "77/status: no such file", "mount proc"},
 		}},
 
 		// The system calls.
-		{"bpf without CAP_BPF", func(p *patient) {
+		{"bpf without CAP_BPF", func(p *machine) {
 			p.lacks(unix.CAP_BPF, admin)
 			p.filtered()
 			p.nothing(unix.EPERM)
@@ -457,7 +457,7 @@ func TestDoctorFindings(t *testing.T) {
 			{"hooks", StatusWarn, "none", "see capabilities, bpf"},
 			{"program", StatusFail, "", "see capabilities, bpf"},
 		}},
-		{"bpf and a seccomp filter", func(p *patient) {
+		{"bpf and a seccomp filter", func(p *machine) {
 			p.lacks(admin)
 			p.filtered()
 			p.nothing(unix.EPERM)
@@ -468,7 +468,7 @@ func TestDoctorFindings(t *testing.T) {
 			{"hooks", StatusWarn, "none", "see bpf"},
 			{"program", StatusFail, "", "see bpf"},
 		}},
-		{"bpf and the memory of maps, before 5.11", func(p *patient) {
+		{"bpf and the memory of maps, before 5.11", func(p *machine) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
 			p.lacks(unix.CAP_SYS_RESOURCE, admin)
 			p.filtered()
@@ -481,7 +481,7 @@ func TestDoctorFindings(t *testing.T) {
 			{"hooks", StatusWarn, "none", "see bpf"},
 			{"program", StatusFail, "", "see bpf"},
 		}},
-		{"bpf and a security module", func(p *patient) {
+		{"bpf and a security module", func(p *machine) {
 			p.nothing(unix.EACCES)
 			p.noBPF = fmt.Errorf("%w: %w", loader.ErrBPF, unix.EACCES)
 		}, []Finding{
@@ -490,7 +490,7 @@ func TestDoctorFindings(t *testing.T) {
 			{"hooks", StatusWarn, "none", "see bpf"},
 			{"program", StatusFail, "", "see bpf"},
 		}},
-		{"a distribution's own paranoia", func(p *patient) {
+		{"a distribution's own paranoia", func(p *machine) {
 			p.lacks(admin)
 			p.filtered()
 			p.noPerf = unix.EACCES
@@ -500,23 +500,23 @@ func TestDoctorFindings(t *testing.T) {
 			{"memlock", StatusOK, "no perf buffers", ""},
 			{"hooks", StatusOK, "fentry works", ""},
 		}},
-		{"perf and a seccomp filter", func(p *patient) {
+		{"perf and a seccomp filter", func(p *machine) {
 			p.lacks(admin)
 			p.filtered()
 			p.noPerf = unix.EPERM
 		}, []Finding{
 			{"notify", StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: the seccomp filter of this process refuses perf_event_open (operation not permitted, although it has CAP_PERFMON", "RuntimeDefault of containerd 1.7"},
 		}},
-		{"perf, a seccomp filter, and a distribution's own paranoia", func(p *patient) {
+		{"perf, a seccomp filter, and a distribution's own paranoia", func(p *machine) {
 			p.lacks(admin)
 			p.filtered()
 			p.noPerf = unix.EPERM
 			p.proc("sys/kernel/perf_event_paranoid", "3\n")
 		}, []Finding{{"notify", StatusWarn, "the seccomp filter of this process refuses perf_event_open", "RuntimeDefault"}}},
-		{"perf and a security module", func(p *patient) { p.noPerf = unix.EACCES }, []Finding{
+		{"perf and a security module", func(p *machine) { p.noPerf = unix.EACCES }, []Finding{
 			{"notify", StatusWarn, "perf_event_open is refused (permission denied), although this process has CAP_PERFMON and no seccomp filter", "audit log"},
 		}},
-		{"perf without CAP_PERFMON", func(p *patient) {
+		{"perf without CAP_PERFMON", func(p *machine) {
 			p.lacks(unix.CAP_PERFMON, admin)
 			p.noPerf = unix.EACCES
 			p.nothing(unix.EPERM)
@@ -526,10 +526,10 @@ func TestDoctorFindings(t *testing.T) {
 			{"hooks", StatusWarn, "none", "see capabilities"},
 			{"program", StatusFail, "", "see capabilities"},
 		}},
-		{"perf in no kernel", func(p *patient) { p.noPerf = unix.ENOSYS }, []Finding{
+		{"perf in no kernel", func(p *machine) { p.noPerf = unix.ENOSYS }, []Finding{
 			{"notify", StatusWarn, "perf_event_open: function not implemented", "report this kernel"},
 		}},
-		{"perf demanded and refused", func(p *patient) {
+		{"perf demanded and refused", func(p *machine) {
 			p.lacks(admin)
 			p.cfg.Kernel.Notify = "perf"
 			p.noPerf = unix.EACCES
@@ -540,13 +540,13 @@ func TestDoctorFindings(t *testing.T) {
 			{"hooks", StatusWarn, "none", "see notify"},
 			{"program", StatusFail, "", "see notify"},
 		}},
-		{"a ring buffer demanded", func(p *patient) { p.cfg.Kernel.Notify = "ringbuf"; p.noPerf = unix.EACCES }, []Finding{
+		{"a ring buffer demanded", func(p *machine) { p.cfg.Kernel.Notify = "ringbuf"; p.noPerf = unix.EACCES }, []Finding{
 			{"notify", StatusOK, "notifications use a ring buffer", ""},
 		}},
-		{"polling demanded", func(p *patient) { p.cfg.Kernel.Notify = "poll" }, []Finding{
+		{"polling demanded", func(p *machine) { p.cfg.Kernel.Notify = "poll" }, []Finding{
 			{"notify", StatusOK, "notifications use polling, every 200 ms", ""},
 		}},
-		{"kprobes need perf events", func(p *patient) {
+		{"kprobes need perf events", func(p *machine) {
 			p.lacks(admin)
 			p.noHooks()
 			p.noPerf = unix.EACCES
@@ -559,209 +559,209 @@ func TestDoctorFindings(t *testing.T) {
 		}},
 
 		// Lockdown.
-		{"lockdown none", func(p *patient) { p.sys("kernel/security/lockdown", "[none] integrity confidentiality\n") }, []Finding{
+		{"lockdown none", func(p *machine) { p.sys("kernel/security/lockdown", "[none] integrity confidentiality\n") }, []Finding{
 			{"lockdown", StatusOK, "none", ""},
 		}},
-		{"lockdown confidentiality", func(p *patient) { p.sys("kernel/security/lockdown", "none integrity [confidentiality]\n") }, []Finding{
+		{"lockdown confidentiality", func(p *machine) { p.sys("kernel/security/lockdown", "none integrity [confidentiality]\n") }, []Finding{
 			{"lockdown", StatusFail, "confidentiality: the kernel lets no program read its memory", "lockdown=integrity"},
 		}},
-		{"lockdown unknown", func(p *patient) { p.sys("kernel/security/lockdown", "none [secrecy]\n") }, []Finding{
+		{"lockdown unknown", func(p *machine) { p.sys("kernel/security/lockdown", "none [secrecy]\n") }, []Finding{
 			{"lockdown", StatusWarn, `unknown mode "none [secrecy]"`, "report this kernel"},
 		}},
-		{"lockdown without brackets", func(p *patient) { p.sys("kernel/security/lockdown", "none integrity confidentiality\n") }, []Finding{
+		{"lockdown without brackets", func(p *machine) { p.sys("kernel/security/lockdown", "none integrity confidentiality\n") }, []Finding{
 			{"lockdown", StatusWarn, "unknown mode", "report this kernel"},
 		}},
-		{"lockdown of another form", func(p *patient) { p.sys("kernel/security/lockdown", "none [integrity") }, []Finding{
+		{"lockdown of another form", func(p *machine) { p.sys("kernel/security/lockdown", "none [integrity") }, []Finding{
 			{"lockdown", StatusWarn, "unknown mode", "report this kernel"},
 		}},
-		{"lockdown cannot be read", func(p *patient) {
+		{"lockdown cannot be read", func(p *machine) {
 			p.without("kernel/security/lockdown")
 			p.sys("kernel/security/lockdown/x", "")
 		}, []Finding{{"lockdown", StatusWarn, "is a directory", "run doctor as root"}}},
-		{"no lockdown in the kernel", func(p *patient) { p.without("kernel/security/lockdown"); p.sys("kernel/security/lsm", "capability") }, []Finding{
+		{"no lockdown in the kernel", func(p *machine) { p.without("kernel/security/lockdown"); p.sys("kernel/security/lsm", "capability") }, []Finding{
 			{"lockdown", StatusOK, "not in this kernel", ""},
 		}},
-		{"no securityfs", func(p *patient) { p.without("kernel/security/lockdown") }, []Finding{
+		{"no securityfs", func(p *machine) { p.without("kernel/security/lockdown") }, []Finding{
 			{"lockdown", StatusOK, "not known: securityfs is not mounted at", ""},
 		}},
 
 		// Memory that may be locked: the buffers of four CPUs take 32 KiB.
-		{"buffers that just fit into what is free", func(p *patient) { p.free(8); p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []Finding{
+		{"buffers that just fit into what is free", func(p *machine) { p.free(8); p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []Finding{
 			{"memlock", StatusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 32 KiB, each user may lock 32 KiB beyond the limit", ""},
 		}},
-		{"buffers that just fit into the limit", func(p *patient) {
+		{"buffers that just fit into the limit", func(p *machine) {
 			p.free(4)
 			p.memlockLimitIs("16384")
 			p.lacks(unix.CAP_IPC_LOCK)
 		}, []Finding{{"memlock", StatusOK, "limit 16 KiB; the perf buffers of 4 CPUs lock 32 KiB", ""}}},
-		{"buffers that do not fit", func(p *patient) {
+		{"buffers that do not fit", func(p *machine) {
 			p.free(4)
 			p.memlockLimitIs("16383")
 			p.lacks(unix.CAP_IPC_LOCK)
 		}, []Finding{{"memlock", StatusWarn, "lock 32 KiB; each user may lock 16 KiB beyond the limit, and the rest exceeds the limit of 15 KiB", "give CAP_IPC_LOCK; a ring buffer is used instead"}}},
-		{"buffers that do not fit, demanded", func(p *patient) {
+		{"buffers that do not fit, demanded", func(p *machine) {
 			p.cfg.Kernel.Notify = "perf"
 			p.free(4)
 			p.memlockLimitIs("16383")
 			p.lacks(unix.CAP_IPC_LOCK)
 		}, []Finding{{"memlock", StatusFail, "exceeds the limit of 15 KiB", "give CAP_IPC_LOCK, or set kernel.notify to auto"}}},
-		{"CAP_IPC_LOCK lifts the limit", func(p *patient) { p.free(0); p.memlockLimitIs("0") }, []Finding{
+		{"CAP_IPC_LOCK lifts the limit", func(p *machine) { p.free(0); p.memlockLimitIs("0") }, []Finding{
 			{"memlock", StatusOK, "limit 0 KiB", ""},
 		}},
-		{"but not in a user namespace", func(p *patient) {
+		{"but not in a user namespace", func(p *machine) {
 			p.free(0)
 			p.memlockLimitIs("0")
 			p.namespace("user", "user:[4026532177]")
 		}, []Finding{{"memlock", StatusWarn, "exceeds the limit of 0 KiB", "ulimit -l"}, {"capabilities", StatusFail, "", ""}}},
-		{"a kernel that is not paranoid has no limit", func(p *patient) {
+		{"a kernel that is not paranoid has no limit", func(p *machine) {
 			p.free(0)
 			p.memlockLimitIs("0")
 			p.lacks(unix.CAP_IPC_LOCK)
 			p.proc("sys/kernel/perf_event_paranoid", "-1\n")
 		}, nil},
-		{"no perf buffers, no limit", func(p *patient) {
+		{"no perf buffers, no limit", func(p *machine) {
 			p.cfg.Kernel.Notify = "ringbuf"
 			p.free(0)
 			p.memlockLimitIs("0")
 			p.lacks(unix.CAP_IPC_LOCK)
 		}, []Finding{{"memlock", StatusOK, "limit 0 KiB; no perf buffers", ""}}},
-		{"unlimited", func(p *patient) {
+		{"unlimited", func(p *machine) {
 			p.free(0)
 			p.memlockLimitIs("unlimited")
 			p.lacks(unix.CAP_IPC_LOCK)
 		}, []Finding{
 			{"memlock", StatusOK, "limit unlimited; the perf buffers of 4 CPUs lock 32 KiB", ""},
 		}},
-		{"before 5.11", func(p *patient) {
+		{"before 5.11", func(p *machine) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
 			p.lacks(unix.CAP_SYS_RESOURCE)
 		}, []Finding{
 			{"memlock", StatusWarn, "limit 8192 KiB, and this kernel, before 5.11, counts the program's maps against it", "or give CAP_SYS_RESOURCE"},
 		}},
-		{"before 5.11, with CAP_SYS_RESOURCE", func(p *patient) { p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem") }, nil},
-		{"before 5.11, unlimited", func(p *patient) {
+		{"before 5.11, with CAP_SYS_RESOURCE", func(p *machine) { p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem") }, nil},
+		{"before 5.11, unlimited", func(p *machine) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
 			p.lacks(unix.CAP_SYS_RESOURCE)
 			p.memlockLimitIs("unlimited")
 		}, nil},
-		{"CPUs in a list", func(p *patient) { p.sys("devices/system/cpu/online", "0-3,8,10-11\n") }, []Finding{
+		{"CPUs in a list", func(p *machine) { p.sys("devices/system/cpu/online", "0-3,8,10-11\n") }, []Finding{
 			{"memlock", StatusOK, "the perf buffers of 7 CPUs", ""},
 		}},
-		{"CPUs in another form", func(p *patient) { p.sys("devices/system/cpu/online", "0-3,x\n") }, []Finding{
+		{"CPUs in another form", func(p *machine) { p.sys("devices/system/cpu/online", "0-3,x\n") }, []Finding{
 			{"memlock", StatusOK, fmt.Sprintf("the perf buffers of %d CPUs", runtime.NumCPU()), ""},
 		}},
-		{"CPUs not told, nor the rest", func(p *patient) {
+		{"CPUs not told, nor the rest", func(p *machine) {
 			p.without("devices/system/cpu/online")
 			p.without("sys/kernel/perf_event_mlock_kb")
 			p.proc("sys/kernel/perf_event_paranoid", "very\n")
 		}, []Finding{{"memlock", StatusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, each user may lock %d KiB", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
-		{"limits that cannot be read", func(p *patient) { p.without("77/limits") }, []Finding{
+		{"limits that cannot be read", func(p *machine) { p.without("77/limits") }, []Finding{
 			{"memlock", StatusWarn, "77/limits: no such file", "mount proc"},
 		}},
 
 		// Types.
-		{"no BTF", func(p *patient) { p.without("kernel/btf/vmlinux") }, []Finding{
+		{"no BTF", func(p *machine) { p.without("kernel/btf/vmlinux") }, []Finding{
 			{"btf", StatusFail, "there is no ", "CONFIG_DEBUG_INFO_BTF=y"},
 			{"mark_victim", StatusFail, "not known without BTF", "see btf"},
 		}},
-		{"BTF of another form", func(p *patient) { p.sys("kernel/btf/vmlinux", "rubbish") }, []Finding{
+		{"BTF of another form", func(p *machine) { p.sys("kernel/btf/vmlinux", "rubbish") }, []Finding{
 			{"btf", StatusFail, "kernel/btf/vmlinux: ", "report this kernel"},
 			{"mark_victim", StatusFail, "not known without BTF", "see btf"},
 		}},
-		{"mark_victim with a thread ID", func(p *patient) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
+		{"mark_victim with a thread ID", func(p *machine) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
 			{"mark_victim", StatusOK, "hands over a thread ID; the task comes from the hooks", ""},
 		}},
-		{"mark_victim with a thread ID and no hooks", func(p *patient) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns"); p.noHooks() }, []Finding{
+		{"mark_victim with a thread ID and no hooks", func(p *machine) { p.kernelTypes(victimPID, "BPF_FUNC_ktime_get_coarse_ns"); p.noHooks() }, []Finding{
 			{"mark_victim", StatusWarn, "hands over a thread ID and not the task, and there are no hooks", "see hooks, or use a kernel with commit 72ba14deb40a"},
 			withoutHooks,
 		}},
-		{"mark_victim with something else", func(p *patient) { p.kernelTypes(victimOdd, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
+		{"mark_victim with something else", func(p *machine) { p.kernelTypes(victimOdd, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
 			{"mark_victim", StatusFail, "unknown prototype", "report this kernel"},
 		}},
-		{"no mark_victim", func(p *patient) { p.kernelTypes(nil, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
+		{"no mark_victim", func(p *machine) { p.kernelTypes(nil, "BPF_FUNC_ktime_get_coarse_ns") }, []Finding{
 			{"mark_victim", StatusFail, "this kernel has no such tracepoint", "Linux 5.5 or later"},
 		}},
 
 		// The stack tier.
-		{"no kallsyms", func(p *patient) { p.without("kallsyms"); p.noHooks() },
+		{"no kallsyms", func(p *machine) { p.without("kallsyms"); p.noHooks() },
 			withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, "there is no ", "CONFIG_KALLSYMS=y"})},
-		{"kallsyms in another form", func(p *patient) { p.proc("kallsyms", "address t name\n"); p.noHooks() },
+		{"kallsyms in another form", func(p *machine) { p.proc("kallsyms", "address t name\n"); p.noHooks() },
 			withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, `parsing "address"`, "let this process read"})},
-		{"addresses hidden from everybody", func(p *patient) { p.kallsymsHidden(); p.proc("sys/kernel/kptr_restrict", "2\n"); p.noHooks() },
+		{"addresses hidden from everybody", func(p *machine) { p.kallsymsHidden(); p.proc("sys/kernel/kptr_restrict", "2\n"); p.noHooks() },
 			withoutStack(StatusWarn, Finding{"kallsyms", StatusWarn, "kernel.kptr_restrict is 2", "sysctl kernel.kptr_restrict=1"})},
-		{"addresses hidden, and the stack tier demanded", func(p *patient) {
+		{"addresses hidden, and the stack tier demanded", func(p *machine) {
 			p.kallsymsHidden()
 			p.proc("sys/kernel/kptr_restrict", "2\n")
 			p.cfg.Kernel.Tier = "stack"
 		}, withoutStack(StatusFail, Finding{"kallsyms", StatusFail, hidden, "or set kernel.tier to auto"})},
-		{"addresses hidden, and no tier wanted", func(p *patient) { p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG); p.cfg.Kernel.Tier = "none" }, []Finding{
+		{"addresses hidden, and no tier wanted", func(p *machine) { p.kallsymsHidden(); p.lacks(unix.CAP_SYSLOG); p.cfg.Kernel.Tier = "none" }, []Finding{
 			{"capabilities", StatusOK, "no need of CAP_SYSLOG", ""},
 			{"hooks", StatusOK, "not used: kernel.tier is none", ""},
 			{"kallsyms", StatusOK, "not used: kernel.tier is none", ""},
 			{"stack", StatusOK, "not used: kernel.tier is none", ""},
 			{"program", StatusOK, "tier none", ""},
 		}},
-		{"a function is not there", func(p *patient) { p.kallsymsText(slices.Delete(slices.Clone(allSymbols), 3, 4)); p.noHooks() }, []Finding{
+		{"a function is not there", func(p *machine) { p.kallsymsText(slices.Delete(slices.Clone(allSymbols), 3, 4)); p.noHooks() }, []Finding{
 			withoutHooks,
 			{"stack", StatusWarn, "kallsyms has no out_of_memory; scope, outcome and limit of kills are unknown", "report this kernel"},
 		}},
-		{"a function is not there, and the stack tier demanded", func(p *patient) { p.kallsymsText(allSymbols[1:]); p.cfg.Kernel.Tier = "stack" }, []Finding{
+		{"a function is not there, and the stack tier demanded", func(p *machine) { p.kallsymsText(allSymbols[1:]); p.cfg.Kernel.Tier = "stack" }, []Finding{
 			{"stack", StatusFail, "kallsyms has no __oom_kill_process", "or set kernel.tier to auto"},
 		}},
-		{"two memory nodes", func(p *patient) { p.sys("devices/system/node/has_memory", "0-1\n"); p.noHooks() }, []Finding{
+		{"two memory nodes", func(p *machine) { p.sys("devices/system/node/has_memory", "0-1\n"); p.noHooks() }, []Finding{
 			withoutHooks,
 			{"stack", StatusWarn, "with the memory nodes 0-1, the scope of other kills is unknown", "constraint="},
 		}},
-		{"no NUMA", func(p *patient) { p.without("devices/system/node/has_memory"); p.noHooks() }, []Finding{withoutHooks}},
+		{"no NUMA", func(p *machine) { p.without("devices/system/node/has_memory"); p.noHooks() }, []Finding{withoutHooks}},
 
 		// Cgroups.
-		{"v1", func(p *patient) { p.mounts("cgroup", "/sys/fs/cgroup/memory") }, []Finding{
+		{"v1", func(p *machine) { p.mounts("cgroup", "/sys/fs/cgroup/memory") }, []Finding{
 			{"cgroup", StatusOK, "v1: memory controller at /sys/fs/cgroup/memory", ""},
 		}},
-		{"hybrid", func(p *patient) {
+		{"hybrid", func(p *machine) {
 			p.proc("77/mountinfo", "1 2 0:3 / "+p.sysfs+" rw - cgroup2 cgroup2 rw\n4 2 0:5 / "+p.procfs+" rw - cgroup cgroup rw,memory\n")
 		}, []Finding{{"cgroup", StatusOK, "hybrid: memory controller on v1 at ", ""}}},
-		{"no cgroups mounted", func(p *patient) { p.proc("77/mountinfo", "") }, []Finding{
+		{"no cgroups mounted", func(p *machine) { p.proc("77/mountinfo", "") }, []Finding{
 			{"cgroup", StatusWarn, "no cgroup mount has it", "tracing does not need it"},
 		}},
-		{"the memory controller is off", func(p *patient) {
+		{"the memory controller is off", func(p *machine) {
 			p.proc("cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\nmemory\t0\t1\t0\n")
 		}, []Finding{
 			{"cgroup", StatusWarn, "the memory controller is off: events carry no cgroup", "cgroup_disable=memory"},
 		}},
-		{"/proc/cgroups without version 1", func(p *patient) { p.proc("cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t1\t1\n") }, nil},
-		{"no /proc/cgroups", func(p *patient) { p.without("cgroups") }, nil},
-		{"a root that is there", func(p *patient) {
+		{"/proc/cgroups without version 1", func(p *machine) { p.proc("cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t0\t1\t1\n") }, nil},
+		{"no /proc/cgroups", func(p *machine) { p.without("cgroups") }, nil},
+		{"a root that is there", func(p *machine) {
 			dir := p.t.TempDir()
 			p.mounts("cgroup2", dir)
 			must(p.t, os.MkdirAll(dir+"/docker/kind-worker", 0o755))
 			p.cfg.Node.CgroupRoot = "/docker/kind-worker"
 		}, nil},
-		{"a root that is not there", func(p *patient) { p.cfg.Node.CgroupRoot = "/docker/kind-wroker" }, []Finding{
+		{"a root that is not there", func(p *machine) { p.cfg.Node.CgroupRoot = "/docker/kind-wroker" }, []Finding{
 			{"cgroup", StatusWarn, "there is no cgroup /docker/kind-wroker: no kill would be reported", "correct node.cgroup_root"},
 		}},
-		{"a root that cannot be seen", func(p *patient) {
+		{"a root that cannot be seen", func(p *machine) {
 			p.cfg.Node.CgroupRoot = "/docker/kind-worker"
 			p.namespace("cgroup", "cgroup:[4026532900]")
 		}, nil},
-		{"a mount that cannot be written to", func(p *patient) { p.mounts("cgroup", readOnly(p.t)) }, []Finding{
+		{"a mount that cannot be written to", func(p *machine) { p.mounts("cgroup", readOnly(p.t)) }, []Finding{
 			{"cgroup", StatusOK, "selftest cannot make a cgroup there: read-only file system", ""},
 		}},
-		{"bpffs", func(p *patient) {
+		{"bpffs", func(p *machine) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
 			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
 		}, []Finding{{"bpffs", StatusOK, "the kernel will record in oom, also while no tracer runs", ""}}},
-		{"bpffs with pins", func(p *patient) {
+		{"bpffs with pins", func(p *machine) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
 			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
 			must(p.t, os.Mkdir(p.cfg.Kernel.PinDir, 0o700))
 		}, []Finding{{"bpffs", StatusOK, "also while no tracer runs; oom-tracer unload ends that", ""}}},
-		{"no bpffs", func(p *patient) { p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom" }, []Finding{
+		{"no bpffs", func(p *machine) { p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom" }, []Finding{
 			{"bpffs", StatusWarn, "kills while no tracer runs are not recorded", "mount -t bpf -o mode=0700 bpf "},
 		}},
-		{"another user's pins", func(p *patient) {
+		{"another user's pins", func(p *machine) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
 			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
@@ -770,7 +770,7 @@ func TestDoctorFindings(t *testing.T) {
 		}, []Finding{{"bpffs", StatusWarn, "belongs to user 12345", "mount -t bpf -o mode=0700 bpf "}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := newPatient(t)
+			p := newMachine(t)
 			tt.change(p)
 			p.expect(tt.want...)
 		})
@@ -791,10 +791,10 @@ func TestDoctorProgram(t *testing.T) {
 	none := func(remedy string) Finding { return Finding{"hooks", StatusWarn, "none", remedy} }
 	for _, tt := range []struct {
 		name   string
-		change func(*patient)
+		change func(*machine)
 		want   []Finding
 	}{
-		{"an earlier check says why", func(p *patient) {
+		{"an earlier check says why", func(p *machine) {
 			p.lacks(unix.CAP_BPF, unix.CAP_SYS_ADMIN)
 			p.nothing(denied(unix.EPERM))
 			p.said = []string{"libbpf: noise"}
@@ -803,7 +803,7 @@ func TestDoctorProgram(t *testing.T) {
 			none("see capabilities"),
 			{"program", StatusFail, "use tier none: load the BPF object: operation not permitted", "see capabilities"},
 		}},
-		{"two earlier checks say why", func(p *patient) {
+		{"two earlier checks say why", func(p *machine) {
 			p.lacks(unix.CAP_BPF, unix.CAP_SYS_ADMIN)
 			p.sys("kernel/security/lockdown", "none integrity [confidentiality]\n")
 			p.nothing(denied(unix.EPERM))
@@ -813,11 +813,11 @@ func TestDoctorProgram(t *testing.T) {
 			none("see capabilities, lockdown"),
 			{"program", StatusFail, "", "see capabilities, lockdown"},
 		}},
-		{"nothing else says why", func(p *patient) { p.nothing(denied(unix.EPERM)) }, []Finding{
+		{"nothing else says why", func(p *machine) { p.nothing(denied(unix.EPERM)) }, []Finding{
 			none(""),
 			{"program", StatusFail, "operation not permitted", "a security module (SELinux, AppArmor) may refuse it"},
 		}},
-		{"the memory of its maps, before 5.11", func(p *patient) {
+		{"the memory of its maps, before 5.11", func(p *machine) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
 			p.lacks(unix.CAP_SYS_RESOURCE)
 			p.nothing(denied(unix.EPERM))
@@ -826,22 +826,22 @@ func TestDoctorProgram(t *testing.T) {
 			none("see program"),
 			{"program", StatusFail, "operation not permitted", "see memlock"},
 		}},
-		{"nothing else but a seccomp filter", func(p *patient) { p.nothing(denied(unix.EPERM)); p.filtered() }, []Finding{
+		{"nothing else but a seccomp filter", func(p *machine) { p.nothing(denied(unix.EPERM)); p.filtered() }, []Finding{
 			none(""),
 			{"program", StatusFail, "operation not permitted", "use a seccomp profile that permits bpf"},
 		}},
-		{"lockdown may be the reason", func(p *patient) {
+		{"lockdown may be the reason", func(p *machine) {
 			p.without("kernel/security/lockdown")
 			p.nothing(denied(unix.EINVAL))
 		}, []Finding{none(""), {"program", StatusFail, "load the BPF object: invalid argument", "kernel/security/lockdown is not [confidentiality]; otherwise report this kernel"}}},
-		{"the verifier", func(p *patient) {
+		{"the verifier", func(p *machine) {
 			p.nothing(denied(unix.EINVAL))
 			p.said = []string{"libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG --\n0: R1=ctx()\n", "invalid mem access"}
 		}, []Finding{none(""), {"program", StatusFail,
 			"load the BPF object: invalid argument (libbpf: prog 'oom_mark_victim': -- BEGIN PROG LOAD LOG -- 0: R1=ctx(); invalid mem access)", "report this kernel, with this message"}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := newPatient(t)
+			p := newMachine(t)
 			tt.change(p)
 			findings := p.examine(t.Context())
 			p.check(findings, tt.want)
@@ -869,7 +869,7 @@ func TestDoctorProgramOptions(t *testing.T) {
 		{"none", true, false, []string{"none poll"}},
 		{"stack", true, true, []string{"stack poll"}},
 	} {
-		p := newPatient(t)
+		p := newMachine(t)
 		p.cfg.Kernel.Tier, p.cfg.Kernel.Notify = tt.tier, "poll"
 		var want []Finding
 		if !tt.hooks {
@@ -930,7 +930,7 @@ func TestDoctorTracer(t *testing.T) {
 		{"runs, does not say", fakeTracer(t, 0, ""), Finding{"tracer", StatusWarn, "does not report whether it is ready: ", "see its log"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := newPatient(t)
+			p := newMachine(t)
 			p.cfg.Metrics.Listen = tt.addr
 			want := []Finding{tt.want}
 			if strings.HasPrefix(tt.name, "runs") {
@@ -952,7 +952,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		return s
 	}
 	t.Run("runs", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		run(t, p.cfg.NATS)
 		p.expect(
 			Finding{"nats", StatusOK, "the embedded server at 127.0.0.1:0 is reachable", ""},
@@ -965,12 +965,12 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		p.expect(Finding{"jetstream", StatusOK, "enabled; the stream is there", ""})
 	})
 	t.Run("ran", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		must(t, run(t, p.cfg.NATS).Shutdown(t.Context()))
 		p.expect(Finding{"nats", StatusOK, "does not run; it can listen at 127.0.0.1:0", ""})
 	})
 	t.Run("runs with another directory", func(t *testing.T) {
-		p, other := newPatient(t), newPatient(t)
+		p, other := newMachine(t), newMachine(t)
 		s := run(t, other.cfg.NATS)
 		p.cfg.NATS.Embedded.Listen = strings.TrimPrefix(s.ClientURL(), "nats://")
 		never := Finding{"nats", StatusFail, "does not run, and could not start: listen tcp " + p.cfg.NATS.Embedded.Listen + ": bind: address already in use", "set nats.embedded.listen"}
@@ -990,7 +990,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		"somebody's own": {"secret", 0o600, "does not hold a generated password"},
 	} {
 		t.Run("password "+name, func(t *testing.T) {
-			p := newPatient(t)
+			p := newMachine(t)
 			file := bus.PasswordFile(p.cfg.NATS.Embedded.Dir)
 			write(t, file, tt.text)
 			must(t, os.Chmod(file, tt.mode))
@@ -1001,19 +1001,19 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		})
 	}
 	t.Run("its JetStream has switched itself off", func(t *testing.T) {
-		f := newPatient(t).jetstream(bus.Health{Connected: true, Err: errors.New("check jetstream: not enabled")})
+		f := newMachine(t).jetstream(bus.Health{Connected: true, Err: errors.New("check jetstream: not enabled")})
 		if f.Status != StatusWarn || f.Detail != "check jetstream: not enabled" || !strings.Contains(f.Remedy, "its disk works") {
 			t.Errorf("%+v", f)
 		}
 	})
 	t.Run("a listening address that is not there", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		p.cfg.NATS.Embedded.Listen = "192.0.2.1:4222"
 		p.expect(Finding{"nats", StatusFail, "cannot assign requested address", "set nats.embedded.listen"})
 	})
 }
 
-func (p *patient) withListen(addr string) config.NATS {
+func (p *machine) withListen(addr string) config.NATS {
 	cfg := p.cfg.NATS
 	cfg.Embedded.Listen = addr
 	return cfg
@@ -1030,13 +1030,13 @@ func flat(findings []Finding) []string {
 // Where the embedded server's stream would lie.
 func TestDoctorStore(t *testing.T) {
 	t.Run("not to be written to", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		dir := readOnly(t)
 		p.cfg.NATS.Embedded.Dir = dir + "/a/b"
 		p.expect(Finding{"jetstream", StatusFail, "embedded server: write to " + dir + ": read-only file system", "set nats.embedded.dir"})
 	})
 	t.Run("a file is in the way", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		file := filepath.Join(t.TempDir(), "file")
 		write(t, file, "")
 		p.cfg.NATS.Embedded.Dir = file
@@ -1045,19 +1045,19 @@ func TestDoctorStore(t *testing.T) {
 			Finding{"jetstream", StatusFail, "write to " + file + ": not a directory", "set nats.embedded.dir"})
 	})
 	t.Run("somebody else's", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		must(t, os.Mkdir(p.cfg.NATS.Embedded.Dir, 0o777))
 		must(t, os.Chown(p.cfg.NATS.Embedded.Dir, 12345, 12345))
 		p.expect(Finding{"nats", StatusFail, "belongs to user 12345", "follow that message"},
 			Finding{"jetstream", StatusFail, "belongs to user 12345", "set nats.embedded.dir"})
 	})
 	t.Run("too little room", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		p.cfg.NATS.Stream.MaxBytes = 1 << 60
 		p.expect(Finding{"jetstream", StatusWarn, "the stream may take 1099511627776 MiB: JetStream stops when the disk is full", "nats.stream.max_bytes"})
 	})
 	t.Run("what it holds already is not wanted again", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		dir := t.TempDir()
 		scratchtest.Mount(t, "tmpfs", dir, 0)
 		must(t, unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size=2M"))
@@ -1093,7 +1093,7 @@ func natsServerOf(t *testing.T, o server.Options) (url string) {
 func TestDoctorExternalNATS(t *testing.T) {
 	unknown := Finding{"jetstream", StatusWarn, "not known without a connection", "see nats"}
 	t.Run("with JetStream", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		p.cfg.NATS.URL = natsServerOf(t, server.Options{JetStream: true})
 		p.expect(
 			Finding{"nats", StatusOK, p.cfg.NATS.URL + " is reachable", ""},
@@ -1106,17 +1106,17 @@ func TestDoctorExternalNATS(t *testing.T) {
 		p.expect(Finding{"jetstream", StatusOK, "enabled; the stream is there", ""})
 	})
 	t.Run("without JetStream", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		p.cfg.NATS.URL = natsServerOf(t, server.Options{})
 		p.expect(Finding{"jetstream", StatusWarn, "check jetstream at", "enable JetStream on the server"})
 	})
 	t.Run("not reachable", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		p.cfg.NATS.URL = "nats://" + scratchtest.FreeAddr(t)
 		p.expect(Finding{"nats", StatusWarn, "nobody listens there", "until then kills wait in the journal"}, unknown)
 	})
 	t.Run("a password that is wrong", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		p.cfg.NATS.URL = natsServerOf(t, server.Options{Username: "tracer", Password: "right"})
 		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", filepath.Join(t.TempDir(), "password")
 		write(t, p.cfg.NATS.PasswordFile, "wrong")
@@ -1124,15 +1124,15 @@ func TestDoctorExternalNATS(t *testing.T) {
 	})
 	// With these a tracer does not start at all.
 	t.Run("a password file that is not there", func(t *testing.T) {
-		p := newPatient(t)
+		p := newMachine(t)
 		p.cfg.NATS.URL = "nats://" + scratchtest.FreeAddr(t)
 		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", "/nowhere/password"
 		p.expect(Finding{"nats", StatusFail, "/nowhere/password: no such file", "the tracer does not start"}, unknown)
 	})
 	// A tracer's own user on a shared cluster may publish its own events and receive replies to its own
 	// inbox, no more.
-	as := func(t *testing.T, publish ...string) *patient {
-		p := newPatient(t)
+	as := func(t *testing.T, publish ...string) *machine {
+		p := newMachine(t)
 		p.cfg.NATS.URL = natsServerOf(t, server.Options{JetStream: true, Users: []*server.User{{
 			Username: "tracer", Password: "right",
 			Permissions: &server.Permissions{
@@ -1162,16 +1162,16 @@ func TestDoctorOutput(t *testing.T) {
 	}
 	for _, output := range []string{"text", "json"} {
 		var out bytes.Buffer
-		err := tell(findings, "node-1", "here", output, &out)
+		err := printFindings(findings, "node-1", "here", output, &out)
 		if err == nil || err.Error() != "tracing cannot work here: see capabilities, nats" {
 			t.Errorf("%s: %v", output, err)
 		}
 		scratchtest.Golden(t, "doctor-"+output+".golden", versions.ReplaceAllString(out.String(), `"version": "…"`), *update)
 		out.Reset()
-		if err := tell(findings[2:3], "node-1", "here", output, &out); err != nil {
+		if err := printFindings(findings[2:3], "node-1", "here", output, &out); err != nil {
 			t.Errorf("%s, with a warning only: %v", output, err)
 		}
-		if err := tell(findings[:1], "node-1", "here", output, brokenPipe{}); !errors.Is(err, io.ErrClosedPipe) {
+		if err := printFindings(findings[:1], "node-1", "here", output, brokenPipe{}); !errors.Is(err, io.ErrClosedPipe) {
 			t.Errorf("%s, into a closed pipe: %v", output, err)
 		}
 	}
@@ -1326,7 +1326,7 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 			if resource == 0 {
 				want = append(want, Finding{"protection", StatusWarn, "lacks CAP_SYS_RESOURCE", "SYS_RESOURCE"})
 			}
-			p := &patient{t: t}
+			p := &machine{t: t}
 			p.check(got.Findings, want)
 			failed := failures(got.Findings)
 			code := command.ProcessState.ExitCode()
@@ -1348,7 +1348,7 @@ func TestDoctorOtherUser(t *testing.T) {
 	must(t, err)
 	defer func() { must(t, s.Shutdown(context.Background())) }()
 	cfg.NATS.Embedded.Listen = strings.TrimPrefix(s.ClientURL(), "nats://")
-	x := examiner{cfg: cfg, node: testNode, procfs: "/proc", sysfs: "/sys"}
+	x := checker{cfg: cfg, node: testNode, procfs: "/proc", sysfs: "/sys"}
 	var findings []Finding
 	done := make(chan error)
 	go func() {
@@ -1372,7 +1372,7 @@ func TestDoctorOtherUser(t *testing.T) {
 func TestDoctorCgroupHere(t *testing.T) {
 	h, err := scratch.Find("/proc")
 	must(t, err)
-	x := examiner{cfg: config.Default(), procfs: "/proc", sysfs: "/sys"}
+	x := checker{cfg: config.Default(), procfs: "/proc", sysfs: "/sys"}
 	if f := x.cgroup(); f.Status != StatusOK || !strings.Contains(f.Detail, h.Mount) {
 		t.Errorf("%+v", f)
 	}

@@ -176,10 +176,10 @@ func (l *Loader) SetKernelBase(n uint64) {
 	}
 }
 
-// Settle says that the records from first to last need not be kept any longer: each of them, or the gap
+// Ack says that the records from first to last need not be kept any longer: each of them, or the gap
 // in its place, is where it was to go. Their slots of the journal are free once all before them are
 // settled too. It may be called in any order.
-func (l *Loader) Settle(first, last uint64) {
+func (l *Loader) Ack(first, last uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.state == nil {

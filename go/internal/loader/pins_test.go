@@ -57,7 +57,7 @@ func read(t *testing.T, l *Loader, settle bool) *reading {
 				}
 				r.seqs, r.pids = append(r.seqs, seq), append(r.pids, int(record.Victim.TGID))
 				if settle {
-					l.Settle(seq, seq)
+					l.Ack(seq, seq)
 				}
 				return true
 			},
@@ -66,7 +66,7 @@ func read(t *testing.T, l *Loader, settle bool) *reading {
 				defer r.mu.Unlock()
 				r.lost = append(r.lost, [2]uint64{first, last})
 				if settle {
-					l.Settle(first, last)
+					l.Ack(first, last)
 				}
 				return true
 			},
@@ -273,7 +273,7 @@ func TestStrangePins(t *testing.T) {
 		l.SetKernelBase(0)
 		group := scratchtest.New(t, 8*mib)
 		scratchtest.Storm(t, group, 3, 16, "plain")
-		l.Settle(1, 1)
+		l.Ack(1, 1)
 		l.state.Version = stateVersion + 1
 		l.Close()
 		scratchtest.Storm(t, group, 2, 16, "plain")
@@ -360,7 +360,7 @@ func TestStrangePins(t *testing.T) {
 						t.Errorf("seq %d is read as one of ours: %v", seq, err)
 					}
 					seqs = append(seqs, seq)
-					l.Settle(seq, seq)
+					l.Ack(seq, seq)
 					return true
 				},
 				Lost: func(first, last uint64) bool { t.Errorf("lost %d-%d", first, last); return true },

@@ -104,7 +104,7 @@ func TestNeighbours(t *testing.T) {
 	}
 	stored(t, cfg, victim, 1+storm)
 	until(t, "all are counted", func() bool { return count("read")+count("skipped")+count("failed") == 1+storm })
-	if most := 1 + int(time.Since(began)/lookPause); count("read") > most || count("failed") > 0 {
+	if most := 1 + int(time.Since(began)/readPause); count("read") > most || count("failed") > 0 {
 		t.Errorf("read %d times in %s, want at most %d; %d failed", count("read"), time.Since(began), most, count("failed"))
 	}
 }

@@ -18,40 +18,40 @@ import (
 )
 
 const (
-	// lookPause is the least time between two readings of all pods: a storm is read once.
-	lookPause = 10 * time.Second
-	// lookAfter is how long after the kill the pods are read: it takes a moment until the victim's memory is given
+	// readPause is the least time between two readings of all pods: a storm is read once.
+	readPause = 10 * time.Second
+	// readDelay is how long after the kill the pods are read: it takes a moment until the victim's memory is given
 	// back, and what remains is what the next kill is for.
-	lookAfter = time.Second
-	// lookTime bounds one reading.
-	lookTime = 2 * time.Second
-	// lookExpires is how long it is tried to publish what was read.
-	lookExpires = time.Minute
-	// lookLate is how old a kill may be: what the pods hold now says nothing of one from before.
-	lookLate = 5 * time.Second
+	readDelay = time.Second
+	// readTimeout bounds one reading.
+	readTimeout = 2 * time.Second
+	// readExpires is how long it is tried to publish what was read.
+	readExpires = time.Minute
+	// maxKillAge is how old a kill may be: what the pods hold now says nothing of one from before.
+	maxKillAge = 5 * time.Second
 )
 
-// lookout looks at what the pods hold when more than one of them ran out of memory. It never holds up the kills
+// neighbourReader reads what the pods hold when more than one of them ran out of memory. It never holds up the kills
 // themselves.
-type lookout struct {
+type neighbourReader struct {
 	top    int
 	root   string
 	count  *prometheus.CounterVec
 	log    *slog.Logger
-	wanted chan *sighting
-	latest *sighting // the incident that was seen last
-	last   time.Time // when it was
+	wanted chan *podReading
+	latest *podReading // the incident that was seen last
+	last   time.Time   // when it was
 }
 
-// sighting is an incident for which the pods are to be read.
-type sighting struct {
+// podReading is an incident for which the pods are to be read.
+type podReading struct {
 	kill event.Event // its first one
 
 	mu      sync.Mutex
 	victims map[string]struct{} // UIDs of the pods in which a process was killed
 }
 
-func (s *sighting) add(e *event.Event) {
+func (s *podReading) add(e *event.Event) {
 	if e.Container == nil || e.Container.PodUID == "" {
 		return
 	}
@@ -61,7 +61,7 @@ func (s *sighting) add(e *event.Event) {
 }
 
 // mark marks those of the pods that are victims'.
-func (s *sighting) mark(pods []event.PodMemory) {
+func (s *podReading) mark(pods []event.PodMemory) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range pods {
@@ -69,12 +69,12 @@ func (s *sighting) mark(pods []event.PodMemory) {
 	}
 }
 
-func newLookout(cfg config.Node, count *prometheus.CounterVec, log *slog.Logger) *lookout {
-	return &lookout{top: cfg.Neighbours, root: cfg.CgroupRoot, count: count, log: log, wanted: make(chan *sighting, 1)}
+func newNeighbourReader(cfg config.Node, count *prometheus.CounterVec, log *slog.Logger) *neighbourReader {
+	return &neighbourReader{top: cfg.Neighbours, root: cfg.CgroupRoot, count: count, log: log, wanted: make(chan *podReading, 1)}
 }
 
-// see takes a kill. Only one goroutine may call it.
-func (l *lookout) see(e *event.Event) {
+// observe takes a kill. Only one goroutine may call it.
+func (l *neighbourReader) observe(e *event.Event) {
 	if l.top == 0 || e.Kind() != event.KindKill || !e.BeyondPod() || e.Incident == nil {
 		return
 	}
@@ -82,9 +82,9 @@ func (l *lookout) see(e *event.Event) {
 		l.latest.add(e)
 		return
 	}
-	l.latest = &sighting{kill: *e, victims: map[string]struct{}{}}
+	l.latest = &podReading{kill: *e, victims: map[string]struct{}{}}
 	l.latest.add(e)
-	if now := time.Now(); now.Sub(l.last) < lookPause || now.Sub(e.Time) > lookLate {
+	if now := time.Now(); now.Sub(l.last) < readPause || now.Sub(e.Time) > maxKillAge {
 		l.count.WithLabelValues("skipped").Inc()
 		return
 	}
@@ -97,16 +97,16 @@ func (l *lookout) see(e *event.Event) {
 }
 
 // run reads until ctx ends, and hands on what it has read.
-func (l *lookout) run(ctx context.Context, publish func(*event.Neighbours) error) {
+func (l *neighbourReader) run(ctx context.Context, publish func(*event.Neighbours) error) {
 	for {
-		var s *sighting
+		var s *podReading
 		select {
 		case s = <-l.wanted:
 		case <-ctx.Done():
 			return
 		}
 		select {
-		case <-time.After(time.Until(s.kill.Time.Add(lookAfter))):
+		case <-time.After(time.Until(s.kill.Time.Add(readDelay))):
 		case <-ctx.Done():
 			return
 		}
@@ -123,9 +123,9 @@ func (l *lookout) run(ctx context.Context, publish func(*event.Neighbours) error
 	}
 }
 
-func (l *lookout) read(ctx context.Context, s *sighting) (*event.Neighbours, error) {
+func (l *neighbourReader) read(ctx context.Context, s *podReading) (*event.Neighbours, error) {
 	e := &s.kill
-	ctx, cancel := context.WithTimeout(ctx, lookTime)
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	began := time.Now()
 	h, err := scratch.Find("/proc")
@@ -152,8 +152,8 @@ func (l *lookout) read(ctx context.Context, s *sighting) (*event.Neighbours, err
 	return n, nil
 }
 
-// neighbours publishes what a lookout has read.
-func (t *tracer) neighbours(n *event.Neighbours) error {
+// publishNeighbours publishes what was read.
+func (t *tracer) publishNeighbours(n *event.Neighbours) error {
 	subject, err := n.Subject()
 	if err != nil {
 		return err
@@ -163,5 +163,5 @@ func (t *tracer) neighbours(n *event.Neighbours) error {
 		return fmt.Errorf("write %s as json: %w", n.ID, err)
 	}
 	// A stream of another version may not take it: it must not be in the way of kills for ever.
-	return t.publisher.Enqueue(bus.Msg{ID: n.ID, Subject: subject, Data: data, Tag: settles{}, Expires: time.Now().Add(lookExpires)})
+	return t.publisher.Enqueue(bus.Msg{ID: n.ID, Subject: subject, Data: data, Tag: ackTag{}, Expires: time.Now().Add(readExpires)})
 }

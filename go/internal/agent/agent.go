@@ -43,18 +43,18 @@ type tracer struct {
 	metrics    *metrics
 	http       *obs.Server
 	lines      *printer
-	lookout    *lookout // nil: nobody looks at the neighbours
+	neighbours *neighbourReader
 	vmstat     procRoot
 	state      *stateFile             // nil: nothing outlives a restart
 	base       atomic.Pointer[uint64] // the kernel base, until it is set
 	reconciled reconciled
 	interval   time.Duration
 	version    string
-	told       time.Time // of the last record that was handed over
+	lastRecord time.Time // when the last record was handed over
 }
 
-// settles is the tag of a message: what it settles once it is acknowledged.
-type settles struct {
+// ackTag is the tag of a message: what its acknowledgement frees.
+type ackTag struct {
 	event       bool   // and not a gap
 	boottime    uint64 // of the event's kill
 	gap         string // the ID of a gap that is in no journal
@@ -140,7 +140,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
 	t.metrics.watch(t.loader, t.publisher, t.conn, t.vmstat, &t.reconciled)
-	t.lookout = newLookout(cfg.Node, t.metrics.neighbours, log)
+	t.neighbours = newNeighbourReader(cfg.Node, t.metrics.neighbours, log)
 	if err := t.begin(); err != nil {
 		return nil, err
 	}
@@ -238,7 +238,7 @@ func (t *tracer) run(ctx context.Context) error {
 	looked := make(chan struct{})
 	go func() {
 		defer close(looked)
-		t.lookout.run(ctx, t.neighbours)
+		t.neighbours.run(ctx, t.publishNeighbours)
 	}()
 	kept := make(chan struct{})
 	go func() {
@@ -353,7 +353,7 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 	e := t.converter.Event(record)
 	subject, err := e.Subject()
 	if err == nil {
-		err = t.enqueue(e.MsgID(), subject, &e, settles{event: true, boottime: e.BoottimeNS, first: seq, last: seq})
+		err = t.enqueue(e.MsgID(), subject, &e, ackTag{event: true, boottime: e.BoottimeNS, first: seq, last: seq})
 	}
 	switch {
 	case errors.Is(err, bus.ErrFull):
@@ -367,14 +367,14 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 	}
 	t.state.touch()
 	t.metrics.observe(&e)
-	t.lookout.see(&e)
+	t.neighbours.observe(&e)
 	t.lines.kill(&e)
-	t.told = e.Time
+	t.lastRecord = e.Time
 	return true
 }
 
 // enqueue hands a message to the publisher.
-func (t *tracer) enqueue(id, subject string, message any, tag settles) error {
+func (t *tracer) enqueue(id, subject string, message any, tag ackTag) error {
 	data, err := json.Marshal(message)
 	if err != nil {
 		return fmt.Errorf("write %s as json: %w", id, err)
@@ -385,12 +385,12 @@ func (t *tracer) enqueue(id, subject string, message any, tag settles) error {
 func (t *tracer) hooks() bus.Hooks {
 	return bus.Hooks{
 		OnAck: func(m bus.Msg, _ bool) {
-			tag := m.Tag.(settles)
+			tag := m.Tag.(ackTag)
 			if tag.event {
 				_, boottime := now() // the wall clock may be set meanwhile
 				t.metrics.published.Observe(time.Duration(boottime - tag.boottime).Seconds())
 			}
-			t.settle(tag)
+			t.ack(tag)
 			if t.publisher.Pending() <= bus.Window/2 {
 				t.loader.Resume()
 			}
@@ -403,21 +403,21 @@ func (t *tracer) hooks() bus.Hooks {
 		},
 		OnDrop: func(m bus.Msg, _ error) *bus.Msg {
 			t.metrics.events.WithLabelValues("error", "dropped").Inc()
-			tag := m.Tag.(settles)
+			tag := m.Tag.(ackTag)
 			if tag.event {
 				return t.dropped(tag)
 			}
-			t.settle(tag)
+			t.ack(tag)
 			return nil
 		},
 	}
 }
 
-// settle lets go of what a message was kept for.
-func (t *tracer) settle(tag settles) {
+// ack frees what a message was kept for.
+func (t *tracer) ack(tag ackTag) {
 	defer t.state.touch()
 	if tag.last > 0 {
-		t.loader.Settle(tag.first, tag.last)
+		t.loader.Ack(tag.first, tag.last)
 	}
 	if tag.gap != "" {
 		t.state.remove(tag.gap)
