@@ -183,7 +183,7 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 .PHONY: test-parts
 test-parts: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
 
-# A tracer sees every kill of the machine, and the tests count: packages with kills wait for each other (scratchtest.Alone).
+# A tracer sees every kill of the machine, and the tests count: packages with kills wait for each other (oomtest.Alone).
 .PHONY: test
 test: test-parts verify-goldens ## every test, with real OOM kills in cgroups that the tests make (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \

@@ -58,7 +58,7 @@ var files = []struct{ kind, glob, line string }{
 }
 
 // forTests are packages that only tests import.
-var forTests = regexp.MustCompile(`/(kubetest|nodetest|scratchtest)/`)
+var forTests = regexp.MustCompile(`/(kubetest|nodetest|oomtest)/`)
 
 var words = regexp.MustCompile(`\pL{2}.* | .*\pL{2}`)
 

@@ -33,10 +33,10 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const (
@@ -481,9 +481,9 @@ func TestBenchLoop(t *testing.T) {
 
 // benchRig starts a tracer and an annotator as they ship, but that inferred limits count, for not every machine permits
 // hooks, and that a thousand pods may be marked. It returns the cgroup for pods, whose parent's limit is soon reached.
-func benchRig(t *testing.T, c *kubetest.Cluster, account *rest.Config) (*rig, *scratch.Cgroup) {
+func benchRig(t *testing.T, c *kubetest.Cluster, account *rest.Config) (*rig, *cgroupfs.Cgroup) {
 	t.Helper()
-	root := scratchtest.New(t, 512<<20)
+	root := oomtest.New(t, 512<<20)
 	dir := t.TempDir()
 	r := &rig{t: t, kubeconfig: c.Kubeconfig(account), configPath: filepath.Join(dir, "config.yaml")}
 	// The tests' own places, and nothing else.
@@ -494,7 +494,7 @@ nats: {embedded: {listen: %q, dir: %s/nats}}
 policy: {inferred_limits: true, budgets: {window: 1m, node: 0, owner: 0, cluster: 1000, cooldown: 0s}}
 annotator: {listen: %q}
 metrics: {listen: ""}
-`, root.Path(), dir, scratchtest.BPFFS(t), freePort(t), dir, freePort(t)), 0o600)
+`, root.Path(), dir, oomtest.BPFFS(t), freePort(t), dir, freePort(t)), 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -504,22 +504,22 @@ metrics: {listen: ""}
 	start(t, "oom-tracer", "--config", r.configPath, "--node-name", node)
 	r.start()
 	r.ready()
-	kubepods := scratchtest.Child(t, root, "kubepods", 16<<20)
-	return r, scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
+	kubepods := oomtest.Child(t, root, "kubepods", 16<<20)
+	return r, oomtest.Child(t, kubepods, "burstable", cgroupfs.Unlimited)
 }
 
 // killIn has a container of a pod killed.
-func killIn(t *testing.T, parent *scratch.Cgroup, pod *corev1.Pod, containerID string) {
+func killIn(t *testing.T, parent *cgroupfs.Cgroup, pod *corev1.Pod, containerID string) {
 	t.Helper()
-	group, err := parent.Child("pod"+string(pod.UID), scratch.Unlimited)
+	group, err := parent.Child("pod"+string(pod.UID), cgroupfs.Unlimited)
 	if err != nil {
 		t.Fatal(err)
 	}
-	container, err := group.Child(containerID, scratch.Unlimited)
+	container, err := group.Child(containerID, cgroupfs.Unlimited)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if killed := scratchtest.Storm(t, container, 1, 32, "plain"); len(killed) != 1 {
+	if killed := oomtest.Storm(t, container, 1, 32, "plain"); len(killed) != 1 {
 		t.Errorf("%d were killed", len(killed))
 	}
 	// At once: a thousand of them are work for the kernel.

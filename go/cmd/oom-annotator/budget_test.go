@@ -28,7 +28,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // These tests are about what may not happen too often. They run as TestEndToEnd does.
@@ -162,7 +162,7 @@ func testExplain(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	})
 	run := func(args ...string) (stdout, stderr string) {
 		t.Helper()
-		cmd := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-annotator"), append([]string{"explain", "--config", tried, "--kubeconfig", r.kubeconfig}, args...)...)
+		cmd := exec.CommandContext(t.Context(), oomtest.Program(t, "oom-annotator"), append([]string{"explain", "--config", tried, "--kubeconfig", r.kubeconfig}, args...)...)
 		var errs strings.Builder
 		cmd.Stderr = &errs
 		out, err := cmd.Output()
@@ -357,7 +357,7 @@ func testState(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	if marked(t, c)["refused-2"] {
 		t.Error("a pod was marked")
 	}
-	out, err := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), "restore", "--config", r.configPath).CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), oomtest.Program(t, "oom-tap"), "restore", "--config", r.configPath).CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "restored the state of") {
 		t.Fatalf("oom-tap restore: %v\n%s", err, out)
 	}
@@ -564,9 +564,9 @@ func testChaos(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		cmd    *exec.Cmd
 	}
 	var running [replicas]replica
-	out := &scratchtest.Output{}
+	out := &oomtest.Output{}
 	begin := func(i int) {
-		cmd := exec.Command(scratchtest.Program(t, "oom-annotator"), "--config", running[i].config, "--kubeconfig", r.kubeconfig)
+		cmd := exec.Command(oomtest.Program(t, "oom-annotator"), "--config", running[i].config, "--kubeconfig", r.kubeconfig)
 		cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = out, out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
@@ -682,7 +682,7 @@ func newNATS(t *testing.T) *natsd {
 
 func (d *natsd) start() {
 	d.t.Helper()
-	d.cmd = exec.Command(scratchtest.Program(d.t, "nats-server"), "-c", d.conf)
+	d.cmd = exec.Command(oomtest.Program(d.t, "nats-server"), "-c", d.conf)
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := d.cmd.Start(); err != nil {
 		d.t.Fatal(err)

@@ -16,10 +16,10 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // moment is a line of the timeline.
@@ -46,7 +46,7 @@ func TestDemoCluster(t *testing.T) {
 	audited := len(c.Audit())
 
 	say("==> starting oom-tracer with its NATS, oom-annotator, and oom-descheduler, which comes every 5 s")
-	root := scratchtest.New(t, 512<<20)
+	root := oomtest.New(t, 512<<20)
 	r := &rig{t: t, kubeconfig: c.Kubeconfig(account)}
 	r.cfg, r.configPath = newConfig(t, func(cfg *config.Config) {
 		cfg.Node.CgroupRoot = root.Path()
@@ -75,13 +75,13 @@ func TestDemoCluster(t *testing.T) {
 	}()
 
 	say("==> a container allocates, until all pods of %s together are at their limit of 48 MiB\n", node)
-	kubepods := scratchtest.Child(t, root, "kubepods", 48<<20)
-	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
-	container := func(p *corev1.Pod) *scratch.Cgroup {
-		return scratchtest.Child(t, scratchtest.Child(t, burstable, "pod"+string(p.UID), scratch.Unlimited), c.ContainerID(p, "main"), scratch.Unlimited)
+	kubepods := oomtest.Child(t, root, "kubepods", 48<<20)
+	burstable := oomtest.Child(t, kubepods, "burstable", cgroupfs.Unlimited)
+	container := func(p *corev1.Pod) *cgroupfs.Cgroup {
+		return oomtest.Child(t, oomtest.Child(t, burstable, "pod"+string(p.UID), cgroupfs.Unlimited), c.ContainerID(p, "main"), cgroupfs.Unlimited)
 	}
-	scratchtest.Hold(t, container(other), 8)
-	if killed := scratchtest.Storm(t, container(pod), 1, 96, "plain"); len(killed) != 1 {
+	oomtest.Hold(t, container(other), 8)
+	if killed := oomtest.Storm(t, container(pod), 1, 96, "plain"); len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
 	var moments []moment

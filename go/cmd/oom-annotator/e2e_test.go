@@ -30,11 +30,11 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
 // These tests run build/oom-annotator as it ships against a real API server, with the shipped role, the
@@ -72,7 +72,7 @@ func TestEndToEnd(t *testing.T) {
 // process is a program as it ships.
 type process struct {
 	cmd  *exec.Cmd
-	out  *scratchtest.Output
+	out  *oomtest.Output
 	done chan struct{} // closed when it has ended
 	err  error         // then
 
@@ -82,8 +82,8 @@ type process struct {
 // start runs build/<program> until the test ends.
 func start(t *testing.T, program string, args ...string) *process {
 	t.Helper()
-	p := &process{out: &scratchtest.Output{}, done: make(chan struct{})}
-	p.cmd = exec.Command(scratchtest.Program(t, program), args...)
+	p := &process{out: &oomtest.Output{}, done: make(chan struct{})}
+	p.cmd = exec.Command(oomtest.Program(t, program), args...)
 	return p.start(t)
 }
 
@@ -529,7 +529,7 @@ func unprotected(cfg *config.Config) { cfg.Policy.Protections.Static = false }
 // testRealKill: a real OOM kill of a process in a cgroup that is laid out as a kubelet's, at the limit of all
 // pods together. Tracer and annotator run as they ship; the annotation appears on the pod, and on no other.
 func testRealKill(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
-	root := scratchtest.New(t, 512<<20)
+	root := oomtest.New(t, 512<<20)
 	pod := c.Pod("shop", "web-0", node)
 	c.Pod("shop", "web-1", node)
 	before := versions(t, c)
@@ -546,10 +546,10 @@ func testRealKill(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	r.ready()
 
 	id := c.ContainerID(pod, "main")
-	kubepods := scratchtest.Child(t, root, "kubepods", 16<<20)
-	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
-	container := scratchtest.Child(t, scratchtest.Child(t, burstable, "pod"+string(pod.UID), scratch.Unlimited), id, scratch.Unlimited)
-	killed := scratchtest.Storm(t, container, 1, 32, "plain")
+	kubepods := oomtest.Child(t, root, "kubepods", 16<<20)
+	burstable := oomtest.Child(t, kubepods, "burstable", cgroupfs.Unlimited)
+	container := oomtest.Child(t, oomtest.Child(t, burstable, "pod"+string(pod.UID), cgroupfs.Unlimited), id, cgroupfs.Unlimited)
+	killed := oomtest.Storm(t, container, 1, 32, "plain")
 	if len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
@@ -577,8 +577,8 @@ func testRealKill(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	}
 
 	// A process of the host is no pod's.
-	host := scratchtest.Child(t, root, "system", 8<<20)
-	if killed := scratchtest.Storm(t, host, 1, 16, "plain"); len(killed) != 1 {
+	host := oomtest.Child(t, root, "system", 8<<20)
+	if killed := oomtest.Storm(t, host, 1, 16, "plain"); len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
 	if o := r.outcome(); o.Reason != event.ReasonHost || o.Pod != nil {
@@ -586,8 +586,8 @@ func testRealKill(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	}
 	// A pod that hits its own limit is told of, and not moved.
 	own := c.GetPod("shop", "web-1")
-	limited := scratchtest.Child(t, scratchtest.Child(t, burstable, "pod"+string(own.UID), 8<<20), c.ContainerID(own, "main"), scratch.Unlimited)
-	if killed := scratchtest.Storm(t, limited, 1, 16, "plain"); len(killed) != 1 {
+	limited := oomtest.Child(t, oomtest.Child(t, burstable, "pod"+string(own.UID), 8<<20), c.ContainerID(own, "main"), cgroupfs.Unlimited)
+	if killed := oomtest.Storm(t, limited, 1, 16, "plain"); len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
 	if o := r.outcome(); o.Reason != event.ReasonLevel || o.Pod == nil || o.Pod.Name != "web-1" || o.Container != "main" {
@@ -1225,7 +1225,7 @@ func testRun(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &process{out: &scratchtest.Output{}, done: make(chan struct{}), cmd: exec.Command(filepath.Join(root, "tools/run.sh"), r.configPath)}
+	p := &process{out: &oomtest.Output{}, done: make(chan struct{}), cmd: exec.Command(filepath.Join(root, "tools/run.sh"), r.configPath)}
 	p.cmd.Dir = root
 	p.cmd.Env = append(os.Environ(), "KUBECONFIG="+r.kubeconfig, "NODE_NAME="+node)
 	r.annotator = p.start(t)

@@ -19,10 +19,10 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const descheduler = "system:serviceaccount:oom-tracer:oom-descheduler"
@@ -98,8 +98,8 @@ func startDescheduler(t *testing.T, c *kubetest.Cluster, program, policy, interv
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := &scratchtest.Output{}
-	cmd := exec.Command(scratchtest.Program(t, program), "--policy-config-file", policy,
+	out := &oomtest.Output{}
+	cmd := exec.Command(oomtest.Program(t, program), "--policy-config-file", policy,
 		"--kubeconfig", c.Kubeconfig(c.ServiceAccount("oom-tracer", "oom-descheduler")), "--secure-port", "0", "--descheduling-interval", interval, "--client-connection-qps", "50", "--client-connection-burst", "100", "--v", "1")
 	cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = out, out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
@@ -147,7 +147,7 @@ func bare(p *corev1.Pod) { p.OwnerReferences = nil }
 // testLoop: real kills at the limit of all pods together. Tracer, annotator and descheduler run as they ship: the pod
 // is evicted through the eviction subresource, and that is told. Those that must stay, stay.
 func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config, change func(*config.Config), program, policy string) {
-	root := scratchtest.New(t, 512<<20)
+	root := oomtest.New(t, 512<<20)
 	hit := c.Pod("shop", "hit", node, replicaSet)
 	c.Pod("shop", "bystander", node, replicaSet)
 	// Hit as well, before it: these stay, and why.
@@ -177,12 +177,12 @@ func testLoop(t *testing.T, c *kubetest.Cluster, account *rest.Config, change fu
 	r.connect()
 	r.tail()
 	r.ready()
-	kubepods := scratchtest.Child(t, root, "kubepods", 16<<20)
-	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
+	kubepods := oomtest.Child(t, root, "kubepods", 16<<20)
+	burstable := oomtest.Child(t, kubepods, "burstable", cgroupfs.Unlimited)
 	began := time.Now()
 	kill := func(pod *corev1.Pod, want string) {
-		group := scratchtest.Child(t, burstable, "pod"+string(pod.UID), scratch.Unlimited)
-		if killed := scratchtest.Storm(t, scratchtest.Child(t, group, c.ContainerID(pod, "main"), scratch.Unlimited), 1, 32, "plain"); len(killed) != 1 {
+		group := oomtest.Child(t, burstable, "pod"+string(pod.UID), cgroupfs.Unlimited)
+		if killed := oomtest.Storm(t, oomtest.Child(t, group, c.ContainerID(pod, "main"), cgroupfs.Unlimited), 1, 32, "plain"); len(killed) != 1 {
 			t.Fatalf("%d were killed", len(killed))
 		}
 		if o := r.outcome(); string(o.Result)+"/"+string(o.Reason) != want || o.Pod == nil || o.Pod.Name != pod.Name {

@@ -18,7 +18,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // startNATSServer runs build/nats-server with JetStream, and more of its configuration, until the test ends.
@@ -30,7 +30,7 @@ func startNATSServer(t *testing.T, more string) (addr string) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p := (&process{out: &scratchtest.Output{}, done: make(chan struct{}), cmd: exec.Command(scratchtest.Program(t, "nats-server"), "-c", file)}).start(t)
+	p := (&process{out: &oomtest.Output{}, done: make(chan struct{}), cmd: exec.Command(oomtest.Program(t, "nats-server"), "-c", file)}).start(t)
 	eventually(t, "nats-server is ready", func() error {
 		select {
 		case <-p.done:

@@ -19,7 +19,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // machineTime is how long a machine may take from its start to its last kill's outcome. On an idle host it is
@@ -166,7 +166,7 @@ func startMachine(t *testing.T, kernel, params string) *machine {
 	dir := t.TempDir()
 	for to, from := range map[string]string{
 		"init": "../../../tools/vm/init.sh", "bin/vm.test": "../../../tools/vm/node.sh", "bin/busybox": "/bin/busybox",
-		"bin/oom-tracer": scratchtest.Program(t, "static/oom-tracer"), "bin/hog": scratchtest.Program(t, "hog"),
+		"bin/oom-tracer": oomtest.Program(t, "static/oom-tracer"), "bin/hog": oomtest.Program(t, "hog"),
 		"bin/vmxnet3.ko": filepath.Join(kernel, "vmxnet3.ko"),
 	} {
 		data, err := os.ReadFile(from)
@@ -190,7 +190,7 @@ func startMachine(t *testing.T, kernel, params string) *machine {
 		cgroup = "v1" // so that both are seen
 	}
 	// Why these: tools/vm/test-vm.sh.
-	m := &machine{dir: dir, process: &process{out: &scratchtest.Output{}, done: make(chan struct{}), cmd: exec.Command("qemu-system-x86_64",
+	m := &machine{dir: dir, process: &process{out: &oomtest.Output{}, done: make(chan struct{}), cmd: exec.Command("qemu-system-x86_64",
 		"-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", "1", "-m", "512",
 		"-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot",
 		"-serial", "file:"+filepath.Join(dir, "console.log"), "-serial", "file:"+filepath.Join(dir, "output.log"),

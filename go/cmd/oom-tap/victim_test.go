@@ -8,20 +8,20 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // TestVictim: in a cgroup with the limit that the chart gives it the victim is killed by the kernel at its first run, and
 // succeeds at its second, as the kubelet runs it. Without a limit it gives up.
 func TestVictim(t *testing.T) {
-	group := scratchtest.New(t, 32<<20)
+	group := oomtest.New(t, 32<<20)
 	marker := filepath.Join(t.TempDir(), "killed")
 	run := func(marker string, limited bool) error {
 		procs := "/dev/null"
 		if limited {
 			procs = filepath.Join(group.Dir, "cgroup.procs")
 		}
-		cmd := exec.CommandContext(t.Context(), "sh", "-c", `echo $$ >"$1" && exec "$2" victim "$3"`, "sh", procs, scratchtest.Program(t, "oom-tap"), marker)
+		cmd := exec.CommandContext(t.Context(), "sh", "-c", `echo $$ >"$1" && exec "$2" victim "$3"`, "sh", procs, oomtest.Program(t, "oom-tap"), marker)
 		cmd.Stderr = os.Stderr
 		return cmd.Run()
 	}
@@ -29,7 +29,7 @@ func TestVictim(t *testing.T) {
 	if err := run(marker, true); !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 		t.Errorf("first run: %v", err)
 	}
-	if n := scratchtest.Kills(t, group); n != 1 {
+	if n := oomtest.Kills(t, group); n != 1 {
 		t.Errorf("%d kills", n)
 	}
 	if err := run(marker, true); err != nil {

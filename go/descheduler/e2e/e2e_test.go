@@ -32,7 +32,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const (
@@ -172,10 +172,10 @@ func condition(pod *corev1.Pod, value string) {
 func marked(pod *corev1.Pod) { annotate(pod, "true") }
 
 // start runs a program until ctx ends, and then gives it time to end well.
-func start(ctx context.Context, t *testing.T, program string, args ...string) (*exec.Cmd, *scratchtest.Output) {
+func start(ctx context.Context, t *testing.T, program string, args ...string) (*exec.Cmd, *oomtest.Output) {
 	t.Helper()
-	out := &scratchtest.Output{}
-	cmd := exec.CommandContext(ctx, scratchtest.Program(t, program), args...)
+	out := &oomtest.Output{}
+	cmd := exec.CommandContext(ctx, oomtest.Program(t, program), args...)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 10 * time.Second

@@ -25,7 +25,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
@@ -74,10 +74,10 @@ func TestBench(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Kernel, f.Kills = self.Kernel, benchKills
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	storm := func() time.Duration {
 		begun := time.Now()
-		if killed := scratchtest.Storm(t, group, benchKills, 16, "plain"); len(killed) != benchKills {
+		if killed := oomtest.Storm(t, group, benchKills, 16, "plain"); len(killed) != benchKills {
 			t.Fatalf("%d of %d were killed", len(killed), benchKills)
 		}
 		return time.Since(begun)
@@ -196,8 +196,8 @@ func benchPipeline(t *testing.T, f *figures, storm func() time.Duration) {
 // benchProcess runs the real binary, idle and under storm.
 func benchProcess(t *testing.T, f *figures, storm func() time.Duration) {
 	cfg := pinnedConfig(t) // as it ships
-	cfg.Metrics.Listen = scratchtest.FreeAddr(t)
-	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
+	cfg.Metrics.Listen = oomtest.FreeAddr(t)
+	tracer := exec.Command(oomtest.Program(t, "oom-tracer"), "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)
 	tracer.Stderr = t.Output()
 	if err := tracer.Start(); err != nil {
 		t.Fatal(err)

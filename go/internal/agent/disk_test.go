@@ -13,14 +13,14 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // smallDisk is a disk that a test can fill.
 func smallDisk(t *testing.T, size string) (dir string, fill, free func()) {
 	t.Helper()
 	dir = t.TempDir()
-	scratchtest.Mount(t, "tmpfs", dir, 0)
+	oomtest.Mount(t, "tmpfs", dir, 0)
 	must(t, unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size="+size))
 	must(t, os.Chmod(dir, 0o700))
 	filler := filepath.Join(dir, "filler")
@@ -61,19 +61,19 @@ func TestDiskFull(t *testing.T) {
 			cfg.NATS.Embedded.Dir = filepath.Join(disk, "nats")
 			cfg.Node.StateFile = filepath.Join(disk, "state.json")
 			must(t, nothingMissed(cfg.Node.StateFile, testNode))
-			cfg.Metrics.Listen = scratchtest.FreeAddr(t)
+			cfg.Metrics.Listen = oomtest.FreeAddr(t)
 			if atStart {
 				fill()
 			}
 			tracer := startProcess(t, cfg)
 			until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
-			group := scratchtest.New(t, 8*mib)
+			group := oomtest.New(t, 8*mib)
 			if !atStart {
-				scratchtest.Storm(t, group, 3, 16, "plain")
+				oomtest.Storm(t, group, 3, 16, "plain")
 				stored(t, cfg, group, 3)
 				fill()
 			}
-			scratchtest.Storm(t, group, 3, 16, "plain")
+			oomtest.Storm(t, group, 3, 16, "plain")
 			until(t, "it is not ready", func() bool {
 				ok, body := probe(t, cfg.Metrics.Listen, "/readyz")
 				return !ok && strings.Contains(body, "no space left on device")

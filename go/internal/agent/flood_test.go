@@ -14,7 +14,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // floodAddrs, in the environment, makes this binary open connections to these addresses without end and say nothing.
@@ -52,19 +52,19 @@ func flood(addrs []string) {
 func TestFlooded(t *testing.T) {
 	const connections = 5000
 	cfg := withListen(t, pinnedConfig(t))
-	cfg.Metrics.Listen = scratchtest.FreeAddr(t)
+	cfg.Metrics.Listen = oomtest.FreeAddr(t)
 	tracer := startProcess(t, cfg)
 	until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
-	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, 3, 16, "plain")
+	group := oomtest.New(t, 8*mib)
+	oomtest.Storm(t, group, 3, 16, "plain")
 	stored(t, cfg, group, 3)
 	before := rss(t, tracer.Process.Pid)
 
 	child := exec.Command("/proc/self/exe")
 	child.Env = []string{floodAddrs + "=" + cfg.NATS.Embedded.Listen + " " + cfg.Metrics.Listen}
 	child.Dir = "/"
-	scratchtest.AsNobody(t, child)
-	out := &scratchtest.Output{}
+	oomtest.AsNobody(t, child)
+	out := &oomtest.Output{}
 	child.Stdout, child.Stderr = out, out
 	if err := child.Start(); err != nil {
 		t.Fatal(err)
@@ -72,7 +72,7 @@ func TestFlooded(t *testing.T) {
 	t.Cleanup(func() { _ = child.Process.Kill(); _ = child.Wait() })
 	opened := func(addr string) int { return 100 * strings.Count(out.String(), addr+" ") }
 	most, probes, failed := before, 0, 0
-	scratchtest.Storm(t, group, 3, 16, "plain")
+	oomtest.Storm(t, group, 3, 16, "plain")
 	for deadline := time.Now().Add(2 * time.Minute); probes < 30 || opened(cfg.NATS.Embedded.Listen) < connections || opened(cfg.Metrics.Listen) < connections; time.Sleep(200 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("only so many connections in two minutes:\n%s", out)

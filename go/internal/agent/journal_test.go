@@ -28,14 +28,14 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // pinnedConfig pins in a bpffs of the test's own. What is pinned goes with it.
 func pinnedConfig(t *testing.T) config.Config {
 	t.Helper()
 	cfg := testConfig(t)
-	cfg.Kernel.PinDir = filepath.Join(scratchtest.BPFFS(t), "oom")
+	cfg.Kernel.PinDir = filepath.Join(oomtest.BPFFS(t), "oom")
 	return cfg
 }
 
@@ -47,7 +47,7 @@ type process struct {
 
 func startProcess(t *testing.T, cfg config.Config) *process {
 	t.Helper()
-	p := &process{Cmd: exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)}
+	p := &process{Cmd: exec.Command(oomtest.Program(t, "oom-tracer"), "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)}
 	p.Stderr = &p.log
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
@@ -200,10 +200,10 @@ func TestKilledInStorm(t *testing.T) {
 func killedInStorm(t *testing.T, random *rand.Rand) {
 	const kills, rounds = 2000, 10
 	cfg := pinnedConfig(t)
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	storm := make(chan error, 1)
 	var killed []int
-	hog := scratchtest.Program(t, "hog")
+	hog := oomtest.Program(t, "hog")
 	tracer := startProcess(t, cfg)
 	var said []string
 	until(t, "the first tracer runs", func() bool {
@@ -212,7 +212,7 @@ func killedInStorm(t *testing.T, random *rand.Rand) {
 	})
 	go func() {
 		var err error
-		killed, err = scratchtest.RunStorm(t.Context(), group, hog, kills, 16, "plain")
+		killed, err = oomtest.RunStorm(t.Context(), group, hog, kills, 16, "plain")
 		storm <- err
 	}()
 	for round := range rounds {
@@ -223,7 +223,7 @@ func killedInStorm(t *testing.T, random *rand.Rand) {
 				t.Fatalf("the storm is over in round %d: %v", round, err)
 			default:
 			}
-			return scratchtest.Kills(t, group) > round*kills/rounds
+			return oomtest.Kills(t, group) > round*kills/rounds
 		})
 		time.Sleep(time.Duration(random.IntN(500)) * time.Millisecond)
 		tracer.kill()
@@ -236,7 +236,7 @@ func killedInStorm(t *testing.T, random *rand.Rand) {
 	}
 	tracer.stop(t)
 	said = append(said, tracer.log.String())
-	counted := scratchtest.Kills(t, group)
+	counted := oomtest.Kills(t, group)
 	counts := settled(t, cfg)
 
 	events, gaps := whole(t, cfg)
@@ -287,14 +287,14 @@ func TestStopped(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := pinnedConfig(t)
 			cfg.Kernel.JournalSize = tt.size
-			cfg.Metrics.Listen, cfg.NATS.Embedded.Listen = scratchtest.FreeAddr(t), scratchtest.FreeAddr(t)
+			cfg.Metrics.Listen, cfg.NATS.Embedded.Listen = oomtest.FreeAddr(t), oomtest.FreeAddr(t)
 			tracer := startProcess(t, cfg)
 			until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
 			if err := tracer.Process.Signal(syscall.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
-			group := scratchtest.New(t, 8*mib)
-			killed := scratchtest.Storm(t, group, tt.kills, 16, "plain")
+			group := oomtest.New(t, 8*mib)
+			killed := oomtest.Storm(t, group, tt.kills, 16, "plain")
 			if err := tracer.Process.Signal(syscall.SIGCONT); err != nil {
 				t.Fatal(err)
 			}
@@ -343,11 +343,11 @@ func TestStopped(t *testing.T) {
 
 // TestRestart: without pins nothing is recorded between two tracers. The kernel's own count says how much.
 func TestRestart(t *testing.T) {
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	first := func(t *testing.T, cfg config.Config) {
 		t.Helper()
 		_, stop := runTracer(t, cfg, io.Discard)
-		scratchtest.Storm(t, group, 2, 16, "plain")
+		oomtest.Storm(t, group, 2, 16, "plain")
 		stored(t, cfg, group, 2)
 		if err := stop(); err != nil {
 			t.Error(err)
@@ -384,7 +384,7 @@ func TestRestart(t *testing.T) {
 	t.Run("clean", func(t *testing.T) {
 		cfg := withListen(t, testConfig(t))
 		first(t, cfg)
-		scratchtest.Storm(t, group, 3, 16, "plain")
+		oomtest.Storm(t, group, 3, 16, "plain")
 		if g := last(t, again(t, cfg), event.GapRestart); g.Count == nil || *g.Count < 3 || g.CountMax != nil || *g.Count > 1000 {
 			t.Errorf("%+v", g)
 		}
@@ -393,7 +393,7 @@ func TestRestart(t *testing.T) {
 		cfg := withListen(t, testConfig(t))
 		first(t, cfg)
 		change(t, cfg, func(r *savedState) { r.Clean = false })
-		scratchtest.Storm(t, group, 3, 16, "plain")
+		oomtest.Storm(t, group, 3, 16, "plain")
 		if g := last(t, again(t, cfg), event.GapRestart); g.Count != nil || g.CountMax == nil || *g.CountMax < 3 {
 			t.Errorf("%+v", g)
 		}
@@ -456,7 +456,7 @@ func TestRestart(t *testing.T) {
 // TestStoreDamaged: a power cut has emptied a file of the embedded NATS. What it had acknowledged is gone, and a gap says so, once.
 func TestStoreDamaged(t *testing.T) {
 	cfg := withListen(t, pinnedConfig(t))
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	lost := func() (found []event.Gap) {
 		t.Helper()
 		tr, stop := runTracer(t, cfg, io.Discard)
@@ -471,7 +471,7 @@ func TestStoreDamaged(t *testing.T) {
 		return found
 	}
 	_, stop := runTracer(t, cfg, io.Discard)
-	scratchtest.Storm(t, group, 3, 16, "plain")
+	oomtest.Storm(t, group, 3, 16, "plain")
 	stored(t, cfg, group, 3)
 	must(t, stop())
 	if gaps := lost(); len(gaps) > 0 {
@@ -537,7 +537,7 @@ func TestStateFileAway(t *testing.T) {
 		},
 		"another user's directory": {
 			func(t *testing.T, dir string) {
-				if err := os.Chown(dir, scratchtest.Nobody, scratchtest.Nobody); err != nil {
+				if err := os.Chown(dir, oomtest.Nobody, oomtest.Nobody); err != nil {
 					t.Fatal(err)
 				}
 			},
@@ -552,12 +552,12 @@ func TestStateFileAway(t *testing.T) {
 			cfg := withListen(t, testConfig(t))
 			dir := t.TempDir()
 			cfg.Node.StateFile = filepath.Join(dir, "state.json")
-			cfg.Metrics.Listen = scratchtest.FreeAddr(t)
+			cfg.Metrics.Listen = oomtest.FreeAddr(t)
 			tt.breakIt(t, dir)
 			tracer := startProcess(t, cfg)
 			until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
-			group := scratchtest.New(t, 8*mib)
-			scratchtest.Storm(t, group, 3, 16, "plain")
+			group := oomtest.New(t, 8*mib)
+			oomtest.Storm(t, group, 3, 16, "plain")
 			stored(t, cfg, group, 3)
 			time.Sleep(4 * time.Second) // and some tries
 			if _, err := os.Stat(cfg.Node.StateFile); err == nil {
@@ -604,7 +604,7 @@ func scrape(t *testing.T, addr string) string {
 
 // withListen gives the embedded server an address that is known before it runs.
 func withListen(t *testing.T, cfg config.Config) config.Config {
-	cfg.NATS.Embedded.Listen = scratchtest.FreeAddr(t)
+	cfg.NATS.Embedded.Listen = oomtest.FreeAddr(t)
 	return cfg
 }
 
@@ -623,8 +623,8 @@ func TestGapOutlivesTracer(t *testing.T) {
 	cfg := testConfig(t)
 	change(t, cfg, func(r *savedState) { r.BootID, r.Clean, r.Time = "another boot", false, time.Unix(1, 0) })
 	away := cfg
-	away.NATS.URL = "nats://" + scratchtest.FreeAddr(t)
-	away.Metrics.Listen = scratchtest.FreeAddr(t)
+	away.NATS.URL = "nats://" + oomtest.FreeAddr(t)
+	away.Metrics.Listen = oomtest.FreeAddr(t)
 	for range 2 { // and the second one passes it on
 		tracer := startProcess(t, away)
 		until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), away.Metrics.Listen) })
@@ -666,7 +666,7 @@ func TestOtherVersion(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := pinnedConfig(t)
 			head := settled(t, cfg).Head
-			scratchtest.Storm(t, scratchtest.New(t, 8*mib), 5, 16, "plain")
+			oomtest.Storm(t, oomtest.New(t, 8*mib), 5, 16, "plain")
 			state, err := ebpf.LoadPinnedMap(filepath.Join(cfg.Kernel.PinDir, "state"), nil)
 			if err != nil {
 				t.Fatal(err)
@@ -702,7 +702,7 @@ func TestWrappedAway(t *testing.T) {
 	cfg.Kernel.JournalSize = 128 << 10
 	settled(t, cfg)
 	begun := time.Now()
-	scratchtest.Storm(t, scratchtest.New(t, 8*mib), 500, 16, "plain")
+	oomtest.Storm(t, oomtest.New(t, 8*mib), 500, 16, "plain")
 	ended := time.Now()
 	settled(t, cfg)
 	_, gaps := whole(t, cfg)
@@ -718,8 +718,8 @@ func TestWrappedAway(t *testing.T) {
 func TestReconciled(t *testing.T) {
 	cfg := withListen(t, pinnedConfig(t))
 	tr, stop := runTracer(t, cfg, io.Discard)
-	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, 50, 16, "plain")
+	group := oomtest.New(t, 8*mib)
+	oomtest.Storm(t, group, 50, 16, "plain")
 	counts, kernel, known := tr.stable()
 	if atLeast, _ := counts.Unseen(kernel); !known || atLeast != 0 || counts.Killed+counts.Unknown < 50 {
 		t.Errorf("%+v, the kernel counts %d", counts, kernel)
@@ -748,8 +748,8 @@ func TestNodeStatus(t *testing.T) {
 	cfg := withListen(t, pinnedConfig(t))
 	cfg.Node.StatusInterval = time.Second
 	tr, stop := runTracer(t, cfg, io.Discard)
-	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, 2, 16, "plain")
+	group := oomtest.New(t, 8*mib)
+	oomtest.Storm(t, group, 2, 16, "plain")
 	statuses := make(chan event.NodeStatus, 100)
 	conn := connect(t, cfg)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -797,7 +797,7 @@ func TestNodeStatus(t *testing.T) {
 	}
 	tap := func() string {
 		t.Helper()
-		out, err := exec.Command(scratchtest.Program(t, "oom-tap"), "nodes", "--config", scratchtest.WriteConfig(t, cfg)).CombinedOutput()
+		out, err := exec.Command(oomtest.Program(t, "oom-tap"), "nodes", "--config", oomtest.WriteConfig(t, cfg)).CombinedOutput()
 		if err != nil {
 			t.Fatalf("oom-tap nodes: %v\n%s", err, out)
 		}
@@ -825,15 +825,15 @@ func TestNodeStatus(t *testing.T) {
 func TestUnloadCommand(t *testing.T) {
 	cfg := pinnedConfig(t)
 	unload := func(flags ...string) (string, error) {
-		out, err := exec.Command(scratchtest.Program(t, "oom-tracer"), append([]string{"unload", "--config", scratchtest.WriteConfig(t, cfg)}, flags...)...).CombinedOutput()
+		out, err := exec.Command(oomtest.Program(t, "oom-tracer"), append([]string{"unload", "--config", oomtest.WriteConfig(t, cfg)}, flags...)...).CombinedOutput()
 		return string(out), err
 	}
 	if out, err := unload(); err != nil || out != fmt.Sprintf("nothing is pinned in %s\n", cfg.Kernel.PinDir) {
 		t.Errorf("%q, %v", out, err)
 	}
 	settled(t, cfg)
-	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, 2, 16, "plain")
+	group := oomtest.New(t, 8*mib)
+	oomtest.Storm(t, group, 2, 16, "plain")
 	if out, err := unload(); err == nil || !strings.Contains(out, "records in "+cfg.Kernel.PinDir+" are not published yet") {
 		t.Errorf("%q, %v", out, err)
 	}

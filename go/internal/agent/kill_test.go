@@ -25,12 +25,12 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const (
@@ -82,12 +82,12 @@ var killSubjects = []string{"oom.v1.kill.>", "oom.v1.exiting.>"}
 
 // in reports whether an event's victim was in the cgroup. A tracer sees every kill of the machine, and
 // others may cause some meanwhile. One whose cgroup is not told may be ours, and is one too many if not.
-func in(group *scratch.Cgroup, e *event.Event) bool {
+func in(group *cgroupfs.Cgroup, e *event.Event) bool {
 	return e.Victim.Cgroup == nil || e.Victim.Cgroup.ID == group.ID
 }
 
 // of picks the events whose victims were in the cgroup.
-func of(group *scratch.Cgroup, events []event.Event) []event.Event {
+func of(group *cgroupfs.Cgroup, events []event.Event) []event.Event {
 	return slices.DeleteFunc(slices.Clone(events), func(e event.Event) bool { return !in(group, &e) })
 }
 
@@ -108,7 +108,7 @@ func parse(t *testing.T, m bus.Stored) (event.Event, error) {
 }
 
 // stored reads the stream until it holds want events of victims in the cgroup, and returns them.
-func stored(t *testing.T, cfg config.Config, group *scratch.Cgroup, want int) []event.Event {
+func stored(t *testing.T, cfg config.Config, group *cgroupfs.Cgroup, want int) []event.Event {
 	t.Helper()
 	conn := connect(t, cfg)
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
@@ -251,9 +251,9 @@ func TestStorm(t *testing.T) {
 		}, 5*time.Minute)
 		read <- readout{kills, err}
 	}()
-	group := scratchtest.New(t, 8*mib)
-	killed := scratchtest.Storm(t, group, kills, 16, "plain")
-	counted := scratchtest.Kills(t, group)
+	group := oomtest.New(t, 8*mib)
+	killed := oomtest.Storm(t, group, kills, 16, "plain")
+	counted := oomtest.Kills(t, group)
 	if counted != kills || len(killed) != kills {
 		t.Fatalf("the cgroup counts %d kills and the hog %d of %d", counted, len(killed), kills)
 	}
@@ -331,8 +331,8 @@ func TestThreadedVictim(t *testing.T) {
 	cfg := testConfig(t)
 	tr, _ := runTracer(t, cfg, io.Discard)
 	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
-	group := scratchtest.New(t, 8*mib)
-	killed := scratchtest.Storm(t, group, 3, 32, "threaded")
+	group := oomtest.New(t, 8*mib)
+	killed := oomtest.Storm(t, group, 3, 32, "threaded")
 	if len(killed) != 3 {
 		t.Fatalf("%d of 3 were killed", len(killed))
 	}
@@ -347,20 +347,20 @@ func TestThreadedVictim(t *testing.T) {
 // TestAlreadyExiting: the biggest process of a full cgroup is dying anyway (a frozen task cannot act on its
 // SIGKILL). The kernel marks it and does not kill it, and the event says the same.
 func TestAlreadyExiting(t *testing.T) {
-	freezer := scratchtest.Freezer(t)
+	freezer := oomtest.Freezer(t)
 	cfg := testConfig(t)
 	tr, stop := runTracer(t, cfg, io.Discard)
 	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
-	group := scratchtest.New(t, 32*mib)
-	dying := scratchtest.Hold(t, group, 20)
+	group := oomtest.New(t, 32*mib)
+	dying := oomtest.Hold(t, group, 20)
 	freezer.Freeze(t, dying.Pid)
 	if err := dying.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	// exit_mmap() sets MMF_OOM_SKIP before the pages that it has unmapped are given back: whoever
 	// charges in between finds a full cgroup without the dying one, and the kernel kills after all.
-	killed := scratchtest.Storm(t, group, 1, 16, "plain")
-	if kills := scratchtest.Kills(t, group); kills != len(killed) {
+	killed := oomtest.Storm(t, group, 1, 16, "plain")
+	if kills := oomtest.Kills(t, group); kills != len(killed) {
 		t.Fatalf("the kernel killed %v, and counts %d", killed, kills)
 	}
 	stored(t, cfg, group, 1+len(killed))
@@ -406,25 +406,25 @@ func TestNested(t *testing.T) {
 	tr, _ := runTracer(t, cfg, io.Discard)
 	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
 
-	root := scratchtest.New(t, 512*mib)
+	root := oomtest.New(t, 512*mib)
 	if root.Version == 1 {
 		// Siblings of the limit that have more room must not be taken for its owner.
 		t.Log("cgroup v1")
 	}
-	kubepods := scratchtest.Child(t, root, "kubepods", 256*mib)
-	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
-	pod := scratchtest.Child(t, burstable, "pod"+uid, 8*mib)
-	container := scratchtest.Child(t, pod, id, 64*mib)
+	kubepods := oomtest.Child(t, root, "kubepods", 256*mib)
+	burstable := oomtest.Child(t, kubepods, "burstable", cgroupfs.Unlimited)
+	pod := oomtest.Child(t, burstable, "pod"+uid, 8*mib)
+	container := oomtest.Child(t, pod, id, 64*mib)
 	leaf := container
 	for level := range 10 {
-		leaf = scratchtest.Child(t, leaf, fmt.Sprintf("level-%d", level), scratch.Unlimited)
+		leaf = oomtest.Child(t, leaf, fmt.Sprintf("level-%d", level), cgroupfs.Unlimited)
 	}
 	console, err := kmsg.Open()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer console.Close()
-	killed := scratchtest.Storm(t, leaf, 1, 16, "plain")
+	killed := oomtest.Storm(t, leaf, 1, 16, "plain")
 	if len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
@@ -454,12 +454,12 @@ func TestDeepPath(t *testing.T) {
 	tr, _ := runTracer(t, cfg, io.Discard)
 	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
 	name := strings.Repeat("x", 250)
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	leaf := group
 	for range 16 {
-		leaf = scratchtest.Child(t, leaf, name, scratch.Unlimited)
+		leaf = oomtest.Child(t, leaf, name, cgroupfs.Unlimited)
 	}
-	scratchtest.Storm(t, leaf, 1, 16, "plain")
+	oomtest.Storm(t, leaf, 1, 16, "plain")
 	e := stored(t, cfg, leaf, 1)[0]
 	c := e.Victim.Cgroup
 	if !c.Truncated || !strings.HasPrefix(c.Path, ".../xxx") || !strings.HasSuffix(leaf.Path(), strings.TrimPrefix(c.Path, "...")) || c.ID != leaf.ID {
@@ -491,8 +491,8 @@ func TestPlainSubscriber(t *testing.T) {
 	if err := nc.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	group := scratchtest.New(t, 8*mib)
-	killed := scratchtest.Storm(t, group, 1, 16, "plain")
+	group := oomtest.New(t, 8*mib)
+	killed := oomtest.Storm(t, group, 1, 16, "plain")
 	var msg *nats.Msg
 	var e event.Event
 	for ours := false; !ours; ours = err != nil || in(group, &e) {
@@ -546,8 +546,8 @@ func TestMalformedSamples(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- tr.run(ctx) }()
-	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, 1, 16, "plain")
+	group := oomtest.New(t, 8*mib)
+	oomtest.Storm(t, group, 1, 16, "plain")
 	cfg.NATS.Embedded.Listen = strings.TrimPrefix(tr.server.ClientURL(), "nats://")
 	stored(t, cfg, group, 1)
 	cancel()
@@ -561,8 +561,8 @@ func TestOtherNode(t *testing.T) {
 	cfg := testConfig(t)
 	cfg.Node.CgroupRoot = "/docker/somebody-else"
 	tr, stop := runTracer(t, cfg, io.Discard)
-	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, 2, 16, "plain")
+	group := oomtest.New(t, 8*mib)
+	oomtest.Storm(t, group, 2, 16, "plain")
 	if err := stop(); err != nil {
 		t.Error(err)
 	}
@@ -588,8 +588,8 @@ func TestOtherNode(t *testing.T) {
 
 // TestTwoNodes: of two nodes on one kernel each tells of its own kills, and names all others as the other's.
 func TestTwoNodes(t *testing.T) {
-	root := scratchtest.New(t, scratch.Unlimited)
-	groups := []*scratch.Cgroup{scratchtest.Child(t, root, "a", 8*mib), scratchtest.Child(t, root, "b", 8*mib)}
+	root := oomtest.New(t, cgroupfs.Unlimited)
+	groups := []*cgroupfs.Cgroup{oomtest.Child(t, root, "a", 8*mib), oomtest.Child(t, root, "b", 8*mib)}
 	type node struct {
 		cfg    config.Config
 		tr     *tracer
@@ -605,7 +605,7 @@ func TestTwoNodes(t *testing.T) {
 	}
 	for range 3 {
 		for i, n := range nodes {
-			n.killed = append(n.killed, scratchtest.Storm(t, groups[i], 5, 16, "plain")...)
+			n.killed = append(n.killed, oomtest.Storm(t, groups[i], 5, 16, "plain")...)
 		}
 	}
 	for i, n := range nodes {
@@ -631,7 +631,7 @@ func TestTwoNodes(t *testing.T) {
 
 // TestRefused: what NATS refuses for good is in a gap, and holds up nothing.
 func TestRefused(t *testing.T) {
-	addr := scratchtest.FreeAddr(t)
+	addr := oomtest.FreeAddr(t)
 	file := filepath.Join(t.TempDir(), "nats.conf")
 	if err := os.WriteFile(file, []byte("max_payload: 900\n"), 0o600); err != nil { // a kill takes more, a gap less
 		t.Fatal(err)
@@ -643,8 +643,8 @@ func TestRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	tr, stop := runTracer(t, cfg, io.Discard)
-	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, bus.Window+50, 16, "plain") // more than may be on their way
+	group := oomtest.New(t, 8*mib)
+	oomtest.Storm(t, group, bus.Window+50, 16, "plain") // more than may be on their way
 	until(t, "everything is acknowledged", func() bool { return tr.loader.Counts().Acked == tr.loader.Counts().Head })
 	head := tr.loader.Counts().Head
 	if err := stop(); err != nil {
@@ -671,7 +671,7 @@ func natsServer(t *testing.T, addr, dir string, args ...string) *exec.Cmd {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := exec.Command(scratchtest.Program(t, "nats-server"), append([]string{"-a", host, "-p", port, "-js", "-sd", dir}, args...)...)
+	server := exec.Command(oomtest.Program(t, "nats-server"), append([]string{"-a", host, "-p", port, "-js", "-sd", dir}, args...)...)
 	server.Stderr = t.Output()
 	if err := server.Start(); err != nil {
 		t.Fatal(err)
@@ -694,15 +694,15 @@ func natsServer(t *testing.T, addr, dir string, args ...string) *exec.Cmd {
 // TestNATSAway: kills that happen while NATS is not there yet, and while it is gone, arrive when it comes.
 // They wait in the journal; nothing counts as published before it is.
 func TestNATSAway(t *testing.T) {
-	addr, store := scratchtest.FreeAddr(t), t.TempDir()
+	addr, store := oomtest.FreeAddr(t), t.TempDir()
 	cfg := testConfig(t)
 	cfg.NATS.URL = "nats://" + addr
 	tr, _ := runTracer(t, cfg, io.Discard)
 	if err := tr.natsReady(t.Context()); err == nil {
 		t.Error("ready without nats")
 	}
-	group := scratchtest.New(t, 8*mib)
-	killed := scratchtest.Storm(t, group, 7, 16, "plain") // before the first connection
+	group := oomtest.New(t, 8*mib)
+	killed := oomtest.Storm(t, group, 7, 16, "plain") // before the first connection
 
 	server := natsServer(t, addr, store)
 	until(t, "connected", tr.conn.Connected)
@@ -717,7 +717,7 @@ func TestNATSAway(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = server.Wait()
-	killed = append(killed, scratchtest.Storm(t, group, 400, 16, "plain")...)
+	killed = append(killed, oomtest.Storm(t, group, 400, 16, "plain")...)
 	until(t, "no more may be on their way", func() bool { return tr.publisher.Pending() == bus.Window })
 	time.Sleep(2 * lookAgain)
 	if err := tr.loader.Alive(t.Context()); err != nil {
@@ -753,9 +753,9 @@ func TestSelftest(t *testing.T) {
 	})
 	t.Run("beside", func(t *testing.T) {
 		cfg := testConfig(t)
-		cfg.NATS.Embedded.Listen = scratchtest.FreeAddr(t)
-		cfg.Metrics.Listen = scratchtest.FreeAddr(t)
-		tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
+		cfg.NATS.Embedded.Listen = oomtest.FreeAddr(t)
+		cfg.Metrics.Listen = oomtest.FreeAddr(t)
+		tracer := exec.Command(oomtest.Program(t, "oom-tracer"), "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)
 		tracer.Stderr = t.Output()
 		lines, err := tracer.StdoutPipe()
 		if err != nil {
@@ -796,14 +796,14 @@ func TestSelftest(t *testing.T) {
 
 func checkSelftest(t *testing.T, cfg config.Config, out io.Writer) {
 	t.Helper()
-	run := exec.Command(scratchtest.Program(t, "oom-tracer"), "selftest", "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
+	run := exec.Command(oomtest.Program(t, "oom-tracer"), "selftest", "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)
 	run.Stdout, run.Stderr = out, t.Output()
 	temp := t.TempDir()
 	run.Env = append(os.Environ(), "TMPDIR="+temp)
 	if err := run.Run(); err != nil {
 		t.Errorf("selftest: %v\n%s", err, out)
 	}
-	h, err := scratch.Find("/proc")
+	h, err := cgroupfs.Find("/proc")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -878,9 +878,9 @@ func TestSelftestSeesFaults(t *testing.T) {
 // tracer ends in order and in time; what it had read is stored without a hole.
 func TestShutdownUnderLoad(t *testing.T) {
 	cfg := testConfig(t)
-	cfg.Metrics.Listen = scratchtest.FreeAddr(t)
-	cfg.NATS.Embedded.Listen = scratchtest.FreeAddr(t)
-	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
+	cfg.Metrics.Listen = oomtest.FreeAddr(t)
+	cfg.NATS.Embedded.Listen = oomtest.FreeAddr(t)
+	tracer := exec.Command(oomtest.Program(t, "oom-tracer"), "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)
 	var log bytes.Buffer
 	tracer.Stderr = &log
 	// Nobody reads its standard output.
@@ -901,14 +901,14 @@ func TestShutdownUnderLoad(t *testing.T) {
 		}
 	}
 	storm := make(chan error, 1)
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	const kills = 200
-	hog := scratchtest.Program(t, "hog")
+	hog := oomtest.Program(t, "hog")
 	go func() {
-		_, err := scratchtest.RunStorm(t.Context(), group, hog, kills, 16, "plain")
+		_, err := oomtest.RunStorm(t.Context(), group, hog, kills, 16, "plain")
 		storm <- err
 	}()
-	for deadline := time.Now().Add(20 * time.Second); scratchtest.Kills(t, group) < 20; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); oomtest.Kills(t, group) < 20; time.Sleep(5 * time.Millisecond) {
 		select {
 		case err := <-storm:
 			if err != nil {

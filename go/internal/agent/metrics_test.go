@@ -22,7 +22,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -97,7 +97,7 @@ func exposition(t *testing.T, registry *prometheus.Registry) string {
 func TestMetricsExposition(t *testing.T) {
 	m := fakeMetrics(&fakeSides{tier: loader.TierStack, notify: loader.NotifyPerf, prototype: loader.PrototypeTask, counts: loader.Counts{KernelBase: 42}})
 	registry := register(t, m)
-	scratchtest.Golden(t, "metrics-start.golden", exposition(t, registry), *update)
+	oomtest.Golden(t, "metrics-start.golden", exposition(t, registry), *update)
 	problems, err := testutil.GatherAndLint(registry)
 	if err != nil {
 		t.Fatal(err)
@@ -129,7 +129,7 @@ func TestMetricsCount(t *testing.T) {
 	m.published.Observe(0.003)
 	m.events.WithLabelValues("error", "decode").Inc()
 	m.gaps.WithLabelValues("wrapped").Inc()
-	scratchtest.Golden(t, "metrics-counted.golden", exposition(t, register(t, m)), *update)
+	oomtest.Golden(t, "metrics-counted.golden", exposition(t, register(t, m)), *update)
 }
 
 // A count that cannot be read is absent and an error of the scrape, never 0; the rest is served.

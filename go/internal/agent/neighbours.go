@@ -12,9 +12,9 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/neighbours"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 )
 
 const (
@@ -128,7 +128,7 @@ func (l *neighbourReader) read(ctx context.Context, s *podReading) (*event.Neigh
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	began := time.Now()
-	h, err := scratch.Find("/proc")
+	h, err := cgroupfs.Find("/proc")
 	if err != nil {
 		return nil, err
 	}

@@ -12,9 +12,9 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const (
@@ -50,16 +50,16 @@ func neighboursStored(t *testing.T, cfg config.Config, want int) (all []event.Ne
 
 // TestNeighbours: all pods together are out of memory, and the one that has it all is not the one that is killed.
 func TestNeighbours(t *testing.T) {
-	root := scratchtest.New(t, 512*mib)
-	kubepods := scratchtest.Child(t, root, "kubepods", 64*mib)
-	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
-	container := func(pod string, limit uint64) *scratch.Cgroup {
-		return scratchtest.Child(t, scratchtest.Child(t, burstable, "pod"+pod, limit), strings.Repeat("a", 64), scratch.Unlimited)
+	root := oomtest.New(t, 512*mib)
+	kubepods := oomtest.Child(t, root, "kubepods", 64*mib)
+	burstable := oomtest.Child(t, kubepods, "burstable", cgroupfs.Unlimited)
+	container := func(pod string, limit uint64) *cgroupfs.Cgroup {
+		return oomtest.Child(t, oomtest.Child(t, burstable, "pod"+pod, limit), strings.Repeat("a", 64), cgroupfs.Unlimited)
 	}
-	victim, offender := container(victimPod, scratch.Unlimited), container(offenderPod, 128*mib)
+	victim, offender := container(victimPod, cgroupfs.Unlimited), container(offenderPod, 128*mib)
 	own := container("2f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0", 8*mib)
 	for range 4 { // each of them smaller than the one that is to be killed
-		scratchtest.Hold(t, offender, 10)
+		oomtest.Hold(t, offender, 10)
 	}
 	cfg := testConfig(t)
 	cfg.Node.CgroupRoot = root.Path()
@@ -69,12 +69,12 @@ func TestNeighbours(t *testing.T) {
 	}
 
 	// A pod at its own limit is nobody else's news.
-	if killed := scratchtest.Storm(t, own, 1, 16, "plain"); len(killed) != 1 {
+	if killed := oomtest.Storm(t, own, 1, 16, "plain"); len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
 	stored(t, cfg, own, 1)
 	began := time.Now()
-	if killed := scratchtest.Storm(t, victim, 1, 64, "plain"); len(killed) != 1 {
+	if killed := oomtest.Storm(t, victim, 1, 64, "plain"); len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
 	e := stored(t, cfg, victim, 1)[0]
@@ -99,7 +99,7 @@ func TestNeighbours(t *testing.T) {
 
 	// In a storm the pods are read now and then.
 	const storm = 100
-	if killed := scratchtest.Storm(t, victim, storm, 64, "plain"); len(killed) != storm {
+	if killed := oomtest.Storm(t, victim, storm, 64, "plain"); len(killed) != storm {
 		t.Fatalf("%d were killed", len(killed))
 	}
 	stored(t, cfg, victim, 1+storm)
@@ -111,11 +111,11 @@ func TestNeighbours(t *testing.T) {
 
 // Switched off, or where there is no kubelet's tree.
 func TestNeighboursNone(t *testing.T) {
-	root := scratchtest.New(t, 32*mib)
+	root := oomtest.New(t, 32*mib)
 	cfg := testConfig(t)
 	cfg.Node.CgroupRoot = root.Path()
 	tr, stop := runTracer(t, cfg, io.Discard)
-	if killed := scratchtest.Storm(t, root, 1, 64, "plain"); len(killed) != 1 {
+	if killed := oomtest.Storm(t, root, 1, 64, "plain"); len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
 	until(t, "the failure is counted", func() bool { return testutil.ToFloat64(tr.metrics.neighbours.WithLabelValues("failed")) == 1 })
@@ -124,7 +124,7 @@ func TestNeighboursNone(t *testing.T) {
 	}
 	cfg.Node.Neighbours = 0
 	tr, _ = runTracer(t, cfg, io.Discard)
-	if killed := scratchtest.Storm(t, root, 1, 64, "plain"); len(killed) != 1 {
+	if killed := oomtest.Storm(t, root, 1, 64, "plain"); len(killed) != 1 {
 		t.Fatalf("%d were killed", len(killed))
 	}
 	stored(t, cfg, root, 2)

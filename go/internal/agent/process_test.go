@@ -16,14 +16,14 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 func TestMain(m *testing.M) {
 	if addrs := os.Getenv(floodAddrs); addrs != "" {
 		flood(strings.Fields(addrs))
 	}
-	os.Exit(scratchtest.Alone{M: m}.Run())
+	os.Exit(oomtest.Alone{M: m}.Run())
 }
 
 // must ends the test on an error of its own set-up.
@@ -43,7 +43,7 @@ func TestSelftestLog(t *testing.T) {
 		{nil, ""},
 		{[]string{"--log-level", "info"}, "tracing oom kills"},
 	} {
-		run := exec.Command(scratchtest.Program(t, "oom-tracer"), append([]string{"selftest", "--config", scratchtest.WriteConfig(t, testConfig(t))}, tt.flags...)...)
+		run := exec.Command(oomtest.Program(t, "oom-tracer"), append([]string{"selftest", "--config", oomtest.WriteConfig(t, testConfig(t))}, tt.flags...)...)
 		var log bytes.Buffer
 		run.Stderr = &log
 		if out, err := run.Output(); err != nil {
@@ -58,8 +58,8 @@ func TestSelftestLog(t *testing.T) {
 // The printed lines are for whoever wants to read them. When that reader goes away the tracer goes on.
 func TestReaderOfOutputGoesAway(t *testing.T) {
 	cfg := testConfig(t)
-	cfg.Metrics.Listen = scratchtest.FreeAddr(t)
-	tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
+	cfg.Metrics.Listen = oomtest.FreeAddr(t)
+	tracer := exec.Command(oomtest.Program(t, "oom-tracer"), "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)
 	var log bytes.Buffer
 	tracer.Stderr = &log
 	reader, writer, err := os.Pipe()
@@ -75,8 +75,8 @@ func TestReaderOfOutputGoesAway(t *testing.T) {
 			t.Fatalf("the tracer does not come up:\n%s", &log)
 		}
 	}
-	group := scratchtest.New(t, 8<<20)
-	scratchtest.Storm(t, group, 1, 16, "plain")
+	group := oomtest.New(t, 8<<20)
+	oomtest.Storm(t, group, 1, 16, "plain")
 	for lines := bufio.NewReader(reader); ; { // others' kills may be among them
 		line, err := lines.ReadString('\n')
 		must(t, err)
@@ -85,7 +85,7 @@ func TestReaderOfOutputGoesAway(t *testing.T) {
 		}
 	}
 	must(t, reader.Close())
-	scratchtest.Storm(t, group, 2, 16, "plain")
+	oomtest.Storm(t, group, 2, 16, "plain")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	select {
@@ -131,10 +131,10 @@ func TestSignals(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := testConfig(t)
 			cfg.NATS.URL = "nats://" + silentServer(t)
-			cfg.Metrics.Listen = scratchtest.FreeAddr(t)
+			cfg.Metrics.Listen = oomtest.FreeAddr(t)
 			tracer := startProcess(t, cfg)
 			until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
-			scratchtest.Storm(t, scratchtest.New(t, 8<<20), 1, 16, "plain")
+			oomtest.Storm(t, oomtest.New(t, 8<<20), 1, 16, "plain")
 			slow, err := net.Dial("tcp", cfg.Metrics.Listen)
 			must(t, err)
 			defer slow.Close()
@@ -181,10 +181,10 @@ func TestJSONOutput(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := withListen(t, testConfig(t))
 			cfg.Log = config.Log{Level: "debug", Format: "json", Kills: tt.kills}
-			cfg.Metrics.Listen = scratchtest.FreeAddr(t)
+			cfg.Metrics.Listen = oomtest.FreeAddr(t)
 			tt.change(&cfg)
-			tracer := exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode)
-			var out, log scratchtest.Output
+			tracer := exec.Command(oomtest.Program(t, "oom-tracer"), "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)
+			var out, log oomtest.Output
 			tracer.Stdout, tracer.Stderr = &out, &log
 			must(t, tracer.Start())
 			if tt.fails {
@@ -193,8 +193,8 @@ func TestJSONOutput(t *testing.T) {
 				}
 			} else {
 				until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
-				group := scratchtest.New(t, 8*mib)
-				scratchtest.Storm(t, group, 2, 16, "plain")
+				group := oomtest.New(t, 8*mib)
+				oomtest.Storm(t, group, 2, 16, "plain")
 				want := stored(t, cfg, group, 2)
 				must(t, tracer.Process.Signal(syscall.SIGTERM))
 				must(t, tracer.Wait())

@@ -19,10 +19,10 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
@@ -39,7 +39,7 @@ func rssSlack() uint64 { return 128 * uint64(os.Getpagesize()) }
 // Selftest causes one contained OOM kill and checks what comes back out of NATS against what this
 // process, the cgroup's files and the kernel's console say of it.
 func Selftest(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
-	h, err := scratch.Find("/proc")
+	h, err := cgroupfs.Find("/proc")
 	if err != nil {
 		return err
 	}
@@ -151,7 +151,7 @@ type expectation struct {
 }
 
 // causeKill lets a child of this process run into a limit, and removes all traces but the kernel's.
-func causeKill(ctx context.Context, h scratch.Hierarchy) (_ *expectation, err error) {
+func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err error) {
 	ctx, cancel := context.WithTimeout(ctx, selftestWait)
 	defer cancel()
 	group, err := h.New(selftestLimit)

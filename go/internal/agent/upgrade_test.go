@@ -14,7 +14,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // TestUpgrade: a tracer takes over from one of before this journal (make test-upgrade builds it), and that one from it. What
@@ -24,7 +24,7 @@ func TestUpgrade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	now := scratchtest.Program(t, "oom-tracer")
+	now := oomtest.Program(t, "oom-tracer")
 	for _, tt := range []struct {
 		name        string
 		first, next string
@@ -35,8 +35,8 @@ func TestUpgrade(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := pinnedConfig(t)
-			addr := scratchtest.FreeAddr(t)
-			cfg.NATS.URL, cfg.Metrics.Listen = "nats://"+addr, scratchtest.FreeAddr(t)
+			addr := oomtest.FreeAddr(t)
+			cfg.NATS.URL, cfg.Metrics.Listen = "nats://"+addr, oomtest.FreeAddr(t)
 			file := filepath.Join(t.TempDir(), "config.yaml")
 			text := fmt.Sprintf("node: {state_file: %q}\nkernel: {pin_dir: %q}\nnats: {url: %q}\nmetrics: {listen: %q}\n", // both know these keys
 				cfg.Node.StateFile, cfg.Kernel.PinDir, cfg.NATS.URL, cfg.Metrics.Listen)
@@ -59,18 +59,18 @@ func TestUpgrade(t *testing.T) {
 				until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), cfg.Metrics.Listen) })
 				return p
 			}
-			group := scratchtest.New(t, 8*mib)
+			group := oomtest.New(t, 8*mib)
 			first := run(tt.first)
-			killed := scratchtest.Storm(t, group, 20, 16, "plain") // NATS is away
+			killed := oomtest.Storm(t, group, 20, 16, "plain") // NATS is away
 			first.kill()
-			killed = append(killed, scratchtest.Storm(t, group, 20, 16, "plain")...)
+			killed = append(killed, oomtest.Storm(t, group, 20, 16, "plain")...)
 			natsServer(t, addr, t.TempDir())
 			owner := connect(t, cfg)
 			if err := bus.EnsureStreams(t.Context(), owner, cfg.NATS.Stream); err != nil {
 				t.Fatal(err)
 			}
 			next := run(tt.next)
-			after := scratchtest.Storm(t, group, 20, 16, "plain")
+			after := oomtest.Storm(t, group, 20, 16, "plain")
 			var events []event.Event
 			var gaps []event.Gap
 			has := func(pids []int) bool {

@@ -20,7 +20,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/doctor"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // confinedCase is a tracer with less than root has, and what must come of it.
@@ -28,7 +28,7 @@ type confinedCase struct {
 	name     string
 	paranoid int    // kernel.perf_event_paranoid; 3 is Debian's default
 	kernel   string // the tier, and other keys of the config
-	less     scratchtest.Confinement
+	less     oomtest.Confinement
 
 	// Either it runs with this tier and way to notify, and a kill comes back, or it ends with this error.
 	tier   loader.Tier
@@ -51,9 +51,9 @@ func confinedCases(t *testing.T) []confinedCase {
 	multi := kernel.TypeByName("bpf_kprobe_multi_link", &link) == nil
 	counts := doctor.CountsBPF(kernel)
 
-	chart := scratchtest.Confinement{Drop: scratchtest.AsInChart()}
-	without := func(bits ...uintptr) scratchtest.Confinement {
-		return scratchtest.Confinement{Drop: scratchtest.AsInChart(bits...)}
+	chart := oomtest.Confinement{Drop: oomtest.AsInChart()}
+	without := func(bits ...uintptr) oomtest.Confinement {
+		return oomtest.Confinement{Drop: oomtest.AsInChart(bits...)}
 	}
 	cases := []confinedCase{
 		{name: "paranoid-3", paranoid: 3, kernel: "auto", less: chart, tier: loader.TierFentry, notify: loader.NotifyRingbuf, logs: "permission denied", doctor: []doctor.Finding{
@@ -87,12 +87,12 @@ func confinedCases(t *testing.T) []confinedCase {
 			finding("kallsyms", doctor.StatusFail, "hides the kernel's addresses", "CAP_SYSLOG"),
 		}},
 		{name: "no-CAP_SYS_RESOURCE", paranoid: 3, kernel: "auto", less: without(unix.CAP_SYS_RESOURCE), tier: loader.TierFentry, notify: loader.NotifyRingbuf, doctor: []doctor.Finding{finding("protection", doctor.StatusWarn, "lacks CAP_SYS_RESOURCE", "SYS_RESOURCE")}},
-		{name: "seccomp-perf", paranoid: 2, kernel: "auto", less: scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+		{name: "seccomp-perf", paranoid: 2, kernel: "auto", less: oomtest.Confinement{Drop: oomtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
 			tier: loader.TierFentry, notify: loader.NotifyRingbuf, logs: "operation not permitted", doctor: []doctor.Finding{
 				finding("notify", doctor.StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: the seccomp filter of this process refuses perf_event_open", "RuntimeDefault of containerd 1.7"),
 				finding("hooks", doctor.StatusOK, "fentry works", ""),
 			}},
-		{name: "seccomp-bpf", paranoid: 2, kernel: "auto", less: scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_BPF}}, fails: "the bpf system call is refused", doctor: []doctor.Finding{
+		{name: "seccomp-bpf", paranoid: 2, kernel: "auto", less: oomtest.Confinement{Drop: oomtest.AsInChart(), Refuse: []uint32{unix.SYS_BPF}}, fails: "the bpf system call is refused", doctor: []doctor.Finding{
 			finding("bpf", doctor.StatusFail, "the seccomp filter of this process refuses bpf", "RuntimeDefault of containerd 1.7"),
 			finding("hooks", doctor.StatusWarn, "none", "see bpf"),
 			finding("program", doctor.StatusFail, "the bpf system call is refused", "see bpf"),
@@ -145,7 +145,7 @@ func (tt *confinedCase) run(t *testing.T) {
 	config := vmConfig(t, tt.kernel)
 	// This test is at -1000, and its children inherit that.
 	program := func(args ...string) *exec.Cmd {
-		return exec.Command("/bin/sh", append([]string{"-c", `echo 0 >/proc/self/oom_score_adj; exec "$0" "$@"`, scratchtest.Program(t, "oom-tracer")}, args...)...)
+		return exec.Command("/bin/sh", append([]string{"-c", `echo 0 >/proc/self/oom_score_adj; exec "$0" "$@"`, oomtest.Program(t, "oom-tracer")}, args...)...)
 	}
 	p := &process{Cmd: program("--config", config, "--node-name", "vm")}
 	p.Stderr = &p.log
@@ -160,7 +160,7 @@ func (tt *confinedCase) run(t *testing.T) {
 		}
 	} else {
 		until(t, "the tracer runs", func() bool { return p.ProcessState != nil || obs.TracerRuns(t.Context(), "127.0.0.1:9105") })
-		hog := hogProcess(t, scratchtest.New(t, 16*mib), 0, "0", "64")
+		hog := hogProcess(t, oomtest.New(t, 16*mib), 0, "0", "64")
 		e := eventOf(t, config, hog.Process.Pid)
 		if e.Node.Tier != string(tt.tier) || e.Scope != event.ScopeCgroup || e.Outcome != event.OutcomeKilled {
 			t.Errorf("tier %s, scope %s, outcome %s", e.Node.Tier, e.Scope, e.Outcome)

@@ -20,10 +20,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // vmConfig is a config file for oom-tracer with the shipped pin directory; what the kernel killed before is
@@ -40,7 +40,7 @@ func vmConfig(t *testing.T, tier string) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if out, err := exec.Command(scratchtest.Program(t, "oom-tracer"), "unload", "--force", "--config", file).CombinedOutput(); err != nil {
+		if out, err := exec.Command(oomtest.Program(t, "oom-tracer"), "unload", "--force", "--config", file).CombinedOutput(); err != nil {
 			t.Errorf("unload: %v\n%s", err, out)
 		}
 	})
@@ -50,7 +50,7 @@ func vmConfig(t *testing.T, tier string) string {
 // vmTracer starts oom-tracer and waits until it runs.
 func vmTracer(t *testing.T, config string) *process {
 	t.Helper()
-	p := &process{Cmd: exec.Command(scratchtest.Program(t, "oom-tracer"), "--config", config, "--node-name", "vm")}
+	p := &process{Cmd: exec.Command(oomtest.Program(t, "oom-tracer"), "--config", config, "--node-name", "vm")}
 	p.Stderr = &p.log
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
@@ -65,7 +65,7 @@ func eventOf(t *testing.T, config string, pid int) event.Event {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	tap := exec.CommandContext(ctx, scratchtest.Program(t, "oom-tap"), "--config", config, "--since", "1h", "--kills", "--output", "json")
+	tap := exec.CommandContext(ctx, oomtest.Program(t, "oom-tap"), "--config", config, "--since", "1h", "--kills", "--output", "json")
 	out, err := tap.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -113,7 +113,7 @@ func TestVMJournalVictim(t *testing.T) {
 	if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", first.Process.Pid), []byte("1000"), 0); err != nil {
 		t.Fatal(err)
 	}
-	hog := hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "0", fmt.Sprint(tooMuch))
+	hog := hogProcess(t, oomtest.New(t, cgroupfs.Unlimited), 0, "0", fmt.Sprint(tooMuch))
 	if err := first.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
 		t.Fatalf("the tracer ended with %v", err)
 	}
@@ -136,18 +136,18 @@ func TestVMJournalVictim(t *testing.T) {
 func TestVMJournalCounts(t *testing.T) {
 	config := vmConfig(t, "auto")
 	first := vmTracer(t, config)
-	root := scratchtest.New(t, scratch.Unlimited)
+	root := oomtest.New(t, cgroupfs.Unlimited)
 	kill := func(name string) {
-		group := scratchtest.Child(t, root, name, 48*mib)
+		group := oomtest.Child(t, root, name, 48*mib)
 		if group.Version == 2 {
 			setGroupKill(t, group)
 		}
 		for range 10 {
 			hogProcess(t, group, 0, "0", "1", "hold")
 		}
-		before := scratchtest.Kills(t, group)
+		before := oomtest.Kills(t, group)
 		hogProcess(t, group, 0, "1", "64")
-		until(t, "the kernel kills", func() bool { return scratchtest.Kills(t, group) > before })
+		until(t, "the kernel kills", func() bool { return oomtest.Kills(t, group) > before })
 		time.Sleep(time.Second)
 	}
 	exact := func() {
@@ -180,7 +180,7 @@ func TestVMJournalKprobe(t *testing.T) {
 	config := vmConfig(t, "kprobe")
 	first := vmTracer(t, config)
 	pinned := !strings.Contains(first.log.String(), "cannot pin a hook")
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	// At 0: this test is at -1000, and its children inherit that.
 	with := hogProcess(t, group, 0, "0", "32")
 	before := eventOf(t, config, with.Process.Pid)
@@ -207,7 +207,7 @@ func TestVMJournalKprobe(t *testing.T) {
 func TestVMJournalClock(t *testing.T) {
 	config := vmConfig(t, "auto")
 	vmTracer(t, config)
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	began, start := time.Now(), boottime(t)
 	clock := func(step time.Duration) {
 		t.Helper()

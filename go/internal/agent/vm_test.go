@@ -32,12 +32,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/kmsg"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
@@ -161,7 +161,7 @@ type truth struct {
 type mixedVictim struct {
 	pid   int
 	start uint64 // field 22 of /proc/PID/stat
-	group *scratch.Cgroup
+	group *cgroupfs.Cgroup
 }
 
 // The hog's, in its mode "mixed". The console must say the same.
@@ -297,7 +297,7 @@ func (o *observer) compareKill(e *event.Event, k *kmsg.Kill, want truth) []strin
 
 // wrongCgroup compares a cgroup with the directory that is at a path of the memory controller's hierarchy.
 func wrongCgroup(field string, c *event.Cgroup, path string) []string {
-	h, err := scratch.Find("/proc")
+	h, err := cgroupfs.Find("/proc")
 	if err != nil {
 		return []string{err.Error()}
 	}
@@ -320,7 +320,7 @@ func wrongCgroup(field string, c *event.Cgroup, path string) []string {
 
 // limitFile is where the kernel says a memory cgroup's limit.
 func limitFile(path string) string {
-	h, err := scratch.Find("/proc")
+	h, err := cgroupfs.Find("/proc")
 	if err != nil {
 		return ""
 	}
@@ -399,22 +399,22 @@ func (o *observer) expect(t *testing.T, n int, want truth) []event.Event {
 }
 
 // hogProcess runs tools/hog in a cgroup and returns once it was told to begin.
-func hogProcess(t *testing.T, group *scratch.Cgroup, adj int, args ...string) *exec.Cmd {
+func hogProcess(t *testing.T, group *cgroupfs.Cgroup, adj int, args ...string) *exec.Cmd {
 	t.Helper()
-	hog, begin := waitingHog(t, scratchtest.Program(t, "hog"), group, adj, args...)
+	hog, begin := waitingHog(t, oomtest.Program(t, "hog"), group, adj, args...)
 	begin()
 	return hog
 }
 
 // mixedHog runs tools/hog in its mode "mixed".
-func mixedHog(t *testing.T, group *scratch.Cgroup, size int) *mixedVictim {
+func mixedHog(t *testing.T, group *cgroupfs.Cgroup, size int) *mixedVictim {
 	t.Helper()
 	file := filepath.Join("/ramfs", "mixed")
 	if err := os.WriteFile(file, make([]byte, mixedFile), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(file) })
-	hog, begin := waitingHog(t, scratchtest.Program(t, "hog"), group, mixedAdj, "0", fmt.Sprint(size), "mixed", file)
+	hog, begin := waitingHog(t, oomtest.Program(t, "hog"), group, mixedAdj, "0", fmt.Sprint(size), "mixed", file)
 	_, start, err := processStat(hog.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
@@ -425,7 +425,7 @@ func mixedHog(t *testing.T, group *scratch.Cgroup, size int) *mixedVictim {
 
 // waitingHog runs tools/hog, under whatever name, in a cgroup; it begins when it is told to. What it prints
 // goes to a file.
-func waitingHog(t *testing.T, program string, group *scratch.Cgroup, adj int, args ...string) (_ *exec.Cmd, begin func()) {
+func waitingHog(t *testing.T, program string, group *cgroupfs.Cgroup, adj int, args ...string) (_ *exec.Cmd, begin func()) {
 	t.Helper()
 	hog := exec.Command(program, args...)
 	stdout, err := os.Create(filepath.Join(t.TempDir(), "stdout"))
@@ -461,7 +461,7 @@ func waitingHog(t *testing.T, program string, group *scratch.Cgroup, adj int, ar
 }
 
 // hold is a hog that holds mib MiB when hold returns.
-func hold(t *testing.T, group *scratch.Cgroup, adj, mib int) *exec.Cmd {
+func hold(t *testing.T, group *cgroupfs.Cgroup, adj, mib int) *exec.Cmd {
 	t.Helper()
 	hog := hogProcess(t, group, adj, "0", fmt.Sprint(mib), "hold")
 	for deadline := time.Now().Add(30 * time.Second); residentMiB(hog.Process.Pid) < mib; time.Sleep(20 * time.Millisecond) {
@@ -486,7 +486,7 @@ func residentMiB(pid int) int {
 	return resident * os.Getpagesize() / mib
 }
 
-func setGroupKill(t *testing.T, group *scratch.Cgroup) {
+func setGroupKill(t *testing.T, group *cgroupfs.Cgroup) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(group.Dir, "memory.oom.group"), []byte("1"), 0); err != nil {
 		t.Fatal(err)
@@ -494,13 +494,13 @@ func setGroupKill(t *testing.T, group *scratch.Cgroup) {
 }
 
 // kubelet lays out a pod's cgroups as a kubelet with the cgroupfs driver does; the limits are in bytes.
-func kubelet(t *testing.T, kubepodsMax, podMax, containerMax uint64) *scratch.Cgroup {
+func kubelet(t *testing.T, kubepodsMax, podMax, containerMax uint64) *cgroupfs.Cgroup {
 	t.Helper()
-	root := scratchtest.New(t, scratch.Unlimited)
-	kubepods := scratchtest.Child(t, root, "kubepods", kubepodsMax)
-	burstable := scratchtest.Child(t, kubepods, "burstable", scratch.Unlimited)
-	pod := scratchtest.Child(t, burstable, "pod0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0", podMax)
-	return scratchtest.Child(t, pod, strings.Repeat("0123456789abcdef", 4), containerMax)
+	root := oomtest.New(t, cgroupfs.Unlimited)
+	kubepods := oomtest.Child(t, root, "kubepods", kubepodsMax)
+	burstable := oomtest.Child(t, kubepods, "burstable", cgroupfs.Unlimited)
+	pod := oomtest.Child(t, burstable, "pod0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0", podMax)
+	return oomtest.Child(t, pod, strings.Repeat("0123456789abcdef", 4), containerMax)
 }
 
 // errNotHere is why a scenario cannot be had on a kernel.
@@ -517,7 +517,7 @@ type scenario struct {
 // kswapdScenario is a kill by kswapd: the scope is known with every tier that has a stack.
 var kswapdScenario = scenario{"kswapd", func(t *testing.T, o *observer) {
 	kswapdKills(t)
-	group := scratchtest.New(t, scratch.Unlimited)
+	group := oomtest.New(t, cgroupfs.Unlimited)
 	// Whoever asks for memory meanwhile may come first, the hog too.
 	for try := 1; ; try++ {
 		hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
@@ -542,7 +542,7 @@ var kswapdScenario = scenario{"kswapd", func(t *testing.T, o *observer) {
 // scenarios are what is caused with each tier.
 var scenarios = []scenario{
 	{"global", func(t *testing.T, o *observer) {
-		victim := mixedHog(t, scratchtest.New(t, scratch.Unlimited), tooMuch)
+		victim := mixedHog(t, oomtest.New(t, cgroupfs.Unlimited), tooMuch)
 		e := o.expect(t, 1, truth{scope: event.ScopeGlobal, trigger: "hog", limit: event.LevelNode, mixed: victim})
 		if len(e) == 1 && e[0].Limit != nil && e[0].Limit.Cgroup != nil {
 			t.Errorf("a global kill has the limit of %s", e[0].Limit.Cgroup.Path)
@@ -561,7 +561,7 @@ var scenarios = []scenario{
 		o.expect(t, 1, truth{scope: event.ScopeCgroup, trigger: "hog", limit: event.LevelKubepods})
 	}},
 	{"oom.group", func(t *testing.T, o *observer) {
-		group := scratchtest.New(t, 96*mib)
+		group := oomtest.New(t, 96*mib)
 		if group.Version == 1 {
 			panic(errNotHere("version 1 has no memory.oom.group"))
 		}
@@ -598,7 +598,7 @@ var scenarios = []scenario{
 		}
 	}},
 	{"sysrq", func(t *testing.T, o *observer) {
-		victim := hold(t, scratchtest.New(t, scratch.Unlimited), 0, 64)
+		victim := hold(t, oomtest.New(t, cgroupfs.Unlimited), 0, 64)
 		if err := os.WriteFile("/proc/sysrq-trigger", []byte("f"), 0); err != nil {
 			t.Fatal(err)
 		}
@@ -606,11 +606,11 @@ var scenarios = []scenario{
 	}},
 	kswapdScenario,
 	{"innocent-trigger", func(t *testing.T, o *observer) {
-		root := scratchtest.New(t, scratch.Unlimited)
-		a := scratchtest.Child(t, root, "innocent", scratch.Unlimited)
-		b := scratchtest.Child(t, root, "hog", scratch.Unlimited)
+		root := oomtest.New(t, cgroupfs.Unlimited)
+		a := oomtest.Child(t, root, "innocent", cgroupfs.Unlimited)
+		b := oomtest.Child(t, root, "hog", cgroupfs.Unlimited)
 		name := filepath.Join(t.TempDir(), "innocent")
-		if err := os.Symlink(scratchtest.Program(t, "hog"), name); err != nil {
+		if err := os.Symlink(oomtest.Program(t, "hog"), name); err != nil {
 			t.Fatal(err)
 		}
 		// Anybody may be the one whose allocation fails, this test too.
@@ -649,13 +649,13 @@ var scenarios = []scenario{
 		}
 	}},
 	{"threaded", func(t *testing.T, o *observer) {
-		hogProcess(t, scratchtest.New(t, 16*mib), 0, "1", "64", "threaded")
+		hogProcess(t, oomtest.New(t, 16*mib), 0, "1", "64", "threaded")
 		o.expect(t, 1, truth{scope: event.ScopeCgroup, trigger: "hog-thread", tid: true})
 	}},
 	{"already-exiting", func(t *testing.T, o *observer) {
-		group := scratchtest.New(t, 24*mib)
+		group := oomtest.New(t, 24*mib)
 		dying := hold(t, group, 0, 20)
-		scratchtest.Freezer(t).Freeze(t, dying.Process.Pid)
+		oomtest.Freezer(t).Freeze(t, dying.Process.Pid)
 		if err := dying.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
@@ -685,7 +685,7 @@ var scenarios = []scenario{
 	}},
 	{"clone-vm", func(t *testing.T, o *observer) {
 		// Two processes share one memory: both die, one is marked.
-		hog := hogProcess(t, scratchtest.New(t, 16*mib), 0, "1", "64", "shared")
+		hog := hogProcess(t, oomtest.New(t, 16*mib), 0, "1", "64", "shared")
 		o.expect(t, 1, truth{scope: event.ScopeCgroup})
 		var twin int
 		said, err := os.ReadFile(hog.Stdout.(*os.File).Name())
@@ -704,7 +704,7 @@ var scenarios = []scenario{
 	{"ten-levels", func(t *testing.T, o *observer) {
 		leaf := kubelet(t, 128*mib, 64*mib, 16*mib)
 		for i := range 10 {
-			leaf = scratchtest.Child(t, leaf, fmt.Sprintf("level-%d", i), scratch.Unlimited)
+			leaf = oomtest.Child(t, leaf, fmt.Sprintf("level-%d", i), cgroupfs.Unlimited)
 		}
 		hogProcess(t, leaf, 0, "1", "64")
 		events := o.expect(t, 1, truth{scope: event.ScopeCgroup, limit: event.LevelContainer})
@@ -882,7 +882,7 @@ func TestVMConstrained(t *testing.T) {
 	}
 	constrained := []scenario{
 		{"cpuset", func(t *testing.T, o *observer) {
-			group := scratchtest.New(t, scratch.Unlimited)
+			group := oomtest.New(t, cgroupfs.Unlimited)
 			if err := os.WriteFile(filepath.Join(group.Dir, "cpuset.mems"), []byte("1"), 0); err != nil {
 				t.Fatal(err)
 			}
@@ -890,11 +890,11 @@ func TestVMConstrained(t *testing.T) {
 			o.expect(t, 1, truth{scope: scopeFor(o.tier, event.ScopeCpuset)})
 		}},
 		{"mempolicy", func(t *testing.T, o *observer) {
-			hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "1", fmt.Sprint(tooMuch), "bind1")
+			hogProcess(t, oomtest.New(t, cgroupfs.Unlimited), 0, "1", fmt.Sprint(tooMuch), "bind1")
 			o.expect(t, 1, truth{scope: scopeFor(o.tier, event.ScopeMempolicy)})
 		}},
 		{"global-numa", func(t *testing.T, o *observer) {
-			hogProcess(t, scratchtest.New(t, scratch.Unlimited), 0, "1", fmt.Sprint(tooMuch))
+			hogProcess(t, oomtest.New(t, cgroupfs.Unlimited), 0, "1", fmt.Sprint(tooMuch))
 			o.expect(t, 1, truth{scope: scopeFor(o.tier, event.ScopeGlobal)})
 		}},
 	}
@@ -928,7 +928,7 @@ func TestVMFaults(t *testing.T) {
 			o.tier = hookTiers(t)[0]
 			o.begin(t)
 			// The limit is not the victim's own cgroup's.
-			victim := mixedHog(t, scratchtest.Child(t, scratchtest.New(t, 16*mib), "leaf", scratch.Unlimited), 64)
+			victim := mixedHog(t, oomtest.Child(t, oomtest.New(t, 16*mib), "leaf", cgroupfs.Unlimited), 64)
 			events, kills := o.take(t, 1, 1)
 			if len(events) != 1 || len(kills) != 1 {
 				t.Fatalf("%d events, %d kills", len(events), len(kills))
@@ -958,7 +958,7 @@ func TestVMMissedHook(t *testing.T) {
 				t.Fatal(err)
 			}
 			o.begin(t)
-			group := scratchtest.New(t, 8*mib)
+			group := oomtest.New(t, 8*mib)
 			const kills = 20
 			hogProcess(t, group, 0, fmt.Sprint(kills), "32")
 			events, printed := o.take(t, kills, kills)
@@ -1003,7 +1003,7 @@ func TestVMHooksAlone(t *testing.T) {
 			}
 			o.begin(t)
 			const kills = 20
-			hogProcess(t, scratchtest.New(t, 8*mib), 0, fmt.Sprint(kills), "32")
+			hogProcess(t, oomtest.New(t, 8*mib), 0, fmt.Sprint(kills), "32")
 			events, _ := o.take(t, kills, 0)
 			stats, err := o.stats()
 			want := uint64(kills)
@@ -1037,9 +1037,9 @@ func TestVMMissedHookAlternating(t *testing.T) {
 			}
 			time.Sleep(6 * time.Second) // the kills of an earlier test may have used up the console's ten
 			o.begin(t)
-			parent := scratchtest.New(t, scratch.Unlimited)
-			a := scratchtest.Child(t, parent, "a", 16*mib)
-			b := scratchtest.Child(t, parent, "b", 24*mib)
+			parent := oomtest.New(t, cgroupfs.Unlimited)
+			a := oomtest.Child(t, parent, "a", 16*mib)
+			b := oomtest.Child(t, parent, "b", 24*mib)
 			const rounds = 24
 			hog := hogProcess(t, a, -1000, fmt.Sprint(rounds), "1", "alternate", a.Dir, b.Dir)
 			if err := hog.Wait(); err != nil {
@@ -1105,7 +1105,7 @@ func TestVMMissedHookUnreadable(t *testing.T) {
 			}
 			o.begin(t)
 			const rounds = 24
-			hogProcess(t, scratchtest.New(t, 8*mib), 0, fmt.Sprint(rounds), "32")
+			hogProcess(t, oomtest.New(t, 8*mib), 0, fmt.Sprint(rounds), "32")
 			events, kills := o.take(t, rounds, rounds)
 			if len(events) != rounds || len(kills) != rounds {
 				t.Fatalf("%d events, %d on the console", len(events), len(kills))
@@ -1168,7 +1168,7 @@ func selftestVM(t *testing.T, config string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, scratchtest.Program(t, "oom-tracer"), "selftest", "--config", config, "--node-name", "vm").CombinedOutput()
+	out, err := exec.CommandContext(ctx, oomtest.Program(t, "oom-tracer"), "selftest", "--config", config, "--node-name", "vm").CombinedOutput()
 	if err != nil || !bytes.Contains(out, []byte("selftest: ok")) {
 		t.Errorf("selftest: %v\n%s", err, out)
 	}
@@ -1204,7 +1204,7 @@ func TestVMTracer(t *testing.T) {
 	}
 	// This test is at -1000, and its children inherit that: the tracer must protect itself.
 	tracer := exec.Command("/bin/sh", "-c", "echo 0 >/proc/self/oom_score_adj; exec \"$@\"", "sh",
-		scratchtest.Program(t, "oom-tracer"), "--config", file, "--node-name", "vm")
+		oomtest.Program(t, "oom-tracer"), "--config", file, "--node-name", "vm")
 	var lines, log bytes.Buffer
 	tracer.Stdout, tracer.Stderr = &lines, &log
 	if err := tracer.Start(); err != nil {
@@ -1232,7 +1232,7 @@ func TestVMTracer(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer console.Close()
-	group := scratchtest.New(t, scratch.Unlimited)
+	group := oomtest.New(t, cgroupfs.Unlimited)
 	hogProcess(t, group, 0, "1", fmt.Sprint(tooMuch))
 	kills, err := console.Read(func(kills []kmsg.Kill) bool { return len(kills) > 0 }, 60*time.Second)
 	if err != nil || len(kills) != 1 || kills[0].Comm != "hog" || kills[0].AnonRSS < uint64(size)*mib {
@@ -1240,7 +1240,7 @@ func TestVMTracer(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, scratchtest.Program(t, "oom-tap"), "--config", file, "--since", "1h", "--count", "1", "--kills", "--scope", "global", "--output", "json").Output()
+	out, err := exec.CommandContext(ctx, oomtest.Program(t, "oom-tap"), "--config", file, "--since", "1h", "--count", "1", "--kills", "--scope", "global", "--output", "json").Output()
 	if err != nil {
 		var exit *exec.ExitError
 		if errors.As(err, &exit) {

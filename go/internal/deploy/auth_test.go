@@ -32,7 +32,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // tokens are a cluster with a tracer's pod on each of two nodes, NATS, and oom-auth with the role that the manifests give it.
@@ -129,7 +129,7 @@ func (s *tokens) auth() *auth {
 	file := s.config("auth")
 	a := &auth{
 		&kubetest.Process{
-			Path: scratchtest.Program(s.t, "oom-auth"),
+			Path: oomtest.Program(s.t, "oom-auth"),
 			Args: []string{"--config", file, "--kubeconfig", s.c.Kubeconfig(s.c.ServiceAccount(namespace, "oom-auth"))},
 			Log:  filepath.Join(s.t.TempDir(), "oom-auth.log"),
 		},

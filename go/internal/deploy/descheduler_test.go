@@ -27,8 +27,8 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
 )
 
 // descheduler is the descheduler as the chart renders it.
@@ -107,7 +107,7 @@ func (d *descheduler) start(t *testing.T, account *rest.Config, interval string)
 		}
 		return string(text)
 	}
-	cmd = exec.Command(scratchtest.Program(t, "oom-descheduler"), strings.Split(args, "\n")...)
+	cmd = exec.Command(oomtest.Program(t, "oom-descheduler"), strings.Split(args, "\n")...)
 	cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = log, log, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 	appsv1 "k8s.io/api/apps/v1"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // TestNATSDiskFull: the disk of the chart's one NATS server was full, and is free again. The server stores nothing until it is
@@ -37,7 +37,7 @@ func TestNATSDiskFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := func() *exec.Cmd {
-		cmd := exec.Command(scratchtest.Program(t, "nats-server"), "--config", conf)
+		cmd := exec.Command(oomtest.Program(t, "nats-server"), "--config", conf)
 		startLogged(t, cmd)
 		return cmd
 	}

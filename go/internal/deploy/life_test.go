@@ -22,7 +22,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // bases are the releases that the values are changed in: each value where it has an effect.
@@ -316,7 +316,7 @@ func lifeCluster(t *testing.T) *kubetest.Cluster {
 	t.Helper()
 	c := kubetest.Start(t)
 	for _, crd := range []string{"podmonitors", "prometheusrules"} {
-		c.Apply(filepath.Join(scratchtest.Program(t, "deploy"), "crds", crd+".yaml"))
+		c.Apply(filepath.Join(oomtest.Program(t, "deploy"), "crds", crd+".yaml"))
 	}
 	c.Namespace(namespace)
 	return c

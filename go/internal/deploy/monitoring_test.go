@@ -21,7 +21,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/yaml"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // alerts are the rules of deploy/alerts.yaml.
@@ -64,7 +64,7 @@ func promtool(t *testing.T, files map[string][]byte, args ...string) {
 			t.Fatal(err)
 		}
 	}
-	cmd := exec.CommandContext(t.Context(), filepath.Join(scratchtest.Program(t, "deploy"), "promtool"), args...)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(oomtest.Program(t, "deploy"), "promtool"), args...)
 	cmd.Dir = dir
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("promtool %v: %v\n%s", args, err, out)
@@ -164,7 +164,7 @@ func scrapeAnnotator(t *testing.T) exposed {
 	if err := os.WriteFile(file, []byte(replaced(t, true, string(text), "listen: :9106", fmt.Sprintf("listen: %q", listen))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(scratchtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator()))
+	cmd := exec.Command(oomtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator()))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

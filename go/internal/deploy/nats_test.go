@@ -25,7 +25,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // servers are nats-servers with the configuration that the chart renders.
@@ -58,7 +58,7 @@ func startServers(t *testing.T, args ...string) *servers {
 func (s *servers) setup() {
 	s.t.Helper()
 	eventually(s.t, "oom-tap setup", func() error {
-		out, err := exec.Command(scratchtest.Program(s.t, "oom-tap"), "setup", "--config", s.config("owner")).CombinedOutput()
+		out, err := exec.Command(oomtest.Program(s.t, "oom-tap"), "setup", "--config", s.config("owner")).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
@@ -111,7 +111,7 @@ func newServers(t *testing.T, edit func(files map[string]string), args ...string
 			}
 		}
 		if files["auth.conf"] != "" { // as the init container does
-			out, err := exec.Command(scratchtest.Program(t, "oom-auth"), "issuer", s.secret("issuer"), filepath.Join(dir, "issuer.conf")).CombinedOutput()
+			out, err := exec.Command(oomtest.Program(t, "oom-auth"), "issuer", s.secret("issuer"), filepath.Join(dir, "issuer.conf")).CombinedOutput()
 			if err != nil {
 				t.Fatalf("oom-auth issuer: %v: %s", err, out)
 			}
@@ -128,7 +128,7 @@ func newServers(t *testing.T, edit func(files map[string]string), args ...string
 // start starts a server, with the environment of now.
 func (s *servers) start(i int) {
 	s.t.Helper()
-	cmd := exec.Command(scratchtest.Program(s.t, "nats-server"), "--config", filepath.Join(s.dirs[i], "nats.conf"))
+	cmd := exec.Command(oomtest.Program(s.t, "nats-server"), "--config", filepath.Join(s.dirs[i], "nats.conf"))
 	cmd.Env = append([]string{fmt.Sprintf("POD_NAME=oom-tracer-nats-%d", i)}, s.env...)
 	s.logs[i], s.processes[i] = startLogged(s.t, cmd), cmd
 }
@@ -328,11 +328,11 @@ var streamsOf = []string{
 // and nothing else.
 func TestNodeKeys(t *testing.T) {
 	seeds := filepath.Join(t.TempDir(), "seeds")
-	printed, err := exec.Command(scratchtest.Program(t, "oom-tap"), "keys", seeds, "node-1", "node-2.example.com").Output()
+	printed, err := exec.Command(oomtest.Program(t, "oom-tap"), "keys", seeds, "node-1", "node-2.example.com").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := exec.Command(scratchtest.Program(t, "oom-tap"), "keys", seeds, "node-1", "node-2.example.com").Output()
+	again, err := exec.Command(oomtest.Program(t, "oom-tap"), "keys", seeds, "node-1", "node-2.example.com").Output()
 	if err != nil || !bytes.Equal(printed, again) {
 		t.Fatalf("keys that are there are not kept: %v\n%s\n%s", err, printed, again)
 	}
@@ -397,7 +397,7 @@ func TestFirstInstall(t *testing.T) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	annotator := startLogged(t, exec.Command(scratchtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator())))
+	annotator := startLogged(t, exec.Command(oomtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator())))
 	for _, line := range []string{"waiting for the stream", "waiting for the bucket"} {
 		eventually(t, line, func() error {
 			if !strings.Contains(readFile(t, annotator), line) {
@@ -465,7 +465,7 @@ func TestSharedTracer(t *testing.T) {
 		{"nodes"},
 	} {
 		for _, who := range []string{"tap", "owner"} {
-			cmd := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), append(args, "--config", s.config(who))...)
+			cmd := exec.CommandContext(t.Context(), oomtest.Program(t, "oom-tap"), append(args, "--config", s.config(who))...)
 			out, err := cmd.CombinedOutput()
 			if err != nil || strings.Contains(strings.ToLower(string(out)), "violation") || args[0] != "nodes" && !strings.Contains(string(out), e.ID) {
 				t.Errorf("oom-tap %v as %s: %v\n%s", args, who, err, out)
@@ -473,7 +473,7 @@ func TestSharedTracer(t *testing.T) {
 		}
 	}
 	// The user of helm test.
-	cmd := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), "await", "--timeout", "20s", "--pod-uid", e.Container.PodUID, "--config", s.config("tap"))
+	cmd := exec.CommandContext(t.Context(), oomtest.Program(t, "oom-tap"), "await", "--timeout", "20s", "--pod-uid", e.Container.PodUID, "--config", s.config("tap"))
 	if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), "ok: pod "+e.Container.PodUID+" was killed") {
 		t.Errorf("oom-tap await: %v\n%s", err, out)
 	}
@@ -499,7 +499,7 @@ func TestSharedTracer(t *testing.T) {
 		{"tap", []string{"resume"}, false, "oom-operator"},
 		{"operator", []string{"resume"}, true, "marking resumed"},
 	} {
-		out, err := exec.CommandContext(t.Context(), scratchtest.Program(t, "oom-tap"), append(try.args, "--config", s.config(try.who))...).CombinedOutput()
+		out, err := exec.CommandContext(t.Context(), oomtest.Program(t, "oom-tap"), append(try.args, "--config", s.config(try.who))...).CombinedOutput()
 		if (err == nil) != try.ok || !strings.Contains(string(out), try.out) {
 			t.Errorf("oom-tap %v as %s: %v\n%s", try.args, try.who, err, out)
 		}

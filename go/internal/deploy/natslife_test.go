@@ -24,7 +24,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 func (s *servers) as(who string) *client {
@@ -41,7 +41,7 @@ func (s *servers) owner() *client {
 // command runs the nats command as install.md says.
 func (s *servers) command(args ...string) error {
 	s.t.Helper()
-	cmd := exec.Command(scratchtest.Program(s.t, "nats"), append(args, "--server", strings.Join(s.urls, ","), "--inbox-prefix", "_INBOX_oom-tap", "--no-progress")...)
+	cmd := exec.Command(oomtest.Program(s.t, "nats"), append(args, "--server", strings.Join(s.urls, ","), "--inbox-prefix", "_INBOX_oom-tap", "--no-progress")...)
 	cmd.Env = []string{"HOME=" + s.t.TempDir(), "NATS_USER=oom-owner", "NATS_PASSWORD=" + s.passwords["owner"]}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("nats %q: %w: %s", args, err, out)
@@ -324,7 +324,7 @@ func TestCertificates(t *testing.T) {
 		}
 	}
 	for i := range s.dirs {
-		startLogged(t, exec.Command(scratchtest.Program(t, "oom-auth"), "reload", filepath.Join(s.dirs[i], "nats.pid"), clients, routes))
+		startLogged(t, exec.Command(oomtest.Program(t, "oom-auth"), "reload", filepath.Join(s.dirs[i], "nats.pid"), clients, routes))
 	}
 	time.Sleep(time.Second) // they have seen the old ones
 	a.write(clients, 11)

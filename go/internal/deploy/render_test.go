@@ -26,7 +26,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const (
@@ -154,7 +154,7 @@ func TestExamples(t *testing.T) {
 	}
 	c := kubetest.Start(t)
 	for _, crd := range []string{"podmonitors", "prometheusrules"} {
-		c.Apply(filepath.Join(scratchtest.Program(t, "deploy"), "crds", crd+".yaml"))
+		c.Apply(filepath.Join(oomtest.Program(t, "deploy"), "crds", crd+".yaml"))
 	}
 	for name, level := range map[string]string{namespace: "privileged", "restricted": "restricted"} {
 		ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"pod-security.kubernetes.io/enforce": level}}}

@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // profile is a seccomp profile, as the OCI runtime specification has it.
@@ -146,7 +146,7 @@ func TestSeccompProfile(t *testing.T) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	tracer := scratchtest.Program(t, "oom-tracer")
+	tracer := oomtest.Program(t, "oom-tracer")
 	if out, err := runUnder(filter, tracer, "selftest", "--config", file); err != nil || !strings.Contains(out, "selftest: ok") {
 		t.Errorf("selftest: %v\n%s", err, out)
 	}

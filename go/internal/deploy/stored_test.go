@@ -15,7 +15,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // attacker is one credential, and what its role may store.
@@ -255,7 +255,7 @@ func TestStoredSubjects(t *testing.T) {
 	})
 	t.Run("keys", func(t *testing.T) {
 		seeds := filepath.Join(t.TempDir(), "seeds")
-		printed, err := exec.Command(scratchtest.Program(t, "oom-tap"), "keys", seeds, "node-1", "node-2").Output()
+		printed, err := exec.Command(oomtest.Program(t, "oom-tap"), "keys", seeds, "node-1", "node-2").Output()
 		if err != nil {
 			t.Fatal(err)
 		}

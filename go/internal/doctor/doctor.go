@@ -23,11 +23,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
 	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
@@ -803,7 +803,7 @@ func (x *checker) cgroup() Finding {
 		return warn(check, "the memory controller is off: events carry no cgroup, and no pod",
 			"boot without cgroup_disable=memory (some distributions: with cgroup_enable=memory)")
 	}
-	h, err := scratch.Find(x.procfs)
+	h, err := cgroupfs.Find(x.procfs)
 	if err != nil {
 		return warn(check, err.Error(), "mount the cgroup file system to run selftest; tracing does not need it")
 	}

@@ -29,18 +29,18 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const testNode = "node-1.example"
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-func TestMain(m *testing.M) { os.Exit(scratchtest.Alone{M: m}.Run()) }
+func TestMain(m *testing.M) { os.Exit(oomtest.Alone{M: m}.Run()) }
 
 // testConfig leads to directories of the test's own.
 func testConfig(t *testing.T) config.Config {
@@ -749,12 +749,12 @@ func TestDoctorFindings(t *testing.T) {
 		}},
 		{"bpffs", func(p *machine) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
-			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
+			oomtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
 		}, []Finding{{"bpffs", StatusOK, "the kernel will record in oom, also while no tracer runs", ""}}},
 		{"bpffs with pins", func(p *machine) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
-			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
+			oomtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
 			must(p.t, os.Mkdir(p.cfg.Kernel.PinDir, 0o700))
 		}, []Finding{{"bpffs", StatusOK, "also while no tracer runs; oom-tracer unload ends that", ""}}},
@@ -763,7 +763,7 @@ func TestDoctorFindings(t *testing.T) {
 		}},
 		{"another user's pins", func(p *machine) {
 			must(p.t, os.MkdirAll(p.sysfs+"/fs/bpf", 0o755))
-			scratchtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
+			oomtest.Mount(p.t, "bpf", p.sysfs+"/fs/bpf", 0)
 			p.cfg.Kernel.PinDir = p.sysfs + "/fs/bpf/oom"
 			must(p.t, os.Mkdir(p.cfg.Kernel.PinDir, 0o700))
 			must(p.t, os.Chown(p.cfg.Kernel.PinDir, 12345, 12345))
@@ -781,7 +781,7 @@ func TestDoctorFindings(t *testing.T) {
 func readOnly(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
-	scratchtest.Mount(t, "tmpfs", dir, unix.MS_RDONLY)
+	oomtest.Mount(t, "tmpfs", dir, unix.MS_RDONLY)
 	return dir
 }
 
@@ -1059,7 +1059,7 @@ func TestDoctorStore(t *testing.T) {
 	t.Run("what it holds already is not wanted again", func(t *testing.T) {
 		p := newMachine(t)
 		dir := t.TempDir()
-		scratchtest.Mount(t, "tmpfs", dir, 0)
+		oomtest.Mount(t, "tmpfs", dir, 0)
 		must(t, unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size=2M"))
 		p.cfg.NATS.Embedded.Dir = dir
 		must(t, os.Chmod(dir, 0o700))
@@ -1112,7 +1112,7 @@ func TestDoctorExternalNATS(t *testing.T) {
 	})
 	t.Run("not reachable", func(t *testing.T) {
 		p := newMachine(t)
-		p.cfg.NATS.URL = "nats://" + scratchtest.FreeAddr(t)
+		p.cfg.NATS.URL = "nats://" + oomtest.FreeAddr(t)
 		p.expect(Finding{"nats", StatusWarn, "nobody listens there", "until then kills wait in the journal"}, unknown)
 	})
 	t.Run("a password that is wrong", func(t *testing.T) {
@@ -1125,7 +1125,7 @@ func TestDoctorExternalNATS(t *testing.T) {
 	// With these a tracer does not start at all.
 	t.Run("a password file that is not there", func(t *testing.T) {
 		p := newMachine(t)
-		p.cfg.NATS.URL = "nats://" + scratchtest.FreeAddr(t)
+		p.cfg.NATS.URL = "nats://" + oomtest.FreeAddr(t)
 		p.cfg.NATS.User, p.cfg.NATS.PasswordFile = "tracer", "/nowhere/password"
 		p.expect(Finding{"nats", StatusFail, "/nowhere/password: no such file", "the tracer does not start"}, unknown)
 	})
@@ -1166,7 +1166,7 @@ func TestDoctorOutput(t *testing.T) {
 		if err == nil || err.Error() != "tracing cannot work here: see capabilities, nats" {
 			t.Errorf("%s: %v", output, err)
 		}
-		scratchtest.Golden(t, "doctor-"+output+".golden", versions.ReplaceAllString(out.String(), `"version": "…"`), *update)
+		oomtest.Golden(t, "doctor-"+output+".golden", versions.ReplaceAllString(out.String(), `"version": "…"`), *update)
 		out.Reset()
 		if err := printFindings(findings[2:3], "node-1", "here", output, &out); err != nil {
 			t.Errorf("%s, with a warning only: %v", output, err)
@@ -1211,10 +1211,10 @@ func TestDoctorHere(t *testing.T) {
 }
 
 // confinedDoctor runs the real program with less than root has, behind a shell command.
-func confinedDoctor(t *testing.T, cfg config.Config, shell string, c scratchtest.Confinement) (Report, *exec.Cmd, string) {
+func confinedDoctor(t *testing.T, cfg config.Config, shell string, c oomtest.Confinement) (Report, *exec.Cmd, string) {
 	t.Helper()
-	command := exec.Command("sh", "-c", shell+`exec "$0" "$@"`, scratchtest.Program(t, "oom-tracer"),
-		"doctor", "--config", scratchtest.WriteConfig(t, cfg), "--node-name", testNode, "--output", "json")
+	command := exec.Command("sh", "-c", shell+`exec "$0" "$@"`, oomtest.Program(t, "oom-tracer"),
+		"doctor", "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode, "--output", "json")
 	var out, said bytes.Buffer
 	command.Stdout, command.Stderr = &out, &said
 	c.Start(t, command)
@@ -1283,31 +1283,31 @@ func TestDoctorReducedCapabilities(t *testing.T) {
 		name  string
 		cfg   config.Config
 		shell string
-		less  scratchtest.Confinement
+		less  oomtest.Confinement
 		want  []Finding
 	}{
-		{"all", testConfig(t), "", scratchtest.Confinement{}, []Finding{hooks, works}},
-		{"no CAP_SYS_ADMIN", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_SYS_ADMIN}}, []Finding{
+		{"all", testConfig(t), "", oomtest.Confinement{}, []Finding{hooks, works}},
+		{"no CAP_SYS_ADMIN", testConfig(t), "", oomtest.Confinement{Drop: []uintptr{unix.CAP_SYS_ADMIN}}, []Finding{
 			{"capabilities", StatusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""}, hooks, works,
 		}},
-		{"CAP_SYS_ADMIN alone", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_BPF, unix.CAP_PERFMON}}, []Finding{
+		{"CAP_SYS_ADMIN alone", testConfig(t), "", oomtest.Confinement{Drop: []uintptr{unix.CAP_BPF, unix.CAP_PERFMON}}, []Finding{
 			{"capabilities", StatusOK, "has CAP_SYS_ADMIN for CAP_BPF, CAP_SYS_ADMIN for CAP_PERFMON", ""}, hooks, works,
 		}},
-		{"no CAP_BPF", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_BPF, unix.CAP_SYS_ADMIN}},
+		{"no CAP_BPF", testConfig(t), "", oomtest.Confinement{Drop: []uintptr{unix.CAP_BPF, unix.CAP_SYS_ADMIN}},
 			append(refused("capabilities", "operation not permitted"), Finding{"capabilities", StatusFail, "lacks CAP_BPF to load the program", "BPF"})},
-		{"no CAP_PERFMON", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_PERFMON, unix.CAP_SYS_ADMIN}},
+		{"no CAP_PERFMON", testConfig(t), "", oomtest.Confinement{Drop: []uintptr{unix.CAP_PERFMON, unix.CAP_SYS_ADMIN}},
 			append(refused("capabilities", "operation not permitted"), Finding{"capabilities", StatusFail, "lacks CAP_PERFMON to attach it", "PERFMON"})},
-		{"no CAP_SYSLOG", testConfig(t), "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_SYSLOG}}, withoutSyslog},
-		{"no CAP_SYSLOG, and tier stack demanded", stack, "", scratchtest.Confinement{Drop: []uintptr{unix.CAP_SYSLOG}}, demanded},
-		{"little to be locked, and no CAP_IPC_LOCK", testConfig(t), "ulimit -l 64 && ", scratchtest.Confinement{Drop: []uintptr{unix.CAP_IPC_LOCK}}, []Finding{{"memlock", StatusOK, "limit 64 KiB", ""}, hooks, works}},
-		{"as in the chart", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart()}, []Finding{byDefault, hooks, works}},
-		{"no perf events by seccomp", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+		{"no CAP_SYSLOG", testConfig(t), "", oomtest.Confinement{Drop: []uintptr{unix.CAP_SYSLOG}}, withoutSyslog},
+		{"no CAP_SYSLOG, and tier stack demanded", stack, "", oomtest.Confinement{Drop: []uintptr{unix.CAP_SYSLOG}}, demanded},
+		{"little to be locked, and no CAP_IPC_LOCK", testConfig(t), "ulimit -l 64 && ", oomtest.Confinement{Drop: []uintptr{unix.CAP_IPC_LOCK}}, []Finding{{"memlock", StatusOK, "limit 64 KiB", ""}, hooks, works}},
+		{"as in the chart", testConfig(t), "", oomtest.Confinement{Drop: oomtest.AsInChart()}, []Finding{byDefault, hooks, works}},
+		{"no perf events by seccomp", testConfig(t), "", oomtest.Confinement{Drop: oomtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
 			[]Finding{{"notify", StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: " + bySeccomp("perf_event_open"), needless}, hooks, works}},
-		{"no perf events by seccomp, but demanded", perf, "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+		{"no perf events by seccomp, but demanded", perf, "", oomtest.Confinement{Drop: oomtest.AsInChart(), Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
 			append(refused("notify", "perf_event_open: operation not permitted"), Finding{"notify", StatusFail, bySeccomp("perf_event_open"), "set kernel.notify to auto"})},
-		{"no perf events by seccomp, and not wanted", ring, "", scratchtest.Confinement{Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
+		{"no perf events by seccomp, and not wanted", ring, "", oomtest.Confinement{Refuse: []uint32{unix.SYS_PERF_EVENT_OPEN}},
 			[]Finding{{"notify", StatusOK, "notifications use a ring buffer", ""}, hooks, works}},
-		{"no bpf by seccomp", testConfig(t), "", scratchtest.Confinement{Drop: scratchtest.AsInChart(), Refuse: []uint32{unix.SYS_BPF}},
+		{"no bpf by seccomp", testConfig(t), "", oomtest.Confinement{Drop: oomtest.AsInChart(), Refuse: []uint32{unix.SYS_BPF}},
 			append(refused("bpf", "the bpf system call is refused"), Finding{"bpf", StatusFail, bySeccomp("bpf"), "RuntimeDefault"}, Finding{"notify", StatusWarn, "", "see bpf"})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -1370,7 +1370,7 @@ func TestDoctorOtherUser(t *testing.T) {
 
 // The cgroup check and the selftest look for the same thing.
 func TestDoctorCgroupHere(t *testing.T) {
-	h, err := scratch.Find("/proc")
+	h, err := cgroupfs.Find("/proc")
 	must(t, err)
 	x := checker{cfg: config.Default(), procfs: "/proc", sysfs: "/sys"}
 	if f := x.cgroup(); f.Status != StatusOK || !strings.Contains(f.Detail, h.Mount) {

@@ -34,7 +34,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const (
@@ -77,7 +77,7 @@ func Start(t testing.TB) *Cluster {
 // StartWith is Start with other options.
 func StartWith(t testing.TB, opts Options) *Cluster {
 	t.Helper()
-	programs := scratchtest.Program(t, "kube")
+	programs := oomtest.Program(t, "kube")
 	if _, err := os.Stat(filepath.Join(programs, "kube-apiserver")); err != nil {
 		t.Fatalf("no API server to test with, make build/kube builds it: %v", err)
 	}

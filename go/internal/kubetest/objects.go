@@ -32,7 +32,7 @@ import (
 	"k8s.io/client-go/restmapper"
 	"k8s.io/client-go/util/retry"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // Node makes a node that is ready, with room for pods and without a taint: all that a scheduler or descheduler
@@ -385,7 +385,7 @@ func Chart(t testing.TB, values []string, templates ...string) []*unstructured.U
 // Helm runs helm, with a home of its own, and returns what it says; where it fails, all of that is the error.
 func Helm(t testing.TB, args ...string) (string, error) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), filepath.Join(scratchtest.Program(t, "deploy"), "helm"), args...)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(oomtest.Program(t, "deploy"), "helm"), args...)
 	cmd.Env = []string{"HOME=" + t.TempDir(), "PATH=" + os.Getenv("PATH")}
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr

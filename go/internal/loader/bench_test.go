@@ -14,7 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // TestBenchProgram prints how long the main program runs for a kill, by each way to notify: in a storm, and for kills
@@ -65,14 +65,14 @@ func benchProgram(t *testing.T, tier Tier, notify Notify) {
 			Lost:   func(first, last uint64) bool { t.Errorf("%d to %d are lost", first, last); return true },
 		})
 	}()
-	group := scratchtest.New(t, 8*mib)
-	scratchtest.Storm(t, group, 5, 16, "plain")
+	group := oomtest.New(t, 8*mib)
+	oomtest.Storm(t, group, 5, 16, "plain")
 
 	var single []time.Duration
 	for range 50 {
 		time.Sleep(20 * time.Millisecond)
 		runs, took := stats()
-		scratchtest.Storm(t, group, 1, 16, "plain")
+		oomtest.Storm(t, group, 1, 16, "plain")
 		if again, later := stats(); again == runs+1 {
 			single = append(single, later-took)
 		}
@@ -84,7 +84,7 @@ func benchProgram(t *testing.T, tier Tier, notify Notify) {
 	stormed := make(chan struct{})
 	go func() {
 		defer close(stormed)
-		scratchtest.Storm(t, group, 200, 16, "plain")
+		oomtest.Storm(t, group, 200, 16, "plain")
 	}()
 	for running := true; running; {
 		select {

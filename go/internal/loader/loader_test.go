@@ -23,14 +23,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
 const mib = 1 << 20
 
-func TestMain(m *testing.M) { os.Exit(scratchtest.Alone{M: m}.Run()) }
+func TestMain(m *testing.M) { os.Exit(oomtest.Alone{M: m}.Run()) }
 
 func open(t *testing.T, tier Tier) *Loader { return openNotified(t, tier, NotifyAuto) }
 
@@ -80,7 +80,7 @@ func collect(t *testing.T, l *Loader) (stop func() []*wire.Record) {
 
 // of picks the records whose victims were in the cgroup. A loader sees every kill of the machine, and
 // others may cause some meanwhile.
-func of(group *scratch.Cgroup, records []*wire.Record) (ours []*wire.Record) {
+func of(group *cgroupfs.Cgroup, records []*wire.Record) (ours []*wire.Record) {
 	for _, r := range records {
 		if c := toEvent(r).Victim.Cgroup; c == nil || c.ID == group.ID {
 			ours = append(ours, r)
@@ -498,8 +498,8 @@ func TestTiers(t *testing.T) {
 		t.Run(string(tier), func(t *testing.T) {
 			l := open(t, tier)
 			stop := collect(t, l)
-			group := scratchtest.New(t, 16*mib)
-			killed := scratchtest.Storm(t, group, 1, 32, "plain")
+			group := oomtest.New(t, 16*mib)
+			killed := oomtest.Storm(t, group, 1, 32, "plain")
 			records := of(group, stop())
 			if len(records) != 1 || len(killed) != 1 {
 				t.Fatalf("%d records of %d kills", len(records), len(killed))
@@ -535,10 +535,10 @@ func TestSlowReader(t *testing.T) {
 func testSlowReader(t *testing.T, notify Notify) {
 	const kills = 100
 	l := openNotified(t, TierAuto, notify)
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	atomic.StoreUint32(l.notifier.waiting, 1) // one that waited, and then was slow
-	killed := scratchtest.Storm(t, group, kills, 16, "plain")
-	counted := scratchtest.Kills(t, group)
+	killed := oomtest.Storm(t, group, kills, 16, "plain")
+	counted := oomtest.Kills(t, group)
 	if counted != kills || len(killed) != kills {
 		t.Fatalf("the cgroup counts %d kills and the hog %d of %d", counted, len(killed), kills)
 	}
@@ -597,14 +597,14 @@ func TestNotify(t *testing.T) {
 					Lost: func(first, last uint64) bool { t.Errorf("%d to %d are lost", first, last); return true },
 				})
 			}()
-			group := scratchtest.New(t, 8*mib)
+			group := oomtest.New(t, 8*mib)
 			var took []time.Duration
 			for range 5 {
 				time.Sleep(50 * time.Millisecond)
 				for len(arrived) > 0 { // somebody else's
 					<-arrived
 				}
-				scratchtest.Storm(t, group, 1, 16, "plain")
+				oomtest.Storm(t, group, 1, 16, "plain")
 				killed := time.Now() // or a moment before
 				select {
 				case at := <-arrived:
@@ -619,7 +619,7 @@ func TestNotify(t *testing.T) {
 				t.Errorf("a kill takes %s", took[len(took)/2])
 			}
 
-			killed := scratchtest.Storm(t, group, 300, 16, "plain")
+			killed := oomtest.Storm(t, group, 300, 16, "plain")
 			cancel()
 			if err := <-done; err != nil {
 				t.Error(err)
@@ -691,7 +691,7 @@ func TestAllNotified(t *testing.T) {
 					Lost: func(first, last uint64) bool { t.Errorf("%d to %d are lost", first, last); return true },
 				})
 			}()
-			scratchtest.Storm(t, scratchtest.New(t, 8*mib), 100, 16, "plain")
+			oomtest.Storm(t, oomtest.New(t, 8*mib), 100, 16, "plain")
 			for deadline := time.Now().Add(20 * time.Second); read.Load() < l.Counts().Head; time.Sleep(10 * time.Millisecond) {
 				if time.Now().After(deadline) {
 					t.Fatalf("%d of %d are read", read.Load(), l.Counts().Head)
@@ -833,11 +833,11 @@ func testAlive(t *testing.T, notify Notify) {
 			return true
 		}})
 	}()
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	next := uint64(1)
 	arrives := func() {
 		t.Helper()
-		scratchtest.Storm(t, group, 1, 16, "plain")
+		oomtest.Storm(t, group, 1, 16, "plain")
 		for head := l.Counts().Head; next <= head; next++ {
 			select {
 			case seq := <-read:
@@ -880,7 +880,7 @@ func testAlive(t *testing.T, notify Notify) {
 
 	// The handler hangs.
 	hang <- struct{}{}
-	scratchtest.Storm(t, group, 2, 16, "plain")
+	oomtest.Storm(t, group, 2, 16, "plain")
 	time.Sleep(l.stuckTime + time.Second)
 	if err := l.Alive(t.Context()); err == nil || !strings.Contains(err.Error(), "records wait") {
 		t.Errorf("with a handler that hangs: %v", err)

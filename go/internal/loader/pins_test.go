@@ -16,7 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
@@ -108,8 +108,8 @@ func mustHave(t *testing.T, pids, killed []int) {
 // TestPinned: recording goes on between two tracers, and the next one takes over what the one before did not
 // settle, with another size of journal too. In the end nothing is left.
 func TestPinned(t *testing.T) {
-	dir := filepath.Join(scratchtest.BPFFS(t), "oom")
-	group := scratchtest.New(t, 8*mib)
+	dir := filepath.Join(oomtest.BPFFS(t), "oom")
+	group := oomtest.New(t, 8*mib)
 
 	first := openPinned(t, dir, 128<<10)
 	if !first.Fresh() || !first.Pinned() {
@@ -120,14 +120,14 @@ func TestPinned(t *testing.T) {
 	}
 	first.SetKernelBase(0)
 	r := read(t, first, true)
-	killed := scratchtest.Storm(t, group, 5, 16, "plain")
+	killed := oomtest.Storm(t, group, 5, 16, "plain")
 	caughtUp(t, first)
 	r.stop()
 	mustHave(t, r.pids, killed)
 	epoch := first.EpochNS()
 	first.Close()
 
-	between := scratchtest.Storm(t, group, 10, 16, "plain")
+	between := oomtest.Storm(t, group, 10, 16, "plain")
 
 	second := openPinned(t, dir, 128<<10)
 	if second.Fresh() || second.EpochNS() != epoch {
@@ -144,7 +144,7 @@ func TestPinned(t *testing.T) {
 	second.Close()
 
 	third := openPinned(t, dir, 256<<10) // another journal, beside which the old one is read
-	more := scratchtest.Storm(t, group, 3, 16, "plain")
+	more := oomtest.Storm(t, group, 3, 16, "plain")
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 3 {
 		t.Errorf("with an unread journal: %v, %v", entries, err)
 	}
@@ -169,7 +169,7 @@ func TestPinned(t *testing.T) {
 		t.Errorf("unload beside a tracer: %v", err)
 	}
 	third.Close()
-	gone := scratchtest.Storm(t, group, 2, 16, "plain")
+	gone := oomtest.Storm(t, group, 2, 16, "plain")
 	if n, err := Unload(t.Context(), dir, false); err == nil || n < uint64(len(gone)) || !strings.Contains(err.Error(), "not published yet") {
 		t.Errorf("unload with %d unread: %d, %v", len(gone), n, err)
 	}
@@ -196,15 +196,15 @@ func ended(t *testing.T) context.Context {
 func TestGeneration(t *testing.T) {
 	l := open(t, TierAuto)
 	stop := collect(t, l)
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	before := l.Counts().Head
 	atomic.StoreUint64(&l.state.Generation, l.generation+1)
-	scratchtest.Storm(t, group, 2, 16, "plain")
+	oomtest.Storm(t, group, 2, 16, "plain")
 	if now := l.Counts().Head; now > before+1 { // one may have been under way
 		t.Errorf("it recorded %d marks that are another's", now-before)
 	}
 	atomic.StoreUint64(&l.state.Generation, l.generation)
-	killed := scratchtest.Storm(t, group, 2, 16, "plain")
+	killed := oomtest.Storm(t, group, 2, 16, "plain")
 	var pids []int
 	for _, r := range stop() {
 		pids = append(pids, int(r.Victim.TGID))
@@ -214,10 +214,10 @@ func TestGeneration(t *testing.T) {
 
 // TestWrapped: what the journal had no room for is lost, exactly, and said to be.
 func TestWrapped(t *testing.T) {
-	dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+	dir := filepath.Join(oomtest.BPFFS(t), "oom")
 	l := openPinned(t, dir, 128<<10)
 	l.Close()
-	killed := scratchtest.Storm(t, scratchtest.New(t, 8*mib), 500, 16, "plain")
+	killed := oomtest.Storm(t, oomtest.New(t, 8*mib), 500, 16, "plain")
 	l = openPinned(t, dir, 128<<10)
 	head := l.Counts().Head
 	r := read(t, l, true)
@@ -252,7 +252,7 @@ func TestStrangePins(t *testing.T) {
 		l.Close()
 	})
 	t.Run("another program", func(t *testing.T) {
-		dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+		dir := filepath.Join(oomtest.BPFFS(t), "oom")
 		l := openPinned(t, dir, 128<<10)
 		l.state.Magic = 17
 		l.Close()
@@ -268,15 +268,15 @@ func TestStrangePins(t *testing.T) {
 	})
 	// What another version has not published is left, exactly, and its program records no more.
 	t.Run("another version", func(t *testing.T) {
-		dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+		dir := filepath.Join(oomtest.BPFFS(t), "oom")
 		l := openPinned(t, dir, 128<<10)
 		l.SetKernelBase(0)
-		group := scratchtest.New(t, 8*mib)
-		scratchtest.Storm(t, group, 3, 16, "plain")
+		group := oomtest.New(t, 8*mib)
+		oomtest.Storm(t, group, 3, 16, "plain")
 		l.Ack(1, 1)
 		l.state.Version = stateVersion + 1
 		l.Close()
-		scratchtest.Storm(t, group, 2, 16, "plain")
+		oomtest.Storm(t, group, 2, 16, "plain")
 		if n, err := Unload(t.Context(), dir, false); err == nil || n < 4 {
 			t.Errorf("unloaded with %d unread: %v", n, err)
 		}
@@ -290,7 +290,7 @@ func TestStrangePins(t *testing.T) {
 		}
 		l.SetKernelBase(0)
 		r := read(t, l, true)
-		killed := scratchtest.Storm(t, group, 2, 16, "plain")
+		killed := oomtest.Storm(t, group, 2, 16, "plain")
 		caughtUp(t, l)
 		r.stop()
 		mustHave(t, r.pids, killed)
@@ -309,7 +309,7 @@ func TestStrangePins(t *testing.T) {
 		}
 	})
 	t.Run("no state", func(t *testing.T) {
-		dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+		dir := filepath.Join(oomtest.BPFFS(t), "oom")
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -329,9 +329,9 @@ func TestStrangePins(t *testing.T) {
 		}
 	})
 	t.Run("records of another version", func(t *testing.T) {
-		dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+		dir := filepath.Join(oomtest.BPFFS(t), "oom")
 		l := openPinned(t, dir, 128<<10)
-		killed := scratchtest.Storm(t, scratchtest.New(t, 8*mib), 2, 16, "plain")
+		killed := oomtest.Storm(t, oomtest.New(t, 8*mib), 2, 16, "plain")
 		own := l.pins.generation(l.generation)
 		// As if a later version had written them.
 		data := l.journal.slot(0)[segmentHeader:]
@@ -381,13 +381,13 @@ func TestStrangePins(t *testing.T) {
 	})
 	t.Run("half a generation", func(t *testing.T) {
 		// A tracer was killed while it pinned: what it left is removed, and what speaks goes on.
-		dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+		dir := filepath.Join(oomtest.BPFFS(t), "oom")
 		l := openPinned(t, dir, 128<<10)
 		l.Close()
 		if err := os.Mkdir(filepath.Join(dir, "7"), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		killed := scratchtest.Storm(t, scratchtest.New(t, 8*mib), 2, 16, "plain")
+		killed := oomtest.Storm(t, oomtest.New(t, 8*mib), 2, 16, "plain")
 		l = openPinned(t, dir, 128<<10)
 		r := read(t, l, true)
 		caughtUp(t, l)
@@ -410,11 +410,11 @@ func TestStrangePins(t *testing.T) {
 // once, by one of them.
 func TestTakeOver(t *testing.T) {
 	const kills = 300
-	dir := filepath.Join(scratchtest.BPFFS(t), "oom")
+	dir := filepath.Join(oomtest.BPFFS(t), "oom")
 	l := openPinned(t, dir, 2<<20)
-	group := scratchtest.New(t, 8*mib)
+	group := oomtest.New(t, 8*mib)
 	storm := make(chan []int, 1)
-	go func() { storm <- scratchtest.Storm(t, group, kills, 16, "plain") }()
+	go func() { storm <- oomtest.Storm(t, group, kills, 16, "plain") }()
 	var killed []int
 	rounds := 0
 	for killed == nil {
@@ -444,7 +444,7 @@ func TestTakeOver(t *testing.T) {
 // nowhere: it deletes nothing, pins nothing there, and watches all the same.
 func TestForeignPins(t *testing.T) {
 	sharedBPFFS := func(t *testing.T) string {
-		dir := scratchtest.SharedDir(t)
+		dir := oomtest.SharedDir(t)
 		if err := unix.Mount("bpf", dir, "bpf", 0, "mode=1777"); err != nil {
 			t.Fatal(err)
 		}
@@ -457,7 +457,7 @@ func TestForeignPins(t *testing.T) {
 	}
 	// precious is a directory of root's, with files that are named as ours are.
 	precious := func(t *testing.T) (dir string, intact func()) {
-		dir = scratchtest.SharedDir(t)
+		dir = oomtest.SharedDir(t)
 		if err := os.Chmod(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -477,7 +477,7 @@ func TestForeignPins(t *testing.T) {
 		}
 	}
 	try := func(t *testing.T, dir string) (pinned bool, err error) {
-		log := &scratchtest.Output{}
+		log := &oomtest.Output{}
 		l, err := Open(t.Context(), Options{Tier: TierNone, JournalSize: 128 << 10, PinDir: dir, Log: slog.New(slog.NewTextHandler(log, nil))})
 		if err != nil {
 			return false, err
@@ -499,7 +499,7 @@ func TestForeignPins(t *testing.T) {
 			shared := sharedBPFFS(t)
 			dir := filepath.Join(shared, "oom")
 			target, intact := precious(t)
-			scratchtest.RunAsNobody(t, shared, strings.ReplaceAll(script, "TARGET", target))
+			oomtest.RunAsNobody(t, shared, strings.ReplaceAll(script, "TARGET", target))
 			if pinned, err := try(t, dir); err != nil || pinned {
 				t.Errorf("pinned %v, %v", pinned, err)
 			}
@@ -525,7 +525,7 @@ func TestForeignPins(t *testing.T) {
 	t.Run("a race", func(t *testing.T) {
 		shared := sharedBPFFS(t)
 		target, intact := precious(t)
-		scratchtest.LoopAsNobody(t, shared, "mkdir oom; ln -s "+target+" oom/1; rm oom/1; rmdir oom; ln -s "+target+" oom; rm oom")
+		oomtest.LoopAsNobody(t, shared, "mkdir oom; ln -s "+target+" oom/1; rm oom/1; rmdir oom; ln -s "+target+" oom; rm oom")
 		dir := filepath.Join(shared, "oom")
 		refused, opened := 0, 0
 		for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); {

@@ -34,7 +34,7 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // nodeName is the node's. Its address and images do not depend on it.
@@ -98,7 +98,7 @@ func start(t testing.TB) *Lab {
 	ca := l.Admin.CAData
 	l.kubeconfig = l.Kubeconfig(l.Admin)
 
-	programs := scratchtest.Program(t, "kube-node")
+	programs := oomtest.Program(t, "kube-node")
 	for name, args := range map[string][]string{
 		"kube-controller-manager": {
 			"--use-service-account-credentials", "--service-account-private-key-file=" + filepath.Join(l.Dir, "sa.key"),
@@ -132,7 +132,7 @@ func start(t testing.TB) *Lab {
 		"etc/kubernetes/kubelet.kubeconfig":    kubeconfig(t, server, ca, token["system:node:"+nodeName]),
 		"etc/kubernetes/kube-proxy.kubeconfig": kubeconfig(t, server, ca, token["system:kube-proxy"]),
 		"etc/kubernetes/kubelet-client-ca.crt": certificate,
-		"usr/local/bin/pod":                    read(t, scratchtest.Program(t, "pod")),
+		"usr/local/bin/pod":                    read(t, oomtest.Program(t, "pod")),
 		// What the chart ships, and what CRI-O has (Debian's golang-github-containers-common).
 		"var/lib/kubelet/seccomp/oom-tracer.json": read(t, repository(l, "deploy/seccomp/oom-tracer.json")),
 		"var/lib/kubelet/seccomp/crio.json":       crio,
@@ -140,7 +140,7 @@ func start(t testing.TB) *Lab {
 	// The emulator has faults (../../../tools/vm/test-vm.sh): a machine that does not come up is started once more, and it says so.
 	for try := 1; ; try++ {
 		booted := time.Now()
-		l.Machine = boot(t, scratchtest.Program(t, "node"), scratchtest.Program(t, "node-images.img"), settings, nodeName)
+		l.Machine = boot(t, oomtest.Program(t, "node"), oomtest.Program(t, "node-images.img"), settings, nodeName)
 		err := wait(t.Context(), bootTime, l.nodeReady)
 		if err == nil {
 			l.logf("boot to node ready: %.0f s", time.Since(booted).Seconds())
@@ -250,7 +250,7 @@ func (l *Lab) diagnose() {
 }
 
 func (l *Lab) kubectlPath() string {
-	return filepath.Join(scratchtest.Program(l.t, "kube-node"), "kubectl")
+	return filepath.Join(oomtest.Program(l.t, "kube-node"), "kubectl")
 }
 
 // kubectl runs it as the administrator. It returns what it prints on both streams.
@@ -265,7 +265,7 @@ func (l *Lab) kubectl(ctx context.Context, stdin string, args ...string) (string
 // helm runs it as the administrator, or fails the test.
 func (l *Lab) helm(args ...string) string {
 	l.t.Helper()
-	cmd := exec.CommandContext(l.t.Context(), filepath.Join(scratchtest.Program(l.t, "deploy"), "helm"), args...)
+	cmd := exec.CommandContext(l.t.Context(), filepath.Join(oomtest.Program(l.t, "deploy"), "helm"), args...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+l.kubeconfig, "HOME="+l.t.TempDir())
 	out, err := cmd.CombinedOutput()
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 )
 
@@ -99,9 +99,9 @@ func TestOpen(t *testing.T) {
 		"writable above": {path: "a/oom", err: statedir.ErrUnsafe, words: []string{"DIR/a has mode 0777", "can replace oom in it", "chmod 0755 DIR/a"}, root: func(t *testing.T, shared string) { mkdir(t, shared+"/a", 0o777); mkdir(t, shared+"/a/oom", 0o700) }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			shared := scratchtest.SharedDir(t)
+			shared := oomtest.SharedDir(t)
 			if tt.nobody != "" {
-				scratchtest.RunAsNobody(t, shared, tt.nobody)
+				oomtest.RunAsNobody(t, shared, tt.nobody)
 			}
 			if tt.root != nil {
 				tt.root(t, shared)
@@ -145,9 +145,9 @@ func TestOpen(t *testing.T) {
 
 // A user who makes and removes directories and links without end never gets a file of ours into a place of his.
 func TestOpenRace(t *testing.T) {
-	shared := scratchtest.SharedDir(t)
-	scratchtest.RunAsNobody(t, shared, "mkdir mine")
-	scratchtest.LoopAsNobody(t, shared, "mkdir oom; rmdir oom; ln -s mine oom; rm oom")
+	shared := oomtest.SharedDir(t)
+	oomtest.RunAsNobody(t, shared, "mkdir mine")
+	oomtest.LoopAsNobody(t, shared, "mkdir oom; rmdir oom; ln -s mine oom; rm oom")
 	path := filepath.Join(shared, "oom")
 	refused, opened := 0, 0
 	for deadline := time.Now().Add(3 * time.Second); time.Now().Before(deadline); {
@@ -194,10 +194,10 @@ func TestFiles(t *testing.T) {
 		"a directory in place of the temporary file": {"mkdir .file.tmp; ln -s ../.. .file.tmp/x", nil, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			shared := scratchtest.SharedDir(t)
+			shared := oomtest.SharedDir(t)
 			// Everybody may write to it, or the kernel forbids a hard link (fs.protected_hardlinks).
 			precious := write(t, shared+"/precious", "precious", 0o666)
-			scratchtest.RunAsNobody(t, shared, "mkdir oom; cd oom; "+tt.nobody)
+			oomtest.RunAsNobody(t, shared, "mkdir oom; cd oom; "+tt.nobody)
 			// The remedy that the error names, without a look.
 			check(t, os.Chown(shared+"/oom", 0, 0))
 			check(t, os.Chmod(precious, 0o600))

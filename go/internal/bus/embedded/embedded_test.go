@@ -28,7 +28,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch/scratchtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // childDir, in the environment, makes this binary a second oom-tracer on that directory.
@@ -434,14 +434,14 @@ func TestForeignDir(t *testing.T) {
 		"a block of the store is his": "mkdir -p 'jetstream/$G/streams/OOM/msgs'; echo x >'jetstream/$G/streams/OOM/msgs/1.blk'",
 	} {
 		t.Run(name, func(t *testing.T) {
-			shared := scratchtest.SharedDir(t)
+			shared := oomtest.SharedDir(t)
 			precious := filepath.Join(shared, "precious")
 			check(t, os.Mkdir(precious, 0o700))
 			file := filepath.Join(precious, "file")
 			check(t, os.WriteFile(file, []byte("precious"), 0o600))
 			check(t, os.Chmod(file, 0o666)) // or the kernel forbids a hard link
 			check(t, os.Chmod(precious, 0o755))
-			scratchtest.RunAsNobody(t, shared, "mkdir nats; cd nats; "+script)
+			oomtest.RunAsNobody(t, shared, "mkdir nats; cd nats; "+script)
 			check(t, os.Chmod(file, 0o600))
 			cfg := config.Embedded{Listen: "127.0.0.1:0", Dir: filepath.Join(shared, "nats")}
 			log, _ := newLog()

@@ -1,4 +1,4 @@
-package scratchtest
+package oomtest
 
 import (
 	"fmt"

@@ -1,5 +1,5 @@
-// Package scratchtest causes real, contained OOM kills for tests.
-package scratchtest
+// Package oomtest causes real, contained OOM kills for tests.
+package oomtest
 
 import (
 	"bufio"
@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/oom-tracer/oom-tracer/go/internal/scratch"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 )
 
 // Program is a binary that make builds for the tests.
@@ -27,12 +27,12 @@ func Program(t testing.TB, name string) string {
 }
 
 // New makes a cgroup that goes with the test. From then on this process is [Alone].
-func New(t testing.TB, limit uint64) *scratch.Cgroup {
+func New(t testing.TB, limit uint64) *cgroupfs.Cgroup {
 	t.Helper()
 	if err := alone(); err != nil {
 		t.Fatal(err)
 	}
-	h, err := scratch.Find("/proc")
+	h, err := cgroupfs.Find("/proc")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +45,7 @@ func New(t testing.TB, limit uint64) *scratch.Cgroup {
 }
 
 // Child makes a cgroup inside another.
-func Child(t testing.TB, parent *scratch.Cgroup, name string, limit uint64) *scratch.Cgroup {
+func Child(t testing.TB, parent *cgroupfs.Cgroup, name string, limit uint64) *cgroupfs.Cgroup {
 	t.Helper()
 	child, err := parent.Child(name, limit)
 	if err != nil {
@@ -55,7 +55,7 @@ func Child(t testing.TB, parent *scratch.Cgroup, name string, limit uint64) *scr
 	return child
 }
 
-func removeAfter(t testing.TB, group *scratch.Cgroup) {
+func removeAfter(t testing.TB, group *cgroupfs.Cgroup) {
 	t.Cleanup(func() {
 		if err := group.Remove(); err != nil {
 			t.Error(err)
@@ -64,7 +64,7 @@ func removeAfter(t testing.TB, group *scratch.Cgroup) {
 }
 
 // Kills reads the cgroup's own count.
-func Kills(t testing.TB, group *scratch.Cgroup) int {
+func Kills(t testing.TB, group *cgroupfs.Cgroup) int {
 	t.Helper()
 	n, err := group.Kills()
 	if err != nil {
@@ -75,7 +75,7 @@ func Kills(t testing.TB, group *scratch.Cgroup) int {
 
 // Storm runs tools/hog in the cgroup: count children, one after the other, of mib MiB each. It returns
 // the PIDs of those that were killed by SIGKILL, in their order.
-func Storm(t testing.TB, group *scratch.Cgroup, count, mib int, mode string) []int {
+func Storm(t testing.TB, group *cgroupfs.Cgroup, count, mib int, mode string) []int {
 	t.Helper()
 	killed, err := RunStorm(t.Context(), group, Program(t, "hog"), count, mib, mode)
 	if err != nil {
@@ -85,7 +85,7 @@ func Storm(t testing.TB, group *scratch.Cgroup, count, mib int, mode string) []i
 }
 
 // RunStorm is Storm for a goroutine beside the test's, which may not end the test.
-func RunStorm(ctx context.Context, group *scratch.Cgroup, program string, count, mib int, mode string) (killed []int, err error) {
+func RunStorm(ctx context.Context, group *cgroupfs.Cgroup, program string, count, mib int, mode string) (killed []int, err error) {
 	ctx, cancel := context.WithCancel(ctx) // ends the hog on the ways out below
 	defer cancel()
 	hog := exec.CommandContext(ctx, program, fmt.Sprint(count), fmt.Sprint(mib), mode)
@@ -130,7 +130,7 @@ func RunStorm(ctx context.Context, group *scratch.Cgroup, program string, count,
 }
 
 // Hold runs tools/hog in the cgroup until it holds mib MiB, and leaves it there. It goes with the test.
-func Hold(t testing.TB, group *scratch.Cgroup, mib int) *os.Process {
+func Hold(t testing.TB, group *cgroupfs.Cgroup, mib int) *os.Process {
 	t.Helper()
 	hog := exec.Command(Program(t, "hog"), "0", fmt.Sprint(mib), "hold")
 	hog.Stderr = os.Stderr

@@ -1,6 +1,7 @@
-// Package scratch makes memory cgroups in which an OOM kill can be caused without harm: below the root
-// of the machine's own hierarchy, limited, and removed afterwards. The selftest and the tests use it.
-package scratch
+// Package cgroupfs finds the memory controller's mount. It also makes memory cgroups in which an OOM kill
+// does no harm: below the root of the hierarchy, limited, and removed afterwards. The selftest and the
+// tests use those.
+package cgroupfs
 
 import (
 	"errors"
