@@ -68,8 +68,8 @@ func newMetrics() *metrics {
 		}, []string{"stage", "reason"}),
 		kills: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "kills_total",
-			Help: "Number of OOM kills observed by the kernel tracer, by scope.",
-		}, []string{"scope"}),
+			Help: "Number of OOM kills observed by the kernel tracer, by scope and by the level of the limit that was hit.",
+		}, []string{"scope", "level"}),
 		gaps: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "gaps_total",
 			Help: "Number of gap events by cause.",
@@ -100,7 +100,9 @@ func newMetrics() *metrics {
 		}
 	}
 	for _, scope := range event.Scopes() {
-		m.kills.WithLabelValues(string(scope))
+		for _, level := range levels(scope) {
+			m.kills.WithLabelValues(string(scope), level)
+		}
 	}
 	for _, result := range []string{"read", "skipped", "failed"} {
 		m.neighbours.WithLabelValues(result)
@@ -113,6 +115,25 @@ func newMetrics() *metrics {
 	return m
 }
 
+const unknownLevel = "unknown"
+
+// levels lists the levels of the limits that kills of a scope can hit.
+func levels(scope event.Scope) []string {
+	switch scope {
+	case event.ScopeGlobal:
+		return []string{string(event.LevelNode)}
+	case event.ScopeCgroup:
+		all := []string{unknownLevel}
+		for _, level := range event.LimitLevels() {
+			if level != event.LevelNode {
+				all = append(all, string(level))
+			}
+		}
+		return all
+	}
+	return []string{unknownLevel}
+}
+
 // watch names what is read at the scrape.
 func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn, vmstat procRoot, r *reconciled) {
 	m.kernel, m.publisher, m.conn, m.vmstat, m.bounds = l, p, c, vmstat, r.bounds
@@ -122,7 +143,11 @@ func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn, vmstat 
 func (m *metrics) observe(e *event.Event) {
 	m.events.WithLabelValues("observed", string(e.Kind())).Inc()
 	if e.Kind() == event.KindKill {
-		m.kills.WithLabelValues(string(e.Scope)).Inc()
+		level := unknownLevel
+		if e.Limit != nil {
+			level = string(e.Limit.Level)
+		}
+		m.kills.WithLabelValues(string(e.Scope), level).Inc()
 	}
 	switch {
 	case e.Container == nil:

@@ -118,8 +118,9 @@ func TestMetricsCount(t *testing.T) {
 	})
 	pod := &event.Container{PodUID: "u", ContainerID: "c"}
 	for _, e := range []event.Event{
-		{Outcome: event.OutcomeKilled, Scope: event.ScopeCgroup, Container: pod},
-		{Outcome: event.OutcomeKilled, Scope: event.ScopeGlobal},
+		{Outcome: event.OutcomeKilled, Scope: event.ScopeCgroup, Container: pod, Limit: &event.Limit{Level: event.LevelContainer}},
+		{Outcome: event.OutcomeKilled, Scope: event.ScopeCgroup},
+		{Outcome: event.OutcomeKilled, Scope: event.ScopeGlobal, Limit: &event.Limit{Level: event.LevelNode}},
 		{Outcome: event.OutcomeUnknown, Scope: event.ScopeUnknown, Container: &event.Container{ContainerID: "c"}},
 		{Outcome: event.OutcomeExiting, Scope: event.ScopeGlobal, Container: &event.Container{PodUID: "u"}},
 		{Outcome: event.OutcomeExiting, Scope: event.ScopeCgroup, Container: &event.Container{PodUID: "v"}},

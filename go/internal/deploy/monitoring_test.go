@@ -47,7 +47,7 @@ func alerts(t *testing.T) (names []string, queries map[string]string, text []byt
 		for _, rule := range group.Rules {
 			names = append(names, rule.Alert)
 			queries["alert "+rule.Alert] = rule.Expr
-			if want := "deploy/docs/runbook.md#" + strings.ToLower(rule.Alert); rule.Annotations["runbook"] != want || rule.Annotations["summary"] == "" {
+			if want := "https://github.com/oom-tracer/oom-tracer/blob/main/deploy/docs/runbook.md#" + strings.ToLower(rule.Alert); rule.Annotations["runbook_url"] != want || rule.Annotations["summary"] == "" {
 				t.Errorf("%s has the annotations %v", rule.Alert, rule.Annotations)
 			}
 		}
