@@ -256,14 +256,14 @@ image_for() { make -C "$here/../.." image KERNEL_BTF="$1" IMAGE_TAG="$tag" BASE=
 shows() { sed 's/^ */        /' "$temp/said" | head -n 1; }
 
 check 'a kernel is made that lacks oom_score_adj of signal_struct' rename oom_score_adj oom_score_old
-check 'doctor refuses it, and names the field' refused 'lack what .*struct signal_struct.oom_score_adj' fits "$temp/without.btf"
+check 'doctor refuses it, and names the field' refused 'lacks what .*struct signal_struct.oom_score_adj' fits "$temp/without.btf"
 shows
 check 'make image for it is refused, and names the field' refused "oom_score_adj' in 'struct signal_struct" image_for "$temp/without.btf"
 shows
 # Here the program has names of its own for what kernels call differently, so that it compiles for any.
 check 'a kernel is made that lacks rss_stat of mm_struct' rename rss_stat rss_stot
-check 'doctor refuses it, and names the field' refused 'lack what .*struct mm_struct.*.rss_stat' fits "$temp/without.btf"
-check 'make image for it is refused, and names the field' refused 'lack what .*struct mm_struct.*.rss_stat' image_for "$temp/without.btf"
+check 'doctor refuses it, and names the field' refused 'lacks what .*struct mm_struct.*.rss_stat' fits "$temp/without.btf"
+check 'make image for it is refused, and names the field' refused 'lacks what .*struct mm_struct.*.rss_stat' image_for "$temp/without.btf"
 shows
 check 'make image for this kernel' image_for /sys/kernel/btf/vmlinux
 digest=$(sha256sum /sys/kernel/btf/vmlinux | cut -d' ' -f1)
