@@ -31,8 +31,8 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
-	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
+	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 )
 
 const (
