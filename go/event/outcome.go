@@ -140,6 +140,9 @@ type PodRef struct {
 	Namespace string `json:"namespace"`
 	Name      string `json:"name"`
 	UID       string `json:"uid"`
+	// Owner is the controller that would replace the pod, as <kind>/<name>. It is empty if none would, and in outcomes of earlier
+	// versions.
+	Owner string `json:"owner,omitempty"`
 }
 
 // OutcomeID is the ID of a stage's outcome of a kill.

@@ -41,9 +41,10 @@ func commandLine(name string) *cobra.Command {
 	root.Long = name + ` shows the OOM kills that OOM Tracer publishes on NATS. Without a command it is ` + name + ` tail.`
 	root.Example = strings.ReplaceAll(`  oom-tap --since 24h --outcomes               what was killed and what was marked, then live
   oom-tap pod cart-0 -n shop                   what happened to one pod
+  oom-tap top --since 24h                      which workloads are killed most
   oom-tap pause --reason 'roll-out' --for 1h   stop all marking`, "oom-tap", name)
 	s.AddFlags(root)
-	cli.AddGroup(root, "Look", tailCommand(s), podCommand(s), nodesCommand(s), statusCommand(s))
+	cli.AddGroup(root, "Look", tailCommand(s), podCommand(s), topCommand(s), nodesCommand(s), statusCommand(s))
 	cli.AddGroup(root, "Act", pauseCommand(s), resumeCommand(s), restoreCommand(s))
 	cli.AddGroup(root, "Set up", setupCommand(s), keysCommand())
 	cli.AddGroup(root, "Test (for helm test)", awaitCommand(s), victimCommand())
@@ -78,6 +79,8 @@ type options struct {
 	empty bool
 	// nodes
 	failOn []string
+	// top
+	by string
 
 	since  time.Duration
 	output string
@@ -184,6 +187,27 @@ func podCommand(s *cli.Settings) *cobra.Command {
 	flags.StringVar(&kubeconfig, "kubeconfig", "", "the kubeconfig `file` (default: KUBECONFIG, ~/.kube/config)")
 	cli.File(flags, "kubeconfig")
 	cli.Output(cmd, &o.output, jsonUsage)
+	return cmd
+}
+
+func topCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s, since: 7 * 24 * time.Hour, by: "workload", count: 20}
+	cmd := &cobra.Command{
+		Use: "top", Short: "Show which workloads, pods, namespaces or nodes are killed most", RunE: o.run(top),
+		PreRunE: func(*cobra.Command, []string) error {
+			if o.count < 0 {
+				return fmt.Errorf("--count must not be negative, but is %d", o.count)
+			}
+			return nil
+		},
+	}
+	flags := cmd.Flags()
+	cli.Var(flags, &o.since, "since", "", "count what was stored up to this `duration` ago", cli.Duration)
+	cli.Enum(cmd, &o.by, "by", "", "count by `kind`: workload, pod, namespace or node", "workload", "pod", "namespace", "node")
+	cli.Var(flags, &o.namespace, "namespace", "n", "only pods of this `namespace`", namespace)
+	cli.Var(flags, &o.node, "node", "", "only this `node`", cli.Node)
+	flags.IntVar(&o.count, "count", o.count, "show the first `N`; 0: all")
+	cli.Output(cmd, &o.output, "the `format`: text, or json: one object a line")
 	return cmd
 }
 

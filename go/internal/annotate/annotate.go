@@ -278,7 +278,7 @@ func newOutcome(kill, node string, now time.Time, d decide.Decision) *event.Outc
 // setPod sets the pod and the container of an outcome.
 func setPod(o *event.Outcome, k *decide.Kill) {
 	p := k.Found.Pod
-	o.Pod = &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID}
+	o.Pod = &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID, Owner: p.Owner}
 	o.Container = p.Container(k.Event.Container.ContainerID)
 }
 

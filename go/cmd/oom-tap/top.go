@@ -1,0 +1,226 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
+)
+
+const (
+	// maxRows bounds the workloads, pods, namespaces or nodes that are counted apart.
+	maxRows = 10_000
+	// maxWaiting bounds the kills whose outcomes are waited for. An outcome follows its kill within seconds.
+	maxWaiting = 10_000
+)
+
+// row is what top shows of one workload, pod, namespace or node.
+type row struct {
+	Name    string           `json:"name"`
+	Kills   int              `json:"kills"`
+	Recent  int              `json:"recent"` // in the second half of the time
+	Last    time.Time        `json:"last"`   // of the stream
+	Level   event.LimitLevel `json:"level,omitempty"`
+	Limit   *uint64          `json:"limit,omitempty"` // of the last kill that had one, in bytes
+	Victim  string           `json:"victim"`          // the largest: its name
+	Largest uint64           `json:"largest"`         // and its RSS in bytes
+}
+
+// trend compares the second half of the time with the first.
+func (r *row) trend() string {
+	switch before := r.Kills - r.Recent; {
+	case r.Recent > 2*before && r.Recent > 1:
+		return "rising"
+	case before > 2*r.Recent && before > 1:
+		return "falling"
+	}
+	return "-"
+}
+
+// counter counts kills by what --by names.
+type counter struct {
+	o       options
+	half    time.Time
+	rows    map[string]*row
+	waiting map[string]counted // by the kill's ID
+	order   []string           // of waiting
+	unknown int                // kills in pods that have no outcome, and so no name
+}
+
+// counted is what is kept of a kill until its outcome comes.
+type counted struct {
+	event  *event.Event
+	stored time.Time
+}
+
+// top counts the kills that the stream holds.
+func top(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
+	var patterns []string
+	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap} {
+		pattern, err := event.Filter(kind, "", o.node)
+		if err != nil {
+			return err
+		}
+		patterns = append(patterns, pattern)
+	}
+	now := time.Now()
+	c := &counter{o: o, half: now.Add(-o.since / 2), rows: map[string]*row{}, waiting: map[string]counted{}}
+	seen, gaps := newRecent(4*maxWaiting), map[string]bool{}
+	err := each(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, stderr, func(m bus.Stored, r message) error {
+		switch {
+		case !seen.add(r.id):
+		case r.gap != nil && r.gap.Missing():
+			gaps[r.node] = true
+		case r.kill != nil:
+			c.kill(r.kill, m.Time)
+		case r.outcome != nil && r.outcome.Stage == event.StageAnnotate:
+			c.outcome(r.outcome)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, id := range c.order {
+		c.give(id)
+	}
+	if err := c.write(stdout, now); err != nil {
+		return err
+	}
+	// Neither is an all-clear.
+	if c.unknown > 0 {
+		fmt.Fprintf(stderr, "oom-tap: %d kills in pods have no outcome, so their pods are not known: does oom-annotator run?\n", c.unknown)
+	}
+	if len(gaps) > 0 {
+		fmt.Fprintf(stderr, "oom-tap: kills may be missing (gaps) on: %s; see oom-tap nodes\n", text.Printable(strings.Join(slices.Sorted(maps.Keys(gaps)), ", ")))
+	}
+	return nil
+}
+
+// kill takes a kill. One in a pod waits for its outcome, which names the pod.
+func (c *counter) kill(e *event.Event, stored time.Time) {
+	switch {
+	case c.o.by == "node" && c.o.namespace == "":
+		c.add(e.Node.Name, e, stored)
+	case e.Container == nil:
+		if c.o.namespace == "" {
+			c.add("(no pod)", e, stored)
+		}
+	default:
+		c.waiting[e.ID] = counted{e, stored}
+		if c.order = append(c.order, e.ID); len(c.order) > maxWaiting {
+			c.give(c.order[0])
+			c.order = c.order[1:]
+		}
+	}
+}
+
+// give stops waiting for the outcome of a kill.
+func (c *counter) give(id string) {
+	if k, ok := c.waiting[id]; ok {
+		delete(c.waiting, id)
+		c.unknown++
+		if c.o.namespace == "" {
+			c.add("(pod not known)", k.event, k.stored)
+		}
+	}
+}
+
+// outcome counts the kill that it is of.
+func (c *counter) outcome(o *event.Outcome) {
+	k, ok := c.waiting[o.Kill]
+	if !ok {
+		return
+	}
+	delete(c.waiting, o.Kill)
+	switch p := o.Pod; {
+	case p == nil && c.o.namespace == "":
+		c.add("(pod not found)", k.event, k.stored)
+	case p == nil, c.o.namespace != "" && p.Namespace != c.o.namespace:
+	case c.o.by == "node":
+		c.add(k.event.Node.Name, k.event, k.stored)
+	case c.o.by == "namespace":
+		c.add(p.Namespace, k.event, k.stored)
+	case c.o.by == "workload" && p.Owner != "":
+		c.add(p.Namespace+"/"+p.Owner, k.event, k.stored)
+	case c.o.by == "workload":
+		c.add(p.Namespace+"/Pod/"+p.Name, k.event, k.stored)
+	default:
+		c.add(p.Namespace+"/"+p.Name, k.event, k.stored)
+	}
+}
+
+// add counts a kill in the row of that name.
+func (c *counter) add(name string, e *event.Event, stored time.Time) {
+	r := c.rows[name]
+	if r == nil {
+		if len(c.rows) >= maxRows {
+			name = "(others)"
+		}
+		if r = c.rows[name]; r == nil {
+			r = &row{Name: name}
+			c.rows[name] = r
+		}
+	}
+	r.Kills++
+	r.Last = stored.UTC()
+	if stored.After(c.half) {
+		r.Recent++
+	}
+	if e.Limit != nil {
+		r.Level = e.Limit.Level
+		if e.Limit.Max != nil {
+			r.Limit = e.Limit.Max
+		}
+	}
+	var rss uint64
+	if m := e.Victim.Memory; m != nil {
+		rss = m.AnonRSS + m.FileRSS + m.ShmemRSS
+	}
+	if r.Victim == "" || rss > r.Largest {
+		r.Victim, r.Largest = e.Victim.Comm, rss
+	}
+}
+
+// write prints the rows with the most kills.
+func (c *counter) write(w io.Writer, now time.Time) error {
+	rows := slices.SortedFunc(maps.Values(c.rows), func(a, b *row) int {
+		return cmp.Or(cmp.Compare(b.Kills, a.Kills), cmp.Compare(a.Name, b.Name))
+	})
+	if c.o.count > 0 {
+		rows = rows[:min(len(rows), c.o.count)]
+	}
+	if c.o.output == "json" {
+		encoder := json.NewEncoder(w)
+		for _, r := range rows {
+			if err := encoder.Encode(r); err != nil {
+				return fmt.Errorf("write: %w", err)
+			}
+		}
+		return nil
+	}
+	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(table, "KILLS\tTREND\tLAST\tLEVEL\tLIMIT\tLARGEST VICTIM\t%s\n", strings.ToUpper(c.o.by))
+	for _, r := range rows {
+		limit := "-"
+		if r.Limit != nil {
+			limit = text.Size(*r.Limit)
+		}
+		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s %s\t%s\n", r.Kills, r.trend(), ago(now.Sub(r.Last)), text.Printable(cmp.Or(string(r.Level), "-")),
+			limit, text.Printable(r.Victim), text.Size(r.Largest), text.Printable(r.Name))
+	}
+	if err := table.Flush(); err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
+	return nil
+}
