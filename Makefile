@@ -357,7 +357,7 @@ build/pod: tools/node/pod.c build/.deps
 	$(Q)gcc -O2 -Wall -Wextra -Werror -static $< -o $@
 
 # A directory with the disk and the kernel of a node.
-build/node: build/kube-node tools/node/root.sh tools/node/init.sh $(shell find tools/node/files -type f)
+build/node: build/kube-node tools/node/root.sh tools/node/init.sh $(shell find tools/node/files -type f 2>/dev/null)
 	@tools/install-deps.sh $(LIBBPF) $(node_deps)
 	$(Q)dir=$$(tools/node/root.sh "$$(readlink -f build/kube-node)") && ln -sfnT "$$dir" $@ && touch $@
 
