@@ -56,7 +56,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	}
 	store.OnLeave = tracker.PodLeft
 	registry := obs.NewRegistry(name)
-	metrics := annotate.NewMetrics(registry)
+	metrics := annotate.NewMetrics(registry, cfg.Annotator.WorkloadMetrics)
 	events := kubeevents.NewRecorder(client, hostname(), log, registry)
 	w := &worker{
 		log: log, watcher: watcher, tracker: tracker,

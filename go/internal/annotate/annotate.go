@@ -117,7 +117,7 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 		}
 	}
 	repeated := d.Result == event.ResultAnnotated && !d.Act // an earlier attempt made the mark
-	if a.publish(m, o, m.Ack, repeated, a.Now().Sub(e.Time)) && a.Events != nil {
+	if a.publish(m, o, e, m.Ack, repeated) && a.Events != nil {
 		a.Events.Record(e, o)
 	}
 }
@@ -232,20 +232,27 @@ func (a *Annotator) refuse(m Message, r *decide.Refusal) {
 		return
 	}
 	o := newOutcome(unparsedID(&m.Stored), node, a.Now(), decide.Decision{Result: event.ResultFailed, Reason: r.Reason, Detail: fmt.Sprintf("message id %q: %v", m.ID, r.Err)})
-	a.publish(m, o, term, false, 0)
+	a.publish(m, o, nil, term, false)
 }
 
 // unparsedID identifies a message that is no valid kill. Its own ID may be that of another kill.
 func unparsedID(m *bus.Stored) string { return fmt.Sprintf("%s-%d", event.StreamName, m.Seq) }
 
-// publish publishes an outcome, and acknowledges the message when the stream has stored it. It returns false if the message will
-// be delivered again.
-func (a *Annotator) publish(m Message, o *event.Outcome, ack func(), repeated bool, latency time.Duration) bool {
+// publish publishes the outcome of a kill, or of a message that is none (e is nil), and acknowledges the message when the stream has
+// stored it. It returns false if the message will be delivered again.
+func (a *Annotator) publish(m Message, o *event.Outcome, e *event.Event, ack func(), repeated bool) bool {
+	var latency time.Duration
+	if e != nil {
+		latency = a.Now().Sub(e.Time)
+	}
 	err := a.Outcomes.publish(o, ack, func(duplicate bool) {
 		if duplicate {
 			a.Metrics.repeated()
-		} else {
-			a.Metrics.decided(o, repeated, latency)
+			return
+		}
+		a.Metrics.decided(o, repeated, latency)
+		if e != nil {
+			a.Metrics.workload(o, e)
 		}
 	})
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	dto "github.com/prometheus/client_model/go"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -87,7 +88,7 @@ func newWorld() *world {
 	w.pod = &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "7"}, Spec: corev1.PodSpec{NodeName: "node-1"}}
 	cfg := config.Default()
 	cfg.Policy = acting()
-	metrics, log, now := NewMetrics(w.registry), slog.New(slog.DiscardHandler), func() time.Time { return w.now }
+	metrics, log, now := NewMetrics(w.registry, 0), slog.New(slog.DiscardHandler), func() time.Time { return w.now }
 	w.Annotator = &Annotator{
 		Policy: cfg.Policy, Wait: 30 * time.Second, Finder: w, Stale: func() error { return w.stale }, Events: w, Metrics: metrics, Log: log, Now: now,
 		Marker:   &mark.Marker{Policy: cfg.Policy, Terms: decide.Terms(&cfg), API: w, Ledger: w, Now: now},
@@ -839,4 +840,37 @@ func FuzzHandle(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestWorkloads: kills are counted by workload, each once, however often it is delivered; and not more series than permitted.
+func TestWorkloads(t *testing.T) {
+	w := newWorld()
+	w.Metrics = NewMetrics(prometheus.NewPedanticRegistry(), 2)
+	w.Outcomes.Metrics = w.Metrics
+	e := kill()
+	w.handle(t, e)
+	w.stored[w.out[0].Subject] = string(w.out[0].Data)
+	w.handle(t, e) // delivered again
+	for i, level := range []event.LimitLevel{event.LevelPod, event.LevelContainer, event.LevelQoS} {
+		e.ID, e.Limit.Level = fmt.Sprint("boot-1-", 3+i), level
+		w.handle(t, e)
+	}
+	e.ID, e.Container = "boot-1-9", nil // in no pod
+	w.handle(t, e)
+	e.ID = strings.Repeat("x", 200)
+	w.Metrics.workload(&event.Outcome{Kill: e.ID, Pod: &event.PodRef{Namespace: "shop", Name: "cart-1", Owner: "Deployment/cart"}, Container: "main"}, e)
+	const want = `
+# HELP oom_tracer_workload_kills_total Number of OOM kills in pods, by the workload that would replace the pod and by the level of the limit that was hit.
+# TYPE oom_tracer_workload_kills_total counter
+oom_tracer_workload_kills_total{container="",level="node",namespace="shop",owner="cart",owner_kind="Pod"} 1
+oom_tracer_workload_kills_total{container="",level="pod",namespace="shop",owner="cart",owner_kind="Pod"} 1
+oom_tracer_workload_kills_total{container="other",level="other",namespace="other",owner="other",owner_kind="other"} 3
+`
+	if err := testutil.CollectAndCompare(w.Metrics.workloads, strings.NewReader(want)); err != nil {
+		t.Error(err)
+	}
+	var m dto.Metric
+	if err := w.Metrics.workloads.WithLabelValues("shop", "Pod", "cart", "", "node").Write(&m); err != nil || m.Counter.Exemplar.Label[0].GetValue() != "boot-1-2" {
+		t.Errorf("exemplar %v, %v", m.Counter.Exemplar, err)
+	}
 }

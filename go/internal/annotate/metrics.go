@@ -2,7 +2,10 @@ package annotate
 
 import (
 	"errors"
+	"strings"
+	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promauto"
@@ -17,6 +20,11 @@ type Metrics struct {
 	events  *prometheus.CounterVec
 	victims *prometheus.CounterVec
 	latency prometheus.Histogram
+
+	workloads    *prometheus.CounterVec // nil: not wanted
+	maxWorkloads int
+	mu           sync.Mutex
+	known        map[[5]string]struct{} // series of workloads, at most maxWorkloads
 }
 
 const (
@@ -26,8 +34,9 @@ const (
 	repeatedReason = "repeated"
 )
 
-// NewMetrics registers the metrics, with every series from the start, so that a rate includes the first event.
-func NewMetrics(registerer prometheus.Registerer) *Metrics {
+// NewMetrics registers the metrics. But for those of workloads, of which at most maxWorkloads have series of their own, every series is
+// there from the start, so that a rate includes the first event.
+func NewMetrics(registerer prometheus.Registerer, maxWorkloads int) *Metrics {
 	const subsystem = "oom_tracer"
 	register := promauto.With(registerer)
 	m := &Metrics{
@@ -44,6 +53,13 @@ func NewMetrics(registerer prometheus.Registerer) *Metrics {
 			Help:    "Time from the OOM kill in the kernel to the annotation on the pod.",
 			Buckets: prometheus.ExponentialBuckets(0.002, 2, 16),
 		}),
+	}
+	if m.maxWorkloads = maxWorkloads; maxWorkloads > 0 {
+		m.known = map[[5]string]struct{}{}
+		m.workloads = register.NewCounterVec(prometheus.CounterOpts{
+			Subsystem: subsystem, Name: "workload_kills_total",
+			Help: "Number of OOM kills in pods, by the workload that would replace the pod and by the level of the limit that was hit.",
+		}, []string{"namespace", "owner_kind", "owner", "container", "level"})
 	}
 	for stage, reasons := range map[string][]string{
 		"observed":   {"kill"},
@@ -97,6 +113,38 @@ func (m *Metrics) identified(k *decide.Kill) {
 		reason = "refused"
 	}
 	m.events.WithLabelValues("identified", reason).Inc()
+}
+
+// other is each label of the workloads that have no series of their own.
+const other = "other"
+
+// workload counts a kill in a pod. Its exemplar is the kill's ID.
+func (m *Metrics) workload(o *event.Outcome, e *event.Event) {
+	if m.workloads == nil || o.Pod == nil {
+		return
+	}
+	kind, owner, ok := strings.Cut(o.Pod.Owner, "/")
+	if !ok {
+		kind, owner = "Pod", o.Pod.Name
+	}
+	level := "unknown"
+	if e.Limit != nil {
+		level = string(e.Limit.Level)
+	}
+	series := [5]string{o.Pod.Namespace, kind, owner, o.Container, level}
+	m.mu.Lock()
+	if _, known := m.known[series]; !known && len(m.known) < m.maxWorkloads {
+		m.known[series] = struct{}{}
+	} else if !known {
+		series = [5]string{other, other, other, other, other}
+	}
+	m.mu.Unlock()
+	counter := m.workloads.WithLabelValues(series[:]...)
+	if utf8.RuneCountInString(o.Kill) > prometheus.ExemplarMaxRunes-len("kill") {
+		counter.Inc() // not an ID of ours
+		return
+	}
+	counter.(prometheus.ExemplarAdder).AddWithExemplar(1, prometheus.Labels{"kill": o.Kill})
 }
 
 // closed counts the end of a mark.

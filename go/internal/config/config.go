@@ -160,6 +160,8 @@ type Annotator struct {
 	// QPS is how many requests are sent to the API server per second, and Burst how many at once. 0: the client sets no limit.
 	QPS   int `yaml:"qps"`
 	Burst int `yaml:"burst"`
+	// WorkloadMetrics is how many workloads' kills are counted apart, 0..10000. 0: no such metric.
+	WorkloadMetrics int `yaml:"workload_metrics"`
 	// Events has a Kubernetes Event written for each kill.
 	Events bool `yaml:"events"`
 	// Listen is Metrics.Listen for oom-annotator, which may run beside oom-tracer.
@@ -233,6 +235,7 @@ func Default() Config {
 			SummaryAnnotation: "oom-tracer.alpha.kubernetes.io/last-kill",
 			WaitForPod:        30 * time.Second,
 			Workers:           16,
+			WorkloadMetrics:   500,
 			Events:            true,
 			Listen:            "127.0.0.1:9106",
 		},

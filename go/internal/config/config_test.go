@@ -128,7 +128,7 @@ func TestEveryKeyIsRead(t *testing.T) {
 			Budgets: Budgets{Window: 30 * time.Minute, Node: 3, Cluster: 1000}, MarkLifetime: 2 * time.Minute,
 		},
 		Annotator: Annotator{
-			Kubeconfig: "/etc/kubeconfig", SummaryAnnotation: "example.com/kill", WaitForPod: time.Minute, Workers: 4, QPS: 50, Burst: 100, Listen: ":9998",
+			Kubeconfig: "/etc/kubeconfig", SummaryAnnotation: "example.com/kill", WaitForPod: time.Minute, Workers: 4, QPS: 50, Burst: 100, WorkloadMetrics: 7, Listen: ":9998",
 		},
 		Auth: Auth{
 			ServiceAccount: "monitoring/agent", Audience: "example.com/nats", IssuerFile: "/run/secrets/issuer", Kubeconfig: "/etc/auth/kubeconfig", Listen: ":9997",

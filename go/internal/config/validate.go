@@ -167,6 +167,9 @@ func (c *Config) faults() []fault {
 	} else if (a.Burst == 0) != (a.QPS == 0) {
 		clash("annotator.burst", "annotator.qps", "must be 0 if annotator.qps is 0, and above 0 otherwise")
 	}
+	if a.WorkloadMetrics < 0 || a.WorkloadMetrics > 10_000 {
+		bad("annotator.workload_metrics", "must be from 0 to 10000, not %d", a.WorkloadMetrics)
+	}
 	if a.Listen != "" {
 		if err := checkListen(a.Listen); err != nil {
 			bad("annotator.listen", "%v", err)

@@ -65,6 +65,7 @@ func Listen(addr string, reg *prometheus.Registry, checks Checks, log *slog.Logg
 		// A metric that cannot be read must not hide the others.
 		ErrorHandling:       promhttp.ContinueOnError,
 		MaxRequestsInFlight: maxScrapes,
+		EnableOpenMetrics:   true, // for exemplars
 	}))
 	s.mux.Handle("GET /healthz", s.checkHandler(checks.Health))
 	s.mux.Handle("GET /readyz", s.checkHandler(checks.Ready))
