@@ -60,6 +60,7 @@ func NewMetrics(registerer prometheus.Registerer, maxWorkloads int) *Metrics {
 			Subsystem: subsystem, Name: "workload_kills_total",
 			Help: "Number of OOM kills in pods, by the workload that would replace the pod and by the level of the limit that was hit.",
 		}, []string{"namespace", "owner_kind", "owner", "container", "level"})
+		m.workloads.WithLabelValues(other, other, other, other, other)
 	}
 	for stage, reasons := range map[string][]string{
 		"observed":   {"kill"},
