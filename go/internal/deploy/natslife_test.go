@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"bufio"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -22,6 +24,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	appsv1 "k8s.io/api/apps/v1"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
@@ -356,5 +359,80 @@ func TestCertificates(t *testing.T) {
 	}
 	if _, err := owner.js.Stream(t.Context(), "OOM"); err != nil {
 		t.Errorf("after the reload: %v", err)
+	}
+}
+
+// TestLameDuck: each server of three is stopped as the kubelet does, the preStop hook and then SIGTERM. It hands over before it exits by
+// itself, within the grace period of the pod; what is published meanwhile is stored, each message once.
+func TestLameDuck(t *testing.T) {
+	s := startServers(t, "--set", "nats.replicas=3,nats.tracers=shared")
+	pod := get[appsv1.StatefulSet](t, s.objects, "StatefulSet", "oom-tracer-nats").Spec.Template.Spec
+	hook := pod.Containers[0].Lifecycle.PreStop.Exec.Command
+	const name = "oom-tracer.node-1"
+	tracer := s.connect(name, nats.UserInfo("oom-tracer", s.passwords["tracer"]))
+	var sent atomic.Int64
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	published := make(chan error, 1)
+	go func() {
+		for ; ctx.Err() == nil; time.Sleep(20 * time.Millisecond) {
+			id := fmt.Sprint("m", sent.Load())
+			for attempt := 0; ; attempt++ {
+				bounded, done := context.WithTimeout(t.Context(), 3*time.Second)
+				_, err := tracer.js.Publish(bounded, "oom.v1.kill.global.node-1", []byte(id), jetstream.WithMsgID(id))
+				done()
+				if err == nil {
+					break
+				}
+				if attempt == 20 {
+					published <- fmt.Errorf("message %s: %w", id, err)
+					return
+				}
+			}
+			sent.Add(1)
+		}
+		published <- nil
+	}()
+	for i, process := range s.processes {
+		command := slices.Clone(hook)
+		command[0] = oomtest.Program(t, command[0])
+		command[len(command)-1] = strings.Replace(command[len(command)-1], "/run/nats", s.dirs[i], 1)
+		begun := time.Now()
+		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v: %s", command, err, out)
+		}
+		time.Sleep(100 * time.Millisecond)
+		s.stop(i)
+		grace := time.Duration(*pod.TerminationGracePeriodSeconds) * time.Second
+		if took := time.Since(begun); took < 4*time.Second || took > grace {
+			t.Errorf("server %d stopped after %s; the pod has %s", i, took, grace)
+		}
+		if log := readFile(t, s.logs[i]); !strings.Contains(log, "Entering lame duck mode") || process.ProcessState.ExitCode() != 0 {
+			t.Errorf("server %d: %s\n%s", i, process.ProcessState, log)
+		}
+		s.start(i)
+		eventually(t, "the servers have caught up", func() error {
+			stream, err := s.owner().js.Stream(t.Context(), "OOM")
+			if err != nil {
+				return err
+			}
+			for _, r := range stream.CachedInfo().Cluster.Replicas {
+				if !r.Current || r.Offline {
+					return fmt.Errorf("%s is behind", r.Name)
+				}
+			}
+			return nil
+		})
+	}
+	cancel()
+	if err := <-published; err != nil {
+		t.Error(err)
+	}
+	stream, err := s.owner().js.Stream(t.Context(), "OOM")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := stream.CachedInfo().State.Msgs; got != uint64(sent.Load()) || got < 100 {
+		t.Errorf("%d messages are stored, %d were published", got, sent.Load())
 	}
 }
