@@ -712,8 +712,13 @@ func (x *checker) stack() Finding {
 	if x.shownErr != nil || !x.shown {
 		return x.degraded(check, "not available: scope, outcome and limit of kills are unknown", "see kallsyms")
 	}
-	if _, err := loader.StackSymbols(x.procfs); err != nil {
+	symbols, err := loader.StackSymbols(x.procfs)
+	if err != nil {
 		return x.degraded(check, err.Error()+"; scope, outcome and limit of kills are unknown", "report this kernel: its compiler inlined or renamed them")
+	}
+	if !loader.ProvesOutcome(symbols) {
+		return warn(check, "proves the scope; the outcome of kills is unknown, because the compiler has inlined __oom_kill_process",
+			"use a tier with hooks, or report this kernel")
 	}
 	if nodes := x.memoryNodes(); strings.ContainsAny(nodes, ",-") {
 		return warn(check, fmt.Sprintf("proves the scope of cgroup kills; with the memory nodes %s, the scope of other kills is unknown: a cpuset or memory policy may have caused them", nodes),

@@ -703,10 +703,14 @@ func TestDoctorFindings(t *testing.T) {
 		}},
 		{"a function is not there", func(p *machine) { p.kallsymsText(slices.Delete(slices.Clone(allSymbols), 3, 4)); p.noHooks() }, []Finding{
 			withoutHooks,
-			{"stack", StatusWarn, "kallsyms has no out_of_memory; scope, outcome and limit of kills are unknown", "report this kernel"},
+			{"stack", StatusWarn, "kallsyms has no out_of_memory, nor what it may be inlined into; scope, outcome and limit of kills are unknown", "report this kernel"},
 		}},
-		{"a function is not there, and the stack tier demanded", func(p *machine) { p.kallsymsText(allSymbols[1:]); p.cfg.Kernel.Tier = "stack" }, []Finding{
+		{"a function is not there, and the stack tier demanded", func(p *machine) { p.kallsymsText(allSymbols[2:]); p.cfg.Kernel.Tier = "stack" }, []Finding{
 			{"stack", StatusFail, "kallsyms has no __oom_kill_process", "or set kernel.tier to auto"},
+		}},
+		{"the function that kills is inlined", func(p *machine) { p.kallsymsText(allSymbols[1:]); p.noHooks() }, []Finding{
+			withoutHooks,
+			{"stack", StatusWarn, "the outcome of kills is unknown", "use a tier with hooks"},
 		}},
 		{"two memory nodes", func(p *machine) { p.sys("devices/system/node/has_memory", "0-1\n"); p.noHooks() }, []Finding{
 			withoutHooks,

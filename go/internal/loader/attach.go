@@ -614,6 +614,11 @@ func StackSymbols(procfs string) ([]symbol, error) {
 	return stackSymbols(kallsyms)
 }
 
+// ProvesOutcome reports whether the symbols can prove that a task was killed: that __oom_kill_process() is not inlined.
+func ProvesOutcome(symbols []symbol) bool {
+	return slices.ContainsFunc(symbols, func(s symbol) bool { return s.Frame == frameKill })
+}
+
 // variable is a constant of the program that is written before it is loaded.
 type variable struct {
 	name  string
