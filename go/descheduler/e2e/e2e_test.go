@@ -816,8 +816,8 @@ func TestBadArgs(t *testing.T) {
 		"{namespaces: {only: [a]}}":                 `unknown field \"namespaces.only\"`,
 		"{values: true}":                            "RemoveAnnotatedArgs.values of type []string",
 		"{minAge: 5}":                               "RemoveAnnotatedArgs.minAge of type string",
-		"{minAge: 5x}":                              `in profile oom: RemoveAnnotated: minAge: \"5x\" is not a duration`,
-		"{annotationKey: -a/b, maxAge: 0s}":         `RemoveAnnotated: maxAge: \"0s\" is not a duration`,
+		"{minAge: 5x}":                              `in profile oom: RemoveAnnotated: minAge: \"5x\" is not a positive duration`,
+		"{annotationKey: -a/b, maxAge: 0s}":         `RemoveAnnotated: maxAge: \"0s\" is not a positive duration`,
 		"{labelSelector: {matchLabels: {a: '-'}}}":  "RemoveAnnotated: labelSelector: ",
 		"{namespaces: {include: [a], exclude: [b]}": "did not find expected", // of the YAML itself
 	} {
