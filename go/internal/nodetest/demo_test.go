@@ -25,7 +25,7 @@ func TestDemo(t *testing.T) {
 	l.deployment("cart")
 	l.running("cart", "")
 	l.tell(t, r, story{name: "cart", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelKubepods}, outcome: "annotated/marked",
-		cause: func(l *Lab) { l.exec(l.running("cart", "").Name, "main", "3000") }})
+		cause: func(l *Lab) { l.allPods(l.running("cart", "").Name) }})
 	l.logf("the cluster is up until Ctrl-C. From another terminal, as root:")
 	l.logf("  export KUBECONFIG=%s", l.kubeconfig)
 	l.logf("  alias k='nsenter --net --target %d %s'", os.Getpid(), l.kubectlPath())

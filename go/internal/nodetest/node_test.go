@@ -182,7 +182,7 @@ func stories() []story {
 			})
 		}},
 		{name: "cart", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelKubepods}, outcome: "annotated/marked",
-			cause: func(l *Lab) { l.exec(l.running("cart", "").Name, "main", "3000") }},
+			cause: func(l *Lab) { l.allPods(l.running("cart", "").Name) }},
 		{name: "web", container: "main", scope: event.ScopeGlobal, levels: []event.LimitLevel{event.LevelNode}, outcome: "annotated/marked",
 			cause: func(l *Lab) { l.nodeOutOfMemory(l.running("web", "").Name) }},
 		{name: "service", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelOther}, outcome: "skipped/host", processes: 1,

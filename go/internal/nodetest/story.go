@@ -326,6 +326,18 @@ func (l *Lab) running(name, not string) *corev1.Pod {
 	return found
 }
 
+// allPods lets a pod take memory until all pods together reach their limit. The programs that the pods run are read by the node before, so that
+// their pages are charged to it: otherwise the kernel reclaims them from the pods and reads them again, for minutes, and kills nobody.
+func (l *Lab) allPods(pod string) {
+	l.t.Helper()
+	l.Machine.Must(`pods=/sys/fs/cgroup/kubepods.slice
+for i in 1 2 3; do
+	echo 150M >$pods/memory.reclaim || true # as much as there is
+	for p in $(find $pods -name cgroup.procs | xargs cat); do cat /proc/$p/exe >/dev/null || true; done
+done`)
+	l.exec(pod, "main", "3000")
+}
+
 // exec runs the program in a container of a pod, which takes memory there. It may well be killed.
 func (l *Lab) exec(pod, container string, args ...string) {
 	l.t.Helper()
