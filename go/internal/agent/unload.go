@@ -10,7 +10,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 )
 
-// Unload ends the recording that goes on in the kernel.
+// Unload ends the recording that continues in the kernel.
 func Unload(ctx context.Context, dir string, force bool, stdout io.Writer) error {
 	if dir == "" {
 		fmt.Fprintln(stdout, "nothing is pinned: kernel.pin_dir is empty")

@@ -11,7 +11,7 @@ import (
 // later. The price is that its memory is never had back by a kill, so should it ever leak, others die first.
 const OOMScoreAdj = -998
 
-// Protect lowers this process's oom_score_adj. It needs CAP_SYS_RESOURCE, and may go on without.
+// Protect lowers this process's oom_score_adj. It needs CAP_SYS_RESOURCE. Without it, a warning is logged.
 func Protect(log *slog.Logger) {
 	const file = "/proc/self/oom_score_adj"
 	if data, err := os.ReadFile(file); err == nil {

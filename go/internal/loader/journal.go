@@ -138,7 +138,7 @@ func (j *journal) overwritten(number uint64) bool {
 //     acquire: those of the record come before the second one of current. If that does not find the segment in
 //     danger, nothing of the copy is of a later record.
 //   - number may be visible before first_seq, which is then the old one. The record is not there then, and the search
-//     goes on in the segment before.
+//     continues in the segment before.
 func (j *journal) read(seq uint64) []byte {
 	if j.stride != SegmentSize { // journal-v1: the slot of a record is its seq's. Nobody writes to it any more.
 		return copyRecord(j.slot(seq), seq, seq)

@@ -58,7 +58,7 @@ var ErrNoPods = errors.New("there is no cgroup of a kubelet")
 // Read reads the pods' cgroups until ctx ends, and returns the top largest. What lies inside of a pod is not
 // looked at. It fails only where there is nothing to read.
 //
-// The search goes down level by level and ends with the level on which the kubelet's tree is. It goes on where pods
+// The search goes down level by level and ends with the level on which the kubelet's tree is. It continues where pods
 // have no containers in their cgroups: those of containerd's colon form are elsewhere (see cgroup.Parse). Where siblings
 // are few it looks first: what somebody has forgotten to remove stands together by the thousand.
 func (t *Tree) Read(ctx context.Context, top int) (Reading, error) {
