@@ -114,7 +114,7 @@ static __always_inline __u8 scope_of(struct cause *c, enum oom_constraint constr
 /*
  * outcome_of tells a kill from the mark of a task that is exiting anyway. That a hook did not run
  * proves nothing: only the stack proves that nobody was killed. There both callers of mark_oom_victim()
- * that do not kill are recognised by the absence of __oom_kill_process(). Where that has no address of its
+ * that do not kill are told by the absence of __oom_kill_process(). Where that has no address of its
  * own, the loader writes oom_kill_process(), which is one of the two and calls it: it proves neither. A
  * member of a group is only marked when it is killed.
  */
