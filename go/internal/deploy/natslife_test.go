@@ -397,6 +397,12 @@ func TestLameDuck(t *testing.T) {
 		command := slices.Clone(hook)
 		command[0] = oomtest.Program(t, command[0])
 		command[len(command)-1] = strings.Replace(command[len(command)-1], "/run/nats", s.dirs[i], 1)
+		// A server without a client stops at once: lameDuckMode of nats-server.
+		guest, err := nats.Connect(s.urls[i], nats.UserInfo("oom-owner", s.passwords["owner"]), nats.IgnoreDiscoveredServers())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer guest.Close()
 		begun := time.Now()
 		if out, err := exec.Command(command[0], command[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%q: %v: %s", command, err, out)

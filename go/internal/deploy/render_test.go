@@ -399,6 +399,7 @@ func TestRefused(t *testing.T) {
 	for set, want := range map[string]string{
 		"tracer.privileged=true": "privileged",
 		"tracr.image=x":          "tracr",
+		"image.tag=4663511":      "at '/image/tag': got number, want string",
 		"dryRun=perhaps":         "/dryRun",
 		"nats.mode=none":         "/nats/mode",
 		"nats.mode=external":     "/config",

@@ -63,7 +63,7 @@ func (l *Lab) upgrade(set ...string) {
 
 func (l *Lab) values() []string {
 	return []string{
-		"--namespace", namespace, "--set", "image.tag=" + os.Getenv("OOM_TEST_TAG"),
+		"--namespace", namespace, "--set-string", "image.tag=" + os.Getenv("OOM_TEST_TAG"), // a commit may have digits alone
 		"--values", repository(l, "deploy/examples/single-node.yaml"), "--values", repository(l, "deploy/examples/evict.yaml"),
 		"--values", repository(l, "go/internal/nodetest/testdata/values.yaml"),
 	}
