@@ -184,13 +184,15 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 test-parts: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
 
 # A tracer sees every kill of the machine, and the tests count: packages with kills wait for each other (oomtest.Alone).
+# RERUN=1: what failed runs once more, and is named.
 .PHONY: test
 test: test-parts verify-goldens ## every test, with real OOM kills in cgroups that the tests make (needs root)
-	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
-		$(go_tool) gotestsum --format pkgname --jsonfile build/test.json -- -race -count=1 -p 2 -timeout 40m ./...
-	$(Q)cd go/descheduler && OOM_TEST_BUILD=$(CURDIR)/build $(GO) tool -modfile=../../tools/go.mod \
-		gotestsum --format pkgname --jsonfile ../../build/test-descheduler.json -- -race -count=1 -p 1 -timeout 20m ./...
-	$(Q)tools/no-skips.sh build/test.json build/test-descheduler.json
+	$(Q)status=0; export OOM_TEST_BUILD=$(CURDIR)/build; \
+	CGO_LDFLAGS='$(link_flags)' $(go_tool) gotestsum --format pkgname --jsonfile build/test.json --packages ./... $(RERUN:%=--rerun-fails=%) -- \
+		-race -count=1 -p 2 -timeout 40m || status=1; \
+	cd go/descheduler; $(GO) tool -modfile=../../tools/go.mod gotestsum --format pkgname --jsonfile ../../build/test-descheduler.json \
+		--packages ./... $(RERUN:%=--rerun-fails=%) -- -race -count=1 -p 1 -timeout 20m || status=1; \
+	cd ../..; tools/no-skips.sh build/test.json build/test-descheduler.json && exit $$status
 
 # Those that need no API server.
 .PHONY: quick
