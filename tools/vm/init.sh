@@ -13,7 +13,7 @@
 # What the tests print, and these lines, go to the second serial port, which no kernel message cuts in
 # two:
 #
-#   VM-START <release>
+#   VM-START <release> <page size in KiB>
 #   VM-NA <why>          what was wanted is not in this kernel; no test is run
 #   VM-EXIT <status>     of the tests
 #   VM-END
@@ -84,7 +84,7 @@ cd /tmp || exit
 
 # The port is closed before the machine goes, for that waits until all of it is out.
 {
-	echo "VM-START $(uname -r)"
+	echo "VM-START $(uname -r) $(awk '/^KernelPageSize/ { print $2; exit }' /proc/self/smaps)"
 	if [ -n "$missing" ]; then
 		echo "VM-NA $missing"
 	else

@@ -323,7 +323,7 @@ rows() {
 		for kernel in "${names[@]}"; do
 			[[ -e $OUT/$kernel/$boot/output.log ]] || continue
 			sed -nE 's/^[[:space:]]*TABLE //p' "$OUT/$kernel/$boot/output.log" | tr '\t' ' ' |
-				awk -v at="$kernel"$'\t'"$boot" '{
+				awk -v at="$ARCH $kernel"$'\t'"$boot" '{
 					detail = $0; sub(/^ *[^ ]+ +[^ ]+ +[^ ]+ */, "", detail)
 					print at "\t" $1 "\t" $2 "\t" ($3 == "ok" || $3 == "n/a" ? $3 : "FAIL") "\t" detail
 				}'
@@ -340,7 +340,7 @@ for boot in $BOOTS; do
 		# A job that broke is a failure, not a gap.
 		[[ -e $dir/verdict ]] || printf 'FAIL\t0\tthe script broke\n' >"$dir/verdict"
 		IFS=$'\t' read -r verdict seconds why <"$dir/verdict"
-		printf '%s\t%s\t%s\t%d\t%s\n' "$kernel" "$boot" "$verdict" "$seconds" "$why" >>"$verdicts"
+		printf '%s\t%s\t%s\t%d\t%s\n' "$ARCH $kernel" "$boot" "$verdict" "$seconds" "$why" >>"$verdicts"
 		bad=0
 		if [[ -e $dir/output.log ]]; then
 			passed=$((passed + $(count PASS "$dir/output.log")))
@@ -357,51 +357,12 @@ for boot in $BOOTS; do
 done
 rows >"$OUT/rows.tsv"
 
-{
-	echo '| kernel | booted | from | boots |'
-	echo '|---|---|---|---|'
-	for kernel in "${names[@]}"; do
-		said=$(sed -n 's/^VM-START //p' "$OUT/$kernel"/*/output.log 2>/dev/null | sort -u | paste -sd' ')
-		printf '| %s | %s | %s | %s |\n' "$kernel" "${said:-nothing}" "${what[$kernel]}" "$(
-			awk -F'\t' -v kernel="$kernel" '$1 == kernel { printf "%s%s: %s, %d s%s", sep, $2, $3, $4, $5 ~ /second try/ ? ", at the second try" : ""; sep = "; " }' "$verdicts"
-		)"
-	done
-	echo
-	awk -F'\t' -v names="${names[*]}" -v boots="$BOOTS" '
-		BEGIN {
-			count = split(names, name, " "); split(boots, boot, " ")
-			title["v2"] = "cgroup v2"; title["confined"] = "confined (cgroup v2)"; title["faults"] = "wrong fields (cgroup v2)"; title["numa"] = "cgroup v2, two NUMA nodes"; title["v1"] = "cgroup v1"
-			head = "| boot | tier | scenario |"; line = "|---|---|---|"
-			for (i = 1; i <= count; i++) { head = head " " name[i] " |"; line = line "---|" }
-			print head; print line
-		}
-		FNR == NR { verdict[$1, $2] = $3; if ($3 != "ok") note[++notes] = $1 ", " title[$2] ": " $3 ": " $5; next }
-		{
-			row = $2 "\t" $3 "\t" $4
-			if (!(row in seen)) { seen[row] = 1; order[$2, ++rows[$2]] = row }
-			# Of two results of the same thing the worse one counts.
-			if (!((row, $1) in cell) || $5 == "FAIL" || cell[row, $1] == "n/a") cell[row, $1] = $5
-			if ($5 != "ok") note[++notes] = $1 ", " title[$2] ", " $3 ", " $4 ": " $5 ": " $6
-		}
-		END {
-			for (b = 1; b in boot; b++) {
-				if (!rows[boot[b]]) order[boot[b], ++rows[boot[b]]] = boot[b] "\t\t"
-				for (r = 1; r <= rows[boot[b]]; r++) {
-					row = order[boot[b], r]; split(row, part, "\t")
-					text = "| " title[boot[b]] " | " part[2] " | " part[3] " |"
-					for (i = 1; i <= count; i++) {
-						result = cell[row, name[i]]
-						# No row: the boot says why, or the tests of this kernel have none.
-						if (result == "") { result = verdict[name[i], boot[b]]; if (result == "ok" && part[2] != "") result = "-" }
-						text = text " " result " |"
-					}
-					print text
-				}
-			}
-			if (notes) print ""
-			for (i = 1; i <= notes; i++) print "- " note[i]
-		}' "$verdicts" "$OUT/rows.tsv"
-} >"$OUT/table.md"
+for kernel in "${names[@]}"; do
+	said=$(sed -n 's/^VM-START //p' "$OUT/$kernel"/*/output.log 2>/dev/null | sort -u | head -n 1)
+	said=${said:-nothing ?}
+	printf '%s\t%s\t%s KiB\t%s\n' "$ARCH $kernel" "${said% *}" "${said##* }" "${what[$kernel]}"
+done >"$OUT/booted.tsv"
+"$here/table.sh" "$OUT" >"$OUT/table.md"
 
 echo
 cat "$OUT/table.md"

@@ -812,6 +812,7 @@ func runTier(t *testing.T, tier loader.Tier, scenarios []scenario) {
 			}
 			return
 		}
+		verified(t, tier)
 		for _, s := range scenarios {
 			ok, why := s.try(t, o)
 			switch {
@@ -825,6 +826,41 @@ func runTier(t *testing.T, tier loader.Tier, scenarios []scenario) {
 		}
 		o.stop()
 	})
+}
+
+// maxVerified is how many instructions the verifier may go through in one program, in any kernel: a quarter of what it
+// permits (BPF_COMPLEXITY_LIMIT_INSNS).
+const maxVerified = 250_000
+
+// verified checks what the verifier went through in the largest of the loaded programs, and prints it.
+func verified(t *testing.T, tier loader.Tier) {
+	t.Helper()
+	var most uint32
+	var name string
+	for id := ebpf.ProgramID(0); ; {
+		next, err := ebpf.ProgramGetNextID(id)
+		if errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		must(t, err)
+		id = next
+		p, err := ebpf.NewProgramFromID(id)
+		must(t, err)
+		info, err := p.Info()
+		must(t, errors.Join(err, p.Close()))
+		if n, _ := info.VerifiedInstructions(); strings.HasPrefix(info.Name, "oom_") && n > most {
+			most, name = n, info.Name
+		}
+	}
+	switch {
+	case most == 0:
+		row(tier, "verifier", "n/a", "the kernel does not say it before 5.16")
+	case most > maxVerified:
+		t.Errorf("the verifier goes through %d instructions in %s, more than %d", most, name, maxVerified)
+		row(tier, "verifier", "FAIL", fmt.Sprint(most))
+	default:
+		row(tier, "verifier", "ok", fmt.Sprintf("%d %s", most, name))
+	}
 }
 
 // stockKernel reports whether this is one of Debian's kernels, which have every tier, and whether fentry is among them:
