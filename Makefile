@@ -272,6 +272,12 @@ test-vm: vm-parts ## the tests of the tag vm on stock Debian kernels in QEMU (KE
 	$(Q)CACHE=$(CACHE) ARCH=$(ARCH) tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
 	$(Q)$(if $(KERNEL)$(emulator),,$(MAKE) --no-print-directory test-vm-annotate)
 
+# Of two runs of the same boot the later directory counts.
+KERNEL_RESULTS ?= build/vm
+.PHONY: kernels
+kernels: ## write what runs of test-vm found (KERNEL_RESULTS="DIR...", each an OUT) into deploy/docs/kernels.md
+	$(Q)table=$$(tools/vm/table.sh $(KERNEL_RESULTS)) && sed -i '/^<!-- /q' deploy/docs/kernels.md && printf '\n%s\n' "$$table" >>deploy/docs/kernels.md
+
 # arm64 is slow in the emulator: one kernel, with the tier that is chosen there.
 vm_ci_amd64 = KERNELS='5.10 newest'
 vm_ci_arm64 = KERNELS=6.12 BOOTS=v2 RUN='^TestVM(Auto|Journal.*|HooksAlone|Tracer)?$$/^fentry$$'

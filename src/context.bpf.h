@@ -38,7 +38,7 @@ struct cause {
 	__u32 stage;	     /* enum cause_stage */
 	__u32 killing_tgid;  /* __oom_kill_process() was entered for it */
 	__u32 killing_again; /* and it was marked before, and this was counted */
-	__u32 saw_kill;	     /* what the mark under way was explained by */
+	__u32 kill_hooked;   /* __oom_kill_process() was entered for the mark under way */
 	__u64 killing_start_boottime_ns;
 	struct task_struct *marking; /* mark_oom_victim() was entered for it */
 };
@@ -85,7 +85,7 @@ static __always_inline bool has(__u32 frames, enum oom_frame frame)
 	return frames & 1U << frame;
 }
 
-static __always_inline struct cause *the_cause(void)
+static __always_inline struct cause *get_cause(void)
 {
 	__u32 zero = 0;
 
@@ -114,7 +114,7 @@ static __always_inline __u8 scope_of(struct cause *c, enum oom_constraint constr
 /*
  * outcome_of tells a kill from the mark of a task that is exiting anyway. That a hook did not run
  * proves nothing: only the stack proves that nobody was killed. There both callers of mark_oom_victim()
- * that do not kill are told by the absence of __oom_kill_process(). Where that has no address of its
+ * that do not kill are known by the absence of __oom_kill_process(). Where that has no address of its
  * own, the loader writes oom_kill_process(), which is one of the two and calls it: it proves neither. A
  * member of a group is only marked when it is killed.
  */
@@ -168,7 +168,7 @@ static __always_inline bool read_context(void *ctx, struct scratch *s, struct ca
 	bool same_call, first, member;
 	__u32 frames = 0;
 
-	c->saw_kill = killing;
+	c->kill_hooked = killing;
 	/* What does not explain this mark explains no other. */
 	c->stage = CAUSE_NONE;
 	c->killing_tgid = 0;

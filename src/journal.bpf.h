@@ -52,27 +52,27 @@ struct {
 	__type(value, __u32);
 } oom_waiting SEC(".maps");
 
-static __always_inline struct oom_state *the_state(void)
+static __always_inline struct oom_state *get_state(void)
 {
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(&oom_state, &zero);
 }
 
-/* told_before recognises a mark that two programs see, when one takes over from the other. */
-static __always_inline bool told_before(struct oom_event *e, struct oom_told *told)
+/* recorded_before recognises a mark that two programs see, when one takes over from the other. */
+static __always_inline bool recorded_before(struct oom_event *e, struct oom_last_mark *last)
 {
-	return told->generation != oom_generation && told->tid == e->victim.tid &&
-	       told->thread == bpf_get_current_pid_tgid() &&
-	       told->start_boottime_ns == e->victim.start_boottime_ns;
+	return last->generation != oom_generation && last->tid == e->victim.tid &&
+	       last->thread == bpf_get_current_pid_tgid() &&
+	       last->start_boottime_ns == e->victim.start_boottime_ns;
 }
 
-static __always_inline void count(struct oom_event *e, struct oom_state *st, bool saw_kill)
+static __always_inline void count(struct oom_event *e, struct oom_state *st, bool kill_hooked)
 {
 	switch (e->outcome) {
 	case OOM_OUTCOME_KILLED:
 		st->killed++;
-		st->unhooked += !saw_kill;
+		st->unhooked += !kill_hooked;
 		break;
 	case OOM_OUTCOME_EXITING:
 		st->exiting++;
@@ -136,10 +136,10 @@ static __always_inline void put_journal(struct oom_event *e, struct oom_state *s
 	barrier();
 	bpf_probe_read_kernel(&segment->data[used], size, e);
 	segment->used = used + ((size + 7) & ~7U);
-	st->told.generation = oom_generation;
-	st->told.thread = bpf_get_current_pid_tgid();
-	st->told.start_boottime_ns = e->victim.start_boottime_ns;
-	st->told.tid = e->victim.tid;
+	st->last_mark.generation = oom_generation;
+	st->last_mark.thread = bpf_get_current_pid_tgid();
+	st->last_mark.start_boottime_ns = e->victim.start_boottime_ns;
+	st->last_mark.tid = e->victim.tid;
 	barrier();
 	*(volatile __u64 *)&st->head = e->seq;
 }

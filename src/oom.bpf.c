@@ -27,9 +27,9 @@
 
 /* The bodies of the hooks, which fentry and kprobe share. */
 
-static __always_inline int see(struct oom_control *oc)
+static __always_inline int save_control(struct oom_control *oc)
 {
-	struct cause *c = the_cause();
+	struct cause *c = get_cause();
 
 	if (!c)
 		return 0;
@@ -47,18 +47,18 @@ static __always_inline int see(struct oom_control *oc)
 /* Either of the two is enough. */
 static __always_inline int enter_out_of_memory(struct oom_control *oc)
 {
-	return MISSED(101) ? 0 : see(oc);
+	return MISSED(101) ? 0 : save_control(oc);
 }
 
 static __always_inline int enter_oom_kill_process(struct oom_control *oc)
 {
-	return MISSED(102) ? 0 : see(oc);
+	return MISSED(102) ? 0 : save_control(oc);
 }
 
 static __always_inline int enter___oom_kill_process(struct task_struct *victim)
 {
-	struct cause *c = the_cause();
-	struct oom_state *st = the_state();
+	struct cause *c = get_cause();
+	struct oom_state *st = get_state();
 
 	if (!c || !st || MISSED(103))
 		return 0;
@@ -78,7 +78,7 @@ static __always_inline int enter___oom_kill_process(struct task_struct *victim)
 /* Only needed where the tracepoint hands over no task. */
 static __always_inline int enter_mark_oom_victim(struct task_struct *task)
 {
-	struct cause *c = the_cause();
+	struct cause *c = get_cause();
 
 	if (c)
 		c->marking = task;
@@ -146,31 +146,11 @@ static __always_inline void bind_incident(struct oom_event *e, struct oom_state 
 		e->flags |= OOM_F_GROUP;
 }
 
-SEC("tp_btf/mark_victim")
-int oom_mark_victim(__u64 *ctx)
+/* begin_record clears the whole header, so that nothing of an earlier record can stand in this one. */
+static __always_inline struct oom_event *begin_record(struct scratch *s, struct oom_state *st)
 {
-	struct task_struct *current = (void *)bpf_get_current_task();
-	struct mem_cgroup *victim_memcg = NULL, *trigger_memcg, *owner = NULL;
-	struct task_struct *victim = NULL;
-	bool victim_v2 = false, trigger_v2 = false, member, group;
-	struct cause *c = the_cause();
-	struct oom_state *st = the_state();
-	struct oom_stats *stats;
-	struct oom_event *e;
-	struct scratch *s;
-	__u32 zero = 0;
-	__u64 size;
+	struct oom_event *e = &s->event;
 
-	s = bpf_map_lookup_elem(&oom_scratch, &zero);
-	stats = bpf_map_lookup_elem(&oom_stats, &zero);
-	if (!s || !stats || !c || !st)
-		return 0;
-	if (*(volatile __u64 *)&st->generation != oom_generation) {
-		c->stage = CAUSE_NONE;
-		return 0;
-	}
-	e = &s->event;
-	/* The whole header, so that nothing of an earlier record can stand in this one. */
 	__builtin_memset(e, 0, OOM_HEADER_SIZE);
 	__builtin_memset(s->nodes, 0, sizeof(s->nodes));
 	s->used = 0;
@@ -178,44 +158,44 @@ int oom_mark_victim(__u64 *ctx)
 	e->header_size = OOM_HEADER_SIZE;
 	e->seq = st->head + 1;
 	e->boottime_ns = bpf_ktime_get_boot_ns();
-
 	e->trigger.tgid = bpf_get_current_pid_tgid() >> 32;
 	e->trigger.tid = bpf_get_current_pid_tgid();
 	bpf_get_current_comm(&e->trigger.comm, sizeof(e->trigger.comm));
+	return e;
+}
 
-	if (mark_victim_hands_task()) {
-		victim = (void *)ctx[0];
-	} else {
-		/* Copied, or CO-RE would take struct cause for one of the kernel's. */
-		struct task_struct *marking = c->marking;
+/* find_victim returns the marked task. Where the tracepoint hands over its tid alone, it may be NULL.
+ */
+static __always_inline struct task_struct *find_victim(__u64 *ctx, struct oom_event *e, struct cause *c)
+{
+	struct task_struct *current = (void *)bpf_get_current_task(), *marking;
 
-		e->victim.tid = ctx[0];
-		/* mark_oom_victim() has just been entered for it, where that is hooked. */
-		if (marking && BPF_CORE_READ(marking, pid) == e->victim.tid)
-			victim = marking;
-		/* Without a task only a victim that is the trigger, or its leader, can be read. */
-		else if (e->victim.tid == e->trigger.tid)
-			victim = current;
-		else if (e->victim.tid == e->trigger.tgid)
-			victim = BPF_CORE_READ(current, group_leader);
-		c->marking = NULL;
-	}
-	if (victim) {
-		read_victim(e, victim);
-		victim_memcg = memcg_of(victim);
-	}
-	if (told_before(e, &st->told))
-		return 0;
-	stats->seen++;
-	if (c->killing_again && c->killing_tgid == e->victim.tgid) {
-		/* It has a mark of its own after all: the kill hit another of its threads. */
-		st->killed_again--;
-		c->killing_again = 0;
-	}
+	if (mark_victim_hands_task())
+		return (void *)ctx[0];
+	/* Copied, or CO-RE would take struct cause for one of the kernel's. */
+	marking = c->marking;
+	c->marking = NULL;
+	e->victim.tid = ctx[0];
+	/* mark_oom_victim() has just been entered for it, where that is hooked. */
+	if (marking && BPF_CORE_READ(marking, pid) == e->victim.tid)
+		return marking;
+	/* Without a task only a victim that is the trigger, or its leader, can be read. */
+	if (e->victim.tid == e->trigger.tid)
+		return current;
+	if (e->victim.tid == e->trigger.tgid)
+		return BPF_CORE_READ(current, group_leader);
+	return NULL;
+}
 
-	member = read_context(ctx, s, c, victim, stats);
+/* read_cgroups finds the cgroups of the record and the limit. It returns whether the kill is one of a
+ * group. */
+static __always_inline bool read_cgroups(struct scratch *s, struct cause *c, struct task_struct *victim)
+{
+	struct task_struct *current = (void *)bpf_get_current_task();
+	struct mem_cgroup *trigger_memcg = memcg_of(current), *victim_memcg = NULL, *owner = NULL;
+	bool trigger_v2 = false, victim_v2 = false;
+	struct oom_event *e = &s->event;
 
-	trigger_memcg = memcg_of(current);
 	if (trigger_memcg) {
 		trigger_v2 = on_unified(current, trigger_memcg);
 		s->nodes[OOM_CG_TRIGGER] = BPF_CORE_READ(cgroup_of(current, trigger_memcg), kn);
@@ -231,22 +211,14 @@ int oom_mark_victim(__u64 *ctx)
 				s->nodes[OOM_CG_LIMIT] = BPF_CORE_READ(owner, css.cgroup, kn);
 		}
 	}
+	if (victim)
+		victim_memcg = memcg_of(victim);
 	if (victim_memcg) {
 		victim_v2 = on_unified(victim, victim_memcg);
 		s->nodes[OOM_CG_VICTIM] = BPF_CORE_READ(cgroup_of(victim, victim_memcg), kn);
 		if (victim_v2)
 			s->nodes[OOM_CG_VICTIM_MEMCG] = BPF_CORE_READ(victim_memcg, css.cgroup, kn);
 	}
-	group = victim_v2 && kills_group((__u64)victim_memcg, (__u64)owner);
-	if (!group)
-		c->stage = CAUSE_NONE; /* nobody follows */
-	if (e->outcome == OOM_OUTCOME_KILLED && e->scope != OOM_SCOPE_UNKNOWN)
-		bind_incident(e, st, member, group);
-	else if (group && e->outcome != OOM_OUTCOME_EXITING)
-		st->groups++; /* the kernel may have counted it twice all the same */
-
-	for (__u32 role = 0; role < OOM_CG_ROLES; role++)
-		put_path(role);
 	if (victim_v2) {
 		e->cgroup[OOM_CG_VICTIM].flags |= OOM_CG_F_V2;
 		e->cgroup[OOM_CG_VICTIM_MEMCG].flags |= OOM_CG_F_V2;
@@ -255,8 +227,56 @@ int oom_mark_victim(__u64 *ctx)
 		e->cgroup[OOM_CG_LIMIT].flags |= OOM_CG_F_V2;
 		e->cgroup[OOM_CG_TRIGGER].flags |= OOM_CG_F_V2;
 	}
+	return victim_v2 && kills_group((__u64)victim_memcg, (__u64)owner);
+}
 
+SEC("tp_btf/mark_victim")
+int oom_mark_victim(__u64 *ctx)
+{
+	struct cause *c = get_cause();
+	struct oom_state *st = get_state();
+	struct task_struct *victim;
+	struct oom_stats *stats;
+	bool member, group;
+	struct oom_event *e;
+	struct scratch *s;
+	__u32 zero = 0;
+	__u64 size;
+
+	s = bpf_map_lookup_elem(&oom_scratch, &zero);
+	stats = bpf_map_lookup_elem(&oom_stats, &zero);
+	if (!s || !stats || !c || !st)
+		return 0;
+	if (*(volatile __u64 *)&st->generation != oom_generation) {
+		c->stage = CAUSE_NONE;
+		return 0;
+	}
+
+	e = begin_record(s, st);
+	victim = find_victim(ctx, e, c);
+	if (victim)
+		read_victim(e, victim);
+	if (recorded_before(e, &st->last_mark))
+		return 0;
+	stats->seen++;
+	if (c->killing_again && c->killing_tgid == e->victim.tgid) {
+		/* It has a mark of its own after all: the kill hit another of its threads. */
+		st->killed_again--;
+		c->killing_again = 0;
+	}
+
+	member = read_context(ctx, s, c, victim, stats);
+	group = read_cgroups(s, c, victim);
+	if (!group)
+		c->stage = CAUSE_NONE; /* nobody follows */
+	if (e->outcome == OOM_OUTCOME_KILLED && e->scope != OOM_SCOPE_UNKNOWN)
+		bind_incident(e, st, member, group);
+	else if (group && e->outcome != OOM_OUTCOME_EXITING)
+		st->groups++; /* the kernel may have counted it twice all the same */
+	for (__u32 role = 0; role < OOM_CG_ROLES; role++)
+		put_path(role);
 	put_fault(e);
+
 	size = OOM_HEADER_SIZE + s->used;
 	/* The verifier must see the bound on the register that the helper gets. */
 	barrier_var(size);
@@ -264,7 +284,7 @@ int oom_mark_victim(__u64 *ctx)
 		size = sizeof(*e);
 	e->size = size;
 	put_journal(e, st, size);
-	count(e, st, c->saw_kill);
+	count(e, st, c->kill_hooked);
 	notify(ctx, e->seq, stats);
 	return 0;
 }

@@ -219,7 +219,7 @@ _Static_assert(sizeof(struct oom_stats) == 32, "oom_stats");
 #define OOM_STATE_VERSION 1
 
 /* The first mark that a program records after a takeover may be the last one of the earlier program. */
-struct oom_told {
+struct oom_last_mark {
 	__u64 generation;
 	__u64 thread; /* pid_tgid of the trigger */
 	__u64 start_boottime_ns;
@@ -255,10 +255,10 @@ struct oom_state {
 	__u64 incident_thread; /* pid_tgid of the trigger that it is bound to */
 	__u32 incident_index;
 	__u32 pad;
-	struct oom_told told;
+	struct oom_last_mark last_mark;
 };
 
-_Static_assert(sizeof(struct oom_told) == 32, "oom_told");
+_Static_assert(sizeof(struct oom_last_mark) == 32, "oom_last_mark");
 _Static_assert(sizeof(struct oom_state) == 168, "oom_state");
 
 /*

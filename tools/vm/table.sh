@@ -23,6 +23,7 @@ done | awk -F'\t' '
 		return boot == "confined" ? "cgroup v2, with less than a pod should have" : boot == "faults" ? "cgroup v2, with wrong fields in the program" : \
 			boot == "numa" ? "cgroup v2, two NUMA nodes" : boot == "v1" ? "cgroup v1" : "cgroup v2"
 	}
+	function with_item(list, item) { return list == "" ? item : index(", " list ", ", ", " item ", ") ? list : list ", " item }
 	BEGIN { count = split("v2 confined faults v1 numa", boots, " "); split("fentry kprobe stack none", known, " ") }
 	$1 == "booted" { if (!($2 in release)) kernels[++k] = $2; release[$2] = $3; page[$2] = $4; from[$2] = $5 }
 	$1 == "verdict" { last[$3, $4] = $2; verdict[$3, $4] = $5; seconds[$3, $4] = $6; why[$3, $4] = $7 }
@@ -48,9 +49,10 @@ done | awk -F'\t' '
 			if (!((boot, scenario) in seen)) { seen[boot, scenario] = 1; scenarios[boot] = scenarios[boot] (scenarios[boot] ? ", " : "") scenario }
 			n[kernel, boot, tier, result]++
 			if (result != "ok") {
-				key = scenario ": " result (detail ? ": " detail : "")
-				if (!((boot, key) in where)) { order[boot, ++notes[boot]] = key; where[boot, key] = "" }
-				if (index(where[boot, key], kernel "/" tier) == 0) where[boot, key] = where[boot, key] (where[boot, key] ? ", " : "") kernel "/" tier
+				key = result (detail ? ": " detail : "")
+				if (!((boot, key) in where)) { order[boot, ++notes[boot]] = key; where[boot, key] = what[boot, key] = "" }
+				where[boot, key] = with_item(where[boot, key], kernel " " tier)
+				what[boot, key] = with_item(what[boot, key], scenario)
 			}
 		}
 		for (b = 1; b <= count; b++) {
@@ -74,7 +76,7 @@ done | awk -F'\t' '
 			if (scenarios[boot]) printf "\nScenarios: %s.\n", scenarios[boot]
 			head = ""
 			for (i = 1; i <= k; i++) if (((kernels[i], boot) in verdict) && verdict[kernels[i], boot] != "ok") { printf "%s- %s: %s: %s\n", head ? "" : "\n", kernels[i], verdict[kernels[i], boot], why[kernels[i], boot]; head = 1 }
-			for (i = 1; i <= notes[boot]; i++) { printf "%s- %s (%s)\n", head ? "" : "\n", order[boot, i], where[boot, order[boot, i]]; head = 1 }
+			for (i = 1; i <= notes[boot]; i++) { key = order[boot, i]; printf "%s- %s. Kernels and tiers: %s. Scenarios: %s.\n", head ? "" : "\n", key, where[boot, key], what[boot, key]; head = 1 }
 		}
 		head = "| tier |"; rule = "|---|"; any = 0
 		for (i = 1; i <= k; i++) for (j = 1; j in known; j++) if ((kernels[i], known[j]) in most) { head = head " " kernels[i] " |"; rule = rule "---|"; with[++any] = kernels[i]; break }

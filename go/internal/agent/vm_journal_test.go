@@ -132,7 +132,8 @@ func TestVMJournalVictim(t *testing.T) {
 }
 
 // TestVMJournalCounts: with hooks the kernel's count and ours are the same to the last kill, over a group of
-// processes of which the kernel counts the first one twice, and over a restart.
+// processes of which the kernel counts the first one twice, and over a restart. Where the hooks cannot be pinned (kprobes
+// before v5.15), a kill without a tracer leaves open whether the kernel counted one twice.
 func TestVMJournalCounts(t *testing.T) {
 	config := vmConfig(t, "auto")
 	first := vmTracer(t, config)
@@ -150,20 +151,24 @@ func TestVMJournalCounts(t *testing.T) {
 		until(t, "the kernel kills", func() bool { return oomtest.Kills(t, group) > before })
 		time.Sleep(time.Second)
 	}
-	exact := func() {
+	exact := func(bounds ...string) {
 		t.Helper()
-		for _, bound := range []string{"at_least", "at_most"} {
+		for _, bound := range bounds {
 			if n := metric(t, `oom_tracer_unseen_kills{bound="`+bound+`"}`); n != "0" {
 				t.Errorf("%s %s kills are unseen", bound, n)
 			}
 		}
 	}
+	pinned := !strings.Contains(first.log.String(), "cannot pin a hook")
 	kill("with-tracer")
-	exact()
+	exact("at_least", "at_most")
 	first.kill()
 	kill("without-tracer")
 	vmTracer(t, config)
-	exact()
+	exact("at_least")
+	if pinned {
+		exact("at_most")
+	}
 	for _, cause := range event.GapCauses() {
 		if cause == event.GapOtherNode { // no gap of kills
 			continue

@@ -34,15 +34,15 @@ type state struct {
 
 	LastKillBoottimeNS uint64 `abi:"last_kill_boottime_ns"`
 
-	IncidentBoottimeNS uint64 `abi:"incident_boottime_ns"`
-	IncidentThread     uint64 `abi:"incident_thread"`
-	IncidentIndex      uint32 `abi:"incident_index"`
-	Pad                uint32 `abi:"pad"`
-	Told               told   `abi:"told"`
+	IncidentBoottimeNS uint64   `abi:"incident_boottime_ns"`
+	IncidentThread     uint64   `abi:"incident_thread"`
+	IncidentIndex      uint32   `abi:"incident_index"`
+	Pad                uint32   `abi:"pad"`
+	LastMark           lastMark `abi:"last_mark"`
 }
 
-// told mirrors struct oom_told.
-type told struct {
+// lastMark mirrors struct oom_last_mark.
+type lastMark struct {
 	Generation      uint64 `abi:"generation"`
 	Thread          uint64 `abi:"thread"`
 	StartBoottimeNS uint64 `abi:"start_boottime_ns"`
@@ -314,7 +314,7 @@ func (a *acks) settle(acked, first, last uint64) uint64 {
 type Counts struct {
 	Head  uint64 // the last record's seq: how many there were
 	Acked uint64 // up to it all are settled
-	Lost  uint64 // records that were told as lost
+	Lost  uint64 // records that were reported as lost
 
 	Killed      uint64 // marks that were proved to be kills
 	Exiting     uint64 // marks that were proved to be none
