@@ -118,7 +118,7 @@ func writePatches(w, stderr io.Writer, rows []*row, _ time.Time) error {
 		}
 	}
 	if without := len(rows) - written; without > 0 || written == 0 {
-		fmt.Fprintf(stderr, "oom-tap: %d workloads have no patch; see oom-tap advise without --output\n", without)
+		fmt.Fprintf(stderr, "oom-tap: no patch for %d of %d workloads; see oom-tap advise without --output\n", without, len(rows))
 	}
 	return nil
 }

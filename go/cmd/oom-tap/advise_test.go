@@ -73,7 +73,7 @@ func TestPatches(t *testing.T) {
 	if status := cli.Run(t.Context(), commandLine("oom-tap"), []string{"advise", "--config", s.config, "-n", "shop", "-o", "patch"}, &stdout, &stderr); status != 0 {
 		t.Fatalf("status %d: %s", status, &stderr)
 	}
-	if want := "oom-tap: 1 workloads have no patch; see oom-tap advise without --output\n"; stderr.String() != want {
+	if want := "oom-tap: no patch for 1 of 7 workloads; see oom-tap advise without --output\n"; stderr.String() != want {
 		t.Errorf("stderr %q, want %q", &stderr, want)
 	}
 	docs := strings.Split(stdout.String(), "---\n")
