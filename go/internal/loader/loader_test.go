@@ -682,8 +682,9 @@ func TestAllNotified(t *testing.T) {
 			go func() {
 				done <- l.Run(ctx, Handler{
 					Record: func(seq uint64, _ []byte) bool {
-						if seq%8 == 0 { // some kills find it awake
-							time.Sleep(20 * time.Millisecond)
+						// Some kills find it awake.
+						for awake := time.Now(); seq%8 == 0 && l.Counts().Head == seq && time.Since(awake) < 2*time.Second; {
+							time.Sleep(time.Millisecond)
 						}
 						read.Store(seq)
 						return true
