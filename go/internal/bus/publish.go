@@ -54,16 +54,6 @@ type Hooks struct {
 	OnDrop func(m Msg, err error) *Msg
 }
 
-// Stats count since the publisher was made.
-type Stats struct {
-	Acked      uint64 // stored, Duplicates among them
-	Duplicates uint64 // of those, the ones that the stream already had
-	Retried    uint64 // failed attempts
-	Dropped    uint64 // given up, because they can never be stored
-	Refused    uint64 // ErrFull
-	Pending    int    // waiting or on their way
-}
-
 // Publisher publishes to JetStream, in order, and repeats what was not acknowledged until it is. Its
 // methods may be called from any goroutine.
 //
@@ -91,7 +81,7 @@ type Publisher struct {
 	stored   time.Time     // when a message was, last
 	patience time.Duration // refusedTime, but for tests
 
-	acked, duplicates, retried, dropped, refused atomic.Uint64
+	acked atomic.Uint64
 }
 
 // NewPublisher makes a publisher on which at most capacity messages (at least 1) wait. Nothing is
@@ -121,8 +111,8 @@ func NewPublisher(c *Conn, capacity int, hooks Hooks, log *slog.Logger) (*Publis
 	return p, nil
 }
 
-// Enqueue takes a message over. It never blocks. It fails with ErrFull, and counts, when the buffer is
-// full; with ErrClosed after Drain was called; and when m has no ID or no subject.
+// Enqueue takes a message over. It never blocks. It fails with ErrFull when the buffer is full; with ErrClosed after
+// Drain was called; and when m has no ID or no subject.
 func (p *Publisher) Enqueue(m Msg) error {
 	if m.ID == "" || m.Subject == "" {
 		return fmt.Errorf("enqueue message %q for subject %q: id and subject must not be empty", m.ID, m.Subject)
@@ -133,7 +123,6 @@ func (p *Publisher) Enqueue(m Msg) error {
 		return fmt.Errorf("enqueue message %s: publisher: %w", m.ID, ErrClosed)
 	}
 	if p.pending >= p.capacity {
-		p.refused.Add(1)
 		return fmt.Errorf("enqueue message %s: %w", m.ID, ErrFull)
 	}
 	p.queue = append(p.queue, &m)
@@ -157,17 +146,8 @@ func (p *Publisher) Pending() int {
 	return p.pending
 }
 
-// Stats returns the counters.
-func (p *Publisher) Stats() Stats {
-	return Stats{
-		Acked:      p.acked.Load(),
-		Duplicates: p.duplicates.Load(),
-		Retried:    p.retried.Load(),
-		Dropped:    p.dropped.Load(),
-		Refused:    p.refused.Load(),
-		Pending:    p.Pending(),
-	}
-}
+// Acked is how many messages the stream has stored since the publisher was made, or had before.
+func (p *Publisher) Acked() uint64 { return p.acked.Load() }
 
 // Failing is why the last attempt failed, and nil when it did not.
 func (p *Publisher) Failing() error {
@@ -242,22 +222,19 @@ func (p *Publisher) loop(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		p.note(err)
-		if err == nil {
+		if err == nil || progress {
 			failures = 0
+		}
+		if err == nil {
 			continue
 		}
-		if progress {
-			failures = 0
-		}
 		failures++
-		pause := time.NewTimer(backoff(failures))
 		select {
-		case <-pause.C:
+		case <-time.After(backoff(failures)):
 		case <-link.Done(): // the next connection deserves a fresh start
 			failures = 0
 		case <-ctx.Done():
 		}
-		pause.Stop()
 	}
 }
 
@@ -265,11 +242,8 @@ func (p *Publisher) loop(ctx context.Context) error {
 func (p *Publisher) batch() (batch []*Msg, finished bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.queue) == 0 {
-		return nil, p.closing
-	}
 	// A copy: forget writes to the queue, and Enqueue may move it.
-	return slices.Clone(p.queue[:min(len(p.queue), p.window)]), false
+	return slices.Clone(p.queue[:min(len(p.queue), p.window)]), p.closing && len(p.queue) == 0
 }
 
 // forget takes the settled ones of the first messages out of the queue.
@@ -326,15 +300,11 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 		settle(i)
 		p.stored = time.Now()
 		p.acked.Add(1)
-		if duplicate {
-			p.duplicates.Add(1)
-		}
 		if p.hooks.OnAck != nil {
 			p.hooks.OnAck(*batch[i], duplicate)
 		}
 	}
 	drop := func(i int, err error) {
-		p.dropped.Add(1)
 		p.log.Error("message dropped: nats can never store it", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
 		if p.hooks.OnDrop != nil {
 			if instead := p.hooks.OnDrop(*batch[i], err); instead != nil {
@@ -354,7 +324,6 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 			drop(i, fmt.Errorf("refused for %s: %w", p.patience, err))
 			return
 		}
-		p.retried.Add(1)
 		if failure == nil {
 			failure = fmt.Errorf("publish %s: %w", batch[i].Subject, err)
 		}
@@ -381,47 +350,49 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 		}
 		futures[i] = future
 	}
+	// await returns what the stream says of a message, or why it says nothing.
+	await := func(i int) (*jetstream.PubAck, error) {
+		for {
+			select { // what is already here goes before what is said of the subject
+			case stored := <-futures[i].Ok():
+				return stored, nil
+			default:
+			}
+			if err := denied[batch[i].Subject]; err != nil {
+				return nil, err
+			}
+			select {
+			case stored := <-futures[i].Ok():
+				return stored, nil
+			case err := <-futures[i].Err():
+				return nil, err
+			case d := <-denials:
+				denied[d.subject] = d.err
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+		}
+	}
 	for i, future := range futures {
 		if future == nil {
 			continue
 		}
-		for waiting := true; waiting; {
-			// What is already here goes before what is said of the subject.
-			select {
-			case stored := <-future.Ok():
-				ack(i, stored.Duplicate)
-				waiting = false
-				continue
-			default:
-			}
-			if err := denied[batch[i].Subject]; err != nil {
-				retry(i, err)
-				break
-			}
-			select {
-			case stored := <-future.Ok():
-				ack(i, stored.Duplicate)
-				waiting = false
-			case err := <-future.Err():
-				switch {
-				case batch[i].Once && taken(err):
-					ack(i, true)
-				case permanent(err):
-					drop(i, err)
-				case errors.Is(err, jetstream.ErrAsyncPublishTimeout) && p.conn.inboxDenied() != nil:
-					retry(i, fmt.Errorf("%w: acknowledgements cannot arrive: %w", err, p.conn.inboxDenied()))
-				case errors.Is(err, jetstream.ErrAsyncPublishTimeout):
-					late = true
-					retry(i, plain(err))
-				default:
-					retry(i, plain(err))
-				}
-				waiting = false
-			case d := <-denials:
-				denied[d.subject] = d.err
-			case <-ctx.Done():
-				return progress, failure
-			}
+		stored, err := await(i)
+		noReply := p.conn.inboxDenied()
+		switch {
+		case err == nil:
+			ack(i, stored.Duplicate)
+		case ctx.Err() != nil:
+			return progress, failure
+		case batch[i].Once && taken(err):
+			ack(i, true)
+		case permanent(err):
+			drop(i, err)
+		case errors.Is(err, jetstream.ErrAsyncPublishTimeout) && noReply != nil:
+			retry(i, fmt.Errorf("%w: acknowledgements cannot arrive: %w", err, noReply))
+		default:
+			late = late || errors.Is(err, jetstream.ErrAsyncPublishTimeout)
+			retry(i, plain(err))
 		}
 	}
 	return progress, failure

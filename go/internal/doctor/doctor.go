@@ -924,21 +924,21 @@ func (x *checker) nats(ctx context.Context) []Finding {
 }
 
 // jetstream says whether a server that is reached can store events.
-func (x *checker) jetstream(h bus.Health) Finding {
+func (x *checker) jetstream(enabled bool, err error) Finding {
 	const check = "jetstream"
 	switch {
-	case h.Stream:
+	case err == nil:
 		return ok(check, "enabled; the stream is there")
-	case errors.Is(h.Err, nats.ErrPermissionViolation):
+	case errors.Is(err, nats.ErrPermissionViolation):
 		return ok(check, "not known: this user may not ask, which is correct for a tracer; run oom-tap setup as the streams' owner to check")
-	case h.JetStream && x.cfg.NATS.URL == "":
-		return warn(check, fmt.Sprintf("enabled, but %v", h.Err), "restart the tracer: it makes the stream at its start")
-	case h.JetStream:
-		return warn(check, fmt.Sprintf("enabled, but %v", h.Err), "make the stream: oom-tap setup")
+	case enabled && x.cfg.NATS.URL == "":
+		return warn(check, fmt.Sprintf("enabled, but %v", err), "restart the tracer: it makes the stream at its start")
+	case enabled:
+		return warn(check, fmt.Sprintf("enabled, but %v", err), "make the stream: oom-tap setup")
 	case x.cfg.NATS.URL == "":
-		return warn(check, h.Err.Error(), "see the tracer's log: once its disk works it restarts its NATS by itself")
+		return warn(check, err.Error(), "see the tracer's log: once its disk works it restarts its NATS by itself")
 	default:
-		return warn(check, h.Err.Error(), "enable JetStream on the server, for this user's account; until then kills wait in the journal (kernel.journal_size)")
+		return warn(check, err.Error(), "enable JetStream on the server, for this user's account; until then kills wait in the journal (kernel.journal_size)")
 	}
 }
 

@@ -1005,7 +1005,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		})
 	}
 	t.Run("its JetStream has switched itself off", func(t *testing.T) {
-		f := newMachine(t).jetstream(bus.Health{Connected: true, Err: errors.New("check jetstream: not enabled")})
+		f := newMachine(t).jetstream(false, errors.New("check jetstream: not enabled"))
 		if f.Status != StatusWarn || f.Detail != "check jetstream: not enabled" || !strings.Contains(f.Remedy, "its disk works") {
 			t.Errorf("%+v", f)
 		}
