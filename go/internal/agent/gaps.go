@@ -2,9 +2,7 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"math"
 	"sync"
 	"time"
@@ -13,6 +11,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 // What is missing, and how that is known: from holes in the seqs, from the kernel's own count of kills,
@@ -43,11 +42,7 @@ func (t *tracer) begin() error {
 	counts, kernel, known := t.stable()
 	now, boottime := now()
 	booted := now.Add(-time.Duration(boottime)).UTC()
-	var before *savedState
-	lost := false
-	if t.state != nil {
-		before, lost = t.state.previous, t.state.lost
-	}
+	before, lost := t.state.previous, t.state.lost
 	sameBoot := before != nil && before.BootID == t.converter.Node.BootID
 
 	var gaps []event.Gap
@@ -188,7 +183,7 @@ func (t *tracer) complete(g *event.Gap) ackTag {
 func (t *tracer) dropped(tag ackTag) *bus.Msg {
 	g := seqGap(event.GapDropped, tag.first, 1)
 	tag = t.complete(&g)
-	m, err := message(&g, tag)
+	m, err := message(g.ID, &g, tag)
 	if err != nil {
 		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
 		t.ack(tag)
@@ -204,7 +199,7 @@ func (t *tracer) reportGap(g *event.Gap) {
 		return
 	}
 	t.metrics.gaps.WithLabelValues(string(g.Cause)).Inc()
-	t.lines.gap(g)
+	t.lines.print(g, func() string { return text.GapLine(g, false) })
 	args := []any{"cause", string(g.Cause), "id", g.ID}
 	if g.LastSeq > 0 {
 		args = append(args, "first_seq", g.FirstSeq, "last_seq", g.LastSeq)
@@ -220,25 +215,12 @@ func (t *tracer) reportGap(g *event.Gap) {
 	t.log.Warn("oom kills were not recorded (gap)", args...)
 }
 
-// message is a gap as it is published.
-func message(g *event.Gap, tag ackTag) (bus.Msg, error) {
-	subject, err := g.Subject()
-	if err != nil {
-		return bus.Msg{}, err
-	}
-	data, err := json.Marshal(g)
-	if err != nil {
-		return bus.Msg{}, fmt.Errorf("write %s as json: %w", g.ID, err)
-	}
-	return bus.Msg{ID: g.ID, Subject: subject, Data: data, Tag: tag}, nil
-}
-
 // publish hands a gap to the publisher. One that is in no journal is remembered until NATS has it.
 func (t *tracer) publish(g event.Gap, tag ackTag) error {
 	if tag.gap != "" {
 		t.state.add(g)
 	}
-	m, err := message(&g, tag)
+	m, err := message(g.ID, &g, tag)
 	if err == nil {
 		err = t.publisher.Enqueue(m)
 	}

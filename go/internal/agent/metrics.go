@@ -26,10 +26,13 @@ type metrics struct {
 	stateErrors prometheus.Counter
 
 	kernel    kernelSide
-	publisher interface{ Stats() bus.Stats }
-	conn      interface{ Connected() bool }
-	vmstat    procRoot
-	bounds    func(c loader.Counts, kernel uint64) (atLeast, atMost uint64)
+	publisher interface {
+		Pending() int
+		Acked() uint64
+	}
+	conn   interface{ Connected() bool }
+	vmstat procRoot
+	bounds func(c loader.Counts, kernel uint64) (atLeast, atMost uint64)
 }
 
 // kernelSide is what is shown of a loader.Loader.
@@ -161,12 +164,7 @@ func (m *metrics) observe(e *event.Event) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published, m.stateErrors} {
-		c.Describe(ch)
-	}
-	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, seqDesc, journalDesc, lostDesc, unseenDesc, connectedDesc, pendingDesc, ackedDesc} {
-		ch <- d
-	}
+	prometheus.DescribeByCollect(m, ch)
 }
 
 // Collect implements prometheus.Collector.
@@ -202,9 +200,8 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		connected = 1
 	}
 	ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, connected)
-	publish := m.publisher.Stats()
-	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(publish.Pending))
-	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(publish.Acked))
+	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(m.publisher.Pending()))
+	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(m.publisher.Acked()))
 }
 
 // unseen holds the program's counts against the kernel's. Between the kernel's count of a kill and the mark

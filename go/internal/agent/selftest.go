@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/procfs"
+
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
@@ -169,15 +171,9 @@ func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err e
 	var complaints strings.Builder
 	victim.Stderr = &complaints
 	victim.WaitDelay = time.Second
-	stdin, err := victim.StdinPipe()
-	if err != nil {
-		return nil, fmt.Errorf("start the victim: %w", err)
-	}
-	output, err := victim.StdoutPipe()
-	if err != nil {
-		return nil, fmt.Errorf("start the victim: %w", err)
-	}
-	if err := victim.Start(); err != nil {
+	stdin, inErr := victim.StdinPipe()
+	output, outErr := victim.StdoutPipe()
+	if err := errors.Join(inErr, outErr, victim.Start()); err != nil {
 		return nil, fmt.Errorf("start the victim: %w", err)
 	}
 	defer func() {
@@ -190,12 +186,13 @@ func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err e
 		return nil, fmt.Errorf("start the victim: it said %q: %w", line+complaints.String(), err)
 	}
 	pid := victim.Process.Pid
-	want := &expectation{
-		pid: pid, uid: uint32(os.Getuid()), cgroup: group.Path(), id: group.ID,
-		version: group.Version, limit: selftestLimit,
-	}
-	if want.comm, want.startTick, err = processStat(pid); err != nil {
+	stat, err := processStat(pid)
+	if err != nil {
 		return nil, err
+	}
+	want := &expectation{
+		pid: pid, comm: stat.Comm, uid: uint32(os.Getuid()), startTick: stat.Starttime, cgroup: group.Path(), id: group.ID,
+		version: group.Version, limit: selftestLimit,
 	}
 	if err := group.Add(pid); err != nil {
 		return nil, err
@@ -232,19 +229,13 @@ func lastOf(kills []kmsg.Kill, pid int) *kmsg.Kill {
 	return nil
 }
 
-// processStat reads a process's name and start time (proc_pid_stat(5), fields 2 and 22).
-func processStat(pid int) (comm string, start uint64, err error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+// processStat reads /proc/PID/stat.
+func processStat(pid int) (procfs.ProcStat, error) {
+	p, err := procfs.NewProc(pid)
 	if err != nil {
-		return "", 0, fmt.Errorf("read the victim's start: %w", err)
+		return procfs.ProcStat{}, err
 	}
-	open, end := strings.IndexByte(string(data), '('), strings.LastIndexByte(string(data), ')')
-	fields := strings.Fields(string(data[end+1:]))
-	if open < 0 || end < open || len(fields) < 20 {
-		return "", 0, fmt.Errorf("read the victim's start: %q", data)
-	}
-	start, err = strconv.ParseUint(fields[19], 10, 64)
-	return string(data[open+1 : end]), start, err
+	return p.Stat()
 }
 
 // awaitEvent waits for the victim's event on the stream.

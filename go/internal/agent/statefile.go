@@ -39,7 +39,7 @@ type savedState struct {
 // stateFile is the file that outlives tracers and boots (node.state_file). Neither a file that cannot be read nor one
 // that cannot be written stops the tracer: the first is a gap, the second is tried again.
 type stateFile struct {
-	path     string
+	path     string        // empty: nothing outlives a restart
 	previous *savedState   // what it held at the start; nil if there was none
 	lost     bool          // there was one, and it could not be used
 	changed  chan struct{} // holds a token when there may be something new to write
@@ -60,10 +60,10 @@ const maxState = 16 << 20
 
 // openStateFile reads the file. One that cannot be used is kept under another name.
 func openStateFile(path string, log *slog.Logger) *stateFile {
-	if path == "" {
-		return nil
-	}
 	s := &stateFile{path: path, changed: make(chan struct{}, 1)}
+	if path == "" {
+		return s
+	}
 	dir, err := statedir.Open(filepath.Dir(path))
 	if err == nil {
 		defer dir.Close()
@@ -72,8 +72,7 @@ func openStateFile(path string, log *slog.Logger) *stateFile {
 	if s.previous != nil {
 		s.held = s.previous.Held
 	}
-	switch {
-	case err == nil, errors.Is(err, fs.ErrNotExist):
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return s
 	}
 	s.lost = true
@@ -118,9 +117,6 @@ func (s *stateFile) write(state savedState) error {
 
 // touch has the file written soon.
 func (s *stateFile) touch() {
-	if s == nil {
-		return
-	}
 	select {
 	case s.changed <- struct{}{}:
 	default:
@@ -129,7 +125,7 @@ func (s *stateFile) touch() {
 
 // add keeps a gap until it is published.
 func (s *stateFile) add(g event.Gap) {
-	if s == nil {
+	if s.path == "" {
 		return
 	}
 	defer s.touch()
@@ -140,9 +136,6 @@ func (s *stateFile) add(g event.Gap) {
 
 // remove lets go of a gap.
 func (s *stateFile) remove(id string) {
-	if s == nil {
-		return
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := len(s.unpublished)
@@ -152,9 +145,6 @@ func (s *stateFile) remove(id string) {
 
 // expire has the file written, although nothing was recorded.
 func (s *stateFile) expire() {
-	if s == nil {
-		return
-	}
 	defer s.touch()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,9 +153,6 @@ func (s *stateFile) expire() {
 
 // empty reports whether there is no gap that has to be published yet.
 func (s *stateFile) empty() bool {
-	if s == nil {
-		return true
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.unpublished) == 0
@@ -219,7 +206,7 @@ const (
 // save writes the file. After a failed write it is quiet until one succeeds.
 func (t *tracer) save(ctx context.Context, clean bool) {
 	s := t.state
-	if s == nil || ctx.Err() != nil {
+	if s.path == "" || ctx.Err() != nil {
 		return
 	}
 	s.writing.Lock()
@@ -254,7 +241,7 @@ func (s *stateFile) due() bool {
 
 // keepState keeps the file up to date until ctx ends. Between kills it sleeps.
 func (t *tracer) keepState(ctx context.Context) {
-	if t.state == nil {
+	if t.state.path == "" {
 		return
 	}
 	for {

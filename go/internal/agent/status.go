@@ -2,12 +2,10 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -45,18 +43,12 @@ func (t *tracer) report(ctx context.Context) {
 
 func (t *tracer) publishStatus(ctx context.Context, phase event.Phase) error {
 	s := t.status(phase)
-	subject, err := s.Subject()
+	m, err := message(s.ID, &s, ackTag{})
 	if err != nil {
 		return err
 	}
-	data, err := json.Marshal(&s)
-	if err != nil {
-		return fmt.Errorf("write the node's status as json: %w", err)
-	}
-	_, err = t.conn.JetStream().PublishMsg(ctx, &nats.Msg{Subject: subject, Data: data},
-		jetstream.WithMsgID(s.ID), jetstream.WithRetryAttempts(0))
-	if err != nil {
-		return fmt.Errorf("publish %s: %w", subject, err)
+	if _, err := t.conn.JetStream().Publish(ctx, m.Subject, m.Data, jetstream.WithMsgID(m.ID), jetstream.WithRetryAttempts(0)); err != nil {
+		return fmt.Errorf("publish %s: %w", m.Subject, err)
 	}
 	return nil
 }
