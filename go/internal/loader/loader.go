@@ -102,10 +102,10 @@ type Loader struct {
 	opened    time.Time
 	idleTime  time.Duration
 	stuckTime time.Duration
-	closeOnce sync.Once
 
 	mu          sync.Mutex // guards what follows, and the memory against Close
 	module      *libbpfgo.Module
+	maps        map[string]*libbpfgo.BPFMap
 	state       *state // nil after Close
 	stateMemory []byte
 	waiting     []byte     // oom_waiting
@@ -245,25 +245,26 @@ const (
 // Run hands everything to h that was not settled before, in the order of seq, until ctx ends; then it
 // detaches the program, unless it is pinned, reads what is left and returns.
 func (l *Loader) Run(ctx context.Context, h Handler) error {
+	// refused is set before: Resume may be called while the handler refuses.
+	handOver := func(taken func() bool) bool {
+		l.refused.Store(true)
+		if !taken() {
+			return false
+		}
+		l.refused.Store(false)
+		return true
+	}
 	r := reader{
 		next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
 		stored: l.stored,
-		// refused is set before: Resume may be called while the handler refuses.
 		record: func(seq uint64, record []byte) bool {
 			waitForVictim(record)
-			l.refused.Store(true)
-			taken := h.Record(seq, record)
-			if taken {
-				l.refused.Store(false)
-			}
-			return taken
+			return handOver(func() bool { return h.Record(seq, record) })
 		},
 		lost: func(first, last uint64) bool {
-			l.refused.Store(true)
-			if !h.Lost(first, last) {
+			if !handOver(func() bool { return h.Lost(first, last) }) {
 				return false
 			}
-			l.refused.Store(false)
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			atomic.AddUint64(&l.state.Lost, last-first+1)
@@ -355,27 +356,21 @@ func (l *Loader) Stats() (Stats, error) {
 }
 
 func (l *Loader) stats() (Stats, error) {
-	m, err := l.module.GetMap(statsMap)
-	if err != nil {
-		return Stats{}, fmt.Errorf("find map %s: %w", statsMap, err)
-	}
 	var key uint32
-	values, err := m.GetValue(unsafe.Pointer(&key))
+	values, err := l.maps[statsMap].GetValue(unsafe.Pointer(&key))
 	if err != nil {
 		return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
 	}
+	cpus := make([]Stats, len(values)/binary.Size(Stats{}))
+	if _, err := binary.Decode(values, binary.NativeEndian, cpus); err != nil {
+		return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
+	}
 	var sum Stats
-	size := binary.Size(sum)
-	for len(values) >= size {
-		var cpu Stats
-		if _, err := binary.Decode(values, binary.NativeEndian, &cpu); err != nil {
-			return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
-		}
+	for _, cpu := range cpus {
 		sum.Seen += cpu.Seen
 		sum.Sent += cpu.Sent
 		sum.Refused += cpu.Refused
 		sum.Unwound += cpu.Unwound
-		values = values[size:]
 	}
 	return sum, nil
 }
@@ -399,30 +394,31 @@ func (l *Loader) Alive(context.Context) error {
 	return nil
 }
 
-// Close detaches and unloads the program, unless it is pinned. Run must have returned.
+// Close detaches and unloads the program, unless it is pinned. Run must have returned. It may be called more than once.
 func (l *Loader) Close() {
-	l.closeOnce.Do(func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		if final, err := l.stats(); err == nil {
-			l.final = final
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.module == nil {
+		return
+	}
+	if final, err := l.stats(); err == nil {
+		l.final = final
+	}
+	l.finalCounts = l.state.counts()
+	for _, link := range slices.Backward(l.links) {
+		// What is kept goes with the process. Of the others this closes the descriptor: the
+		// pins hold them, where there are any.
+		if !link.kept {
+			_ = link.Destroy()
 		}
-		l.finalCounts = l.state.counts()
-		for _, link := range slices.Backward(l.links) {
-			// What is kept goes with the process. Of the others this closes the descriptor: the
-			// pins hold them, where there are any.
-			if !link.kept {
-				_ = link.Destroy()
-			}
-		}
-		l.unmap()
-		l.notifier.close()
-		l.module.Close()
-		l.module = nil
-		if l.pins != nil {
-			l.pins.close()
-		}
-	})
+	}
+	l.unmap()
+	l.notifier.close()
+	l.module.Close()
+	l.module = nil
+	if l.pins != nil {
+		l.pins.close()
+	}
 }
 
 func (l *Loader) unmap() {
