@@ -45,7 +45,7 @@ type tracer struct {
 	http       *obs.Server
 	lines      *printer
 	neighbours *neighbourReader
-	vmstat     procRoot
+	vmstat     string // /proc, or what stands for it in a test: where the kernel's own count is read
 	state      *stateFile
 	base       atomic.Pointer[uint64] // the kernel base, until it is set
 	reconciled reconciled
@@ -127,7 +127,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	}
 	t.stream = cfg.NATS.Stream
 	if t.server != nil && !embedded.DiskTrouble(t.server.Ready()) {
-		err := t.ensureStreams(ctx)
+		err := bus.EnsureStreams(ctx, t.conn, t.stream)
 		if embedded.DiskTrouble(err) || t.server.Ready() != nil {
 			log.Warn("cannot make the streams, will retry: kills wait in the journal", "error", err)
 			t.server.Suspect()
@@ -140,14 +140,14 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if t.publisher, err = bus.NewPublisher(t.conn, bus.Window, t.hooks(), log); err != nil {
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
-	t.metrics.watch(t.loader, t.publisher, t.conn, t.vmstat, &t.reconciled)
+	t.metrics.kernel, t.metrics.publisher, t.metrics.conn, t.metrics.vmstat, t.metrics.bounds = t.loader, t.publisher, t.conn, t.vmstat, t.reconciled.bounds
 	t.neighbours = newNeighbourReader(cfg.Node, t.metrics.neighbours, log)
 	if err := t.begin(); err != nil {
 		return nil, err
 	}
 
 	registry := obs.NewRegistry("oom-tracer")
-	registry.MustRegister(t.metrics, obs.NewOOMKillCollector(string(t.vmstat)))
+	registry.MustRegister(t.metrics, obs.NewOOMKillCollector(t.vmstat))
 	t.http, err = obs.Listen(cfg.Metrics.Listen, registry, obs.Checks{
 		Health: map[string]obs.Check{"reader": t.loader.Alive, "jetstream": t.natsHealthy},
 		Ready: map[string]obs.Check{
@@ -168,14 +168,9 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	return t, nil
 }
 
-// ensureStreams makes the streams of the embedded server.
-func (t *tracer) ensureStreams(ctx context.Context) error {
-	return bus.EnsureStreams(ctx, t.conn, t.stream)
-}
-
 // storeStarted makes the streams of an embedded server that was started anew, and has its store checked.
 func (t *tracer) storeStarted(ctx context.Context) error {
-	if err := t.ensureStreams(ctx); err != nil {
+	if err := bus.EnsureStreams(ctx, t.conn, t.stream); err != nil {
 		return err
 	}
 	t.state.expire()

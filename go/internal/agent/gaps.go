@@ -17,20 +17,17 @@ import (
 // What is missing, and how that is known: from holes in the seqs, from the kernel's own count of kills,
 // and, over restarts and reboots, from the state file.
 
-// procRoot is /proc, or what stands for it in a test: where the kernel's own count is read.
-type procRoot string
-
 // stable reads the program's counts and the kernel's own at one moment: the kernel counts a kill some
 // microseconds before it marks the victim. known is false where the kernel does not count.
 func (t *tracer) stable() (counts loader.Counts, kernel uint64, known bool) {
 	for range 100 {
 		counts = t.loader.Counts()
-		before, err := obs.KernelOOMKills(string(t.vmstat))
+		before, err := obs.KernelOOMKills(t.vmstat)
 		if err != nil {
 			return counts, 0, false
 		}
 		time.Sleep(2 * time.Millisecond)
-		if kernel, err = obs.KernelOOMKills(string(t.vmstat)); err == nil && kernel == before && t.loader.Counts() == counts {
+		if kernel, err = obs.KernelOOMKills(t.vmstat); err == nil && kernel == before && t.loader.Counts() == counts {
 			break
 		}
 	}
@@ -75,17 +72,19 @@ func (t *tracer) begin() error {
 			}
 			exact = known && missed == unread
 		}
+		found := true
 		switch {
 		case !known && sameBoot: // nothing proves that there was none
-			gaps = append(gaps, g)
 		case known && missed > 0 && exact:
 			g.Count = &missed
-			gaps = append(gaps, g)
 		case known && missed > 0:
 			g.CountMax = &missed
-			gaps = append(gaps, g)
 		case unread > 0: // marks that the kernel does not count, or a kernel that does not
 			g.CountMax = &unread
+		default:
+			found = false
+		}
+		if found {
 			gaps = append(gaps, g)
 		}
 	}
@@ -119,8 +118,7 @@ func (t *tracer) begin() error {
 	// With the base, the next start does not look for what was missed before this one. So it waits until that is in
 	// the file, or on NATS where the file cannot be written.
 	if fresh {
-		base := kernel - min(kernel, counts.Killed+counts.KilledAgain)
-		t.base.Store(&base)
+		t.base.Store(new(kernel - min(kernel, counts.Killed+counts.KilledAgain)))
 	}
 	t.save(context.Background(), false)
 	if t.state.empty() {
@@ -232,9 +230,7 @@ func (t *tracer) publish(g event.Gap, tag ackTag) error {
 
 // lost reports records that were overwritten before they were read.
 func (t *tracer) lost(first, last uint64) bool {
-	count := last - first + 1
-	since := t.lastRecord.UTC()
-	return t.gap(event.Gap{Cause: event.GapWrapped, Since: &since, FirstSeq: first, LastSeq: last, Count: &count})
+	return t.gap(event.Gap{Cause: event.GapWrapped, Since: new(t.lastRecord.UTC()), FirstSeq: first, LastSeq: last, Count: new(last - first + 1)})
 }
 
 // unseen reports kills that the kernel counted and the program did not see, once.

@@ -6,7 +6,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
@@ -31,7 +30,7 @@ type metrics struct {
 		Acked() uint64
 	}
 	conn   interface{ Connected() bool }
-	vmstat procRoot
+	vmstat string // see tracer
 	bounds func(c loader.Counts, kernel uint64) (atLeast, atMost uint64)
 }
 
@@ -63,27 +62,18 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc(prometheus.BuildFQName("", subsystem, name), help, labels, nil)
 }
 
+func counter(name, help string, labels ...string) *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Subsystem: subsystem, Name: name, Help: help}, labels)
+}
+
 func newMetrics() *metrics {
 	m := &metrics{
-		events: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "events_total",
-			Help: "Number of records of the kernel tracer by stage and reason.",
-		}, []string{"stage", "reason"}),
-		kills: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "kills_total",
-			Help: "Number of OOM kills observed by the kernel tracer, by scope and by the level of the limit that was hit.",
-		}, []string{"scope", "level"}),
-		gaps: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "gaps_total",
-			Help: "Number of gap events by cause.",
-		}, []string{"cause"}),
-		neighbours: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "neighbours_total",
-			Help: "Number of OOM kills beyond one pod by what became of the memory usage of the node's pods: read, skipped (read moments before, or the kill is old) or failed.",
-		}, []string{"result"}),
+		events:     counter("events_total", "Number of records of the kernel tracer by stage and reason.", "stage", "reason"),
+		kills:      counter("kills_total", "Number of OOM kills observed by the kernel tracer, by scope and by the level of the limit that was hit.", "scope", "level"),
+		gaps:       counter("gaps_total", "Number of gap events by cause.", "cause"),
+		neighbours: counter("neighbours_total", "Number of OOM kills beyond one pod by what became of the memory usage of the node's pods: read, skipped (read moments before, or the kill is old) or failed.", "result"),
 		stateErrors: prometheus.NewCounter(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "state_file_errors_total",
-			Help: "Number of failed writes of the state file.",
+			Subsystem: subsystem, Name: "state_file_errors_total", Help: "Number of failed writes of the state file.",
 		}),
 		published: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Subsystem: subsystem, Name: "publish_latency_seconds",
@@ -135,11 +125,6 @@ func levels(scope event.Scope) []string {
 		return all
 	}
 	return []string{unknownLevel}
-}
-
-// watch names what is read at the scrape.
-func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn, vmstat procRoot, r *reconciled) {
-	m.kernel, m.publisher, m.conn, m.vmstat, m.bounds = l, p, c, vmstat, r.bounds
 }
 
 // observe counts an event that was read.
@@ -195,10 +180,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atLeast), "at_least")
 		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atMost), "at_most")
 	}
-	connected := 0.0
-	if m.conn.Connected() {
-		connected = 1
-	}
+	connected := map[bool]float64{true: 1}[m.conn.Connected()]
 	ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, connected)
 	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(m.publisher.Pending()))
 	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(m.publisher.Acked()))
@@ -208,7 +190,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 // of its victim there are some microseconds: what is left over is looked at again.
 func (m *metrics) unseen(counts loader.Counts) (atLeast, atMost uint64, err error) {
 	for range 3 {
-		kernel, err := obs.KernelOOMKills(string(m.vmstat))
+		kernel, err := obs.KernelOOMKills(m.vmstat)
 		if err != nil {
 			return 0, 0, err
 		}

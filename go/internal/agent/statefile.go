@@ -46,7 +46,6 @@ type stateFile struct {
 
 	writing sync.Mutex // what is newer is written later; guards what follows
 	retries int        // failed writes in a row
-	next    time.Time  // of the next try, after a failed one
 
 	mu          sync.Mutex // guards what follows
 	last        loader.Counts
@@ -101,7 +100,6 @@ func readState(dir *statedir.Dir, name string) (*savedState, error) {
 	return &state, nil
 }
 
-// write replaces the file.
 func (s *stateFile) write(state savedState) error {
 	data, err := json.Marshal(state)
 	if err != nil {
@@ -187,8 +185,7 @@ func (t *tracer) savedState(clean bool) savedState {
 	}
 	if known {
 		atLeast, _ := t.reconciled.bounds(counts, kernel)
-		explained := kernel - min(kernel, atLeast)
-		state.Kernel = &explained
+		state.Kernel = new(kernel - min(kernel, atLeast))
 	}
 	t.state.mu.Lock()
 	defer t.state.mu.Unlock()
@@ -203,11 +200,11 @@ const (
 	maxRetryTime = time.Minute
 )
 
-// save writes the file. After a failed write it is quiet until one succeeds.
-func (t *tracer) save(ctx context.Context, clean bool) {
+// save writes the file, and reports whether it did. After a failed write it is quiet until one succeeds.
+func (t *tracer) save(ctx context.Context, clean bool) bool {
 	s := t.state
 	if s.path == "" || ctx.Err() != nil {
-		return
+		return false
 	}
 	s.writing.Lock()
 	defer s.writing.Unlock()
@@ -221,22 +218,15 @@ func (t *tracer) save(ctx context.Context, clean bool) {
 		if s.retries == 0 {
 			t.log.Warn("cannot write state file, will retry: a restart or a reboot now may leave kills unreported", "error", err)
 		}
-		s.next = time.Now().Add(min(saveTime<<min(s.retries, 10), maxRetryTime))
 		s.retries++
-		return
+		return false
 	}
 	if s.retries > 0 {
 		t.log.Info("state file can be written again", "path", s.path, "failed_writes", s.retries)
 	}
-	s.retries, s.next = 0, time.Time{}
+	s.retries = 0
 	t.startBase()
-}
-
-// due reports whether a failed write need not wait any longer.
-func (s *stateFile) due() bool {
-	s.writing.Lock()
-	defer s.writing.Unlock()
-	return time.Now().After(s.next)
+	return true
 }
 
 // keepState keeps the file up to date until ctx ends. Between kills it sleeps.
@@ -250,14 +240,15 @@ func (t *tracer) keepState(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		for t.state.outdated(t.loader.Counts()) {
+		// A storm is written once a second.
+		for pause := saveTime; t.state.outdated(t.loader.Counts()); {
 			select {
-			case <-time.After(saveTime): // a storm is written once a second
+			case <-time.After(pause):
 			case <-ctx.Done():
 				return
 			}
-			if t.state.due() {
-				t.save(ctx, false)
+			if pause = min(2*pause, maxRetryTime); t.save(ctx, false) {
+				pause = saveTime
 			}
 		}
 	}

@@ -66,16 +66,14 @@ func (t *tracer) status(phase event.Phase) event.NodeStatus {
 	s.ID = fmt.Sprintf("%s-status-%d", s.Node.BootID, boottime)
 	s.Node.Tier = string(t.loader.Tier())
 	if phase != event.PhaseStop {
-		due := s.Time.Add(t.interval + t.interval/10)
-		s.Due = &due
+		s.Due = new(s.Time.Add(t.interval + t.interval/10))
 	}
 	if known {
 		atLeast, atMost := t.reconciled.bounds(counts, kernel)
 		s.Unseen = &event.Bounds{AtLeast: atLeast, AtMost: atMost}
 	}
 	if counts.LastKillNS > 0 {
-		last := at(counts.LastKillNS)
-		s.LastKill = &last
+		s.LastKill = new(at(counts.LastKillNS))
 	}
 	return s
 }

@@ -111,31 +111,26 @@ func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) 
 	c.server = strings.Join(servers, ",")
 
 	// nats.Connect knows no context. A connection that comes too late is closed again.
-	type result struct {
-		nc  *nats.Conn
-		err error
-	}
-	got := make(chan result, 1)
+	tried := make(chan error, 1)
 	go func() {
-		nc, err := nats.Connect(c.server, options...)
-		got <- result{nc, err}
+		var err error
+		c.nc, err = nats.Connect(c.server, options...)
+		tried <- err
 	}()
-	var r result
 	select {
-	case r = <-got:
+	case err = <-tried:
 	case <-ctx.Done():
 		c.closing.Store(true)
 		go func() {
-			if r := <-got; r.nc != nil {
-				r.nc.Close()
+			if <-tried == nil {
+				c.nc.Close()
 			}
 		}()
 		return nil, fmt.Errorf("connect to nats at %s: %w", c.server, context.Cause(ctx))
 	}
-	if r.err != nil {
-		return nil, fmt.Errorf("connect to nats at %s: %w%s", c.server, r.err, hint(r.err, cfg))
+	if err != nil {
+		return nil, fmt.Errorf("connect to nats at %s: %w%s", c.server, err, hint(err, cfg))
 	}
-	c.nc = r.nc
 	c.js, err = jetstream.New(c.nc)
 	if err == nil && !o.Background {
 		// The callback that notes the new link runs on a goroutine of its own.

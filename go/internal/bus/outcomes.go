@@ -25,14 +25,12 @@ const (
 //
 // It requests one message at a time and has no consumer: NATS permissions cannot tell apart consumers whose names are not known
 // beforehand, because the name is one token of a subject. Who may pull from one of them may pull from all.
-func (c *Conn) Outcomes(ctx context.Context, since time.Time, each func(Stored) error) error {
-	if err := c.outcomes(ctx, since, each); err != nil {
-		return fmt.Errorf("read the outcomes: %w", err)
-	}
-	return nil
-}
-
-func (c *Conn) outcomes(ctx context.Context, since time.Time, each func(Stored) error) error {
+func (c *Conn) Outcomes(ctx context.Context, since time.Time, each func(Stored) error) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("read the outcomes: %w", err)
+		}
+	}()
 	last, err := c.get(ctx, map[string]any{"last_by_subj": outcomeSubjects})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil

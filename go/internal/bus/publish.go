@@ -41,6 +41,7 @@ type Msg struct {
 	Expires time.Time
 
 	refused time.Time // since when it is
+	settled bool      // stored or given up
 }
 
 // Hooks are called by the goroutine that runs Run or Drain, one at a time. They hold up publishing for as
@@ -242,28 +243,18 @@ func (p *Publisher) loop(ctx context.Context) error {
 func (p *Publisher) batch() (batch []*Msg, finished bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	// A copy: forget writes to the queue, and Enqueue may move it.
+	// A copy: round writes to the queue, and Enqueue may move it.
 	return slices.Clone(p.queue[:min(len(p.queue), p.window)]), p.closing && len(p.queue) == 0
-}
-
-// forget takes the settled ones of the first messages out of the queue.
-func (p *Publisher) forget(settled []bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	i := -1
-	p.queue = slices.DeleteFunc(p.queue, func(*Msg) bool {
-		i++
-		return i < len(settled) && settled[i]
-	})
 }
 
 // round publishes a batch and waits for what becomes of each message. It returns whether any message left
 // the queue, and the first failure that calls for another attempt.
 func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, failure error) {
-	settled := make([]bool, len(batch))
 	late := false
 	defer func() {
-		p.forget(settled)
+		p.mu.Lock()
+		p.queue = slices.DeleteFunc(p.queue, func(m *Msg) bool { return m.settled })
+		p.mu.Unlock()
 		// A server that cannot keep up must not be sent again what it has not come to.
 		if late {
 			p.window = max(1, p.window/2)
@@ -290,45 +281,44 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 	denied := map[string]error{}
 
 	// settle makes room at once: a slow one in the same round must not cost others their place.
-	settle := func(i int) {
-		settled[i], progress = true, true
+	settle := func(m *Msg) {
+		m.settled, progress = true, true
 		p.mu.Lock()
 		p.pending--
 		p.mu.Unlock()
 	}
-	ack := func(i int, duplicate bool) {
-		settle(i)
+	ack := func(m *Msg, duplicate bool) {
+		settle(m)
 		p.stored = time.Now()
 		p.acked.Add(1)
 		if p.hooks.OnAck != nil {
-			p.hooks.OnAck(*batch[i], duplicate)
+			p.hooks.OnAck(*m, duplicate)
 		}
 	}
-	drop := func(i int, err error) {
-		p.log.Error("message dropped: nats can never store it", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
+	drop := func(m *Msg, err error) {
+		p.log.Error("message dropped: nats can never store it", "id", m.ID, "subject", m.Subject, "bytes", len(m.Data), "error", err)
 		if p.hooks.OnDrop != nil {
-			if instead := p.hooks.OnDrop(*batch[i], err); instead != nil {
-				*batch[i], progress = *instead, true
+			if instead := p.hooks.OnDrop(*m, err); instead != nil {
+				*m, progress = *instead, true
 				return
 			}
 		}
-		settle(i)
+		settle(m)
 	}
-
-	retry := func(i int, err error) {
-		if e := batch[i].Expires; !e.IsZero() && time.Now().After(e) && !errors.Is(err, ErrDisconnected) {
-			drop(i, fmt.Errorf("expired: %w", err))
+	retry := func(m *Msg, err error) {
+		if !m.Expires.IsZero() && time.Now().After(m.Expires) && !errors.Is(err, ErrDisconnected) {
+			drop(m, fmt.Errorf("expired: %w", err))
 			return
 		}
-		if p.hopeless(batch[i], err) {
-			drop(i, fmt.Errorf("refused for %s: %w", p.patience, err))
+		if p.hopeless(m, err) {
+			drop(m, fmt.Errorf("refused for %s: %w", p.patience, err))
 			return
 		}
 		if failure == nil {
-			failure = fmt.Errorf("publish %s: %w", batch[i].Subject, err)
+			failure = fmt.Errorf("publish %s: %w", m.Subject, err)
 		}
 		if p.hooks.OnRetry != nil {
-			p.hooks.OnRetry(*batch[i], err)
+			p.hooks.OnRetry(*m, err)
 		}
 	}
 
@@ -340,31 +330,31 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 		}
 		future, err := p.js.PublishMsgAsync(&nats.Msg{Subject: m.Subject, Data: m.Data}, options...)
 		if err != nil && permanent(err) {
-			drop(i, err)
+			drop(m, err)
 			continue
 		}
 		if err != nil {
 			// The rest would fail alike, or, worse, overtake this one.
-			retry(i, plain(err))
+			retry(m, plain(err))
 			break
 		}
 		futures[i] = future
 	}
 	// await returns what the stream says of a message, or why it says nothing.
-	await := func(i int) (*jetstream.PubAck, error) {
+	await := func(m *Msg, future jetstream.PubAckFuture) (*jetstream.PubAck, error) {
 		for {
 			select { // what is already here goes before what is said of the subject
-			case stored := <-futures[i].Ok():
+			case stored := <-future.Ok():
 				return stored, nil
 			default:
 			}
-			if err := denied[batch[i].Subject]; err != nil {
+			if err := denied[m.Subject]; err != nil {
 				return nil, err
 			}
 			select {
-			case stored := <-futures[i].Ok():
+			case stored := <-future.Ok():
 				return stored, nil
-			case err := <-futures[i].Err():
+			case err := <-future.Err():
 				return nil, err
 			case d := <-denials:
 				denied[d.subject] = d.err
@@ -373,26 +363,26 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 			}
 		}
 	}
-	for i, future := range futures {
-		if future == nil {
+	for i, m := range batch {
+		if futures[i] == nil {
 			continue
 		}
-		stored, err := await(i)
+		stored, err := await(m, futures[i])
 		noReply := p.conn.inboxDenied()
 		switch {
 		case err == nil:
-			ack(i, stored.Duplicate)
+			ack(m, stored.Duplicate)
 		case ctx.Err() != nil:
 			return progress, failure
-		case batch[i].Once && taken(err):
-			ack(i, true)
+		case m.Once && taken(err):
+			ack(m, true)
 		case permanent(err):
-			drop(i, err)
+			drop(m, err)
 		case errors.Is(err, jetstream.ErrAsyncPublishTimeout) && noReply != nil:
-			retry(i, fmt.Errorf("%w: acknowledgements cannot arrive: %w", err, noReply))
+			retry(m, fmt.Errorf("%w: acknowledgements cannot arrive: %w", err, noReply))
 		default:
 			late = late || errors.Is(err, jetstream.ErrAsyncPublishTimeout)
-			retry(i, plain(err))
+			retry(m, plain(err))
 		}
 	}
 	return progress, failure
@@ -416,18 +406,15 @@ func (p *Publisher) hopeless(m *Msg, err error) bool {
 // the connection's own news.
 func (p *Publisher) note(err error) {
 	p.mu.Lock()
-	before := p.failing
-	p.failing = err
-	complained := p.complained
+	before, complained := p.failing, p.complained
 	complain := err != nil && !errors.Is(err, ErrDisconnected) && (before == nil || before.Error() != err.Error())
-	p.complained = err != nil && (complained || complain)
-	pending := p.pending
+	p.failing, p.complained = err, err != nil && (complained || complain)
 	p.mu.Unlock()
 	switch {
 	case complain:
-		p.log.Warn("cannot publish, will retry", "pending", pending, "error", err)
+		p.log.Warn("cannot publish, will retry", "pending", p.Pending(), "error", err)
 	case err == nil && complained:
-		p.log.Info("publishing works again", "pending", pending)
+		p.log.Info("publishing works again", "pending", p.Pending())
 	}
 }
 
@@ -452,15 +439,7 @@ func permanent(err error) bool {
 		return true
 	}
 	var api *jetstream.APIError
-	if !errors.As(err, &api) {
-		return false
-	}
-	switch api.ErrorCode {
-	case codeHeaderExceedsLimit:
-		return true
-	case codeStoreFailed:
+	return errors.As(err, &api) && (api.ErrorCode == codeHeaderExceedsLimit ||
 		// "maximum bytes exceeded", "no space left on device" and their like pass.
-		return strings.Contains(api.Description, "message too large")
-	}
-	return false
+		api.ErrorCode == codeStoreFailed && strings.Contains(api.Description, "message too large"))
 }
