@@ -34,23 +34,20 @@ const (
 
 // tracer is the pipeline: loader -> wire -> bus.
 type tracer struct {
+	cfg        config.Config
 	log        *slog.Logger
 	loader     *loader.Loader
 	converter  wire.Converter
 	server     *embedded.Server // nil with an external NATS
-	stream     config.Stream    // of the embedded one
 	conn       *bus.Conn
 	publisher  *bus.Publisher
 	metrics    *metrics
 	http       *obs.Server
 	lines      *printer
 	neighbours *neighbourReader
-	vmstat     string // /proc, or what stands for it in a test: where the kernel's own count is read
 	state      *stateFile
 	base       atomic.Pointer[uint64] // the kernel base, until it is set
 	reconciled reconciled
-	interval   time.Duration
-	version    string
 	lastRecord time.Time // when the last record was handed over
 }
 
@@ -85,10 +82,8 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		return nil, err
 	}
 	t := &tracer{
-		log:      log,
-		vmstat:   "/proc",
-		interval: cfg.Node.StatusInterval,
-		version:  obs.Version().Version,
+		cfg: cfg,
+		log: log,
 		converter: wire.Converter{
 			Node:       self,
 			CgroupRoot: cfg.Node.CgroupRoot,
@@ -125,9 +120,8 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if err != nil {
 		return nil, err
 	}
-	t.stream = cfg.NATS.Stream
 	if t.server != nil && !embedded.DiskTrouble(t.server.Ready()) {
-		err := bus.EnsureStreams(ctx, t.conn, t.stream)
+		err := bus.EnsureStreams(ctx, t.conn, t.cfg.NATS.Stream)
 		if embedded.DiskTrouble(err) || t.server.Ready() != nil {
 			log.Warn("cannot make the streams, will retry: kills wait in the journal", "error", err)
 			t.server.Suspect()
@@ -140,14 +134,21 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if t.publisher, err = bus.NewPublisher(t.conn, bus.Window, t.hooks(), log); err != nil {
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
-	t.metrics.kernel, t.metrics.publisher, t.metrics.conn, t.metrics.vmstat, t.metrics.bounds = t.loader, t.publisher, t.conn, t.vmstat, t.reconciled.bounds
+	t.metrics.kernel, t.metrics.publisher, t.metrics.conn = t.loader, t.publisher, t.conn
+	t.metrics.unseen = func() (atLeast, atMost uint64, err error) {
+		counts, kernel, err := t.stable()
+		if err == nil {
+			atLeast, atMost = t.reconciled.bounds(counts, kernel)
+		}
+		return atLeast, atMost, err
+	}
 	t.neighbours = newNeighbourReader(cfg.Node, t.metrics.neighbours, log)
 	if err := t.begin(); err != nil {
 		return nil, err
 	}
 
 	registry := obs.NewRegistry("oom-tracer")
-	registry.MustRegister(t.metrics, obs.NewOOMKillCollector(t.vmstat))
+	registry.MustRegister(t.metrics, obs.NewOOMKillCollector("/proc"))
 	t.http, err = obs.Listen(cfg.Metrics.Listen, registry, obs.Checks{
 		Health: map[string]obs.Check{"reader": t.loader.Alive, "jetstream": t.natsHealthy},
 		Ready: map[string]obs.Check{
@@ -163,14 +164,14 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		server = t.server.ClientURL() + " (embedded)"
 	}
 	log.Info("tracing oom kills",
-		"version", t.version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
+		"version", obs.Version().Version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
 		"notify", string(t.loader.Notify()), "prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", server, "metrics", t.http.Addr())
 	return t, nil
 }
 
 // storeStarted makes the streams of an embedded server that was started anew, and has its store checked.
 func (t *tracer) storeStarted(ctx context.Context) error {
-	if err := bus.EnsureStreams(ctx, t.conn, t.stream); err != nil {
+	if err := bus.EnsureStreams(ctx, t.conn, t.cfg.NATS.Stream); err != nil {
 		return err
 	}
 	t.state.expire()
@@ -444,7 +445,6 @@ func newPrinter(w io.Writer, format string, dropped func()) *printer {
 	return p
 }
 
-// print writes a kill or a gap as JSON or as text.
 func (p *printer) print(v any, asText func() string) {
 	var line string
 	switch p.format {

@@ -18,25 +18,26 @@ import (
 // and, over restarts and reboots, from the state file.
 
 // stable reads the program's counts and the kernel's own at one moment: the kernel counts a kill some
-// microseconds before it marks the victim. known is false where the kernel does not count.
-func (t *tracer) stable() (counts loader.Counts, kernel uint64, known bool) {
+// microseconds before it marks the victim. It fails where the kernel does not count.
+func (t *tracer) stable() (counts loader.Counts, kernel uint64, err error) {
 	for range 100 {
 		counts = t.loader.Counts()
-		before, err := obs.KernelOOMKills(t.vmstat)
+		before, err := obs.KernelOOMKills("/proc")
 		if err != nil {
-			return counts, 0, false
+			return counts, 0, err
 		}
 		time.Sleep(2 * time.Millisecond)
-		if kernel, err = obs.KernelOOMKills(t.vmstat); err == nil && kernel == before && t.loader.Counts() == counts {
+		if kernel, err = obs.KernelOOMKills("/proc"); err == nil && kernel == before && t.loader.Counts() == counts {
 			break
 		}
 	}
-	return counts, kernel, true
+	return counts, kernel, nil
 }
 
 // begin reports what happened while nobody recorded, and writes the state file for the first time.
 func (t *tracer) begin() error {
-	counts, kernel, known := t.stable()
+	counts, kernel, err := t.stable()
+	known := err == nil
 	now, boottime := now()
 	booted := now.Add(-time.Duration(boottime)).UTC()
 	before, lost := t.state.previous, t.state.lost
@@ -238,8 +239,8 @@ func (t *tracer) unseen(ctx context.Context) {
 	var counts loader.Counts
 	var kernel, atLeast, atMost uint64
 	for range 3 { // in the moment between the kernel's count and the mark there is one too many
-		var known bool
-		if counts, kernel, known = t.stable(); !known || ctx.Err() != nil {
+		var err error
+		if counts, kernel, err = t.stable(); err != nil || ctx.Err() != nil {
 			return
 		}
 		if atLeast, atMost = t.reconciled.bounds(counts, kernel); atLeast == 0 {
@@ -276,7 +277,7 @@ func (t *tracer) checkStore(ctx context.Context) {
 	before := t.state.held
 	t.state.mu.Unlock()
 	if before != nil {
-		if lost := before.Lost(held, t.stream, time.Now()); lost > 0 &&
+		if lost := before.Lost(held, t.cfg.NATS.Stream, time.Now()); lost > 0 &&
 			!t.gap(event.Gap{Cause: event.GapStoreLost, Since: &before.FirstTime, Until: &before.LastTime, CountMax: &lost}) {
 			return
 		}

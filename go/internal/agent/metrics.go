@@ -1,13 +1,10 @@
 package agent
 
 import (
-	"time"
-
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
-	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
 
 const subsystem = "oom_tracer"
@@ -15,13 +12,11 @@ const subsystem = "oom_tracer"
 // metrics are the tracer's own. Those that something else counts (the kernel program, the publisher)
 // are read where they are counted, at the scrape.
 type metrics struct {
-	events *prometheus.CounterVec
-	kills  *prometheus.CounterVec
-	gaps   *prometheus.CounterVec
-	// neighbours counts incidents of the whole node.
-	neighbours *prometheus.CounterVec
-	published  prometheus.Histogram
-	// stateErrors counts failed writes of the state file.
+	events      *prometheus.CounterVec
+	kills       *prometheus.CounterVec
+	gaps        *prometheus.CounterVec
+	neighbours  *prometheus.CounterVec
+	published   prometheus.Histogram
 	stateErrors prometheus.Counter
 
 	kernel    kernelSide
@@ -30,8 +25,7 @@ type metrics struct {
 		Acked() uint64
 	}
 	conn   interface{ Connected() bool }
-	vmstat string // see tracer
-	bounds func(c loader.Counts, kernel uint64) (atLeast, atMost uint64)
+	unseen func() (atLeast, atMost uint64, err error) // see Counts.Unseen
 }
 
 // kernelSide is what is shown of a loader.Loader.
@@ -45,7 +39,6 @@ type kernelSide interface {
 	Counts() loader.Counts
 }
 
-// The metrics that are read at the scrape.
 var (
 	tierDesc      = desc("tier_info", "Tier, notification and prototype of mark_victim in use; always 1.", "tier", "notify", "prototype")
 	samplesDesc   = desc("samples_total", "Number of records (seen), of notifications (sent, refused, received), and of records read without a notification (caught_up), since the program was loaded.", "state")
@@ -127,7 +120,6 @@ func levels(scope event.Scope) []string {
 	return []string{unknownLevel}
 }
 
-// observe counts an event that was read.
 func (m *metrics) observe(e *event.Event) {
 	m.events.WithLabelValues("observed", string(e.Kind())).Inc()
 	if e.Kind() == event.KindKill {
@@ -147,12 +139,10 @@ func (m *metrics) observe(e *event.Event) {
 	}
 }
 
-// Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
 	prometheus.DescribeByCollect(m, ch)
 }
 
-// Collect implements prometheus.Collector.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published, m.stateErrors} {
 		c.Collect(ch)
@@ -174,7 +164,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(seqDesc, prometheus.GaugeValue, float64(counts.Head))
 	ch <- prometheus.MustNewConstMetric(journalDesc, prometheus.GaugeValue, float64(counts.Head-min(counts.Head, counts.Acked)))
 	ch <- prometheus.MustNewConstMetric(lostDesc, prometheus.CounterValue, float64(counts.Lost))
-	if atLeast, atMost, err := m.unseen(counts); err != nil {
+	if atLeast, atMost, err := m.unseen(); err != nil {
 		ch <- prometheus.NewInvalidMetric(unseenDesc, err)
 	} else {
 		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atLeast), "at_least")
@@ -184,21 +174,4 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, connected)
 	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(m.publisher.Pending()))
 	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(m.publisher.Acked()))
-}
-
-// unseen holds the program's counts against the kernel's. Between the kernel's count of a kill and the mark
-// of its victim there are some microseconds: what is left over is looked at again.
-func (m *metrics) unseen(counts loader.Counts) (atLeast, atMost uint64, err error) {
-	for range 3 {
-		kernel, err := obs.KernelOOMKills(m.vmstat)
-		if err != nil {
-			return 0, 0, err
-		}
-		if atLeast, atMost = m.bounds(counts, kernel); atMost == 0 {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-		counts = m.kernel.Counts()
-	}
-	return atLeast, atMost, nil
 }

@@ -56,7 +56,12 @@ func (f *fakeSides) Acked() uint64 { return f.acked }
 // fakeMetrics are the metrics of a tracer that is not there.
 func fakeMetrics(f *fakeSides) *metrics {
 	m := newMetrics()
-	m.kernel, m.conn, m.publisher, m.vmstat, m.bounds = f, f, f, "testdata/proc", new(reconciled).bounds
+	m.kernel, m.conn, m.publisher = f, f, f
+	m.unseen = func() (atLeast, atMost uint64, err error) {
+		kernel, err := obs.KernelOOMKills("testdata/proc")
+		atLeast, atMost = new(reconciled).bounds(f.counts, kernel)
+		return atLeast, atMost, err
+	}
 	return m
 }
 

@@ -231,7 +231,6 @@ func lastOf(kills []kmsg.Kill, pid int) *kmsg.Kill {
 	return nil
 }
 
-// processStat reads /proc/PID/stat.
 func processStat(pid int) (procfs.ProcStat, error) {
 	p, err := procfs.NewProc(pid)
 	if err != nil {

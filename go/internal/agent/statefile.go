@@ -132,7 +132,6 @@ func (s *stateFile) add(g event.Gap) {
 	s.unpublished, s.stale = append(s.unpublished, g), true
 }
 
-// remove lets go of a gap.
 func (s *stateFile) remove(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -176,14 +175,13 @@ func nothingMissed(path, node string) error {
 	return (&stateFile{path: path}).write(state)
 }
 
-// savedState is what the file is to hold now.
 func (t *tracer) savedState(clean bool) savedState {
-	counts, kernel, known := t.stable()
+	counts, kernel, err := t.stable()
 	state := savedState{
 		BootID: t.converter.Node.BootID, Time: time.Now().UTC(), Clean: clean,
 		Epoch: t.converter.Node.Epoch, Head: counts.Head, Acked: counts.Acked,
 	}
-	if known {
+	if err == nil {
 		atLeast, _ := t.reconciled.bounds(counts, kernel)
 		state.Kernel = new(kernel - min(kernel, atLeast))
 	}

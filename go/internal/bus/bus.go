@@ -32,7 +32,6 @@ func backoff(n int) time.Duration {
 	return d/2 + rand.N(d/2)
 }
 
-// sleep waits for d, or until ctx ends.
 func sleep(ctx context.Context, d time.Duration) {
 	select {
 	case <-time.After(d):

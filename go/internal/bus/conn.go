@@ -300,7 +300,6 @@ func splitURLs(list string) ([]string, error) {
 	return servers, nil
 }
 
-// linkUp notes a new connection.
 func (c *Conn) linkUp(nc *nats.Conn) {
 	c.mu.Lock()
 	if c.link == nil {
@@ -313,7 +312,6 @@ func (c *Conn) linkUp(nc *nats.Conn) {
 	c.log.Info("connected to nats", "server", nc.ConnectedUrlRedacted(), "server_name", nc.ConnectedServerName())
 }
 
-// linkDown notes the end of a connection.
 func (c *Conn) linkDown(err error) {
 	cause := ErrDisconnected
 	if err != nil {
@@ -410,7 +408,6 @@ func parseDenial(err error) denial {
 	return d
 }
 
-// isInbox reports whether replies cannot arrive.
 func (c *Conn) isInbox(d denial) bool {
 	return d.subscribe && strings.HasPrefix(d.subject, c.inbox+".")
 }

@@ -153,7 +153,6 @@ func (c *Consumer) Run(ctx context.Context, handle func(context.Context, *Delive
 	return err
 }
 
-// sessions consumes, again after each failure.
 func (c *Consumer) sessions(ctx context.Context, work chan<- *Delivery) error {
 	failures := 0
 	for {
@@ -278,7 +277,6 @@ func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	return d, nil
 }
 
-// keep reports messages as in progress.
 func (c *Consumer) keep(ctx context.Context) {
 	tick := time.NewTicker(ackWait / 3)
 	defer tick.Stop()
@@ -299,7 +297,6 @@ func (c *Consumer) keep(ctx context.Context) {
 	}
 }
 
-// open lists the deliveries without ack.
 func (c *Consumer) open() []*Delivery {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -132,7 +132,6 @@ func (p *Publisher) Enqueue(m Msg) error {
 	return nil
 }
 
-// signal wakes the loop.
 func (p *Publisher) signal() {
 	select {
 	case p.wake <- struct{}{}:

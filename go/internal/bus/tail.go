@@ -38,7 +38,6 @@ type Stored struct {
 	Time    time.Time // when it was stored, by the server's clock
 }
 
-// delivered is a message that a consumer was given.
 func delivered(m jetstream.Msg, meta *jetstream.MsgMetadata) Stored {
 	return Stored{m.Headers().Get(jetstream.MsgIDHeader), m.Subject(), m.Data(), meta.Sequence.Stream, meta.Timestamp}
 }

@@ -23,7 +23,6 @@ import (
 // fleetSchema names the shape of what doctor prints of a directory with --output json; see Schema.
 const fleetSchema = "oom-tracer-doctor-btf/v1"
 
-// fleet is that.
 type fleet struct {
 	Schema  string       `json:"schema"`
 	Version string       `json:"version"` // of this program

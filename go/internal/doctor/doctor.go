@@ -152,7 +152,6 @@ func printJSON(stdout io.Writer, v any) error {
 	return encoder.Encode(v)
 }
 
-// failures names the checks that failed.
 func failures(findings []Finding) []string {
 	var failed []string
 	for _, f := range findings {
@@ -434,7 +433,6 @@ func (x *checker) refusal(call, capability string, bit uint, err error) (cause, 
 	}
 }
 
-// bpf says whether bpf(2) can be used at all.
 func (x *checker) bpf() Finding {
 	const check = "bpf"
 	if x.bpfErr == nil {
@@ -702,12 +700,10 @@ func (c *warnings) String() string {
 	return " (" + strings.Join(c.lines, "; ") + ")"
 }
 
-// Enabled implements slog.Handler.
 func (c *warnings) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= slog.LevelWarn
 }
 
-// Handle implements slog.Handler.
 func (c *warnings) Handle(_ context.Context, r slog.Record) error {
 	line := r.Message
 	r.Attrs(func(a slog.Attr) bool {

@@ -160,7 +160,6 @@ func (o *opening) close(err error) {
 	}
 }
 
-// findPinned finds what is pinned.
 func (o *opening) findPinned(ctx context.Context) (err error) {
 	if o.opts.PinDir == "" {
 		return nil
@@ -640,7 +639,6 @@ func bridgeLog(log *slog.Logger, quiet bool) {
 	}})
 }
 
-// objectSpec is the BTF of the embedded object.
 func objectSpec() (*btf.Spec, error) {
 	spec, err := btf.LoadSpecFromReader(bytes.NewReader(object))
 	if err != nil {

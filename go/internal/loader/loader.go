@@ -106,13 +106,12 @@ type Loader struct {
 	mu          sync.Mutex // guards what follows, and the memory against Close
 	module      *libbpfgo.Module
 	maps        map[string]*libbpfgo.BPFMap
-	state       *state // nil after Close
+	state       *state // a copy after Close
 	stateMemory []byte
 	waiting     []byte     // oom_waiting
 	older       []*journal // of earlier generations, as long as they have what is not settled
 	acks        acks
-	final       Stats  // after Close
-	finalCounts Counts // after Close
+	final       Stats // after Close
 }
 
 type link struct {
@@ -150,9 +149,6 @@ func (l *Loader) Fresh() bool { return l.Counts().KernelBase == noBase }
 func (l *Loader) EpochNS() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == nil {
-		return 0
-	}
 	return atomic.LoadUint64(&l.state.EpochBoottimeNS)
 }
 
@@ -160,9 +156,6 @@ func (l *Loader) EpochNS() uint64 {
 func (l *Loader) Counts() Counts {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == nil {
-		return l.finalCounts
-	}
 	return l.state.counts()
 }
 
@@ -171,9 +164,7 @@ func (l *Loader) Counts() Counts {
 func (l *Loader) SetKernelBase(n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state != nil {
-		atomic.StoreUint64(&l.state.KernelBase, n)
-	}
+	atomic.StoreUint64(&l.state.KernelBase, n)
 }
 
 // Ack says that the records from first to last need not be kept any longer: each of them, or the gap
@@ -182,9 +173,6 @@ func (l *Loader) SetKernelBase(n uint64) {
 func (l *Loader) Ack(first, last uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == nil {
-		return
-	}
 	acked := l.acks.settle(atomic.LoadUint64(&l.state.Acked), first, last)
 	atomic.StoreUint64(&l.state.Acked, acked)
 	l.older = slices.DeleteFunc(l.older, func(j *journal) bool {
@@ -212,7 +200,6 @@ func (l *Loader) Resume() {
 	}
 }
 
-// stored reads a record from the journals.
 func (l *Loader) stored(seq uint64) []byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -404,7 +391,6 @@ func (l *Loader) Close() {
 	if final, err := l.stats(); err == nil {
 		l.final = final
 	}
-	l.finalCounts = l.state.counts()
 	for _, link := range slices.Backward(l.links) {
 		// What is kept goes with the process. Of the others this closes the descriptor: the
 		// pins hold them, where there are any.
@@ -421,7 +407,11 @@ func (l *Loader) Close() {
 	}
 }
 
+// unmap gives the memory up. What the state says then is the last of it.
 func (l *Loader) unmap() {
+	if l.state != nil {
+		l.state = new(*l.state)
+	}
 	for _, j := range append(l.older, l.journal) {
 		if j != nil {
 			j.close()
@@ -432,5 +422,5 @@ func (l *Loader) unmap() {
 			_ = unix.Munmap(memory)
 		}
 	}
-	l.state, l.stateMemory, l.waiting = nil, nil, nil
+	l.older, l.stateMemory, l.waiting = nil, nil, nil
 }

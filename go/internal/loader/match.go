@@ -29,10 +29,6 @@ import (
 // It holds for the kernel itself, whatever this machine's. That the verifier takes the program, and that
 // its hooks can be attached, only a load can tell.
 func CheckRelocations(kernel *btf.Spec) (int, error) {
-	return checkRelocations(object, kernel)
-}
-
-func checkRelocations(object []byte, kernel *btf.Spec) (int, error) {
 	collection, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
 	if err != nil {
 		return 0, fmt.Errorf("read the BPF object: %w", err)
@@ -302,7 +298,6 @@ var (
 	}
 )
 
-// calculate returns what is known of a result.
 func calculate(ins *asm.Instruction, s *registers) value {
 	narrow := ins.OpCode.Class() == asm.ALUClass
 	a, b, known := operands(ins, s, narrow)
