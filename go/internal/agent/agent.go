@@ -218,7 +218,7 @@ func (t *tracer) run(ctx context.Context) error {
 	})
 	if t.server != nil {
 		first.Go(func() {
-			t.server.Supervise(ctx, embedded.Client{Started: t.storeStarted, Failing: t.publisher.Failing})
+			t.server.Supervise(ctx, t.storeStarted, t.publisher.Failing)
 		})
 	}
 	first.Go(func() { t.neighbours.run(ctx, t.publishNeighbours) })

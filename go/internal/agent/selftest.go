@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -288,8 +287,14 @@ func (want *expectation) compare(e *event.Event) []string {
 			wrong = append(wrong, fmt.Sprintf("%s: %v, want %v", field, got, want))
 		}
 	}
+	present := func(field string, is bool) bool {
+		if !is {
+			wrong = append(wrong, field+" is absent")
+		}
+		return is
+	}
 	near := func(field string, got, want, slack uint64) {
-		if diff := math.Abs(float64(got) - float64(want)); diff > float64(slack) {
+		if max(got, want)-min(got, want) > slack {
 			wrong = append(wrong, fmt.Sprintf("%s: %d, want %d give or take %d", field, got, want, slack))
 		}
 	}
@@ -300,19 +305,14 @@ func (want *expectation) compare(e *event.Event) []string {
 	check("victim.comm", e.Victim.Comm, want.comm)
 	// USER_HZ is 100 on every architecture that this program runs on.
 	check("victim.start_boottime_ns in ticks", e.Victim.StartBoottimeNS/1e7, want.startTick)
-	if e.Victim.UID == nil {
-		wrong = append(wrong, "victim.uid is absent")
-	} else {
+	if present("victim.uid", e.Victim.UID != nil) {
 		check("victim.uid", *e.Victim.UID, want.uid)
 	}
-	if e.Victim.OOMScoreAdj == nil {
-		wrong = append(wrong, "victim.oom_score_adj is absent")
-	} else {
+	if present("victim.oom_score_adj", e.Victim.OOMScoreAdj != nil) {
 		check("victim.oom_score_adj", *e.Victim.OOMScoreAdj, int16(1000))
 	}
 	checkCgroup := func(field string, c *event.Cgroup) {
-		if c == nil {
-			wrong = append(wrong, field+" is absent")
+		if !present(field, c != nil) {
 			return
 		}
 		check(field+".id", c.ID, want.id)
@@ -323,21 +323,18 @@ func (want *expectation) compare(e *event.Event) []string {
 		}
 	}
 	checkCgroup("victim.cgroup", e.Victim.Cgroup)
-	if e.Trigger == nil {
-		wrong = append(wrong, "trigger is absent")
-	} else {
+	if present("trigger", e.Trigger != nil) {
 		check("trigger.pid", int(e.Trigger.PID), want.pid)
 		checkCgroup("trigger.cgroup", e.Trigger.Cgroup)
 	}
-	if l := e.Limit; l != nil && l.Max != nil {
-		checkCgroup("limit.cgroup", l.Cgroup)
-		check("limit.max", *l.Max, want.limit)
-	} else if e.Node.Tier != "none" {
-		wrong = append(wrong, "limit is absent")
+	limited := e.Limit != nil && e.Limit.Max != nil
+	if (limited || e.Node.Tier != "none") && present("limit", limited) {
+		checkCgroup("limit.cgroup", e.Limit.Cgroup)
+		check("limit.max", *e.Limit.Max, want.limit)
 	}
 	m := e.Victim.Memory
-	if m == nil {
-		return append(wrong, "victim.memory is absent")
+	if !present("victim.memory", m != nil) {
+		return wrong
 	}
 	// The victim held all that was charged, and what it had touched before it was moved.
 	near("victim.memory.anon_rss", m.AnonRSS, want.limit, want.limit/4)
