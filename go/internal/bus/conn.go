@@ -360,9 +360,13 @@ func (c *Conn) attemptFailed(err error) {
 // carry port numbers.
 func (c *Conn) once(level slog.Level, key, msg string, args ...any) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, again := c.said[key]; !again && len(c.said) < 32 {
+	_, again := c.said[key]
+	again = again || len(c.said) >= 32
+	if !again {
 		c.said[key] = struct{}{}
+	}
+	c.mu.Unlock()
+	if !again {
 		c.log.Log(context.Background(), level, msg, args...)
 	}
 }
