@@ -152,8 +152,8 @@ func TestVMJournalCounts(t *testing.T) {
 	}
 	exact := func() {
 		t.Helper()
-		for _, bound := range []string{"at_least", "at_most"} {
-			if n := metric(t, `oom_tracer_unseen_kills{bound="`+bound+`"}`); n != "0" {
+		for _, bound := range []string{"min", "max"} {
+			if n := metric(t, "oom_tracer_unseen_kills_"+bound); n != "0" {
 				t.Errorf("%s %s kills are unseen", bound, n)
 			}
 		}
