@@ -31,7 +31,7 @@ started=$(date -u +%FT%TZ)
 
 # Images take half an hour. From the working tree they would have what is edited meanwhile.
 mkdir "$work/src"
-git archive HEAD | tar -x -C "$work/src"
+git -c tar.umask=022 archive HEAD | tar -x -C "$work/src"
 if [[ -n $(git status --porcelain) ]]; then echo "==> not committed, and left out:" && git status --short; fi
 REVISION=$(git rev-parse HEAD)
 VERSION=${VERSION%-dirty} TAG=${TAG%-dirty}
