@@ -41,7 +41,7 @@ plugins:
 `
 
 // policies are what Gatekeeper or Kyverno do in some clusters. In one namespace pods come from one registry, by digest, and with a login. In
-// another one each object that makes pods is changed whenever it is written: a label, an annotation, a mirror.
+// another one each object that makes pods is changed whenever it is written, Jobs when they are created: a label, an annotation, a mirror.
 const policies = `
 apiVersion: admissionregistration.k8s.io/v1
 kind: ValidatingAdmissionPolicy
@@ -74,7 +74,7 @@ spec:
     namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: oom-tracer}}
     resourceRules:
       - {apiGroups: [apps], apiVersions: [v1], operations: [CREATE, UPDATE], resources: [deployments, daemonsets, statefulsets]}
-      - {apiGroups: [batch], apiVersions: [v1], operations: [CREATE, UPDATE], resources: [jobs]}
+      - {apiGroups: [batch], apiVersions: [v1], operations: [CREATE], resources: [jobs]}
   mutations:
     - patchType: JSONPatch
       jsonPatch:
@@ -357,12 +357,12 @@ func testMutation(t *testing.T, c *kubetest.Cluster) {
 		}
 	}
 	written := c.Objects()
-	// versions are those of the objects that hold pods.
+	// versions are those of the objects that make pods, but for the Job: each upgrade has one of its own.
 	versions := func(objects []*unstructured.Unstructured) map[string]string {
 		t.Helper()
 		versions := map[string]string{}
 		for _, o := range release(objects) {
-			if _, ok, _ := unstructured.NestedMap(o.Object, "spec", "template"); !ok {
+			if _, ok, _ := unstructured.NestedMap(o.Object, "spec", "template"); !ok || o.GetKind() == "Job" {
 				continue
 			}
 			now, err := written.Get(o)
@@ -375,7 +375,7 @@ func testMutation(t *testing.T, c *kubetest.Cluster) {
 				t.Errorf("%s is not changed, so that this test shows nothing: %v", key(o), now.GetLabels())
 			}
 		}
-		if len(versions) < 5 {
+		if len(versions) < 4 {
 			t.Fatalf("%v", versions)
 		}
 		return versions
@@ -428,8 +428,8 @@ func testMutation(t *testing.T, c *kubetest.Cluster) {
 		t.Helper()
 		objects := render(t, "--values", root+"/deploy/examples/gitops.yaml")
 		for _, o := range release(objects) {
-			if o.GetKind() == "Namespace" {
-				continue // is there
+			if _, err := written.Get(o); err == nil && (o.GetKind() == "Namespace" || o.GetKind() == "Job") {
+				continue // Argo CD is told to ignore what others change of a Job: gitops.yaml
 			}
 			if err := written.Apply(o); err != nil {
 				t.Fatalf("%s: %v", key(o), err)
