@@ -161,10 +161,9 @@ base-image: ## make localhost/debian:bookworm, for networks where BASE cannot be
 image-index: ## build the images for amd64 and arm64, both under one name, NAME:TAG-index (needs podman or buildah)
 	$(Q)$(image_env) tools/image/index.sh
 
-# The programs are built for their lists of modules.
 RELEASE_DIR ?= build/release-$(VERSION)
 .PHONY: release
-release: build build/oom-descheduler ## images as OCI archives, chart, manifests, oom-tap for Linux, macOS and Windows, SBOMs, provenance, checksums (RELEASE_DIR=, IMAGES=none)
+release: ## the last commit: images as OCI archives, chart, manifests, oom-tap for each system, SBOMs, provenance, checksums (RELEASE_DIR=, IMAGES=none)
 	$(Q)$(image_env) IMAGES='$(IMAGES)' OBS=$(obs) tools/release.sh $(RELEASE_DIR)
 
 .PHONY: check-btf

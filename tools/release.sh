@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Writes a release into a new directory. `make release` calls it.
+# Writes a release of the last commit into a new directory. `make release` calls it. What is not committed is left out.
 #
 #   tools/release.sh DIRECTORY
 #
 #   images/NAME.tar         each image for amd64 and arm64, as an OCI archive; images.txt: their names and digests
-#   oom-tracer-VERSION.tgz  the chart; its appVersion is the tag of the images
+#   oom-tracer-VERSION.tgz  the chart, with its own version or that of a tag vX.Y.Z; its appVersion is the tag of the images
 #   manifests.tar.gz        the chart as make manifests renders it, with these images
 #   oom-tap_OS_ARCH.tar.gz  oom-tap, also as kubectl-oom, and kubectl_complete-oom (zip for Windows, without it)
-#   sbom/NAME.spdx.json     the Go modules of each program, with their hashes (SPDX 2.3)
+#   sbom/NAME.spdx.json     what is in each image: the Go modules with their hashes, C libraries, certificates (SPDX 2.3)
 #   provenance.json         what was built from which commit, with what (in-toto, SLSA v1)
 #   SHA256SUMS              of all of these
 #
-# The environment is that of tools/image/build.sh. Without images: IMAGES=none.
+# The environment is that of tools/image/build.sh. Without images: IMAGES=none. TARGETS are the systems of oom-tap.
 set -euo pipefail
 
 out=$(realpath -m "$1")
@@ -26,19 +26,30 @@ mkdir -p "$out/images" "$out/sbom"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
+export SOURCE_DATE_EPOCH
 started=$(date -u +%FT%TZ)
+
+# Images take half an hour. From the working tree they would have what is edited meanwhile.
+mkdir "$work/src"
+git -c tar.umask=022 archive HEAD | tar -x -C "$work/src"
+if [[ -n $(git status --porcelain) ]]; then echo "==> not committed, and left out:" && git status --short; fi
+REVISION=$(git rev-parse HEAD)
+VERSION=${VERSION%-dirty} TAG=${TAG%-dirty}
+export REVISION VERSION TAG
+cd "$work/src"
 
 [[ ${IMAGES:-} == none ]] || tools/image/index.sh "$out/images"
 
 # The tag of the images is what the chart installs by default.
-cp -r deploy/chart "$work/chart"
-"$helm" package "$work/chart" --app-version "$TAG" --destination "$out" >/dev/null
+version=()
+[[ ! $VERSION =~ ^v([0-9]+\.[0-9]+\.[0-9]+.*)$ ]] || version=(--version "${BASH_REMATCH[1]}")
+"$helm" package deploy/chart --app-version "$TAG" "${version[@]}" --destination "$out" >/dev/null
 mkdir "$work/manifests"
-CHART=$work/chart SET="image.tag=$TAG" tools/deploy/manifests.sh "$work/manifests"
+SET="image.tag=$TAG" tools/deploy/manifests.sh "$work/manifests"
 archive=(--sort=name --owner=0 --group=0 --numeric-owner "--mtime=@$SOURCE_DATE_EPOCH")
 tar -C "$work" "${archive[@]}" -czf "$out/manifests.tar.gz" manifests
 
-for target in linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 windows/arm64; do
+for target in ${TARGETS:-linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 windows/arm64}; do
 	os=${target%/*} arch=${target#*/} suffix=''
 	[[ $os != windows ]] || suffix=.exe
 	name=oom-tap_${os}_$arch
@@ -56,13 +67,24 @@ for target in linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 wi
 	fi
 done
 
-# The modules are the same for every system and architecture. libbpf, libelf and zlib are in oom-tracer, statically.
+# modules PROGRAM prints the Go modules in it: name, version, hash. They are the same for every system and architecture.
+modules() {
+	local module=. cgo=0
+	[[ $1 != oom-descheduler ]] || module=go/descheduler
+	[[ $1 != oom-tracer ]] || cgo=1 # libbpfgo
+	# -e: the BPF object is not built.
+	(cd $module && CGO_ENABLED=$cgo "$GO" list -e -deps -f '{{with .Module}}{{if not .Main}}{{with or .Replace .}}{{.Path}} {{.Version}} {{.Sum}}{{end}}{{end}}{{end}}' "./${2}cmd/$1") |
+		sed "s|^\.\./\.\. .*|github.com/oom-tracer/oom-tracer $VERSION|" | LC_ALL=C sort -u
+}
+created=$(date -u -d "@$SOURCE_DATE_EPOCH" +%FT%TZ)
 for program in oom-tracer oom-annotator oom-auth oom-tap oom-descheduler; do
-	"$GO" version -m "build/$program" | jq -Rn --arg name "$program" --arg version "$VERSION" --arg time "$started" --arg revision "$REVISION" '
-		[inputs | split("\t")] as $lines | ($lines[0][0] | split(": ")[1]) as $go
-		| [$lines[] | select(.[1] == "dep" or .[1] == "=>") | {name: .[2], version: .[3], hash: .[4]}]
-			+ [{name: "stdlib", version: $go}]
-			+ (if $name == "oom-tracer" then [{name: "libbpf"}, {name: "libelf"}, {name: "zlib"}] else [] end)
+	below=go/
+	[[ $program != oom-descheduler ]] || below=''
+	modules "$program" "$below" | jq -Rn --arg name "$program" --arg version "$VERSION" --arg time "$created" --arg revision "$REVISION" --arg go "$("$GO" env GOVERSION)" '
+		([inputs | split(" ") | {name: .[0], version: .[1], hash: (.[2] // "")}]
+			+ [{name: "stdlib", version: $go}, {name: "ca-certificates"}]
+			# Statically linked.
+			+ (if $name == "oom-tracer" then [{name: "libbpf"}, {name: "libelf"}, {name: "zlib"}, {name: "glibc"}] else [] end))
 		| {spdxVersion: "SPDX-2.3", dataLicense: "CC0-1.0", SPDXID: "SPDXRef-DOCUMENT", name: $name,
 			documentNamespace: "https://github.com/oom-tracer/oom-tracer/sbom/\($name)/\($revision)",
 			creationInfo: {created: $time, creators: ["Tool: oom-tracer-tools/release.sh"]},
@@ -70,7 +92,8 @@ for program in oom-tracer oom-annotator oom-auth oom-tap oom-descheduler; do
 				+ [to_entries[] | {SPDXID: "SPDXRef-\(.key + 1)", name: .value.name, downloadLocation: "NOASSERTION"}
 					+ (if .value.version then {versionInfo: .value.version} else {} end)
 					+ (if (.value.version // "") | startswith("v") then {externalRefs: [{referenceCategory: "PACKAGE-MANAGER", referenceType: "purl",
-						referenceLocator: "pkg:golang/\(.value.name)@\(.value.version)"}], comment: "Go module hash \(.value.hash)"} else {} end)]),
+						referenceLocator: "pkg:golang/\(.value.name)@\(.value.version)"}]} else {} end)
+					+ (if (.value.hash // "") != "" then {comment: "Go module hash \(.value.hash)"} else {} end)]),
 			relationships: ([{spdxElementId: "SPDXRef-DOCUMENT", relationshipType: "DESCRIBES", relatedSpdxElement: "SPDXRef-0"}]
 				+ [range(1; length + 1) | {spdxElementId: "SPDXRef-0", relationshipType: "DEPENDS_ON", relatedSpdxElement: "SPDXRef-\(.)"}])}
 	' >"$out/sbom/$program.spdx.json"
@@ -86,6 +109,6 @@ files | xargs sha256sum | jq -Rn --arg revision "$REVISION" --arg version "$VERS
 			buildDefinition: {buildType: "https://github.com/oom-tracer/oom-tracer/make-release",
 				externalParameters: {version: $version, base: $base}, internalParameters: {go: $go},
 				resolvedDependencies: [{uri: "git+https://github.com/oom-tracer/oom-tracer", digest: {gitCommit: $revision}}]},
-			runDetails: {builder: {id: "make release"}, metadata: {startedOn: $started, finishedOn: $ended}}}}' >provenance.json
+			runDetails: {builder: {id: "https://github.com/oom-tracer/oom-tracer/blob/main/tools/release.sh"}, metadata: {startedOn: $started, finishedOn: $ended}}}}' >provenance.json
 { files && echo provenance.json; } | xargs sha256sum >SHA256SUMS
 echo "==> $out: $(wc -l <SHA256SUMS) files"

@@ -4,7 +4,7 @@
 #
 #   tools/deploy/manifests.sh DIR
 #
-# CHART is another directory of the chart, SET further values (key=value), which are strings: a tag may have digits alone.
+# SET are further values (key=value), which are strings: a tag may have digits alone.
 set -euo pipefail
 
 cd "$(dirname "$0")/../.."
@@ -12,7 +12,7 @@ target=$(realpath -m "$1")
 helm=$(tools/deploy/build.sh)/helm
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$helm" template oom-tracer "${CHART:-deploy/chart}" --namespace oom-tracer --kube-version 1.30.0 \
+"$helm" template oom-tracer deploy/chart --namespace oom-tracer --kube-version 1.30.0 \
 	--values deploy/manifests-values.yaml --set descheduler.enabled=true --set-string "${SET:-}" --output-dir "$work" >/dev/null
 mkdir -p "$target/descheduler"
 rm -f "$target"/*.yaml "$target"/descheduler/*.yaml

@@ -38,7 +38,7 @@ for module in . go/descheduler; do
 done
 
 # The time of the commit, for the same image whenever it is built.
-SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null || echo 0)
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 0)}
 export SOURCE_DATE_EPOCH
 stamp=()
 [[ $CONTAINER_TOOL == docker ]] || stamp=(--timestamp "$SOURCE_DATE_EPOCH")

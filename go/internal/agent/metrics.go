@@ -41,11 +41,15 @@ type kernelSide interface {
 
 var (
 	tierDesc      = desc("tier_info", "Tier, notification and prototype of mark_victim in use; always 1.", "tier", "notify", "prototype")
-	samplesDesc   = desc("samples_total", "Number of records (seen), of notifications (sent, refused, received), and of records read without a notification (caught_up), since the program was loaded.", "state")
+	recordsDesc   = desc("records_total", "Number of records that the kernel program has written since it was loaded.")
+	notifiedDesc  = desc("notifications_total", "Number of notifications that the kernel program has tried to send since it was loaded, by result.", "result")
+	receivedDesc  = desc("notifications_received_total", "Number of notifications that the tracer has read.")
+	unnotedDesc   = desc("unnotified_records_total", "Number of records that the tracer has read without a notification.")
 	seqDesc       = desc("seq", "Sequence number of the last record in the journal.")
 	journalDesc   = desc("journal_records", "Number of records in the journal that JetStream has not acknowledged.")
 	lostDesc      = desc("lost_records_total", "Number of records that were overwritten in the journal before they were read.")
-	unseenDesc    = desc("unseen_kills", "Number of OOM kills that the kernel counted and the tracer did not see, as a lower bound (at_least) and an upper bound (at_most).", "bound")
+	unseenMinDesc = desc("unseen_kills_min", "Minimum number of OOM kills that the kernel counted and the tracer did not see.")
+	unseenMaxDesc = desc("unseen_kills_max", "Maximum number of OOM kills that the kernel counted and the tracer did not see.")
 	connectedDesc = desc("nats_connected", "Whether the tracer is connected to NATS.")
 	pendingDesc   = desc("publish_pending", "Number of events that wait for an acknowledgement by JetStream.")
 	ackedDesc     = desc("publish_acked_total", "Number of events that JetStream has acknowledged.")
@@ -152,25 +156,28 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	received := m.kernel.Received()
 	stats, err := m.kernel.Stats()
 	if err != nil {
-		ch <- prometheus.NewInvalidMetric(samplesDesc, err)
+		ch <- prometheus.NewInvalidMetric(recordsDesc, err)
 	} else {
-		for state, n := range map[string]uint64{
-			"seen": stats.Seen, "sent": stats.Sent, "refused": stats.Refused, "received": received, "caught_up": m.kernel.CaughtUp(),
-		} {
-			ch <- prometheus.MustNewConstMetric(samplesDesc, prometheus.CounterValue, float64(n), state)
-		}
+		ch <- prometheus.MustNewConstMetric(recordsDesc, prometheus.CounterValue, float64(stats.Seen))
+		ch <- prometheus.MustNewConstMetric(notifiedDesc, prometheus.CounterValue, float64(stats.Sent), "sent")
+		ch <- prometheus.MustNewConstMetric(notifiedDesc, prometheus.CounterValue, float64(stats.Refused), "refused")
 	}
+	ch <- prometheus.MustNewConstMetric(receivedDesc, prometheus.CounterValue, float64(received))
+	ch <- prometheus.MustNewConstMetric(unnotedDesc, prometheus.CounterValue, float64(m.kernel.CaughtUp()))
 	counts := m.kernel.Counts()
 	ch <- prometheus.MustNewConstMetric(seqDesc, prometheus.GaugeValue, float64(counts.Head))
 	ch <- prometheus.MustNewConstMetric(journalDesc, prometheus.GaugeValue, float64(counts.Head-min(counts.Head, counts.Acked)))
 	ch <- prometheus.MustNewConstMetric(lostDesc, prometheus.CounterValue, float64(counts.Lost))
 	if atLeast, atMost, err := m.unseen(); err != nil {
-		ch <- prometheus.NewInvalidMetric(unseenDesc, err)
+		ch <- prometheus.NewInvalidMetric(unseenMinDesc, err)
 	} else {
-		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atLeast), "at_least")
-		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atMost), "at_most")
+		ch <- prometheus.MustNewConstMetric(unseenMinDesc, prometheus.GaugeValue, float64(atLeast))
+		ch <- prometheus.MustNewConstMetric(unseenMaxDesc, prometheus.GaugeValue, float64(atMost))
 	}
-	connected := map[bool]float64{true: 1}[m.conn.Connected()]
+	connected := 0.0
+	if m.conn.Connected() {
+		connected = 1
+	}
 	ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, connected)
 	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(m.publisher.Pending()))
 	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(m.publisher.Acked()))

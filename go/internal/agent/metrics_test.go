@@ -149,7 +149,7 @@ func TestMetricsStatsFail(t *testing.T) {
 	for _, family := range families {
 		names = append(names, family.GetName())
 	}
-	if slices.Contains(names, "oom_tracer_samples_total") || !slices.Contains(names, "oom_tracer_publish_pending") || !slices.Contains(names, "oom_tracer_kills_total") {
+	if slices.Contains(names, "oom_tracer_records_total") || slices.Contains(names, "oom_tracer_notifications_total") || !slices.Contains(names, "oom_tracer_publish_pending") || !slices.Contains(names, "oom_tracer_kills_total") {
 		t.Errorf("served: %v", names)
 	}
 	// And over HTTP, where a tracer serves it.
@@ -169,7 +169,7 @@ func TestMetricsStatsFail(t *testing.T) {
 	if err != nil || response.StatusCode != http.StatusOK {
 		t.Fatalf("%s, %v", response.Status, err)
 	}
-	if strings.Contains(string(body), "\noom_tracer_samples_total{") || !strings.Contains(string(body), "\noom_tracer_publish_pending 0\n") {
+	if strings.Contains(string(body), "\noom_tracer_records_total") || !strings.Contains(string(body), "\noom_tracer_publish_pending 0\n") {
 		t.Errorf("served over HTTP:\n%s", body)
 	}
 }

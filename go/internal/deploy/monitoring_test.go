@@ -24,6 +24,22 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
+// lintMetrics has promtool read a scrape.
+func lintMetrics(t *testing.T, families exposed) {
+	t.Helper()
+	var text bytes.Buffer
+	for _, family := range families {
+		if _, err := expfmt.MetricFamilyToText(&text, family); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), filepath.Join(oomtest.Program(t, "deploy"), "promtool"), "check", "metrics")
+	cmd.Stdin = &text
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("promtool check metrics: %v\n%s", err, out)
+	}
+}
+
 // alerts are the rules of deploy/alerts.yaml.
 func alerts(t *testing.T) (names []string, queries map[string]string, text []byte) {
 	t.Helper()
@@ -253,6 +269,15 @@ func TestQueries(t *testing.T) {
 	for name, family := range programs["oom-annotator"] {
 		if strings.HasPrefix(name, "process_") { // of obs.NewRegistry, which the golden file leaves out
 			programs["oom-tracer"][name] = family
+		}
+	}
+	docs := readFile(t, root+"/deploy/docs/metrics.md")
+	for program, families := range programs {
+		lintMetrics(t, families)
+		for name := range families {
+			if strings.HasPrefix(name, "oom_tracer_") && !strings.Contains(docs, "`"+name+"`") && !strings.Contains(docs, "`"+name+"{") {
+				t.Errorf("metrics.md does not have %s of %s", name, program)
+			}
 		}
 	}
 	var rules strings.Builder

@@ -137,14 +137,13 @@ func StartWith(t testing.TB, opts Options) *Cluster {
 	t.Cleanup(func() { api.End(t) })
 	api.Start(t)
 	cert := filepath.Join(dir, "certs", "apiserver.crt")
+	var ca []byte
 	api.Wait(t, func(context.Context) error {
-		_, err := os.Stat(cert)
+		if ca, err = os.ReadFile(cert); err == nil && !x509.NewCertPool().AppendCertsFromPEM(ca) {
+			err = fmt.Errorf("%s is not written yet", cert)
+		}
 		return err
 	})
-	ca, err := os.ReadFile(cert)
-	if err != nil {
-		t.Fatal(err)
-	}
 	c.Admin = &rest.Config{
 		Host:            "https://" + secure,
 		BearerToken:     token,
