@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,23 +34,20 @@ const (
 
 // tracer is the pipeline: loader -> wire -> bus.
 type tracer struct {
+	cfg        config.Config
 	log        *slog.Logger
 	loader     *loader.Loader
 	converter  wire.Converter
 	server     *embedded.Server // nil with an external NATS
-	stream     config.Stream    // of the embedded one
 	conn       *bus.Conn
 	publisher  *bus.Publisher
 	metrics    *metrics
 	http       *obs.Server
 	lines      *printer
 	neighbours *neighbourReader
-	vmstat     procRoot
-	state      *stateFile             // nil: nothing outlives a restart
+	state      *stateFile
 	base       atomic.Pointer[uint64] // the kernel base, until it is set
 	reconciled reconciled
-	interval   time.Duration
-	version    string
 	lastRecord time.Time // when the last record was handed over
 }
 
@@ -84,10 +82,8 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 		return nil, err
 	}
 	t := &tracer{
-		log:      log,
-		vmstat:   "/proc",
-		interval: cfg.Node.StatusInterval,
-		version:  obs.Version().Version,
+		cfg: cfg,
+		log: log,
 		converter: wire.Converter{
 			Node:       self,
 			CgroupRoot: cfg.Node.CgroupRoot,
@@ -124,9 +120,8 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if err != nil {
 		return nil, err
 	}
-	t.stream = cfg.NATS.Stream
 	if t.server != nil && !embedded.DiskTrouble(t.server.Ready()) {
-		err := t.ensureStreams(ctx)
+		err := bus.EnsureStreams(ctx, t.conn, t.cfg.NATS.Stream)
 		if embedded.DiskTrouble(err) || t.server.Ready() != nil {
 			log.Warn("cannot make the streams, will retry: kills wait in the journal", "error", err)
 			t.server.Suspect()
@@ -139,14 +134,21 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if t.publisher, err = bus.NewPublisher(t.conn, bus.Window, t.hooks(), log); err != nil {
 		return nil, fmt.Errorf("make the publisher: %w", err)
 	}
-	t.metrics.watch(t.loader, t.publisher, t.conn, t.vmstat, &t.reconciled)
+	t.metrics.kernel, t.metrics.publisher, t.metrics.conn = t.loader, t.publisher, t.conn
+	t.metrics.unseen = func() (atLeast, atMost uint64, err error) {
+		counts, kernel, err := t.stable()
+		if err == nil {
+			atLeast, atMost = t.reconciled.bounds(counts, kernel)
+		}
+		return atLeast, atMost, err
+	}
 	t.neighbours = newNeighbourReader(cfg.Node, t.metrics.neighbours, log)
 	if err := t.begin(); err != nil {
 		return nil, err
 	}
 
 	registry := obs.NewRegistry("oom-tracer")
-	registry.MustRegister(t.metrics, obs.NewOOMKillCollector(string(t.vmstat)))
+	registry.MustRegister(t.metrics, obs.NewOOMKillCollector("/proc"))
 	t.http, err = obs.Listen(cfg.Metrics.Listen, registry, obs.Checks{
 		Health: map[string]obs.Check{"reader": t.loader.Alive, "jetstream": t.natsHealthy},
 		Ready: map[string]obs.Check{
@@ -157,27 +159,19 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
+	server := cfg.NATS.URL
+	if t.server != nil {
+		server = t.server.ClientURL() + " (embedded)"
+	}
 	log.Info("tracing oom kills",
 		"version", obs.Version().Version, "node", node, "kernel", self.Kernel, "tier", string(t.loader.Tier()),
-		"notify", string(t.loader.Notify()), "prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", t.serverName(cfg), "metrics", t.http.Addr())
+		"notify", string(t.loader.Notify()), "prototype", string(t.loader.Prototype()), "pinned", t.loader.Pinned(), "nats", server, "metrics", t.http.Addr())
 	return t, nil
-}
-
-func (t *tracer) serverName(cfg config.Config) string {
-	if t.server != nil {
-		return t.server.ClientURL() + " (embedded)"
-	}
-	return cfg.NATS.URL
-}
-
-// ensureStreams makes the streams of the embedded server.
-func (t *tracer) ensureStreams(ctx context.Context) error {
-	return bus.EnsureStreams(ctx, t.conn, t.stream)
 }
 
 // storeStarted makes the streams of an embedded server that was started anew, and has its store checked.
 func (t *tracer) storeStarted(ctx context.Context) error {
-	if err := t.ensureStreams(ctx); err != nil {
+	if err := bus.EnsureStreams(ctx, t.conn, t.cfg.NATS.Stream); err != nil {
 		return err
 	}
 	t.state.expire()
@@ -211,45 +205,25 @@ func (t *tracer) run(ctx context.Context) error {
 	// These two outlive ctx: they must carry what the loader reads until it has ended.
 	downstream, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	published := make(chan error, 1)
-	go func() {
-		err := t.publisher.Run(downstream)
-		if err != nil {
-			cancel(fmt.Errorf("publish: %w", err))
-		}
-		published <- err
-	}()
-	served := make(chan error, 1)
-	go func() {
-		err := t.http.Serve(downstream)
-		if err != nil {
+	var last, first sync.WaitGroup // to end
+	last.Go(func() {
+		if err := t.publisher.Run(downstream); err != nil {
 			cancel(err)
 		}
-		served <- err
-	}()
-
-	supervised := make(chan struct{})
-	go func() {
-		defer close(supervised)
-		if t.server != nil {
-			t.server.Supervise(ctx, embedded.Client{Started: t.storeStarted, Failing: t.publisher.Failing})
+	})
+	last.Go(func() {
+		if err := t.http.Serve(downstream); err != nil {
+			cancel(err)
 		}
-	}()
-	looked := make(chan struct{})
-	go func() {
-		defer close(looked)
-		t.neighbours.run(ctx, t.publishNeighbours)
-	}()
-	kept := make(chan struct{})
-	go func() {
-		defer close(kept)
-		t.keepState(ctx)
-	}()
-	reported := make(chan struct{})
-	go func() {
-		defer close(reported)
-		t.report(ctx)
-	}()
+	})
+	if t.server != nil {
+		first.Go(func() {
+			t.server.Supervise(ctx, t.storeStarted, t.publisher.Failing)
+		})
+	}
+	first.Go(func() { t.neighbours.run(ctx, t.publishNeighbours) })
+	first.Go(func() { t.keepState(ctx) })
+	first.Go(func() { t.report(ctx) })
 
 	stopped := make(chan time.Time, 1)
 	context.AfterFunc(ctx, func() { stopped <- time.Now() })
@@ -264,10 +238,7 @@ func (t *tracer) run(ctx context.Context) error {
 	deadline := (<-stopped).Add(stopTime)
 	bounded, done := context.WithDeadline(downstream, deadline)
 	defer done()
-	wait(bounded, supervised)
-	wait(bounded, looked)
-	wait(bounded, kept)
-	wait(bounded, reported)
+	wait(bounded, first.Wait)
 
 	draining, drained := context.WithTimeout(bounded, drainTime)
 	defer drained()
@@ -283,8 +254,7 @@ func (t *tracer) run(ctx context.Context) error {
 	}
 	t.save(bounded, true)
 	stop()
-	wait(bounded, published)
-	wait(bounded, served)
+	wait(bounded, last.Wait)
 	pinned := t.loader.Pinned()
 	err = errors.Join(err, t.close(deadline))
 	if pinned {
@@ -295,8 +265,13 @@ func (t *tracer) run(ctx context.Context) error {
 	return err
 }
 
-// wait waits for something, until ctx ends.
-func wait[T any](ctx context.Context, done <-chan T) {
+// wait waits until something has returned, or ctx ends.
+func wait(ctx context.Context, something func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		something()
+	}()
 	select {
 	case <-done:
 	case <-ctx.Done():
@@ -315,13 +290,7 @@ func (t *tracer) close(deadline time.Time) error {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 	if t.conn != nil {
-		// It may wait for a server that does not answer.
-		closed := make(chan struct{})
-		go func() {
-			defer close(closed)
-			t.conn.Close()
-		}()
-		wait(ctx, closed)
+		wait(ctx, t.conn.Close) // which may wait for a server that does not answer
 	}
 	if t.server != nil {
 		if stopErr := t.server.Shutdown(ctx); stopErr != nil {
@@ -351,9 +320,9 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 		return true
 	}
 	e := t.converter.Event(record)
-	subject, err := e.Subject()
+	m, err := message(e.MsgID(), &e, ackTag{event: true, boottime: e.BoottimeNS, first: seq, last: seq})
 	if err == nil {
-		err = t.enqueue(e.MsgID(), subject, &e, ackTag{event: true, boottime: e.BoottimeNS, first: seq, last: seq})
+		err = t.publisher.Enqueue(m)
 	}
 	switch {
 	case errors.Is(err, bus.ErrFull):
@@ -368,18 +337,22 @@ func (t *tracer) record(seq uint64, sample []byte) bool {
 	t.state.touch()
 	t.metrics.observe(&e)
 	t.neighbours.observe(&e)
-	t.lines.kill(&e)
+	t.lines.print(&e, func() string { return text.Line(&e, false) })
 	t.lastRecord = e.Time
 	return true
 }
 
-// enqueue hands a message to the publisher.
-func (t *tracer) enqueue(id, subject string, message any, tag ackTag) error {
-	data, err := json.Marshal(message)
+// message is what is published of an event, a gap or a status.
+func message(id string, of interface{ Subject() (string, error) }, tag ackTag) (bus.Msg, error) {
+	subject, err := of.Subject()
 	if err != nil {
-		return fmt.Errorf("write %s as json: %w", id, err)
+		return bus.Msg{}, err
 	}
-	return t.publisher.Enqueue(bus.Msg{ID: id, Subject: subject, Data: data, Tag: tag})
+	data, err := json.Marshal(of)
+	if err != nil {
+		return bus.Msg{}, fmt.Errorf("write %s as json: %w", id, err)
+	}
+	return bus.Msg{ID: id, Subject: subject, Data: data, Tag: tag}, nil
 }
 
 func (t *tracer) hooks() bus.Hooks {
@@ -472,15 +445,6 @@ func newPrinter(w io.Writer, format string, dropped func()) *printer {
 	return p
 }
 
-func (p *printer) kill(e *event.Event) {
-	p.print(e, func() string { return text.Line(e, false) })
-}
-
-func (p *printer) gap(g *event.Gap) {
-	p.print(g, func() string { return text.GapLine(g, false) })
-}
-
-// print writes v as JSON or as text.
 func (p *printer) print(v any, asText func() string) {
 	var line string
 	switch p.format {

@@ -2,9 +2,7 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"math"
 	"sync"
 	"time"
@@ -13,41 +11,36 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 // What is missing, and how that is known: from holes in the seqs, from the kernel's own count of kills,
 // and, over restarts and reboots, from the state file.
 
-// procRoot is /proc, or what stands for it in a test: where the kernel's own count is read.
-type procRoot string
-
 // stable reads the program's counts and the kernel's own at one moment: the kernel counts a kill some
-// microseconds before it marks the victim. known is false where the kernel does not count.
-func (t *tracer) stable() (counts loader.Counts, kernel uint64, known bool) {
+// microseconds before it marks the victim. It fails where the kernel does not count.
+func (t *tracer) stable() (counts loader.Counts, kernel uint64, err error) {
 	for range 100 {
 		counts = t.loader.Counts()
-		before, err := obs.KernelOOMKills(string(t.vmstat))
+		before, err := obs.KernelOOMKills("/proc")
 		if err != nil {
-			return counts, 0, false
+			return counts, 0, err
 		}
 		time.Sleep(2 * time.Millisecond)
-		if kernel, err = obs.KernelOOMKills(string(t.vmstat)); err == nil && kernel == before && t.loader.Counts() == counts {
+		if kernel, err = obs.KernelOOMKills("/proc"); err == nil && kernel == before && t.loader.Counts() == counts {
 			break
 		}
 	}
-	return counts, kernel, true
+	return counts, kernel, nil
 }
 
 // begin reports what happened while nobody recorded, and writes the state file for the first time.
 func (t *tracer) begin() error {
-	counts, kernel, known := t.stable()
+	counts, kernel, err := t.stable()
+	known := err == nil
 	now, boottime := now()
 	booted := now.Add(-time.Duration(boottime)).UTC()
-	var before *savedState
-	lost := false
-	if t.state != nil {
-		before, lost = t.state.previous, t.state.lost
-	}
+	before, lost := t.state.previous, t.state.lost
 	sameBoot := before != nil && before.BootID == t.converter.Node.BootID
 
 	var gaps []event.Gap
@@ -80,17 +73,19 @@ func (t *tracer) begin() error {
 			}
 			exact = known && missed == unread
 		}
+		found := true
 		switch {
 		case !known && sameBoot: // nothing proves that there was none
-			gaps = append(gaps, g)
 		case known && missed > 0 && exact:
 			g.Count = &missed
-			gaps = append(gaps, g)
 		case known && missed > 0:
 			g.CountMax = &missed
-			gaps = append(gaps, g)
 		case unread > 0: // marks that the kernel does not count, or a kernel that does not
 			g.CountMax = &unread
+		default:
+			found = false
+		}
+		if found {
 			gaps = append(gaps, g)
 		}
 	}
@@ -124,8 +119,7 @@ func (t *tracer) begin() error {
 	// With the base, the next start does not look for what was missed before this one. So it waits until that is in
 	// the file, or on NATS where the file cannot be written.
 	if fresh {
-		base := kernel - min(kernel, counts.Killed+counts.KilledAgain)
-		t.base.Store(&base)
+		t.base.Store(new(kernel - min(kernel, counts.Killed+counts.KilledAgain)))
 	}
 	t.save(context.Background(), false)
 	if t.state.empty() {
@@ -188,7 +182,7 @@ func (t *tracer) complete(g *event.Gap) ackTag {
 func (t *tracer) dropped(tag ackTag) *bus.Msg {
 	g := seqGap(event.GapDropped, tag.first, 1)
 	tag = t.complete(&g)
-	m, err := message(&g, tag)
+	m, err := message(g.ID, &g, tag)
 	if err != nil {
 		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
 		t.ack(tag)
@@ -204,7 +198,7 @@ func (t *tracer) reportGap(g *event.Gap) {
 		return
 	}
 	t.metrics.gaps.WithLabelValues(string(g.Cause)).Inc()
-	t.lines.gap(g)
+	t.lines.print(g, func() string { return text.GapLine(g, false) })
 	args := []any{"cause", string(g.Cause), "id", g.ID}
 	if g.LastSeq > 0 {
 		args = append(args, "first_seq", g.FirstSeq, "last_seq", g.LastSeq)
@@ -220,25 +214,12 @@ func (t *tracer) reportGap(g *event.Gap) {
 	t.log.Warn("oom kills were not recorded (gap)", args...)
 }
 
-// message is a gap as it is published.
-func message(g *event.Gap, tag ackTag) (bus.Msg, error) {
-	subject, err := g.Subject()
-	if err != nil {
-		return bus.Msg{}, err
-	}
-	data, err := json.Marshal(g)
-	if err != nil {
-		return bus.Msg{}, fmt.Errorf("write %s as json: %w", g.ID, err)
-	}
-	return bus.Msg{ID: g.ID, Subject: subject, Data: data, Tag: tag}, nil
-}
-
 // publish hands a gap to the publisher. One that is in no journal is remembered until NATS has it.
 func (t *tracer) publish(g event.Gap, tag ackTag) error {
 	if tag.gap != "" {
 		t.state.add(g)
 	}
-	m, err := message(&g, tag)
+	m, err := message(g.ID, &g, tag)
 	if err == nil {
 		err = t.publisher.Enqueue(m)
 	}
@@ -250,9 +231,7 @@ func (t *tracer) publish(g event.Gap, tag ackTag) error {
 
 // lost reports records that were overwritten before they were read.
 func (t *tracer) lost(first, last uint64) bool {
-	count := last - first + 1
-	since := t.lastRecord.UTC()
-	return t.gap(event.Gap{Cause: event.GapWrapped, Since: &since, FirstSeq: first, LastSeq: last, Count: &count})
+	return t.gap(event.Gap{Cause: event.GapWrapped, Since: new(t.lastRecord.UTC()), FirstSeq: first, LastSeq: last, Count: new(last - first + 1)})
 }
 
 // unseen reports kills that the kernel counted and the program did not see, once.
@@ -260,8 +239,8 @@ func (t *tracer) unseen(ctx context.Context) {
 	var counts loader.Counts
 	var kernel, atLeast, atMost uint64
 	for range 3 { // in the moment between the kernel's count and the mark there is one too many
-		var known bool
-		if counts, kernel, known = t.stable(); !known || ctx.Err() != nil {
+		var err error
+		if counts, kernel, err = t.stable(); err != nil || ctx.Err() != nil {
 			return
 		}
 		if atLeast, atMost = t.reconciled.bounds(counts, kernel); atLeast == 0 {
@@ -298,7 +277,7 @@ func (t *tracer) checkStore(ctx context.Context) {
 	before := t.state.held
 	t.state.mu.Unlock()
 	if before != nil {
-		if lost := before.Lost(held, t.stream, time.Now()); lost > 0 &&
+		if lost := before.Lost(held, t.cfg.NATS.Stream, time.Now()); lost > 0 &&
 			!t.gap(event.Gap{Cause: event.GapStoreLost, Since: &before.FirstTime, Until: &before.LastTime, CountMax: &lost}) {
 			return
 		}

@@ -720,8 +720,8 @@ func TestReconciled(t *testing.T) {
 	tr, stop := runTracer(t, cfg, io.Discard)
 	group := oomtest.New(t, 8*mib)
 	oomtest.Storm(t, group, 50, 16, "plain")
-	counts, kernel, known := tr.stable()
-	if atLeast, _ := counts.Unseen(kernel); !known || atLeast != 0 || counts.Killed+counts.Unknown < 50 {
+	counts, kernel, err := tr.stable()
+	if atLeast, _ := counts.Unseen(kernel); err != nil || atLeast != 0 || counts.Killed+counts.Unknown < 50 {
 		t.Errorf("%+v, the kernel counts %d", counts, kernel)
 	}
 	// As if the program had been switched off for three kills.

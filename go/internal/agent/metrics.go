@@ -1,14 +1,10 @@
 package agent
 
 import (
-	"time"
-
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
-	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
 
 const subsystem = "oom_tracer"
@@ -16,20 +12,20 @@ const subsystem = "oom_tracer"
 // metrics are the tracer's own. Those that something else counts (the kernel program, the publisher)
 // are read where they are counted, at the scrape.
 type metrics struct {
-	events *prometheus.CounterVec
-	kills  *prometheus.CounterVec
-	gaps   *prometheus.CounterVec
-	// neighbours counts incidents of the whole node.
-	neighbours *prometheus.CounterVec
-	published  prometheus.Histogram
-	// stateErrors counts failed writes of the state file.
+	events      *prometheus.CounterVec
+	kills       *prometheus.CounterVec
+	gaps        *prometheus.CounterVec
+	neighbours  *prometheus.CounterVec
+	published   prometheus.Histogram
 	stateErrors prometheus.Counter
 
 	kernel    kernelSide
-	publisher interface{ Stats() bus.Stats }
-	conn      interface{ Connected() bool }
-	vmstat    procRoot
-	bounds    func(c loader.Counts, kernel uint64) (atLeast, atMost uint64)
+	publisher interface {
+		Pending() int
+		Acked() uint64
+	}
+	conn   interface{ Connected() bool }
+	unseen func() (atLeast, atMost uint64, err error) // see Counts.Unseen
 }
 
 // kernelSide is what is shown of a loader.Loader.
@@ -43,7 +39,6 @@ type kernelSide interface {
 	Counts() loader.Counts
 }
 
-// The metrics that are read at the scrape.
 var (
 	tierDesc      = desc("tier_info", "Tier, notification and prototype of mark_victim in use; always 1.", "tier", "notify", "prototype")
 	samplesDesc   = desc("samples_total", "Number of records (seen), of notifications (sent, refused, received), and of records read without a notification (caught_up), since the program was loaded.", "state")
@@ -60,27 +55,18 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc(prometheus.BuildFQName("", subsystem, name), help, labels, nil)
 }
 
+func counter(name, help string, labels ...string) *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Subsystem: subsystem, Name: name, Help: help}, labels)
+}
+
 func newMetrics() *metrics {
 	m := &metrics{
-		events: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "events_total",
-			Help: "Number of records of the kernel tracer by stage and reason.",
-		}, []string{"stage", "reason"}),
-		kills: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "kills_total",
-			Help: "Number of OOM kills observed by the kernel tracer, by scope and by the level of the limit that was hit.",
-		}, []string{"scope", "level"}),
-		gaps: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "gaps_total",
-			Help: "Number of gap events by cause.",
-		}, []string{"cause"}),
-		neighbours: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "neighbours_total",
-			Help: "Number of OOM kills beyond one pod by what became of the memory usage of the node's pods: read, skipped (read moments before, or the kill is old) or failed.",
-		}, []string{"result"}),
+		events:     counter("events_total", "Number of records of the kernel tracer by stage and reason.", "stage", "reason"),
+		kills:      counter("kills_total", "Number of OOM kills observed by the kernel tracer, by scope and by the level of the limit that was hit.", "scope", "level"),
+		gaps:       counter("gaps_total", "Number of gap events by cause.", "cause"),
+		neighbours: counter("neighbours_total", "Number of OOM kills beyond one pod by what became of the memory usage of the node's pods: read, skipped (read moments before, or the kill is old) or failed.", "result"),
 		stateErrors: prometheus.NewCounter(prometheus.CounterOpts{
-			Subsystem: subsystem, Name: "state_file_errors_total",
-			Help: "Number of failed writes of the state file.",
+			Subsystem: subsystem, Name: "state_file_errors_total", Help: "Number of failed writes of the state file.",
 		}),
 		published: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Subsystem: subsystem, Name: "publish_latency_seconds",
@@ -134,12 +120,6 @@ func levels(scope event.Scope) []string {
 	return []string{unknownLevel}
 }
 
-// watch names what is read at the scrape.
-func (m *metrics) watch(l *loader.Loader, p *bus.Publisher, c *bus.Conn, vmstat procRoot, r *reconciled) {
-	m.kernel, m.publisher, m.conn, m.vmstat, m.bounds = l, p, c, vmstat, r.bounds
-}
-
-// observe counts an event that was read.
 func (m *metrics) observe(e *event.Event) {
 	m.events.WithLabelValues("observed", string(e.Kind())).Inc()
 	if e.Kind() == event.KindKill {
@@ -159,17 +139,10 @@ func (m *metrics) observe(e *event.Event) {
 	}
 }
 
-// Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published, m.stateErrors} {
-		c.Describe(ch)
-	}
-	for _, d := range []*prometheus.Desc{tierDesc, samplesDesc, seqDesc, journalDesc, lostDesc, unseenDesc, connectedDesc, pendingDesc, ackedDesc} {
-		ch <- d
-	}
+	prometheus.DescribeByCollect(m, ch)
 }
 
-// Collect implements prometheus.Collector.
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published, m.stateErrors} {
 		c.Collect(ch)
@@ -191,35 +164,14 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(seqDesc, prometheus.GaugeValue, float64(counts.Head))
 	ch <- prometheus.MustNewConstMetric(journalDesc, prometheus.GaugeValue, float64(counts.Head-min(counts.Head, counts.Acked)))
 	ch <- prometheus.MustNewConstMetric(lostDesc, prometheus.CounterValue, float64(counts.Lost))
-	if atLeast, atMost, err := m.unseen(counts); err != nil {
+	if atLeast, atMost, err := m.unseen(); err != nil {
 		ch <- prometheus.NewInvalidMetric(unseenDesc, err)
 	} else {
 		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atLeast), "at_least")
 		ch <- prometheus.MustNewConstMetric(unseenDesc, prometheus.GaugeValue, float64(atMost), "at_most")
 	}
-	connected := 0.0
-	if m.conn.Connected() {
-		connected = 1
-	}
+	connected := map[bool]float64{true: 1}[m.conn.Connected()]
 	ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, connected)
-	publish := m.publisher.Stats()
-	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(publish.Pending))
-	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(publish.Acked))
-}
-
-// unseen holds the program's counts against the kernel's. Between the kernel's count of a kill and the mark
-// of its victim there are some microseconds: what is left over is looked at again.
-func (m *metrics) unseen(counts loader.Counts) (atLeast, atMost uint64, err error) {
-	for range 3 {
-		kernel, err := obs.KernelOOMKills(string(m.vmstat))
-		if err != nil {
-			return 0, 0, err
-		}
-		if atLeast, atMost = m.bounds(counts, kernel); atMost == 0 {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-		counts = m.kernel.Counts()
-	}
-	return atLeast, atMost, nil
+	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(m.publisher.Pending()))
+	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(m.publisher.Acked()))
 }

@@ -19,7 +19,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
@@ -38,7 +37,8 @@ type fakeSides struct {
 	caughtUp  uint64
 	counts    loader.Counts
 	connected bool
-	publisher bus.Stats
+	pending   int
+	acked     uint64
 }
 
 func (f *fakeSides) Tier() loader.Tier            { return f.tier }
@@ -50,14 +50,18 @@ func (f *fakeSides) CaughtUp() uint64             { return f.caughtUp }
 func (f *fakeSides) Counts() loader.Counts        { return f.counts }
 func (f *fakeSides) Connected() bool              { return f.connected }
 
-type fakePublisher bus.Stats
-
-func (f *fakePublisher) Stats() bus.Stats { return bus.Stats(*f) }
+func (f *fakeSides) Pending() int  { return f.pending }
+func (f *fakeSides) Acked() uint64 { return f.acked }
 
 // fakeMetrics are the metrics of a tracer that is not there.
 func fakeMetrics(f *fakeSides) *metrics {
 	m := newMetrics()
-	m.kernel, m.conn, m.publisher, m.vmstat, m.bounds = f, f, (*fakePublisher)(&f.publisher), "testdata/proc", new(reconciled).bounds
+	m.kernel, m.conn, m.publisher = f, f, f
+	m.unseen = func() (atLeast, atMost uint64, err error) {
+		kernel, err := obs.KernelOOMKills("testdata/proc")
+		atLeast, atMost = new(reconciled).bounds(f.counts, kernel)
+		return atLeast, atMost, err
+	}
 	return m
 }
 
@@ -112,9 +116,9 @@ func TestMetricsCount(t *testing.T) {
 	m := fakeMetrics(&fakeSides{
 		tier: loader.TierNone, notify: loader.NotifyRingbuf, prototype: loader.PrototypePID, connected: true, received: 7, caughtUp: 3,
 		// The kernel's 42 are 32 more than its base. Of 20 kills seen, 2 in groups; 3 exits may have become kills.
-		counts:    loader.Counts{Head: 30, Acked: 26, Lost: 2, Killed: 20, Unknown: 4, Exiting: 3, Groups: 2, Unhooked: 20, KernelBase: 10},
-		stats:     loader.Stats{Seen: 10, Sent: 8, Refused: 2},
-		publisher: bus.Stats{Acked: 5, Duplicates: 1, Retried: 2, Dropped: 3, Refused: 4, Pending: 6},
+		counts:  loader.Counts{Head: 30, Acked: 26, Lost: 2, Killed: 20, Unknown: 4, Exiting: 3, Groups: 2, Unhooked: 20, KernelBase: 10},
+		stats:   loader.Stats{Seen: 10, Sent: 8, Refused: 2},
+		pending: 6, acked: 5,
 	})
 	pod := &event.Container{PodUID: "u", ContainerID: "c"}
 	for _, e := range []event.Event{

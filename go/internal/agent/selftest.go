@@ -8,14 +8,17 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/prometheus/procfs"
+	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
@@ -169,15 +172,9 @@ func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err e
 	var complaints strings.Builder
 	victim.Stderr = &complaints
 	victim.WaitDelay = time.Second
-	stdin, err := victim.StdinPipe()
-	if err != nil {
-		return nil, fmt.Errorf("start the victim: %w", err)
-	}
-	output, err := victim.StdoutPipe()
-	if err != nil {
-		return nil, fmt.Errorf("start the victim: %w", err)
-	}
-	if err := victim.Start(); err != nil {
+	stdin, inErr := victim.StdinPipe()
+	output, outErr := victim.StdoutPipe()
+	if err := errors.Join(inErr, outErr, victim.Start()); err != nil {
 		return nil, fmt.Errorf("start the victim: %w", err)
 	}
 	defer func() {
@@ -190,12 +187,13 @@ func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err e
 		return nil, fmt.Errorf("start the victim: it said %q: %w", line+complaints.String(), err)
 	}
 	pid := victim.Process.Pid
-	want := &expectation{
-		pid: pid, uid: uint32(os.Getuid()), cgroup: group.Path(), id: group.ID,
-		version: group.Version, limit: selftestLimit,
-	}
-	if want.comm, want.startTick, err = processStat(pid); err != nil {
+	stat, err := processStat(pid)
+	if err != nil {
 		return nil, err
+	}
+	want := &expectation{
+		pid: pid, comm: stat.Comm, uid: uint32(os.Getuid()), startTick: stat.Starttime, cgroup: group.Path(), id: group.ID,
+		version: group.Version, limit: selftestLimit,
 	}
 	if err := group.Add(pid); err != nil {
 		return nil, err
@@ -232,19 +230,12 @@ func lastOf(kills []kmsg.Kill, pid int) *kmsg.Kill {
 	return nil
 }
 
-// processStat reads a process's name and start time (proc_pid_stat(5), fields 2 and 22).
-func processStat(pid int) (comm string, start uint64, err error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+func processStat(pid int) (procfs.ProcStat, error) {
+	p, err := procfs.NewProc(pid)
 	if err != nil {
-		return "", 0, fmt.Errorf("read the victim's start: %w", err)
+		return procfs.ProcStat{}, err
 	}
-	open, end := strings.IndexByte(string(data), '('), strings.LastIndexByte(string(data), ')')
-	fields := strings.Fields(string(data[end+1:]))
-	if open < 0 || end < open || len(fields) < 20 {
-		return "", 0, fmt.Errorf("read the victim's start: %q", data)
-	}
-	start, err = strconv.ParseUint(fields[19], 10, 64)
-	return string(data[open+1 : end]), start, err
+	return p.Stat()
 }
 
 // awaitEvent waits for the victim's event on the stream.
@@ -296,8 +287,14 @@ func (want *expectation) compare(e *event.Event) []string {
 			wrong = append(wrong, fmt.Sprintf("%s: %v, want %v", field, got, want))
 		}
 	}
+	present := func(field string, is bool) bool {
+		if !is {
+			wrong = append(wrong, field+" is absent")
+		}
+		return is
+	}
 	near := func(field string, got, want, slack uint64) {
-		if diff := math.Abs(float64(got) - float64(want)); diff > float64(slack) {
+		if max(got, want)-min(got, want) > slack {
 			wrong = append(wrong, fmt.Sprintf("%s: %d, want %d give or take %d", field, got, want, slack))
 		}
 	}
@@ -308,19 +305,14 @@ func (want *expectation) compare(e *event.Event) []string {
 	check("victim.comm", e.Victim.Comm, want.comm)
 	// USER_HZ is 100 on every architecture that this program runs on.
 	check("victim.start_boottime_ns in ticks", e.Victim.StartBoottimeNS/1e7, want.startTick)
-	if e.Victim.UID == nil {
-		wrong = append(wrong, "victim.uid is absent")
-	} else {
+	if present("victim.uid", e.Victim.UID != nil) {
 		check("victim.uid", *e.Victim.UID, want.uid)
 	}
-	if e.Victim.OOMScoreAdj == nil {
-		wrong = append(wrong, "victim.oom_score_adj is absent")
-	} else {
+	if present("victim.oom_score_adj", e.Victim.OOMScoreAdj != nil) {
 		check("victim.oom_score_adj", *e.Victim.OOMScoreAdj, int16(1000))
 	}
 	checkCgroup := func(field string, c *event.Cgroup) {
-		if c == nil {
-			wrong = append(wrong, field+" is absent")
+		if !present(field, c != nil) {
 			return
 		}
 		check(field+".id", c.ID, want.id)
@@ -331,21 +323,18 @@ func (want *expectation) compare(e *event.Event) []string {
 		}
 	}
 	checkCgroup("victim.cgroup", e.Victim.Cgroup)
-	if e.Trigger == nil {
-		wrong = append(wrong, "trigger is absent")
-	} else {
+	if present("trigger", e.Trigger != nil) {
 		check("trigger.pid", int(e.Trigger.PID), want.pid)
 		checkCgroup("trigger.cgroup", e.Trigger.Cgroup)
 	}
-	if l := e.Limit; l != nil && l.Max != nil {
-		checkCgroup("limit.cgroup", l.Cgroup)
-		check("limit.max", *l.Max, want.limit)
-	} else if e.Node.Tier != "none" {
-		wrong = append(wrong, "limit is absent")
+	limited := e.Limit != nil && e.Limit.Max != nil
+	if (limited || e.Node.Tier != "none") && present("limit", limited) {
+		checkCgroup("limit.cgroup", e.Limit.Cgroup)
+		check("limit.max", *e.Limit.Max, want.limit)
 	}
 	m := e.Victim.Memory
-	if m == nil {
-		return append(wrong, "victim.memory is absent")
+	if !present("victim.memory", m != nil) {
+		return wrong
 	}
 	// The victim held all that was charged, and what it had touched before it was moved.
 	near("victim.memory.anon_rss", m.AnonRSS, want.limit, want.limit/4)
@@ -357,4 +346,44 @@ func (want *expectation) compare(e *event.Event) []string {
 		check("victim.memory.pgtables against the console", m.PgTables, c.PgTables)
 	}
 	return wrong
+}
+
+// VictimCommand is how Selftest calls itself for its victim. It is not for people.
+const VictimCommand = "selftest-victim"
+
+// victimComm is the victim's name, at most 15 bytes.
+const victimComm = "oom-selftest"
+
+// Victim allocates MIB MiB once a byte comes on standard input, as the caller's victim. It ends with an
+// error if nobody kills it.
+func Victim(size string) error {
+	mib, err := strconv.Atoi(size)
+	if err != nil || mib < 1 || mib > 1024 {
+		return fmt.Errorf("%s: %q is not 1..1024 MiB", VictimCommand, size)
+	}
+	debug.SetGCPercent(-1)
+	// With selftest gone nobody would clean up.
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+		return fmt.Errorf("%s: %w", VictimCommand, err)
+	}
+	// Should anything else run out of memory now, this process goes first.
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0); err != nil {
+		return fmt.Errorf("%s: %w", VictimCommand, err)
+	}
+	if err := os.WriteFile("/proc/self/comm", []byte(victimComm), 0); err != nil {
+		return fmt.Errorf("%s: %w", VictimCommand, err)
+	}
+	fmt.Println("ready")
+	if n, _ := os.Stdin.Read(make([]byte, 1)); n != 1 {
+		return errors.New(strings.TrimSpace(VictimCommand + ": no word to start"))
+	}
+	bytes := mib << 20
+	memory, err := unix.Mmap(-1, 0, bytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_NORESERVE)
+	if err != nil {
+		return fmt.Errorf("%s: map %d MiB: %w", VictimCommand, mib, err)
+	}
+	for i := 0; i < bytes; i += os.Getpagesize() {
+		memory[i] = 1
+	}
+	return fmt.Errorf("%s: still alive with %d MiB", VictimCommand, mib)
 }

@@ -39,14 +39,13 @@ type savedState struct {
 // stateFile is the file that outlives tracers and boots (node.state_file). Neither a file that cannot be read nor one
 // that cannot be written stops the tracer: the first is a gap, the second is tried again.
 type stateFile struct {
-	path     string
+	path     string        // empty: nothing outlives a restart
 	previous *savedState   // what it held at the start; nil if there was none
 	lost     bool          // there was one, and it could not be used
 	changed  chan struct{} // holds a token when there may be something new to write
 
 	writing sync.Mutex // what is newer is written later; guards what follows
 	retries int        // failed writes in a row
-	next    time.Time  // of the next try, after a failed one
 
 	mu          sync.Mutex // guards what follows
 	last        loader.Counts
@@ -60,10 +59,10 @@ const maxState = 16 << 20
 
 // openStateFile reads the file. One that cannot be used is kept under another name.
 func openStateFile(path string, log *slog.Logger) *stateFile {
-	if path == "" {
-		return nil
-	}
 	s := &stateFile{path: path, changed: make(chan struct{}, 1)}
+	if path == "" {
+		return s
+	}
 	dir, err := statedir.Open(filepath.Dir(path))
 	if err == nil {
 		defer dir.Close()
@@ -72,8 +71,7 @@ func openStateFile(path string, log *slog.Logger) *stateFile {
 	if s.previous != nil {
 		s.held = s.previous.Held
 	}
-	switch {
-	case err == nil, errors.Is(err, fs.ErrNotExist):
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return s
 	}
 	s.lost = true
@@ -102,7 +100,6 @@ func readState(dir *statedir.Dir, name string) (*savedState, error) {
 	return &state, nil
 }
 
-// write replaces the file.
 func (s *stateFile) write(state savedState) error {
 	data, err := json.Marshal(state)
 	if err != nil {
@@ -118,9 +115,6 @@ func (s *stateFile) write(state savedState) error {
 
 // touch has the file written soon.
 func (s *stateFile) touch() {
-	if s == nil {
-		return
-	}
 	select {
 	case s.changed <- struct{}{}:
 	default:
@@ -129,7 +123,7 @@ func (s *stateFile) touch() {
 
 // add keeps a gap until it is published.
 func (s *stateFile) add(g event.Gap) {
-	if s == nil {
+	if s.path == "" {
 		return
 	}
 	defer s.touch()
@@ -138,11 +132,7 @@ func (s *stateFile) add(g event.Gap) {
 	s.unpublished, s.stale = append(s.unpublished, g), true
 }
 
-// remove lets go of a gap.
 func (s *stateFile) remove(id string) {
-	if s == nil {
-		return
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := len(s.unpublished)
@@ -152,9 +142,6 @@ func (s *stateFile) remove(id string) {
 
 // expire has the file written, although nothing was recorded.
 func (s *stateFile) expire() {
-	if s == nil {
-		return
-	}
 	defer s.touch()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,9 +150,6 @@ func (s *stateFile) expire() {
 
 // empty reports whether there is no gap that has to be published yet.
 func (s *stateFile) empty() bool {
-	if s == nil {
-		return true
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.unpublished) == 0
@@ -191,17 +175,15 @@ func nothingMissed(path, node string) error {
 	return (&stateFile{path: path}).write(state)
 }
 
-// savedState is what the file is to hold now.
 func (t *tracer) savedState(clean bool) savedState {
-	counts, kernel, known := t.stable()
+	counts, kernel, err := t.stable()
 	state := savedState{
 		BootID: t.converter.Node.BootID, Time: time.Now().UTC(), Clean: clean,
 		Epoch: t.converter.Node.Epoch, Head: counts.Head, Acked: counts.Acked,
 	}
-	if known {
+	if err == nil {
 		atLeast, _ := t.reconciled.bounds(counts, kernel)
-		explained := kernel - min(kernel, atLeast)
-		state.Kernel = &explained
+		state.Kernel = new(kernel - min(kernel, atLeast))
 	}
 	t.state.mu.Lock()
 	defer t.state.mu.Unlock()
@@ -216,11 +198,11 @@ const (
 	maxRetryTime = time.Minute
 )
 
-// save writes the file. After a failed write it is quiet until one succeeds.
-func (t *tracer) save(ctx context.Context, clean bool) {
+// save writes the file, and reports whether it did. After a failed write it is quiet until one succeeds.
+func (t *tracer) save(ctx context.Context, clean bool) bool {
 	s := t.state
-	if s == nil || ctx.Err() != nil {
-		return
+	if s.path == "" || ctx.Err() != nil {
+		return false
 	}
 	s.writing.Lock()
 	defer s.writing.Unlock()
@@ -234,27 +216,20 @@ func (t *tracer) save(ctx context.Context, clean bool) {
 		if s.retries == 0 {
 			t.log.Warn("cannot write state file, will retry: a restart or a reboot now may leave kills unreported", "error", err)
 		}
-		s.next = time.Now().Add(min(saveTime<<min(s.retries, 10), maxRetryTime))
 		s.retries++
-		return
+		return false
 	}
 	if s.retries > 0 {
 		t.log.Info("state file can be written again", "path", s.path, "failed_writes", s.retries)
 	}
-	s.retries, s.next = 0, time.Time{}
+	s.retries = 0
 	t.startBase()
-}
-
-// due reports whether a failed write need not wait any longer.
-func (s *stateFile) due() bool {
-	s.writing.Lock()
-	defer s.writing.Unlock()
-	return time.Now().After(s.next)
+	return true
 }
 
 // keepState keeps the file up to date until ctx ends. Between kills it sleeps.
 func (t *tracer) keepState(ctx context.Context) {
-	if t.state == nil {
+	if t.state.path == "" {
 		return
 	}
 	for {
@@ -263,14 +238,15 @@ func (t *tracer) keepState(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		for t.state.outdated(t.loader.Counts()) {
+		// A storm is written once a second.
+		for pause := saveTime; t.state.outdated(t.loader.Counts()); {
 			select {
-			case <-time.After(saveTime): // a storm is written once a second
+			case <-time.After(pause):
 			case <-ctx.Done():
 				return
 			}
-			if t.state.due() {
-				t.save(ctx, false)
+			if pause = min(2*pause, maxRetryTime); t.save(ctx, false) {
+				pause = saveTime
 			}
 		}
 	}

@@ -2,15 +2,14 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"time"
 
-	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
 
 // statusTime bounds one attempt to publish a status.
@@ -21,7 +20,8 @@ const statusTime = 5 * time.Second
 func (t *tracer) report(ctx context.Context) {
 	phase := event.PhaseStart
 	for {
-		pause := t.interval - t.interval/10 + rand.N(t.interval/5)
+		interval := t.cfg.Node.StatusInterval
+		pause := interval - interval/10 + rand.N(interval/5)
 		t.unseen(ctx)
 		attempt, cancel := context.WithTimeout(ctx, statusTime)
 		err := t.publishStatus(attempt, phase)
@@ -45,45 +45,37 @@ func (t *tracer) report(ctx context.Context) {
 
 func (t *tracer) publishStatus(ctx context.Context, phase event.Phase) error {
 	s := t.status(phase)
-	subject, err := s.Subject()
+	m, err := message(s.ID, &s, ackTag{})
 	if err != nil {
 		return err
 	}
-	data, err := json.Marshal(&s)
-	if err != nil {
-		return fmt.Errorf("write the node's status as json: %w", err)
-	}
-	_, err = t.conn.JetStream().PublishMsg(ctx, &nats.Msg{Subject: subject, Data: data},
-		jetstream.WithMsgID(s.ID), jetstream.WithRetryAttempts(0))
-	if err != nil {
-		return fmt.Errorf("publish %s: %w", subject, err)
+	if _, err := t.conn.JetStream().Publish(ctx, m.Subject, m.Data, jetstream.WithMsgID(m.ID), jetstream.WithRetryAttempts(0)); err != nil {
+		return fmt.Errorf("publish %s: %w", m.Subject, err)
 	}
 	return nil
 }
 
 // status is what can be said of this node now.
 func (t *tracer) status(phase event.Phase) event.NodeStatus {
-	counts, kernel, known := t.stable()
+	counts, kernel, err := t.stable()
 	wall, boottime := now()
 	at := func(boottimeNS uint64) time.Time { return wall.Add(-time.Duration(boottime - boottimeNS)).UTC() }
 	s := event.NodeStatus{
 		Schema: event.Schema, Time: wall.UTC(), Node: t.converter.Node, Phase: phase,
-		Version: t.version, Prototype: string(t.loader.Prototype()), Pinned: t.loader.Pinned(),
+		Version: obs.Version().Version, Prototype: string(t.loader.Prototype()), Pinned: t.loader.Pinned(),
 		Since: at(t.converter.Node.Epoch), Seq: counts.Head, Acked: counts.Acked, Lost: counts.Lost,
 	}
 	s.ID = fmt.Sprintf("%s-status-%d", s.Node.BootID, boottime)
 	s.Node.Tier = string(t.loader.Tier())
 	if phase != event.PhaseStop {
-		due := s.Time.Add(t.interval + t.interval/10)
-		s.Due = &due
+		s.Due = new(s.Time.Add(t.cfg.Node.StatusInterval * 11 / 10))
 	}
-	if known {
+	if err == nil {
 		atLeast, atMost := t.reconciled.bounds(counts, kernel)
 		s.Unseen = &event.Bounds{AtLeast: atLeast, AtMost: atMost}
 	}
 	if counts.LastKillNS > 0 {
-		last := at(counts.LastKillNS)
-		s.LastKill = &last
+		s.LastKill = new(at(counts.LastKillNS))
 	}
 	return s
 }

@@ -415,12 +415,12 @@ func mixedHog(t *testing.T, group *cgroupfs.Cgroup, size int) *mixedVictim {
 	}
 	t.Cleanup(func() { os.Remove(file) })
 	hog, begin := waitingHog(t, oomtest.Program(t, "hog"), group, mixedAdj, "0", fmt.Sprint(size), "mixed", file)
-	_, start, err := processStat(hog.Process.Pid)
+	stat, err := processStat(hog.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
 	}
 	begin()
-	return &mixedVictim{hog.Process.Pid, start, group}
+	return &mixedVictim{hog.Process.Pid, stat.Starttime, group}
 }
 
 // waitingHog runs tools/hog, under whatever name, in a cgroup; it begins when it is told to. What it prints

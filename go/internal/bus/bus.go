@@ -7,6 +7,7 @@
 package bus
 
 import (
+	"context"
 	"math/rand/v2"
 	"time"
 
@@ -27,14 +28,15 @@ const (
 // backoff is the time to wait after the nth failure in a row (n from 1): it doubles from backoffMin to
 // backoffMax, and half of it is random, so that thousands of nodes do not come back as one.
 func backoff(n int) time.Duration {
-	d := backoffMax
-	if n < 1 {
-		n = 1
-	}
-	if shift := n - 1; shift < 16 {
-		d = min(backoffMin<<shift, backoffMax)
-	}
+	d := min(backoffMin<<min(max(n-1, 0), 16), backoffMax)
 	return d/2 + rand.N(d/2)
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
 }
 
 // TracerName names the connection of a node's tracer. The permissions of its inbox follow from it.

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -73,15 +75,10 @@ type Conn struct {
 	mu       sync.Mutex
 	link     context.Context // lives as long as the present connection; nil when there is none
 	cut      context.CancelCauseFunc
-	up       chan struct{}       // closed while there is a link
-	said     map[string]struct{} // what was logged since the state last changed
-	noInbox  error               // why replies cannot arrive on this link
-	watchers map[*watcher]struct{}
-}
-
-// watcher is told of permission violations.
-type watcher struct {
-	tell func(denial)
+	up       chan struct{}              // closed while there is a link
+	said     map[string]struct{}        // what was logged since the state last changed
+	noInbox  error                      // why replies cannot arrive on this link
+	watchers map[*func(denial)]struct{} // called for each permission violation
 }
 
 // denial is one refusal by the server, which comes without any tie to the call that caused it.
@@ -105,7 +102,7 @@ func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) 
 		closed:   make(chan struct{}),
 		up:       make(chan struct{}),
 		said:     map[string]struct{}{},
-		watchers: map[*watcher]struct{}{},
+		watchers: map[*func(denial)]struct{}{},
 	}
 	servers, options, err := c.configure(cfg, o)
 	if err != nil {
@@ -114,41 +111,34 @@ func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) 
 	c.server = strings.Join(servers, ",")
 
 	// nats.Connect knows no context. A connection that comes too late is closed again.
-	type result struct {
-		nc  *nats.Conn
-		err error
-	}
-	got := make(chan result, 1)
+	tried := make(chan error, 1)
 	go func() {
-		nc, err := nats.Connect(c.server, options...)
-		got <- result{nc, err}
+		var err error
+		c.nc, err = nats.Connect(c.server, options...)
+		tried <- err
 	}()
-	var r result
 	select {
-	case r = <-got:
+	case err = <-tried:
 	case <-ctx.Done():
 		c.closing.Store(true)
 		go func() {
-			if r := <-got; r.nc != nil {
-				r.nc.Close()
+			if <-tried == nil {
+				c.nc.Close()
 			}
 		}()
 		return nil, fmt.Errorf("connect to nats at %s: %w", c.server, context.Cause(ctx))
 	}
-	if r.err != nil {
-		return nil, fmt.Errorf("connect to nats at %s: %w%s", c.server, r.err, hint(r.err, cfg))
+	if err != nil {
+		return nil, fmt.Errorf("connect to nats at %s: %w%s", c.server, err, hint(err, cfg))
 	}
-	c.nc = r.nc
-	if c.js, err = jetstream.New(c.nc); err != nil {
+	c.js, err = jetstream.New(c.nc)
+	if err == nil && !o.Background {
+		// The callback that notes the new link runs on a goroutine of its own.
+		_, err = c.connected(ctx)
+	}
+	if err != nil {
 		c.Close()
 		return nil, fmt.Errorf("connect to nats at %s: %w", c.server, err)
-	}
-	if !o.Background {
-		// The callback that notes the new link runs on a goroutine of its own.
-		if _, err := c.connected(ctx); err != nil {
-			c.Close()
-			return nil, fmt.Errorf("connect to nats at %s: %w", c.server, err)
-		}
 	}
 	return c, nil
 }
@@ -241,7 +231,8 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 		if _, err := password(); err != nil && o.InProcess == nil {
 			return nil, nil, fmt.Errorf("%w (is oom-tracer running on this node, with its embedded server?)", err)
 		}
-		return []string{server}, append(options, c.userInfo(EmbeddedUser, password)), nil
+		login := nats.UserInfoHandler(func() (string, string) { return EmbeddedUser, c.secret(password) })
+		return []string{server}, append(options, login), nil
 	}
 
 	if servers, err = splitURLs(cfg.URL); err != nil {
@@ -261,22 +252,17 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 		}
 		options = append(options, nkey)
 	case cfg.TokenFile != "":
-		if _, err := readSecretFile("nats.token_file", cfg.TokenFile); err != nil {
+		token := func() (string, error) { return readSecretFile("nats.token_file", cfg.TokenFile) }
+		if _, err := token(); err != nil {
 			return nil, nil, err
 		}
-		options = append(options, nats.TokenHandler(func() string {
-			token, err := readSecretFile("nats.token_file", cfg.TokenFile)
-			if err != nil {
-				c.attemptFailed(err)
-			}
-			return token
-		}))
+		options = append(options, nats.TokenHandler(func() string { return c.secret(token) }))
 	case cfg.User != "":
 		password := func() (string, error) { return readSecretFile("nats.password_file", cfg.PasswordFile) }
 		if _, err := password(); err != nil {
 			return nil, nil, err
 		}
-		options = append(options, c.userInfo(cfg.User, password))
+		options = append(options, nats.UserInfoHandler(func() (string, string) { return cfg.User, c.secret(password) }))
 	}
 	if cfg.TLS.CAFile != "" {
 		options = append(options, nats.RootCAs(cfg.TLS.CAFile))
@@ -287,15 +273,11 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 	return servers, options, nil
 }
 
-// userInfo logs in as user with the password that read returns then.
-func (c *Conn) userInfo(user string, read func() (string, error)) nats.Option {
-	return nats.UserInfoHandler(func() (string, string) {
-		password, err := read()
-		if err != nil {
-			c.attemptFailed(err)
-		}
-		return user, password
-	})
+// secret reads a password or a token for a login.
+func (c *Conn) secret(read func() (string, error)) string {
+	secret, err := read()
+	c.attemptFailed(err)
+	return secret
 }
 
 // splitURLs takes nats.url apart. Its errors do not repeat it, because of what people put into URLs.
@@ -318,7 +300,6 @@ func splitURLs(list string) ([]string, error) {
 	return servers, nil
 }
 
-// linkUp notes a new connection.
 func (c *Conn) linkUp(nc *nats.Conn) {
 	c.mu.Lock()
 	if c.link == nil {
@@ -331,7 +312,6 @@ func (c *Conn) linkUp(nc *nats.Conn) {
 	c.log.Info("connected to nats", "server", nc.ConnectedUrlRedacted(), "server_name", nc.ConnectedServerName())
 }
 
-// linkDown notes the end of a connection.
 func (c *Conn) linkDown(err error) {
 	cause := ErrDisconnected
 	if err != nil {
@@ -373,26 +353,22 @@ func (c *Conn) attemptFailed(err error) {
 	} else if lateLogin(err) {
 		err = fmt.Errorf("%w%s", err, lateHint)
 	}
-	c.once(key, "cannot connect to nats, will retry", "server", c.server, "error", err)
+	c.once(slog.LevelWarn, key, "cannot connect to nats, will retry", "server", c.server, "error", err)
 }
 
-// once logs a warning unless key was used since the connection's state changed, and no more than a few
-// different ones: error texts carry port numbers.
-func (c *Conn) once(key, msg string, args ...any) {
-	if c.isNews(key) {
-		c.log.Warn(msg, args...)
-	}
-}
-
-// isNews tells whether key was not used since the connection's state changed, and there were only a few others.
-func (c *Conn) isNews(key string) bool {
+// once logs unless key was used since the connection's state changed, and no more than a few different ones: error texts
+// carry port numbers.
+func (c *Conn) once(level slog.Level, key, msg string, args ...any) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, again := c.said[key]; again || len(c.said) >= 32 {
-		return false
+	_, again := c.said[key]
+	again = again || len(c.said) >= 32
+	if !again {
+		c.said[key] = struct{}{}
 	}
-	c.said[key] = struct{}{}
-	return true
+	c.mu.Unlock()
+	if !again {
+		c.log.Log(context.Background(), level, msg, args...)
+	}
 }
 
 // asyncError takes what the server says without being asked.
@@ -400,26 +376,21 @@ func (c *Conn) asyncError(sub *nats.Subscription, err error) {
 	if c.closing.Load() {
 		return
 	}
-	if d, ok := parseDenial(err); ok {
+	if errors.Is(err, nats.ErrPermissionViolation) {
+		d := parseDenial(err)
 		c.mu.Lock()
-		if d.subscribe && strings.HasPrefix(d.subject, c.inbox+".") {
-			c.noInbox = d.err
+		if c.isInbox(d) {
+			c.noInbox = err
 		}
-		watchers := make([]*watcher, 0, len(c.watchers))
-		for w := range c.watchers {
-			watchers = append(watchers, w)
-		}
+		watchers := slices.Collect(maps.Keys(c.watchers))
 		c.mu.Unlock()
 		for _, w := range watchers {
-			w.tell(d)
+			(*w)(d)
 		}
-		c.once(err.Error(), "nats denied a permission", "server", c.server, "error", err)
+		c.once(slog.LevelWarn, err.Error(), "nats denied a permission", "server", c.server, "error", err)
 		return
 	}
-	c.mu.Lock()
-	connected := c.link != nil
-	c.mu.Unlock()
-	if !connected {
+	if !c.Connected() {
 		c.attemptFailed(err)
 		return
 	}
@@ -427,33 +398,33 @@ func (c *Conn) asyncError(sub *nats.Subscription, err error) {
 	if sub != nil {
 		subject = sub.Subject
 	}
-	c.once(subject+err.Error(), "nats reports an error", "server", c.server, "subject", subject, "error", err)
+	c.once(slog.LevelWarn, subject+err.Error(), "nats reports an error", "server", c.server, "subject", subject, "error", err)
 }
 
 // parseDenial reads the server's text: Permissions Violation for Publish to "subject" (server/client.go,
 // pubPermissionViolation and subPermissionViolation).
-func parseDenial(err error) (denial, bool) {
-	if !errors.Is(err, nats.ErrPermissionViolation) {
-		return denial{}, false
-	}
+func parseDenial(err error) denial {
 	text := err.Error()
 	d := denial{subscribe: strings.Contains(text, "Violation for Subscription"), err: err}
 	if _, rest, ok := strings.Cut(text, `"`); ok {
 		d.subject, _, _ = strings.Cut(rest, `"`)
 	}
-	return d, true
+	return d
+}
+
+func (c *Conn) isInbox(d denial) bool {
+	return d.subscribe && strings.HasPrefix(d.subject, c.inbox+".")
 }
 
 // watch has tell called for every denial until the returned function is called. tell must not block.
 func (c *Conn) watch(tell func(denial)) (stop func()) {
-	w := &watcher{tell: tell}
 	c.mu.Lock()
-	c.watchers[w] = struct{}{}
-	c.mu.Unlock()
+	defer c.mu.Unlock()
+	c.watchers[&tell] = struct{}{}
 	return func() {
 		c.mu.Lock()
-		delete(c.watchers, w)
-		c.mu.Unlock()
+		defer c.mu.Unlock()
+		delete(c.watchers, &tell)
 	}
 }
 
@@ -507,11 +478,9 @@ func (c *Conn) Close() {
 	c.closing.Store(true)
 	// Close needs the lock under which nats.go dials.
 	go c.nc.Close()
-	t := time.NewTimer(closeTimeout)
-	defer t.Stop()
 	select {
 	case <-c.closed:
-	case <-t.C:
+	case <-time.After(closeTimeout):
 		c.log.Warn("nats connection did not close in time", "server", c.server, "timeout", closeTimeout)
 	}
 }
@@ -523,29 +492,39 @@ func (c *Conn) call(ctx context.Context, subject string, request func(context.Co
 	if err != nil {
 		return err
 	}
-	sub, fail := context.WithCancelCause(ctx)
-	defer fail(nil)
-	sub, cancel := context.WithTimeoutCause(sub, requestTimeout, fmt.Errorf("no answer within %s: %w", requestTimeout, context.DeadlineExceeded))
+	bounded, cancel := context.WithTimeoutCause(ctx, requestTimeout, fmt.Errorf("no answer within %s: %w", requestTimeout, context.DeadlineExceeded))
 	defer cancel()
-	defer c.watch(func(d denial) {
-		if d.subscribe && strings.HasPrefix(d.subject, c.inbox+".") || !d.subscribe && strings.HasPrefix(d.subject, subject) {
-			fail(d.err)
-		}
-	})()
-	defer context.AfterFunc(link, func() { fail(context.Cause(link)) })()
-	err = request(sub)
-	if err != nil && sub.Err() != nil {
-		if denied := c.inboxDenied(); denied != nil && ctx.Err() == nil {
-			return denied // which the server told whoever was first to ask
-		}
-		return context.Cause(sub)
+	err = c.guarded(bounded, link, subject, request)
+	if denied := c.inboxDenied(); err != nil && denied != nil && ctx.Err() == nil {
+		return denied // which the server told whoever was first to ask
 	}
 	return plain(err)
+}
+
+// guarded runs do with a context that also ends when link does, and when the server denies replies, or requests whose
+// subject begins so. The cause of its end is then the error.
+func (c *Conn) guarded(ctx, link context.Context, subject string, do func(context.Context) error) error {
+	ctx, cut := context.WithCancelCause(ctx)
+	defer cut(nil)
+	defer context.AfterFunc(link, func() { cut(context.Cause(link)) })()
+	defer c.watch(func(d denial) {
+		if c.isInbox(d) || !d.subscribe && strings.HasPrefix(d.subject, subject) {
+			cut(d.err)
+		}
+	})()
+	err := do(ctx)
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
 }
 
 // plain has the several errors with which nats.go says that it is not connected wrap ErrDisconnected. With
 // its buffer switched off it speaks of the buffer.
 func plain(err error) error {
+	if errors.Is(err, ErrDisconnected) {
+		return err
+	}
 	for _, e := range []error{nats.ErrReconnectBufExceeded, nats.ErrDisconnected, nats.ErrConnectionReconnecting, nats.ErrConnectionClosed} {
 		if errors.Is(err, e) {
 			return fmt.Errorf("%w: %w", ErrDisconnected, err)

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -107,12 +110,10 @@ func (c *Consumer) report(err error) {
 	consumed := c.consumed
 	c.mu.Unlock()
 	if !consumed && errors.Is(err, jetstream.ErrStreamNotFound) {
-		if c.conn.isNews("waiting for " + event.StreamName) {
-			c.conn.log.Info("waiting for the stream, oom-tap setup creates it", "consumer", c.o.Name, "stream", event.StreamName)
-		}
+		c.conn.once(slog.LevelInfo, "waiting", "waiting for the stream, oom-tap setup creates it", "consumer", c.o.Name, "stream", event.StreamName)
 		return
 	}
-	c.conn.once("consume"+err.Error(), "consuming is interrupted, will try again", "consumer", c.o.Name, "stream", event.StreamName, "error", err)
+	c.conn.once(slog.LevelWarn, "consume"+err.Error(), "consuming is interrupted, will try again", "consumer", c.o.Name, "stream", event.StreamName, "error", err)
 }
 
 func (c *Consumer) setAckErr(err error) {
@@ -152,7 +153,6 @@ func (c *Consumer) Run(ctx context.Context, handle func(context.Context, *Delive
 	return err
 }
 
-// sessions consumes, again after each failure.
 func (c *Consumer) sessions(ctx context.Context, work chan<- *Delivery) error {
 	failures := 0
 	for {
@@ -173,20 +173,12 @@ func (c *Consumer) sessions(ctx context.Context, work chan<- *Delivery) error {
 		c.setFailing(err)
 		c.report(err)
 		failures++
-		pause := time.NewTimer(backoff(failures))
-		select {
-		case <-pause.C:
-		case <-ctx.Done():
-		}
-		pause.Stop()
+		sleep(ctx, backoff(failures))
 	}
 }
 
 // session consumes until the connection or the consumer on the server ends.
 func (c *Consumer) session(ctx, link context.Context, work chan<- *Delivery) error {
-	ctx, cut := context.WithCancelCause(ctx)
-	defer cut(nil)
-	defer context.AfterFunc(link, func() { cut(context.Cause(link)) })()
 	// NATS reports missing permissions asynchronously. Without this, a consumer that may not pull would look idle, and one
 	// that may not ack would receive every message again and again.
 	c.setAckErr(nil)
@@ -194,15 +186,10 @@ func (c *Consumer) session(ctx, link context.Context, work chan<- *Delivery) err
 		if strings.HasPrefix(d.subject, "$JS.ACK."+event.StreamName+".") {
 			c.setAckErr(fmt.Errorf("ack: %w", d.err))
 		}
-		if d.subscribe && strings.HasPrefix(d.subject, c.conn.inbox+".") || strings.HasPrefix(d.subject, "$JS.API.CONSUMER.MSG.NEXT."+event.StreamName+".") {
-			cut(d.err)
-		}
 	})()
-	err := c.pull(ctx, work)
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
+	return c.conn.guarded(ctx, link, "$JS.API.CONSUMER.MSG.NEXT."+event.StreamName+".", func(ctx context.Context) error {
+		return c.pull(ctx, work)
+	})
 }
 
 func (c *Consumer) pull(ctx context.Context, work chan<- *Delivery) error {
@@ -248,7 +235,7 @@ func (c *Consumer) pull(ctx context.Context, work chan<- *Delivery) error {
 		case work <- d:
 		case <-ctx.Done():
 			d.Nak(0)
-			return nil
+			return context.Cause(ctx)
 		}
 	}
 }
@@ -276,18 +263,7 @@ func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Delivery{
-		Stored: Stored{
-			ID:      m.Headers().Get(jetstream.MsgIDHeader),
-			Subject: m.Subject(),
-			Data:    m.Data(),
-			Seq:     meta.Sequence.Stream,
-			Time:    meta.Timestamp,
-		},
-		Attempt:  meta.NumDelivered,
-		consumer: c,
-		msg:      m,
-	}
+	d := &Delivery{Stored: delivered(m, meta), Attempt: meta.NumDelivered, consumer: c, msg: m}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.numPending = meta.NumPending
@@ -301,7 +277,6 @@ func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	return d, nil
 }
 
-// keep reports messages as in progress.
 func (c *Consumer) keep(ctx context.Context) {
 	tick := time.NewTicker(ackWait / 3)
 	defer tick.Stop()
@@ -322,24 +297,19 @@ func (c *Consumer) keep(ctx context.Context) {
 	}
 }
 
-// open lists the deliveries without ack.
 func (c *Consumer) open() []*Delivery {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	all := make([]*Delivery, 0, len(c.pending))
-	for _, d := range c.pending {
-		all = append(all, d)
-	}
-	return all
+	return slices.Collect(maps.Values(c.pending))
 }
 
 // Release returns the deliveries without ack, so that other replicas receive them at once. Call it when Run has returned.
 func (c *Consumer) Release() (count int) {
-	for _, d := range c.open() {
+	open := c.open()
+	for _, d := range open {
 		d.Nak(0)
-		count++
 	}
-	return count
+	return len(open)
 }
 
 // Ack acknowledges the message: it is processed.

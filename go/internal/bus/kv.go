@@ -82,27 +82,20 @@ func (e *KVEntry) Update(ctx context.Context, change func([]byte) ([]byte, error
 			}
 			return err
 		})
+		changed := errors.Is(err, jetstream.ErrKeyExists) || errors.Is(err, jetstream.ErrKeyRevisionMismatch)
 		switch {
 		case err == nil:
 			return nil
-		case !changed(err) || try == updateTries:
+		case !changed || try == updateTries:
 			return fmt.Errorf("write %s of bucket %s: %w", e.key, BucketName, err)
 		}
-		select {
-		case <-time.After(rand.N(time.Duration(min(try, 20)) * time.Millisecond)):
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+		sleep(ctx, rand.N(time.Duration(min(try, 20))*time.Millisecond))
 	}
 }
 
 // History reads the revisions that the bucket still has, the newest first. Removals are not revisions.
 func (e *KVEntry) History(ctx context.Context) (all []budget.Revision, err error) {
-	var s jetstream.Stream
-	err = e.conn.call(ctx, "$JS.API.STREAM.", func(ctx context.Context) error {
-		s, err = e.conn.js.Stream(ctx, "KV_"+BucketName)
-		return err
-	})
+	s, err := e.conn.stream(ctx, "KV_"+BucketName)
 	if err != nil {
 		return nil, fmt.Errorf("read the history of bucket %s: %w", BucketName, err)
 	}
@@ -124,16 +117,11 @@ func (e *KVEntry) History(ctx context.Context) (all []budget.Revision, err error
 	return all, nil
 }
 
-// changed reports whether somebody else has changed the entry.
-func changed(err error) bool {
-	return errors.Is(err, jetstream.ErrKeyExists) || errors.Is(err, jetstream.ErrKeyRevisionMismatch)
-}
-
 // ensureBucket creates the bucket, with as many replicas as the streams have, and writes the initial state if nothing was ever
 // stored in it. A state that was deleted is not created again: see budget.ErrAbsent.
 func ensureBucket(ctx context.Context, c *Conn, cfg config.Stream) error {
 	const name = "KV_" + BucketName
-	info, err := streamInfo(ctx, c, name)
+	s, err := c.stream(ctx, name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		err = c.call(ctx, "$JS.API.STREAM.CREATE."+name, func(ctx context.Context) error {
 			_, err := c.js.CreateKeyValue(ctx, jetstream.KeyValueConfig{
@@ -145,18 +133,22 @@ func ensureBucket(ctx context.Context, c *Conn, cfg config.Stream) error {
 			return err
 		})
 		if err == nil {
-			info, err = streamInfo(ctx, c, name)
+			s, err = c.stream(ctx, name)
 		}
 	}
-	if err == nil && (info.Config.Replicas != cfg.Replicas || info.Config.MaxMsgsPerSubject != kvHistory) {
-		want := info.Config
-		want.Replicas, want.MaxMsgsPerSubject = cfg.Replicas, kvHistory
+	if err != nil {
+		return fmt.Errorf("ensure bucket %s: %w", BucketName, err)
+	}
+	want, changed := s.CachedInfo().Config, false
+	set(&want.Replicas, cfg.Replicas, &changed)
+	set(&want.MaxMsgsPerSubject, kvHistory, &changed)
+	if changed {
 		err = c.call(ctx, "$JS.API.STREAM.UPDATE."+name, func(ctx context.Context) error {
 			_, err := c.js.UpdateStream(ctx, want)
 			return err
 		})
 	}
-	if err == nil && info.State.LastSeq == 0 {
+	if err == nil && s.CachedInfo().State.LastSeq == 0 {
 		err = c.KVEntry(budget.Key).Update(ctx, func(data []byte) ([]byte, error) {
 			if data != nil {
 				return nil, nil // by somebody else

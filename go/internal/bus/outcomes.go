@@ -2,9 +2,9 @@ package bus
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,72 +25,52 @@ const (
 //
 // It requests one message at a time and has no consumer: NATS permissions cannot tell apart consumers whose names are not known
 // beforehand, because the name is one token of a subject. Who may pull from one of them may pull from all.
-func (c *Conn) Outcomes(ctx context.Context, since time.Time, each func(Stored) error) error {
-	if err := c.outcomes(ctx, since, each); err != nil {
-		return fmt.Errorf("read the outcomes: %w", err)
-	}
-	return nil
-}
-
-func (c *Conn) outcomes(ctx context.Context, since time.Time, each func(Stored) error) error {
-	var s jetstream.Stream
-	err := c.call(ctx, "$JS.API.STREAM.INFO."+event.StreamName, func(ctx context.Context) (err error) {
-		s, err = c.js.Stream(ctx, event.StreamName)
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	get := func(ctx context.Context, from uint64) (m *jetstream.RawStreamMsg, err error) {
-		err = c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
-			m, err = s.GetMsg(ctx, from, jetstream.WithGetMsgSubject(outcomeSubjects))
-			return err
-		})
-		return m, err
-	}
-	var last *jetstream.RawStreamMsg
-	err = c.call(ctx, "$JS.API.STREAM.MSG.GET."+event.StreamName, func(ctx context.Context) (err error) {
-		last, err = s.GetLastMsgForSubject(ctx, outcomeSubjects)
-		return err
-	})
+func (c *Conn) Outcomes(ctx context.Context, since time.Time, each func(Stored) error) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("read the outcomes: %w", err)
+		}
+	}()
+	last, err := c.get(ctx, map[string]any{"last_by_subj": outcomeSubjects})
 	if errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil
 	}
 	if err != nil || last.Time.Before(since) {
 		return err
 	}
-	from, err := c.firstOutcome(ctx, since)
+	// Servers before 2.11 ignore the time and return the first one that they have.
+	first, err := c.get(ctx, map[string]any{"next_by_subj": outcomeSubjects, "start_time": since})
 	if err != nil {
 		return err
 	}
-	for from <= last.Sequence {
+	for from := first.Seq; from <= last.Seq; {
 		parts := make([][]Stored, outcomeReaders)
 		errs := make([]error, outcomeReaders)
 		next := from + outcomeReaders*readerBatch // where the next round begins
 		var reading sync.WaitGroup
 		for i := range outcomeReaders {
 			begin := from + uint64(i)*readerBatch
-			if begin > last.Sequence {
+			if begin > last.Seq {
 				break
 			}
 			reading.Go(func() {
-				end := min(begin+readerBatch-1, last.Sequence)
+				end := min(begin+readerBatch-1, last.Seq)
 				for seq := begin; seq <= end; {
-					m, err := get(ctx, seq)
+					m, err := c.get(ctx, map[string]any{"next_by_subj": outcomeSubjects, "seq": seq})
 					switch {
 					case errors.Is(err, jetstream.ErrMsgNotFound): // the rest was deleted
 						return
 					case err != nil:
 						errs[i] = err
 						return
-					case m.Sequence > end:
+					case m.Seq > end:
 						if i == outcomeReaders-1 {
-							next = m.Sequence
+							next = m.Seq
 						}
 						return
 					}
-					seq = m.Sequence + 1
-					parts[i] = append(parts[i], Stored{ID: m.Header.Get(jetstream.MsgIDHeader), Subject: m.Subject, Data: m.Data, Seq: m.Sequence, Time: m.Time})
+					seq = m.Seq + 1
+					parts[i] = append(parts[i], m)
 				}
 			})
 		}
@@ -98,44 +78,15 @@ func (c *Conn) outcomes(ctx context.Context, since time.Time, each func(Stored) 
 		if err := errors.Join(errs...); err != nil {
 			return err
 		}
-		for _, part := range parts {
-			for _, m := range part {
-				if m.Time.Before(since) {
-					continue
-				}
-				if err := each(m); err != nil {
-					return err
-				}
+		for _, m := range slices.Concat(parts...) {
+			if m.Time.Before(since) {
+				continue
+			}
+			if err := each(m); err != nil {
+				return err
 			}
 		}
 		from = next
 	}
 	return nil
-}
-
-// firstOutcome is the sequence of the first outcome that was stored at since or later. Servers before 2.11
-// ignore the time and return the first one that they have.
-func (c *Conn) firstOutcome(ctx context.Context, since time.Time) (uint64, error) {
-	subject := "$JS.API.STREAM.MSG.GET." + event.StreamName
-	request, err := json.Marshal(map[string]any{"next_by_subj": outcomeSubjects, "start_time": since})
-	if err != nil {
-		return 0, fmt.Errorf("write the request: %w", err)
-	}
-	var answer struct {
-		Message struct {
-			Seq uint64 `json:"seq"`
-		} `json:"message"`
-		Error *jetstream.APIError `json:"error"`
-	}
-	err = c.call(ctx, subject, func(ctx context.Context) error {
-		m, err := c.nc.RequestWithContext(ctx, subject, request)
-		if err != nil {
-			return err
-		}
-		return json.Unmarshal(m.Data, &answer)
-	})
-	if err == nil && answer.Error != nil {
-		err = answer.Error
-	}
-	return answer.Message.Seq, err
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -73,7 +72,7 @@ func ReadPassword(d *statedir.Dir) (string, error) {
 // readSecretFile reads the password or token for an external server from the file that a key of the config names. Its
 // mode is the operator's affair: Kubernetes mounts secrets as links to files that the group may read.
 func readSecretFile(key, path string) (string, error) {
-	data, err := readSmall(path)
+	data, err := os.ReadFile(path)
 	if err != nil {
 		return "", fmt.Errorf("read %s: %w", key, err)
 	}
@@ -84,25 +83,8 @@ func readSecretFile(key, path string) (string, error) {
 	return secret, nil
 }
 
-// maxSecret is the size of the largest file with a secret.
+// maxSecret is the size of the largest file of the embedded server.
 const maxSecret = 4 << 10
-
-// readSmall reads a file of at most maxSecret bytes.
-func readSmall(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxSecret+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
-	}
-	if len(data) > maxSecret {
-		return nil, fmt.Errorf("read %s: a secret has at most %d bytes", path, maxSecret)
-	}
-	return data, nil
-}
 
 // embeddedAddress is the host:port of the embedded server, as another process finds it.
 func embeddedAddress(cfg config.Embedded) (string, error) {

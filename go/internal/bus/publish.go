@@ -41,6 +41,7 @@ type Msg struct {
 	Expires time.Time
 
 	refused time.Time // since when it is
+	settled bool      // stored or given up
 }
 
 // Hooks are called by the goroutine that runs Run or Drain, one at a time. They hold up publishing for as
@@ -52,16 +53,6 @@ type Hooks struct {
 	OnRetry func(m Msg, err error)
 	// OnDrop is called when m can never be stored, and is given up. What it returns, if anything, takes m's place.
 	OnDrop func(m Msg, err error) *Msg
-}
-
-// Stats count since the publisher was made.
-type Stats struct {
-	Acked      uint64 // stored, Duplicates among them
-	Duplicates uint64 // of those, the ones that the stream already had
-	Retried    uint64 // failed attempts
-	Dropped    uint64 // given up, because they can never be stored
-	Refused    uint64 // ErrFull
-	Pending    int    // waiting or on their way
 }
 
 // Publisher publishes to JetStream, in order, and repeats what was not acknowledged until it is. Its
@@ -91,7 +82,7 @@ type Publisher struct {
 	stored   time.Time     // when a message was, last
 	patience time.Duration // refusedTime, but for tests
 
-	acked, duplicates, retried, dropped, refused atomic.Uint64
+	acked atomic.Uint64
 }
 
 // NewPublisher makes a publisher on which at most capacity messages (at least 1) wait. Nothing is
@@ -121,8 +112,8 @@ func NewPublisher(c *Conn, capacity int, hooks Hooks, log *slog.Logger) (*Publis
 	return p, nil
 }
 
-// Enqueue takes a message over. It never blocks. It fails with ErrFull, and counts, when the buffer is
-// full; with ErrClosed after Drain was called; and when m has no ID or no subject.
+// Enqueue takes a message over. It never blocks. It fails with ErrFull when the buffer is full; with ErrClosed after
+// Drain was called; and when m has no ID or no subject.
 func (p *Publisher) Enqueue(m Msg) error {
 	if m.ID == "" || m.Subject == "" {
 		return fmt.Errorf("enqueue message %q for subject %q: id and subject must not be empty", m.ID, m.Subject)
@@ -133,7 +124,6 @@ func (p *Publisher) Enqueue(m Msg) error {
 		return fmt.Errorf("enqueue message %s: publisher: %w", m.ID, ErrClosed)
 	}
 	if p.pending >= p.capacity {
-		p.refused.Add(1)
 		return fmt.Errorf("enqueue message %s: %w", m.ID, ErrFull)
 	}
 	p.queue = append(p.queue, &m)
@@ -142,7 +132,6 @@ func (p *Publisher) Enqueue(m Msg) error {
 	return nil
 }
 
-// signal wakes the loop.
 func (p *Publisher) signal() {
 	select {
 	case p.wake <- struct{}{}:
@@ -157,17 +146,8 @@ func (p *Publisher) Pending() int {
 	return p.pending
 }
 
-// Stats returns the counters.
-func (p *Publisher) Stats() Stats {
-	return Stats{
-		Acked:      p.acked.Load(),
-		Duplicates: p.duplicates.Load(),
-		Retried:    p.retried.Load(),
-		Dropped:    p.dropped.Load(),
-		Refused:    p.refused.Load(),
-		Pending:    p.Pending(),
-	}
-}
+// Acked is how many messages the stream has stored since the publisher was made, or had before.
+func (p *Publisher) Acked() uint64 { return p.acked.Load() }
 
 // Failing is why the last attempt failed, and nil when it did not.
 func (p *Publisher) Failing() error {
@@ -242,22 +222,19 @@ func (p *Publisher) loop(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		p.note(err)
-		if err == nil {
+		if err == nil || progress {
 			failures = 0
+		}
+		if err == nil {
 			continue
 		}
-		if progress {
-			failures = 0
-		}
 		failures++
-		pause := time.NewTimer(backoff(failures))
 		select {
-		case <-pause.C:
+		case <-time.After(backoff(failures)):
 		case <-link.Done(): // the next connection deserves a fresh start
 			failures = 0
 		case <-ctx.Done():
 		}
-		pause.Stop()
 	}
 }
 
@@ -265,31 +242,18 @@ func (p *Publisher) loop(ctx context.Context) error {
 func (p *Publisher) batch() (batch []*Msg, finished bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.queue) == 0 {
-		return nil, p.closing
-	}
-	// A copy: forget writes to the queue, and Enqueue may move it.
-	return slices.Clone(p.queue[:min(len(p.queue), p.window)]), false
-}
-
-// forget takes the settled ones of the first messages out of the queue.
-func (p *Publisher) forget(settled []bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	i := -1
-	p.queue = slices.DeleteFunc(p.queue, func(*Msg) bool {
-		i++
-		return i < len(settled) && settled[i]
-	})
+	// A copy: round writes to the queue, and Enqueue may move it.
+	return slices.Clone(p.queue[:min(len(p.queue), p.window)]), p.closing && len(p.queue) == 0
 }
 
 // round publishes a batch and waits for what becomes of each message. It returns whether any message left
 // the queue, and the first failure that calls for another attempt.
 func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, failure error) {
-	settled := make([]bool, len(batch))
 	late := false
 	defer func() {
-		p.forget(settled)
+		p.mu.Lock()
+		p.queue = slices.DeleteFunc(p.queue, func(m *Msg) bool { return m.settled })
+		p.mu.Unlock()
 		// A server that cannot keep up must not be sent again what it has not come to.
 		if late {
 			p.window = max(1, p.window/2)
@@ -316,50 +280,44 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 	denied := map[string]error{}
 
 	// settle makes room at once: a slow one in the same round must not cost others their place.
-	settle := func(i int) {
-		settled[i], progress = true, true
+	settle := func(m *Msg) {
+		m.settled, progress = true, true
 		p.mu.Lock()
 		p.pending--
 		p.mu.Unlock()
 	}
-	ack := func(i int, duplicate bool) {
-		settle(i)
+	ack := func(m *Msg, duplicate bool) {
+		settle(m)
 		p.stored = time.Now()
 		p.acked.Add(1)
-		if duplicate {
-			p.duplicates.Add(1)
-		}
 		if p.hooks.OnAck != nil {
-			p.hooks.OnAck(*batch[i], duplicate)
+			p.hooks.OnAck(*m, duplicate)
 		}
 	}
-	drop := func(i int, err error) {
-		p.dropped.Add(1)
-		p.log.Error("message dropped: nats can never store it", "id", batch[i].ID, "subject", batch[i].Subject, "bytes", len(batch[i].Data), "error", err)
+	drop := func(m *Msg, err error) {
+		p.log.Error("message dropped: nats can never store it", "id", m.ID, "subject", m.Subject, "bytes", len(m.Data), "error", err)
 		if p.hooks.OnDrop != nil {
-			if instead := p.hooks.OnDrop(*batch[i], err); instead != nil {
-				*batch[i], progress = *instead, true
+			if instead := p.hooks.OnDrop(*m, err); instead != nil {
+				*m, progress = *instead, true
 				return
 			}
 		}
-		settle(i)
+		settle(m)
 	}
-
-	retry := func(i int, err error) {
-		if e := batch[i].Expires; !e.IsZero() && time.Now().After(e) && !errors.Is(err, ErrDisconnected) {
-			drop(i, fmt.Errorf("expired: %w", err))
+	retry := func(m *Msg, err error) {
+		if !m.Expires.IsZero() && time.Now().After(m.Expires) && !errors.Is(err, ErrDisconnected) {
+			drop(m, fmt.Errorf("expired: %w", err))
 			return
 		}
-		if p.hopeless(batch[i], err) {
-			drop(i, fmt.Errorf("refused for %s: %w", p.patience, err))
+		if p.hopeless(m, err) {
+			drop(m, fmt.Errorf("refused for %s: %w", p.patience, err))
 			return
 		}
-		p.retried.Add(1)
 		if failure == nil {
-			failure = fmt.Errorf("publish %s: %w", batch[i].Subject, err)
+			failure = fmt.Errorf("publish %s: %w", m.Subject, err)
 		}
 		if p.hooks.OnRetry != nil {
-			p.hooks.OnRetry(*batch[i], err)
+			p.hooks.OnRetry(*m, err)
 		}
 	}
 
@@ -371,57 +329,59 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 		}
 		future, err := p.js.PublishMsgAsync(&nats.Msg{Subject: m.Subject, Data: m.Data}, options...)
 		if err != nil && permanent(err) {
-			drop(i, err)
+			drop(m, err)
 			continue
 		}
 		if err != nil {
 			// The rest would fail alike, or, worse, overtake this one.
-			retry(i, plain(err))
+			retry(m, plain(err))
 			break
 		}
 		futures[i] = future
 	}
-	for i, future := range futures {
-		if future == nil {
-			continue
-		}
-		for waiting := true; waiting; {
-			// What is already here goes before what is said of the subject.
-			select {
+	// await returns what the stream says of a message, or why it says nothing.
+	await := func(m *Msg, future jetstream.PubAckFuture) (*jetstream.PubAck, error) {
+		for {
+			select { // what is already here goes before what is said of the subject
 			case stored := <-future.Ok():
-				ack(i, stored.Duplicate)
-				waiting = false
-				continue
+				return stored, nil
 			default:
 			}
-			if err := denied[batch[i].Subject]; err != nil {
-				retry(i, err)
-				break
+			if err := denied[m.Subject]; err != nil {
+				return nil, err
 			}
 			select {
 			case stored := <-future.Ok():
-				ack(i, stored.Duplicate)
-				waiting = false
+				return stored, nil
 			case err := <-future.Err():
-				switch {
-				case batch[i].Once && taken(err):
-					ack(i, true)
-				case permanent(err):
-					drop(i, err)
-				case errors.Is(err, jetstream.ErrAsyncPublishTimeout) && p.conn.inboxDenied() != nil:
-					retry(i, fmt.Errorf("%w: acknowledgements cannot arrive: %w", err, p.conn.inboxDenied()))
-				case errors.Is(err, jetstream.ErrAsyncPublishTimeout):
-					late = true
-					retry(i, plain(err))
-				default:
-					retry(i, plain(err))
-				}
-				waiting = false
+				return nil, err
 			case d := <-denials:
 				denied[d.subject] = d.err
 			case <-ctx.Done():
-				return progress, failure
+				return nil, context.Cause(ctx)
 			}
+		}
+	}
+	for i, m := range batch {
+		if futures[i] == nil {
+			continue
+		}
+		stored, err := await(m, futures[i])
+		noReply := p.conn.inboxDenied()
+		switch {
+		case err == nil:
+			ack(m, stored.Duplicate)
+		case ctx.Err() != nil:
+			return progress, failure
+		case m.Once && taken(err):
+			ack(m, true)
+		case permanent(err):
+			drop(m, err)
+		case errors.Is(err, jetstream.ErrAsyncPublishTimeout) && noReply != nil:
+			retry(m, fmt.Errorf("%w: acknowledgements cannot arrive: %w", err, noReply))
+		default:
+			late = late || errors.Is(err, jetstream.ErrAsyncPublishTimeout)
+			retry(m, plain(err))
 		}
 	}
 	return progress, failure
@@ -445,18 +405,15 @@ func (p *Publisher) hopeless(m *Msg, err error) bool {
 // the connection's own news.
 func (p *Publisher) note(err error) {
 	p.mu.Lock()
-	before := p.failing
-	p.failing = err
-	complained := p.complained
+	before, complained := p.failing, p.complained
 	complain := err != nil && !errors.Is(err, ErrDisconnected) && (before == nil || before.Error() != err.Error())
-	p.complained = err != nil && (complained || complain)
-	pending := p.pending
+	p.failing, p.complained = err, err != nil && (complained || complain)
 	p.mu.Unlock()
 	switch {
 	case complain:
-		p.log.Warn("cannot publish, will retry", "pending", pending, "error", err)
+		p.log.Warn("cannot publish, will retry", "pending", p.Pending(), "error", err)
 	case err == nil && complained:
-		p.log.Info("publishing works again", "pending", pending)
+		p.log.Info("publishing works again", "pending", p.Pending())
 	}
 }
 
@@ -481,15 +438,7 @@ func permanent(err error) bool {
 		return true
 	}
 	var api *jetstream.APIError
-	if !errors.As(err, &api) {
-		return false
-	}
-	switch api.ErrorCode {
-	case codeHeaderExceedsLimit:
-		return true
-	case codeStoreFailed:
+	return errors.As(err, &api) && (api.ErrorCode == codeHeaderExceedsLimit ||
 		// "maximum bytes exceeded", "no space left on device" and their like pass.
-		return strings.Contains(api.Description, "message too large")
-	}
-	return false
+		api.ErrorCode == codeStoreFailed && strings.Contains(api.Description, "message too large"))
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -50,61 +51,51 @@ type streamWanted struct {
 
 func ensureStream(ctx context.Context, c *Conn, s streamWanted) error {
 	for {
-		info, err := streamInfo(ctx, c, s.name)
-		if errors.Is(err, jetstream.ErrStreamNotFound) {
-			want := jetstream.StreamConfig{Name: s.name, Storage: jetstream.FileStorage, Retention: jetstream.LimitsPolicy}
-			s.configure(&want)
-			err = c.call(ctx, "$JS.API.STREAM.CREATE."+s.name, func(ctx context.Context) error {
-				_, err := c.js.CreateStream(ctx, want)
+		have, err := c.stream(ctx, s.name)
+		isNew := errors.Is(err, jetstream.ErrStreamNotFound)
+		if err != nil && !isNew {
+			return err
+		}
+		act := "create"
+		want := jetstream.StreamConfig{Name: s.name, Storage: jetstream.FileStorage, Retention: jetstream.LimitsPolicy}
+		if !isNew {
+			act, want = "update", have.CachedInfo().Config
+			if err := checkStream(want); err != nil {
 				return err
-			})
-			if errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
-				continue // somebody was faster
 			}
-			if err != nil {
-				return fmt.Errorf("create: %w", err)
-			}
-			c.log.Info("stream created", "stream", s.name, "max_age", s.cfg.MaxAge, "max_bytes", s.cfg.MaxBytes, "replicas", s.cfg.Replicas)
-			return nil
 		}
-		if err != nil {
-			return err
-		}
-		if err := checkStream(info.Config); err != nil {
-			return err
-		}
-		want := info.Config
 		if !s.configure(&want) {
 			return nil
 		}
-		err = c.call(ctx, "$JS.API.STREAM.UPDATE."+s.name, func(ctx context.Context) error {
-			_, err := c.js.UpdateStream(ctx, want)
+		err = c.call(ctx, "$JS.API.STREAM."+strings.ToUpper(act)+"."+s.name, func(ctx context.Context) error {
+			if isNew {
+				_, err = c.js.CreateStream(ctx, want)
+			} else {
+				_, err = c.js.UpdateStream(ctx, want)
+			}
 			return err
 		})
-		if errors.Is(err, jetstream.ErrStreamNotFound) {
-			continue // deleted in between
+		switch {
+		case errors.Is(err, jetstream.ErrStreamNameAlreadyInUse), errors.Is(err, jetstream.ErrStreamNotFound):
+			continue // somebody created or deleted it in between
+		case err != nil:
+			return fmt.Errorf("%s: %w", act, err)
 		}
-		if err != nil {
-			return fmt.Errorf("update: %w", err)
-		}
-		c.log.Info("stream updated", "stream", s.name, "max_age", s.cfg.MaxAge, "max_bytes", s.cfg.MaxBytes, "replicas", s.cfg.Replicas)
+		c.log.Info("stream configured", "stream", s.name, "new", isNew, "max_age", s.cfg.MaxAge, "max_bytes", s.cfg.MaxBytes, "replicas", s.cfg.Replicas)
 		return nil
 	}
 }
 
-// streamInfo reads a stream's state; jetstream.ErrStreamNotFound when there is none.
-func streamInfo(ctx context.Context, c *Conn, name string) (info *jetstream.StreamInfo, err error) {
-	err = c.call(ctx, "$JS.API.STREAM.INFO."+name, func(ctx context.Context) error {
-		s, err := c.js.Stream(ctx, name)
-		if err == nil {
-			info = s.CachedInfo()
-		}
+// stream looks a stream up; jetstream.ErrStreamNotFound when there is none.
+func (c *Conn) stream(ctx context.Context, name string) (s jetstream.Stream, err error) {
+	err = c.call(ctx, "$JS.API.STREAM.INFO."+name, func(ctx context.Context) (err error) {
+		s, err = c.js.Stream(ctx, name)
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("look up: %w", err)
 	}
-	return info, nil
+	return s, nil
 }
 
 // Held is what the stream [event.StreamName] holds.
@@ -124,11 +115,11 @@ func (c *Conn) Held(ctx context.Context) (Held, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	info, err := streamInfo(ctx, c, event.StreamName)
+	stream, err := c.stream(ctx, event.StreamName)
 	if err != nil {
 		return Held{}, err
 	}
-	s := info.State
+	s := stream.CachedInfo().State
 	return Held{s.FirstSeq, s.FirstTime, s.LastSeq, s.LastTime, uint64(s.NumDeleted), s.Bytes}, nil
 }
 
@@ -158,38 +149,55 @@ var ErrNoMessage error = jetstream.ErrMsgNotFound
 // Last reads the last message on a subject of the stream [event.StreamName], from the stream's leader. It does not wait for a
 // connection, and takes at most 5 s.
 func (c *Conn) Last(ctx context.Context, subject string) ([]byte, error) {
-	const api = "$JS.API.STREAM.MSG.GET." + event.StreamName
-	request, err := json.Marshal(map[string]string{"last_by_subj": subject})
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	m, err := Stored{}, ErrDisconnected
+	if c.Connected() {
+		m, err = c.get(ctx, map[string]any{"last_by_subj": subject})
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
+	}
+	return m.Data, nil
+}
+
+// get reads the message of the stream [event.StreamName] that a query names, from the stream's leader. nats.go would look up the
+// stream before each, ask any of its replicas where an operator has set allow_direct, and knows no start_time.
+func (c *Conn) get(ctx context.Context, query map[string]any) (Stored, error) {
+	const api = "$JS.API.STREAM.MSG.GET." + event.StreamName
+	request, err := json.Marshal(query)
+	if err != nil {
+		return Stored{}, fmt.Errorf("write the request: %w", err)
 	}
 	var answer struct {
 		Error   *jetstream.APIError
-		Message struct{ Data []byte }
+		Message struct {
+			Subject    string
+			Seq        uint64
+			Time       time.Time
+			Hdrs, Data []byte
+		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	// nats.go would look up the stream before each, and ask any of its replicas where an operator has set allow_direct.
-	err = ErrDisconnected
-	if c.Connected() {
-		err = c.call(ctx, api, func(ctx context.Context) error {
-			m, err := c.nc.RequestWithContext(ctx, api, request)
-			if err != nil {
-				return err
-			}
-			if err := json.Unmarshal(m.Data, &answer); err != nil {
-				return err
-			}
-			if answer.Error != nil {
-				return answer.Error
-			}
-			return nil
-		})
+	if err := c.call(ctx, api, func(ctx context.Context) error {
+		m, err := c.nc.RequestWithContext(ctx, api, request)
+		if err != nil {
+			return err
+		}
+		return json.Unmarshal(m.Data, &answer)
+	}); err != nil {
+		return Stored{}, err
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
+	if answer.Error != nil {
+		return Stored{}, answer.Error
 	}
-	return answer.Message.Data, nil
+	m := answer.Message
+	header := nats.Header{}
+	if len(m.Hdrs) > 0 {
+		if header, err = nats.DecodeHeadersMsg(m.Hdrs); err != nil {
+			return Stored{}, err
+		}
+	}
+	return Stored{header.Get(jetstream.MsgIDHeader), m.Subject, m.Data, m.Seq, m.Time}, nil
 }
 
 // checkStream refuses what an update cannot mend.
@@ -263,24 +271,12 @@ func covers(a, b string) bool {
 	return len(as) == len(bs)
 }
 
-// Health is what a readiness probe or a doctor wants to know, in the order in which one thing needs
-// the other.
-type Health struct {
-	Connected bool
-	JetStream bool // enabled for the account
-	Stream    bool // [event.StreamName] exists
-	// Err says why the first of them that is false is so. It wraps nats.ErrPermissionViolation when
-	// this client may not ask, as a tracer on a shared cluster may not: then Connected and
-	// Publisher.Failing are all there is to know.
-	Err error
-}
-
-// Check asks the server. It does not wait for a connection, and takes at most 5 s.
-func (c *Conn) Check(ctx context.Context) Health {
-	var h Health
-	if h.Connected = c.Connected(); !h.Connected {
-		h.Err = fmt.Errorf("check nats at %s: %w", c.server, ErrDisconnected)
-		return h
+// Check asks the server whether JetStream is enabled for the account, and then whether the stream [event.StreamName] exists. It does
+// not wait for a connection, and takes at most 5 s. The error wraps nats.ErrPermissionViolation where this client may not ask,
+// as a tracer on a shared cluster may not: then Connected and Publisher.Failing are all there is to know.
+func (c *Conn) Check(ctx context.Context) (enabled bool, err error) {
+	if !c.Connected() {
+		return false, fmt.Errorf("check nats at %s: %w", c.server, ErrDisconnected)
 	}
 	// The link may break before the call notices: then call would wait for the next one.
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
@@ -289,14 +285,10 @@ func (c *Conn) Check(ctx context.Context) Health {
 		_, err := c.js.AccountInfo(ctx)
 		return err
 	}); err != nil {
-		h.Err = fmt.Errorf("check jetstream at %s: %w", c.server, err)
-		return h
+		return false, fmt.Errorf("check jetstream at %s: %w", c.server, err)
 	}
-	h.JetStream = true
-	if _, err := streamInfo(ctx, c, event.StreamName); err != nil {
-		h.Err = fmt.Errorf("check stream %s at %s: %w", event.StreamName, c.server, err)
-		return h
+	if _, err := c.stream(ctx, event.StreamName); err != nil {
+		return true, fmt.Errorf("check stream %s at %s: %w", event.StreamName, c.server, err)
 	}
-	h.Stream = true
-	return h
+	return true, nil
 }

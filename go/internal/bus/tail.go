@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -37,6 +38,10 @@ type Stored struct {
 	Time    time.Time // when it was stored, by the server's clock
 }
 
+func delivered(m jetstream.Msg, meta *jetstream.MsgMetadata) Stored {
+	return Stored{m.Headers().Get(jetstream.MsgIDHeader), m.Subject(), m.Data(), meta.Sequence.Stream, meta.Timestamp}
+}
+
 // Tail hands what the stream holds to each, one at a time, in the stream's order, each message once,
 // across reconnects and restarts of the server.
 //
@@ -53,17 +58,15 @@ func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) 
 		link, err := c.connected(ctx)
 		if err == nil {
 			before := t.last
-			err = t.session(ctx, link)
+			// Without this a consumer that it is forbidden to read from would look like an idle one.
+			err = c.guarded(ctx, link, "$JS.API.CONSUMER.MSG.NEXT."+o.Stream+".", t.read)
 			if t.last != before {
 				failures = 0
 			}
 		}
-		var stop errStop
 		switch {
-		case err == nil:
-			return nil
-		case errors.As(err, &stop):
-			return stop.error
+		case t.stop != nil, err == nil:
+			return t.stop
 		case ctx.Err() != nil && o.Follow:
 			return nil
 		case ctx.Err() != nil:
@@ -71,19 +74,11 @@ func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) 
 		case errors.Is(err, ErrClosed), errors.Is(err, nats.ErrPermissionViolation), !t.began && !errors.Is(err, ErrDisconnected):
 			return fmt.Errorf("tail stream %s: %w", t.o.Stream, err)
 		}
-		c.once("tail"+err.Error(), "reading the stream was interrupted, will resume after the last message", "stream", t.o.Stream, "last_seq", t.last, "error", err)
+		c.once(slog.LevelWarn, "tail"+err.Error(), "reading the stream was interrupted, will resume after the last message", "stream", t.o.Stream, "last_seq", t.last, "error", err)
 		failures++
-		pause := time.NewTimer(backoff(failures))
-		select {
-		case <-pause.C:
-		case <-ctx.Done():
-		}
-		pause.Stop()
+		sleep(ctx, backoff(failures))
 	}
 }
-
-// errStop carries the error of the caller's own function past the ones that are met with patience.
-type errStop struct{ error }
 
 // tail is one call of Tail. nats.go has an ordered consumer, which works in the same way, but while it
 // seeks a new consumer for a lost one it heeds no context.
@@ -96,25 +91,7 @@ type tail struct {
 	created time.Time // which stream of that name it is
 	last    uint64    // the last sequence handed over, or the one before the first to read; 0 with Since
 	end     uint64    // without Follow: the last sequence to read
-}
-
-// session reads through one consumer. It returns nil at the end of what was to be read.
-func (t *tail) session(ctx, link context.Context) error {
-	ctx, cut := context.WithCancelCause(ctx)
-	defer cut(nil)
-	defer context.AfterFunc(link, func() { cut(context.Cause(link)) })()
-	// Without this a consumer that it is forbidden to read from would look like an idle one.
-	defer t.c.watch(func(d denial) {
-		if d.subscribe && strings.HasPrefix(d.subject, t.c.inbox+".") || strings.HasPrefix(d.subject, "$JS.API.CONSUMER.MSG.NEXT."+t.o.Stream+".") {
-			cut(d.err)
-		}
-	})()
-	err := t.read(ctx)
-	var stop errStop
-	if err != nil && !errors.As(err, &stop) && ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
+	stop    error     // ends it, whatever the connection does
 }
 
 // common is the narrowest pattern that takes everything that the others take; empty for none of them. With several the server
@@ -140,11 +117,13 @@ func common(patterns []string) string {
 	return strings.Join(all, ".")
 }
 
+// read reads through one consumer. It returns nil at the end of what was to be read.
 func (t *tail) read(ctx context.Context) error {
-	info, err := streamInfo(ctx, t.c, t.o.Stream)
+	stream, err := t.c.stream(ctx, t.o.Stream)
 	if err != nil {
 		return err
 	}
+	info := stream.CachedInfo()
 	switch {
 	case !t.began:
 		t.created, t.end = info.Created, info.State.LastSeq
@@ -159,7 +138,8 @@ func (t *tail) read(ctx context.Context) error {
 		}
 	case !t.created.Equal(info.Created):
 		if !t.o.Follow {
-			return errStop{fmt.Errorf("tail stream %s: the stream was deleted while it was read", t.o.Stream)}
+			t.stop = fmt.Errorf("tail stream %s: the stream was deleted while it was read", t.o.Stream)
+			return t.stop
 		}
 		t.c.log.Warn("stream was created again, reading it from its start", "stream", t.o.Stream, "last_seq", t.last)
 		t.created, t.last, t.o.Since = info.Created, 0, time.Unix(0, 0)
@@ -213,14 +193,8 @@ func (t *tail) read(ctx context.Context) error {
 			return nil
 		}
 		if len(t.o.Subjects) < 2 || slices.ContainsFunc(t.o.Subjects, func(s string) bool { return covers(s, m.Subject()) }) {
-			if err := t.each(Stored{
-				ID:      m.Headers().Get(jetstream.MsgIDHeader),
-				Subject: m.Subject(),
-				Data:    m.Data(),
-				Seq:     meta.Sequence.Stream,
-				Time:    meta.Timestamp,
-			}); err != nil {
-				return errStop{err}
+			if t.stop = t.each(delivered(m, meta)); t.stop != nil {
+				return t.stop
 			}
 		}
 		t.last = meta.Sequence.Stream

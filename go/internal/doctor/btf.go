@@ -2,7 +2,6 @@ package doctor
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -24,7 +23,6 @@ import (
 // fleetSchema names the shape of what doctor prints of a directory with --output json; see Schema.
 const fleetSchema = "oom-tracer-doctor-btf/v1"
 
-// fleet is that.
 type fleet struct {
 	Schema  string       `json:"schema"`
 	Version string       `json:"version"` // of this program
@@ -47,7 +45,7 @@ type kernelType struct {
 // runBTFs says of each kernel whose BTF is in a directory, or below, whether the program fits it, as doctorBTF does of
 // one. It fails when the program does not load on one of them.
 func runBTFs(dir, output string, stdout io.Writer) error {
-	all := fleet{Schema: fleetSchema, Version: obs.Version().Version, Kernels: []kernelType{}}
+	all, failed := fleet{Schema: fleetSchema, Version: obs.Version().Version, Kernels: []kernelType{}}, 0
 	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() || !hasTypes(path) {
 			return err
@@ -55,6 +53,9 @@ func runBTFs(dir, output string, stdout io.Writer) error {
 		k := examineTypes(path)
 		if k.File, err = filepath.Rel(dir, path); err != nil {
 			return err
+		}
+		if !k.Loads {
+			failed++
 		}
 		all.Kernels = append(all.Kernels, k)
 		return nil
@@ -66,10 +67,7 @@ func runBTFs(dir, output string, stdout io.Writer) error {
 		return fmt.Errorf("no BTF in %s: put each kernel's /sys/kernel/btf/vmlinux there, or its vmlinux", dir)
 	}
 	if output == "json" {
-		encoder := json.NewEncoder(stdout)
-		encoder.SetEscapeHTML(false)
-		encoder.SetIndent("", "  ")
-		err = encoder.Encode(all)
+		err = printJSON(stdout, all)
 	} else {
 		table := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(table, "KERNEL\tLOADS\tVICTIM\tTIER\tMISSING")
@@ -86,12 +84,6 @@ func runBTFs(dir, output string, stdout io.Writer) error {
 	}
 	if err != nil {
 		return fmt.Errorf("write the table: %w", err)
-	}
-	failed := 0
-	for _, k := range all.Kernels {
-		if !k.Loads {
-			failed++
-		}
 	}
 	if failed > 0 {
 		return fmt.Errorf("the program does not load on %d of %d kernels: see MISSING", failed, len(all.Kernels))

@@ -87,16 +87,11 @@ func RunBTF(file, output string, stdout io.Writer) error {
 	if info, err := os.Stat(file); err == nil && info.IsDir() {
 		return runBTFs(file, output, stdout)
 	}
-	x := checker{btfFile: file}
+	// Whether there are hooks, functions says as far as types tell.
+	x := checker{btfFile: file, hook: loader.TierKprobe}
 	x.kernel, x.kernelErr = btf.LoadSpec(file)
-	findings := []Finding{x.btf(), x.prototype(), x.relocations(), x.functions()}
+	findings := []Finding{x.btf(), x.markVictim(), x.relocations(), x.functions()}
 	return printFindings(findings, "", "there", output, stdout)
-}
-
-// prototype says what mark_victim hands over, of a kernel that is known by its types only.
-func (x *checker) prototype() Finding {
-	x.hook = loader.TierKprobe // whether they can be had, functions says as far as types tell
-	return x.markVictim()
 }
 
 // relocations says whether the kernel's types have all that the program reads.
@@ -130,10 +125,7 @@ func printFindings(findings []Finding, node, where, output string, stdout io.Wri
 	failed := failures(findings)
 	var err error
 	if output == "json" {
-		encoder := json.NewEncoder(stdout)
-		encoder.SetEscapeHTML(false)
-		encoder.SetIndent("", "  ")
-		err = encoder.Encode(Report{Schema, obs.Version().Version, node, len(failed) == 0, findings})
+		err = printJSON(stdout, Report{Schema, obs.Version().Version, node, len(failed) == 0, findings})
 	} else {
 		var out strings.Builder
 		for _, f := range findings {
@@ -153,7 +145,13 @@ func printFindings(findings []Finding, node, where, output string, stdout io.Wri
 	return nil
 }
 
-// failures names the checks that failed.
+func printJSON(stdout io.Writer, v any) error {
+	encoder := json.NewEncoder(stdout)
+	encoder.SetEscapeHTML(false)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(v)
+}
+
 func failures(findings []Finding) []string {
 	var failed []string
 	for _, f := range findings {
@@ -178,12 +176,15 @@ type checker struct {
 	load func(loader.Options) (loaded, error)
 
 	// What several checks need; see look.
-	process    procfs.ProcStatus
+	proc       procfs.FS
+	self       procfs.Proc
+	process    procfs.ProcStatus // its
 	processErr error
 	kernel     *btf.Spec
 	kernelErr  error
+	outcome    bool // the stack proves it
+	stackErr   error
 	shown      bool // kallsyms shows addresses
-	shownErr   error
 	bpfErr     error
 	perfErr    error
 	running    bool        // a tracer of this config runs on this node
@@ -213,12 +214,16 @@ func (x *checker) examine(ctx context.Context) []Finding {
 }
 
 func (x *checker) look(ctx context.Context) {
-	self, err := thisProcess(x.procfs)
-	if x.processErr = err; err == nil {
-		x.process, x.processErr = self.NewStatus()
+	x.proc, x.processErr = procfs.NewFS(x.procfs)
+	if x.processErr == nil {
+		x.self, x.processErr = x.proc.Self()
+	}
+	if x.processErr == nil {
+		x.process, x.processErr = x.self.NewStatus()
 	}
 	x.kernel, x.kernelErr = btf.LoadSpec(x.sysfs + "/kernel/btf/vmlinux")
-	x.shown, x.shownErr = addressesShown(x.procfs)
+	x.outcome, x.stackErr = loader.CheckStack(x.procfs)
+	x.shown = x.stackErr == nil || errors.Is(x.stackErr, loader.ErrNoStack) && !errors.Is(x.stackErr, loader.ErrHidden)
 	x.bpfErr, x.perfErr = x.checkBPF(), x.checkPerf()
 	x.running = obs.TracerRuns(ctx, x.cfg.Metrics.Listen)
 	for _, tier := range []loader.Tier{loader.TierFentry, loader.TierKprobe} {
@@ -253,45 +258,13 @@ func (x *checker) tryTier(tier loader.Tier, said *warnings) (loaded, error) {
 	})
 }
 
-// thisProcess is this one, as proc shows it.
-func thisProcess(root string) (procfs.Proc, error) {
-	proc, err := procfs.NewFS(root)
-	if err != nil {
-		return procfs.Proc{}, err
-	}
-	return proc.Self()
-}
-
-// addressesShown reports whether this process sees the kernel's addresses in kallsyms, which are all
-// zeros otherwise.
-func addressesShown(root string) (bool, error) {
-	data, err := os.ReadFile(root + "/kallsyms")
-	if err != nil {
-		return false, err
-	}
-	for line := range strings.Lines(string(data)) {
-		text, _, _ := strings.Cut(line, " ")
-		// Those of per-CPU data may be zero in any case.
-		if address, err := strconv.ParseUint(text, 16, 64); err != nil {
-			return false, err
-		} else if address != 0 {
-			return true, nil
-		}
-	}
-	return false, nil
-}
-
 // sysctl reads a number below /proc/sys; what cannot be read is the kernel's default, given.
 func (x *checker) sysctl(name string, otherwise int) int {
-	data, err := os.ReadFile(filepath.Join(x.procfs, "sys", name))
-	if err != nil {
+	values, err := x.proc.SysctlInts(name)
+	if err != nil || len(values) != 1 {
 		return otherwise
 	}
-	n, err := strconv.Atoi(strings.TrimSpace(string(data)))
-	if err != nil {
-		return otherwise
-	}
-	return n
+	return values[0]
 }
 
 // has reports whether this process has a capability, in the only user namespace where the kernel asks
@@ -460,7 +433,6 @@ func (x *checker) refusal(call, capability string, bit uint, err error) (cause, 
 	}
 }
 
-// bpf says whether bpf(2) can be used at all.
 func (x *checker) bpf() Finding {
 	const check = "bpf"
 	if x.bpfErr == nil {
@@ -509,87 +481,35 @@ func (x *checker) notify() Finding {
 	}
 }
 
-// memlock holds the perf buffers against the memory that this user may lock: beyond
-// kernel.perf_event_mlock_kb for each CPU, which is all its processes' together, it counts against
-// RLIMIT_MEMLOCK (perf_mmap() in kernel/events/core.c).
+// memlock says whether the memory that this user may lock (RLIMIT_MEMLOCK) stands in the way of the perf buffers, which
+// perf_mmap() in kernel/events/core.c counts against it, or of the program's maps.
 func (x *checker) memlock() Finding {
 	const check = "memlock"
 	const remedy = "raise the limit (systemd: LimitMEMLOCK=infinity; shell: ulimit -l), or "
-	soft, err := x.memlockLimit()
+	limits, err := x.self.Limits()
 	if err != nil {
 		return warn(check, err.Error(), "mount proc at "+x.procfs)
 	}
-	limit := "unlimited"
-	if soft != noLimit {
-		limit = kib(soft)
+	limit := "limit unlimited"
+	if limits.LockedMemory != unix.RLIM_INFINITY {
+		limit = fmt.Sprintf("limit %d KiB", limits.LockedMemory>>10)
 	}
-	cpus := uint64(x.onlineCPUs())
-	need := 2 * uint64(os.Getpagesize()) * cpus // one page each for the kernel
-	free := uint64(x.sysctl("kernel/perf_event_mlock_kb", 512+os.Getpagesize()>>10)) << 10 * cpus
-	paranoid := x.sysctl("kernel/perf_event_paranoid", 2)
-	buffers := fmt.Sprintf("the perf buffers of %d CPUs lock %s", cpus, kib(need))
-
-	want := loader.Notify(x.cfg.Kernel.Notify)
-	buffered := want == loader.NotifyPerf || want == loader.NotifyAuto && x.perfErr == nil
-	if buffered && need > free && need-free > soft && paranoid > -1 && !x.has(unix.CAP_IPC_LOCK) {
-		f := warn(check, fmt.Sprintf("%s; each user may lock %s beyond the limit, and the rest exceeds the limit of %s", buffers, kib(free), limit),
-			remedy+"give CAP_IPC_LOCK; a ring buffer is used instead")
-		if want == loader.NotifyPerf {
-			f.Status, f.Remedy = StatusFail, remedy+"give CAP_IPC_LOCK, or set kernel.notify to auto"
-		}
-		return f
+	another := x.loaded.notify == loader.NotifyRingbuf || x.loaded.notify == loader.NotifyPoll
+	switch {
+	case errors.Is(x.programErr, loader.ErrPerfBuffer):
+		return fail(check, limit+", and the kernel refuses the perf buffers", remedy+"give CAP_IPC_LOCK, or set kernel.notify to auto")
+	case another && x.perfErr == nil && loader.Notify(x.cfg.Kernel.Notify) == loader.NotifyAuto:
+		return warn(check, limit+", and the kernel refuses the perf buffers", remedy+"give CAP_IPC_LOCK; a ring buffer is used instead")
+	case x.countsBPF():
+		return warn(check, limit+", and this kernel, before 5.11, counts the program's maps against it", remedy+"give CAP_SYS_RESOURCE")
 	}
-	if x.countsBPF() {
-		return warn(check, fmt.Sprintf("limit %s, and this kernel, before 5.11, counts the program's maps against it", limit),
-			remedy+"give CAP_SYS_RESOURCE")
-	}
-	if !buffered {
-		return ok(check, "limit %s; no perf buffers", limit)
-	}
-	return ok(check, "limit %s; %s, each user may lock %s beyond the limit", limit, buffers, kib(free))
-}
-
-const noLimit = unix.RLIM_INFINITY
-
-func kib(n uint64) string { return fmt.Sprintf("%d KiB", n>>10) }
-
-// memlockLimit is the soft RLIMIT_MEMLOCK, in bytes.
-func (x *checker) memlockLimit() (uint64, error) {
-	self, err := thisProcess(x.procfs)
-	if err != nil {
-		return 0, err
-	}
-	limits, err := self.Limits()
-	return limits.LockedMemory, err
-}
-
-// onlineCPUs counts those that have a perf buffer.
-func (x *checker) onlineCPUs() int {
-	// Documentation/ABI/stable/sysfs-devices-system-cpu: such as 0-3,8
-	data, err := os.ReadFile(x.sysfs + "/devices/system/cpu/online")
-	if err != nil {
-		return runtime.NumCPU()
-	}
-	n := 0
-	for part := range strings.SplitSeq(strings.TrimSpace(string(data)), ",") {
-		first, last, isRange := strings.Cut(part, "-")
-		a, errA := strconv.Atoi(first)
-		b, errB := a, errA
-		if isRange {
-			b, errB = strconv.Atoi(last)
-		}
-		if errA != nil || errB != nil || b < a {
-			return runtime.NumCPU()
-		}
-		n += b - a + 1
-	}
-	return n
+	return ok(check, "%s", limit)
 }
 
 // countsBPF reports whether the kernel counts BPF memory against the limit that this process has, as it did before
 // 5.11. It is told as libbpf tells it (probe_memcg_account()): by a helper that came with the change.
 func (x *checker) countsBPF() bool {
-	if soft, err := x.memlockLimit(); err != nil || soft == noLimit || x.has(unix.CAP_SYS_RESOURCE) {
+	if limits, err := x.self.Limits(); err != nil || limits.LockedMemory == unix.RLIM_INFINITY || x.has(unix.CAP_SYS_RESOURCE) {
 		return false
 	}
 	return x.kernelErr == nil && CountsBPF(x.kernel)
@@ -692,10 +612,10 @@ func (x *checker) kallsyms() Finding {
 		return ok(check, "shows the kernel's addresses to this process")
 	case !x.needsStack():
 		return x.unneeded(check)
-	case errors.Is(x.shownErr, fs.ErrNotExist):
+	case errors.Is(x.stackErr, fs.ErrNotExist):
 		return x.degraded(check, "there is no "+x.procfs+"/kallsyms", "use a kernel with CONFIG_KALLSYMS=y")
-	case x.shownErr != nil:
-		return x.degraded(check, x.shownErr.Error(), "let this process read "+x.procfs+"/kallsyms")
+	case !errors.Is(x.stackErr, loader.ErrHidden):
+		return x.degraded(check, x.stackErr.Error(), "let this process read "+x.procfs+"/kallsyms")
 	case restrict >= 2:
 		return x.degraded(check, hidden, "sysctl kernel.kptr_restrict=1 (2 hides them from root too), and give CAP_SYSLOG")
 	default:
@@ -709,14 +629,13 @@ func (x *checker) stack() Finding {
 	if !x.needsStack() {
 		return x.unneeded(check)
 	}
-	if x.shownErr != nil || !x.shown {
+	if !x.shown {
 		return x.degraded(check, "not available: scope, outcome and limit of kills are unknown", "see kallsyms")
 	}
-	symbols, err := loader.StackSymbols(x.procfs)
-	if err != nil {
-		return x.degraded(check, err.Error()+"; scope, outcome and limit of kills are unknown", "report this kernel: its compiler inlined or renamed them")
+	if x.stackErr != nil {
+		return x.degraded(check, x.stackErr.Error()+"; scope, outcome and limit of kills are unknown", "report this kernel: its compiler inlined or renamed them")
 	}
-	if !loader.ProvesOutcome(symbols) {
+	if !x.outcome {
 		return warn(check, "proves the scope; the outcome of kills is unknown, because the compiler has inlined __oom_kill_process",
 			"use a tier with hooks, or report this kernel")
 	}
@@ -768,7 +687,10 @@ func (x *checker) program(earlier []string) Finding {
 }
 
 // warnings collects what the loader and libbpf say at level warn and above.
-type warnings struct{ lines []string }
+type warnings struct {
+	slog.Handler // nil: attributes and groups are not used
+	lines        []string
+}
 
 // String is all of it, in brackets.
 func (c *warnings) String() string {
@@ -778,12 +700,10 @@ func (c *warnings) String() string {
 	return " (" + strings.Join(c.lines, "; ") + ")"
 }
 
-// Enabled implements slog.Handler.
 func (c *warnings) Enabled(_ context.Context, level slog.Level) bool {
 	return level >= slog.LevelWarn
 }
 
-// Handle implements slog.Handler.
 func (c *warnings) Handle(_ context.Context, r slog.Record) error {
 	line := r.Message
 	r.Attrs(func(a slog.Attr) bool {
@@ -794,12 +714,6 @@ func (c *warnings) Handle(_ context.Context, r slog.Record) error {
 	c.lines = append(c.lines, strings.Join(strings.Fields(strings.TrimPrefix(line, "libbpf: ")), " "))
 	return nil
 }
-
-// WithAttrs implements slog.Handler. The loader has no use for it.
-func (c *warnings) WithAttrs([]slog.Attr) slog.Handler { return c }
-
-// WithGroup implements slog.Handler.
-func (c *warnings) WithGroup(string) slog.Handler { return c }
 
 // cgroup says which hierarchy the events' paths are from, and what stands in the way of the selftest.
 func (x *checker) cgroup() Finding {
@@ -829,19 +743,10 @@ func (x *checker) cgroup() Finding {
 	return ok(check, "%s", detail)
 }
 
-// memoryDisabled reads /proc/cgroups, where a controller that the kernel has and that is switched off
-// has a 0 in the fourth column.
+// memoryDisabled reports whether the kernel has the memory controller and it is switched off.
 func (x *checker) memoryDisabled() bool {
-	data, err := os.ReadFile(x.procfs + "/cgroups")
-	if err != nil {
-		return false
-	}
-	for line := range strings.Lines(string(data)) {
-		if f := strings.Fields(line); len(f) == 4 && f[0] == "memory" {
-			return f[3] == "0"
-		}
-	}
-	return false
+	all, err := x.proc.CgroupSummarys()
+	return err == nil && slices.ContainsFunc(all, func(c procfs.CgroupSummary) bool { return c.SubsysName == "memory" && c.Enabled == 0 })
 }
 
 // bpffs says whether recording can go on while no tracer runs.
@@ -924,21 +829,21 @@ func (x *checker) nats(ctx context.Context) []Finding {
 }
 
 // jetstream says whether a server that is reached can store events.
-func (x *checker) jetstream(h bus.Health) Finding {
+func (x *checker) jetstream(enabled bool, err error) Finding {
 	const check = "jetstream"
 	switch {
-	case h.Stream:
+	case err == nil:
 		return ok(check, "enabled; the stream is there")
-	case errors.Is(h.Err, nats.ErrPermissionViolation):
+	case errors.Is(err, nats.ErrPermissionViolation):
 		return ok(check, "not known: this user may not ask, which is correct for a tracer; run oom-tap setup as the streams' owner to check")
-	case h.JetStream && x.cfg.NATS.URL == "":
-		return warn(check, fmt.Sprintf("enabled, but %v", h.Err), "restart the tracer: it makes the stream at its start")
-	case h.JetStream:
-		return warn(check, fmt.Sprintf("enabled, but %v", h.Err), "make the stream: oom-tap setup")
+	case enabled && x.cfg.NATS.URL == "":
+		return warn(check, fmt.Sprintf("enabled, but %v", err), "restart the tracer: it makes the stream at its start")
+	case enabled:
+		return warn(check, fmt.Sprintf("enabled, but %v", err), "make the stream: oom-tap setup")
 	case x.cfg.NATS.URL == "":
-		return warn(check, h.Err.Error(), "see the tracer's log: once its disk works it restarts its NATS by itself")
+		return warn(check, err.Error(), "see the tracer's log: once its disk works it restarts its NATS by itself")
 	default:
-		return warn(check, h.Err.Error(), "enable JetStream on the server, for this user's account; until then kills wait in the journal (kernel.journal_size)")
+		return warn(check, err.Error(), "enable JetStream on the server, for this user's account; until then kills wait in the journal (kernel.journal_size)")
 	}
 }
 
@@ -976,17 +881,14 @@ func (x *checker) store() Finding {
 	dir, want := x.cfg.NATS.Embedded.Dir, uint64(x.cfg.NATS.Stream.MaxBytes)
 	// The nearest directory that is there decides.
 	nearest := dir
-	info, err := os.Stat(nearest)
+	_, err := os.Stat(nearest)
 	for errors.Is(err, fs.ErrNotExist) && nearest != "/" {
 		nearest = filepath.Dir(nearest)
-		info, err = os.Stat(nearest)
+		_, err = os.Stat(nearest)
 	}
 	const remedy = "set nats.embedded.dir to a directory that this user can write to, or run it as root"
-	if err == nil && !info.IsDir() {
-		err = &fs.PathError{Op: "write to", Path: nearest, Err: unix.ENOTDIR}
-	}
 	if err == nil {
-		if accessErr := unix.Faccessat(unix.AT_FDCWD, nearest, unix.W_OK|unix.X_OK, unix.AT_EACCESS); accessErr != nil {
+		if accessErr := unix.Faccessat(unix.AT_FDCWD, nearest+"/.", unix.W_OK|unix.X_OK, unix.AT_EACCESS); accessErr != nil {
 			err = &fs.PathError{Op: "write to", Path: nearest, Err: accessErr}
 		}
 	}

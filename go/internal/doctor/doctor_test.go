@@ -70,8 +70,8 @@ type machine struct {
 	refuse map[loader.Tier]error
 	said   []string
 	loads  []loader.Options
-	// noBPF and noPerf are why the system calls are refused.
-	noBPF, noPerf error
+	// noBPF and noPerf are why the system calls are refused, and noBuffers why perf buffers are.
+	noBPF, noPerf, noBuffers error
 }
 
 func newMachine(t *testing.T) *machine {
@@ -95,11 +95,14 @@ func newMachine(t *testing.T) *machine {
 		var err error
 		for _, tier := range tried {
 			refusal := p.refuse[tier]
+			if o.Notify == loader.NotifyPerf && p.noBuffers != nil {
+				refusal = fmt.Errorf("%w: %w", loader.ErrPerfBuffer, p.noBuffers)
+			}
 			if refusal == nil {
 				way := o.Notify
 				if way == loader.NotifyAuto {
 					way = loader.NotifyPerf
-					if p.noPerf != nil {
+					if p.noPerf != nil || p.noBuffers != nil {
 						way = loader.NotifyRingbuf
 					}
 				}
@@ -125,10 +128,8 @@ func newMachine(t *testing.T) *machine {
 	p.proc("sys/kernel/cap_last_cap", "40\n")
 	p.proc("sys/kernel/kptr_restrict", "1\n")
 	p.proc("sys/kernel/perf_event_paranoid", "2\n")
-	p.proc("sys/kernel/perf_event_mlock_kb", "516\n")
 	p.kallsymsText(allSymbols)
 	p.sys("kernel/security/lockdown", "none [integrity] confidentiality\n")
-	p.sys("devices/system/cpu/online", "0-3\n")
 	p.sys("devices/system/node/has_memory", "0\n")
 	p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem", "BPF_FUNC_ktime_get_coarse_ns")
 	return p
@@ -166,12 +167,6 @@ func (p *machine) memlockLimitIs(soft string) {
 	p.t.Helper()
 	p.proc("77/limits", fmt.Sprintf("%-25s %-20s %-20s %-10s\n%-25s %-20s %-20s %-10s\n",
 		"Limit", "Soft Limit", "Hard Limit", "Units", "Max locked memory", soft, "unlimited", "bytes"))
-}
-
-// free is what perf events may lock beside the limit, in KiB for each CPU.
-func (p *machine) free(kib int) {
-	p.t.Helper()
-	p.proc("sys/kernel/perf_event_mlock_kb", fmt.Sprintln(kib))
 }
 
 // filtered has a seccomp filter in force.
@@ -329,7 +324,7 @@ func TestDoctorFindings(t *testing.T) {
 			{"capabilities", StatusOK, "has CAP_BPF, CAP_PERFMON, CAP_SYSLOG", ""},
 			{"protection", StatusOK, "can have oom_score_adj -998", ""},
 			{"lockdown", StatusOK, "integrity", ""},
-			{"memlock", StatusOK, "limit 8192 KiB; the perf buffers of 4 CPUs lock 32 KiB, each user may lock 2064 KiB beyond the limit", ""},
+			{"memlock", StatusOK, "limit 8192 KiB", ""},
 			{"bpf", StatusOK, "is permitted", ""},
 			{"notify", StatusOK, "notifications use a perf buffer", ""},
 			{"btf", StatusOK, "/kernel/btf/vmlinux", ""},
@@ -497,7 +492,7 @@ func TestDoctorFindings(t *testing.T) {
 			p.proc("sys/kernel/perf_event_paranoid", "4\n")
 		}, []Finding{
 			{"notify", StatusWarn, "notifications use a ring buffer, all kills are reported; no perf events: kernel.perf_event_paranoid is 4, a level that Debian and Ubuntu added", "not needed; to permit them: sysctl kernel.perf_event_paranoid=2"},
-			{"memlock", StatusOK, "no perf buffers", ""},
+			{"memlock", StatusOK, "limit 8192 KiB", ""},
 			{"hooks", StatusOK, "fentry works", ""},
 		}},
 		{"perf and a seccomp filter", func(p *machine) {
@@ -585,53 +580,21 @@ func TestDoctorFindings(t *testing.T) {
 			{"lockdown", StatusOK, "not known: securityfs is not mounted at", ""},
 		}},
 
-		// Memory that may be locked: the buffers of four CPUs take 32 KiB.
-		{"buffers that just fit into what is free", func(p *machine) { p.free(8); p.memlockLimitIs("0"); p.lacks(unix.CAP_IPC_LOCK) }, []Finding{
-			{"memlock", StatusOK, "limit 0 KiB; the perf buffers of 4 CPUs lock 32 KiB, each user may lock 32 KiB beyond the limit", ""},
+		// Memory that may be locked.
+		{"perf buffers that are refused", func(p *machine) { p.noBuffers = unix.EPERM; p.memlockLimitIs("16383") }, []Finding{
+			{"memlock", StatusWarn, "limit 15 KiB, and the kernel refuses the perf buffers", "give CAP_IPC_LOCK; a ring buffer is used instead"},
+			{"notify", StatusWarn, "notifications use a ring buffer, all kills are reported", "see memlock"},
 		}},
-		{"buffers that just fit into the limit", func(p *machine) {
-			p.free(4)
-			p.memlockLimitIs("16384")
-			p.lacks(unix.CAP_IPC_LOCK)
-		}, []Finding{{"memlock", StatusOK, "limit 16 KiB; the perf buffers of 4 CPUs lock 32 KiB", ""}}},
-		{"buffers that do not fit", func(p *machine) {
-			p.free(4)
-			p.memlockLimitIs("16383")
-			p.lacks(unix.CAP_IPC_LOCK)
-		}, []Finding{{"memlock", StatusWarn, "lock 32 KiB; each user may lock 16 KiB beyond the limit, and the rest exceeds the limit of 15 KiB", "give CAP_IPC_LOCK; a ring buffer is used instead"}}},
-		{"buffers that do not fit, demanded", func(p *machine) {
-			p.cfg.Kernel.Notify = "perf"
-			p.free(4)
-			p.memlockLimitIs("16383")
-			p.lacks(unix.CAP_IPC_LOCK)
-		}, []Finding{{"memlock", StatusFail, "exceeds the limit of 15 KiB", "give CAP_IPC_LOCK, or set kernel.notify to auto"}}},
-		{"CAP_IPC_LOCK lifts the limit", func(p *machine) { p.free(0); p.memlockLimitIs("0") }, []Finding{
+		{"perf buffers that are refused, demanded", func(p *machine) { p.cfg.Kernel.Notify = "perf"; p.noBuffers = unix.EPERM }, []Finding{
+			{"memlock", StatusFail, "the kernel refuses the perf buffers", "give CAP_IPC_LOCK, or set kernel.notify to auto"},
+			{"notify", StatusOK, "not known", ""},
+			{"hooks", StatusWarn, "none", "see memlock"},
+			{"program", StatusFail, "open a perf buffer", "see memlock"},
+		}},
+		{"a ring buffer that is demanded", func(p *machine) { p.cfg.Kernel.Notify = "ringbuf"; p.noBuffers = unix.EPERM; p.memlockLimitIs("0") }, []Finding{
 			{"memlock", StatusOK, "limit 0 KiB", ""},
 		}},
-		{"but not in a user namespace", func(p *machine) {
-			p.free(0)
-			p.memlockLimitIs("0")
-			p.namespace("user", "user:[4026532177]")
-		}, []Finding{{"memlock", StatusWarn, "exceeds the limit of 0 KiB", "ulimit -l"}, {"capabilities", StatusFail, "", ""}}},
-		{"a kernel that is not paranoid has no limit", func(p *machine) {
-			p.free(0)
-			p.memlockLimitIs("0")
-			p.lacks(unix.CAP_IPC_LOCK)
-			p.proc("sys/kernel/perf_event_paranoid", "-1\n")
-		}, nil},
-		{"no perf buffers, no limit", func(p *machine) {
-			p.cfg.Kernel.Notify = "ringbuf"
-			p.free(0)
-			p.memlockLimitIs("0")
-			p.lacks(unix.CAP_IPC_LOCK)
-		}, []Finding{{"memlock", StatusOK, "limit 0 KiB; no perf buffers", ""}}},
-		{"unlimited", func(p *machine) {
-			p.free(0)
-			p.memlockLimitIs("unlimited")
-			p.lacks(unix.CAP_IPC_LOCK)
-		}, []Finding{
-			{"memlock", StatusOK, "limit unlimited; the perf buffers of 4 CPUs lock 32 KiB", ""},
-		}},
+		{"unlimited", func(p *machine) { p.memlockLimitIs("unlimited") }, []Finding{{"memlock", StatusOK, "limit unlimited", ""}}},
 		{"before 5.11", func(p *machine) {
 			p.kernelTypes(victimTask, "BPF_FUNC_map_lookup_elem")
 			p.lacks(unix.CAP_SYS_RESOURCE)
@@ -644,17 +607,6 @@ func TestDoctorFindings(t *testing.T) {
 			p.lacks(unix.CAP_SYS_RESOURCE)
 			p.memlockLimitIs("unlimited")
 		}, nil},
-		{"CPUs in a list", func(p *machine) { p.sys("devices/system/cpu/online", "0-3,8,10-11\n") }, []Finding{
-			{"memlock", StatusOK, "the perf buffers of 7 CPUs", ""},
-		}},
-		{"CPUs in another form", func(p *machine) { p.sys("devices/system/cpu/online", "0-3,x\n") }, []Finding{
-			{"memlock", StatusOK, fmt.Sprintf("the perf buffers of %d CPUs", runtime.NumCPU()), ""},
-		}},
-		{"CPUs not told, nor the rest", func(p *machine) {
-			p.without("devices/system/cpu/online")
-			p.without("sys/kernel/perf_event_mlock_kb")
-			p.proc("sys/kernel/perf_event_paranoid", "very\n")
-		}, []Finding{{"memlock", StatusOK, fmt.Sprintf("the perf buffers of %d CPUs lock %d KiB, each user may lock %d KiB", runtime.NumCPU(), 8*runtime.NumCPU(), 516*runtime.NumCPU()), ""}}},
 		{"limits that cannot be read", func(p *machine) { p.without("77/limits") }, []Finding{
 			{"memlock", StatusWarn, "77/limits: no such file", "mount proc"},
 		}},
@@ -1005,7 +957,7 @@ func TestDoctorEmbeddedNATS(t *testing.T) {
 		})
 	}
 	t.Run("its JetStream has switched itself off", func(t *testing.T) {
-		f := newMachine(t).jetstream(bus.Health{Connected: true, Err: errors.New("check jetstream: not enabled")})
+		f := newMachine(t).jetstream(false, errors.New("check jetstream: not enabled"))
 		if f.Status != StatusWarn || f.Detail != "check jetstream: not enabled" || !strings.Contains(f.Remedy, "its disk works") {
 			t.Errorf("%+v", f)
 		}

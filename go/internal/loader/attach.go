@@ -36,13 +36,13 @@ var tiers = []struct {
 	value uint32
 	hooks string // prefix of the programs that it attaches beside the main one
 }{
-	{TierFentry, 3, "fentry_"},
+	{TierFentry, 3, fentryPrefix},
 	{TierKprobe, 2, kprobePrefix},
 	{TierStack, 1, ""},
 	{TierNone, 0, ""},
 }
 
-const kprobePrefix = "kprobe_"
+const fentryPrefix, kprobePrefix = "fentry_", "kprobe_"
 
 // hookFunctions are the functions that fentry and kprobe hook. The last one only where the tracepoint
 // hands over no task.
@@ -55,21 +55,24 @@ var fallbackFunctions = []string{"out_of_memory", "mark_oom_victim"}
 // segments is how many of them the journal has.
 func (o Options) segments() uint32 { return uint32(o.JournalSize / SegmentSize) }
 
-// ground is what a load of the program finds of those before it.
-type ground struct {
+// opening is what Open finds before it tries the tiers.
+type opening struct {
+	opts      Options
+	prototype Prototype
+	notifier  *notifier
+
+	// Of the loads before this one.
 	pins       *pins
 	state      *ebpf.Map // nil: none of this version is there yet
 	other      *ebpf.Map // the state of another version, if that is there
 	journal    *ebpf.Map // the journal in use, if it is as wanted
 	generation uint64    // of this load
-}
 
-func (g *ground) close() {
-	for _, m := range []*ebpf.Map{g.state, g.other, g.journal} {
-		if m != nil {
-			m.Close()
-		}
-	}
+	symbols     []symbol
+	stackErr    error
+	fentryErr   error
+	kprobeMulti bool
+	kprobeErr   error
 }
 
 // Open loads and attaches the program, with the best tier that works here unless opts names one. From
@@ -87,8 +90,8 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the kernel's BTF: %w", err)
 	}
-	prototype, err := MarkVictimPrototype(kernel)
-	if err != nil {
+	o := &opening{opts: opts, generation: 1}
+	if o.prototype, err = MarkVictimPrototype(kernel); err != nil {
 		return nil, err
 	}
 	limitHeap()
@@ -98,38 +101,25 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err := CheckBPF(); err != nil {
 		return nil, err
 	}
-	g, err := prepare(ctx, opts)
-	if err != nil {
+	defer func() { o.close(err) }()
+	if err := o.findPinned(ctx); err != nil {
 		return nil, err
 	}
-	defer g.close()
 	perfErr := CheckPerfEvents()
-	notifier, why, err := openNotifier(cmp.Or(opts.Notify, NotifyAuto), perfErr)
-	defer func() {
-		if err == nil {
-			return
-		}
-		if notifier != nil {
-			notifier.close()
-		}
-		if g.pins != nil {
-			g.pins.close()
-		}
-	}()
-	if err != nil {
+	var why error
+	if o.notifier, why, err = openNotifier(cmp.Or(opts.Notify, NotifyAuto), perfErr); err != nil {
 		return nil, err
 	}
 	if why != nil {
 		level := slog.LevelInfo // nothing is missed, and nothing comes late
-		if notifier.way == NotifyPoll {
+		if o.notifier.way == NotifyPoll {
 			level = slog.LevelWarn
 		}
-		opts.Log.Log(ctx, level, "perf buffer not available for notifications, using another way", "notify", string(notifier.way), "reason", why)
+		opts.Log.Log(ctx, level, "perf buffer not available for notifications, using another way", "notify", string(o.notifier.way), "reason", why)
 	}
-	o := opening{opts: opts, ground: g, prototype: prototype, notifier: notifier}
-	o.symbols, o.stackErr = StackSymbols("/proc")
+	o.symbols, o.stackErr = findStackSymbols("/proc")
 	if opts.Tier == TierAuto || opts.Tier == TierFentry {
-		o.fentryErr = checkFentry(kernel)
+		o.fentryErr = checkFentry()
 	}
 	o.kprobeMulti, o.kprobeErr = kprobeWay("/sys", kernel, perfErr)
 	for i, t := range tiers {
@@ -141,7 +131,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 			if opts.Tier == TierAuto && t.tier == TierNone {
 				opts.Log.Warn("no context for kills: scope, outcome and limit will be unknown", "reason", o.stackErr)
 			}
-			if err := l.takeOver(g); err != nil {
+			if err := l.takeOver(o.other); err != nil {
 				l.Close()
 				return nil, err
 			}
@@ -155,78 +145,72 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	return nil, fmt.Errorf("tier %q is not known", opts.Tier)
 }
 
-// prepare finds what is pinned.
-func prepare(ctx context.Context, opts Options) (_ *ground, err error) {
-	g := &ground{generation: 1}
-	if opts.PinDir == "" {
-		return g, nil
+// close releases what only Open needs, and all after an error.
+func (o *opening) close(err error) {
+	for _, m := range []*ebpf.Map{o.state, o.other, o.journal} {
+		if m != nil {
+			m.Close()
+		}
 	}
-	g.pins, err = lockPins(ctx, opts.PinDir)
+	if err != nil && o.notifier != nil {
+		o.notifier.close()
+	}
+	if err != nil && o.pins != nil {
+		o.pins.close()
+	}
+}
+
+func (o *opening) findPinned(ctx context.Context) (err error) {
+	if o.opts.PinDir == "" {
+		return nil
+	}
+	o.pins, err = lockPins(ctx, o.opts.PinDir)
 	// Nor may a user who was there first keep this node from being watched.
 	if errors.Is(err, ErrNoBPFFS) || errors.Is(err, statedir.ErrUnsafe) {
-		opts.Log.Warn("cannot pin the program: kills while no tracer runs are not recorded", "error", err)
-		return g, nil
+		o.opts.Log.Warn("cannot pin the program: kills while no tracer runs are not recorded", "error", err)
+		return nil
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	defer func() {
-		if err != nil {
-			g.close()
-			g.pins.close()
-		}
-	}()
-	m, ours, err := g.pins.openState()
+	m, ours, err := o.pins.openState()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if ours {
-		g.state = m
+		o.state = m
 	} else {
-		g.other = m
+		o.other = m
 	}
-	generations, err := g.pins.generations()
+	generations, err := o.pins.generations()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, n := range generations {
-		g.generation = max(g.generation, n+1)
+		o.generation = max(o.generation, n+1)
 	}
-	if g.state == nil {
-		return g, nil
+	if o.state == nil {
+		return nil
 	}
-	memory, s, err := mapState(g.state.FD())
+	memory, s, err := mapState(o.state.FD())
 	if err != nil {
-		return nil, err
+		return err
 	}
 	speaking := atomic.LoadUint64(&s.Generation)
 	_ = unix.Munmap(memory)
-	g.generation = max(g.generation, speaking+1)
-	journal, ours, err := g.pins.pinnedJournal(speaking)
-	if err != nil {
-		return nil, err
+	o.generation = max(o.generation, speaking+1)
+	journal, ours, err := o.pins.pinnedJournal(speaking)
+	if err != nil || journal == nil {
+		return err
 	}
-	if journal != nil && (!ours || journal.MaxEntries() != opts.segments() || journal.ValueSize() != SegmentSize) {
-		opts.Log.Info("created a new journal, reading the previous one to its end",
-			"bytes", opts.JournalSize, "before", uint64(journal.MaxEntries())*uint64(journal.ValueSize()), "same_version", ours)
-		journal.Close()
-		journal = nil
+	if ours && journal.MaxEntries() == o.opts.segments() && journal.ValueSize() == SegmentSize {
+		o.journal = journal
+		return nil
 	}
-	g.journal = journal
-	return g, nil
-}
-
-// opening is what Open found before it tries the tiers.
-type opening struct {
-	opts        Options
-	ground      *ground
-	prototype   Prototype
-	notifier    *notifier
-	symbols     []symbol
-	stackErr    error
-	fentryErr   error
-	kprobeMulti bool
-	kprobeErr   error
+	o.opts.Log.Info("created a new journal, reading the previous one to its end",
+		"bytes", o.opts.JournalSize, "before", uint64(journal.MaxEntries())*uint64(journal.ValueSize()), "same_version", ours)
+	journal.Close()
+	return nil
 }
 
 // tier opens one of tiers, with as many hooks as it can.
@@ -256,19 +240,20 @@ func (o *opening) tier(i int) (*Loader, error) {
 
 // load loads and attaches what one tier needs, and nothing else. The program is silent as yet.
 func (o *opening) load(tier int, functions []string) (_ *Loader, err error) {
-	t, opts, g := tiers[tier], o.opts, o.ground
+	t, opts := tiers[tier], o.opts
 	bridgeLog(opts.Log, opts.Tier == TierAuto && t.tier != TierNone)
 	l := &Loader{
 		log:        opts.Log,
+		maps:       map[string]*libbpfgo.BPFMap{},
 		tier:       t.tier,
 		prototype:  o.prototype,
 		notifier:   o.notifier,
 		idleTime:   idleTime,
 		stuckTime:  stuckTime,
 		opened:     time.Now(),
-		pins:       g.pins,
-		fresh:      g.state == nil,
-		generation: g.generation,
+		pins:       o.pins,
+		fresh:      o.state == nil,
+		generation: o.generation,
 	}
 	// The limit is raised by libbpf where the kernel still accounts BPF memory to it (before v5.11).
 	l.module, err = libbpfgo.NewModuleFromBufferArgs(libbpfgo.NewModuleArgs{
@@ -282,10 +267,15 @@ func (o *opening) load(tier int, functions []string) (_ *Loader, err error) {
 			l.discard()
 		}
 	}()
+	for _, name := range []string{statsMap, stateMap, waitingMap, journalMap, notifyMaps[NotifyPerf], notifyMaps[NotifyRingbuf]} {
+		if l.maps[name], err = l.module.GetMap(name); err != nil {
+			return nil, fmt.Errorf("find map %s: %w", name, err)
+		}
+	}
 	if err := l.setVariables(opts, t.value, o.symbols); err != nil {
 		return nil, err
 	}
-	if err := l.setMaps(opts, g); err != nil {
+	if err := l.setMaps(o); err != nil {
 		return nil, err
 	}
 	hooks, err := l.chooseHooks(t.hooks, functions, o.kprobeMulti)
@@ -360,8 +350,8 @@ func (l kprobeMultiLink) Destroy() error { return l.Close() }
 
 // setMaps lets the program use the maps that are there, and sets the size of a new journal. What the program does
 // not use is not made.
-func (l *Loader) setMaps(opts Options, g *ground) error {
-	maps := map[string]*ebpf.Map{stateMap: g.state, journalMap: g.journal}
+func (l *Loader) setMaps(o *opening) error {
+	maps := map[string]*ebpf.Map{stateMap: o.state, journalMap: o.journal}
 	for way, name := range notifyMaps {
 		maps[name] = nil
 		if way == l.notifier.way {
@@ -369,17 +359,14 @@ func (l *Loader) setMaps(opts Options, g *ground) error {
 		}
 	}
 	for name, m := range maps {
-		theirs, err := l.module.GetMap(name)
-		if err != nil {
-			return fmt.Errorf("find map %s: %w", name, err)
-		}
+		var err error
 		switch {
 		case m != nil:
-			err = theirs.ReuseFD(m.FD())
+			err = l.maps[name].ReuseFD(m.FD())
 		case name == journalMap:
-			err = theirs.SetMaxEntries(opts.segments())
+			err = l.maps[name].SetMaxEntries(o.opts.segments())
 		case name != stateMap: // of a way to notify that is not used
-			err = theirs.SetAutocreate(false)
+			err = l.maps[name].SetAutocreate(false)
 		}
 		if err != nil {
 			return fmt.Errorf("set map %s: %w", name, err)
@@ -389,24 +376,14 @@ func (l *Loader) setMaps(opts Options, g *ground) error {
 }
 
 // mapMemory maps the state and the journal, and begins an epoch where the state is new.
-func (l *Loader) mapMemory(opts Options) error {
-	m, err := l.module.GetMap(journalMap)
-	if err != nil {
-		return fmt.Errorf("find map %s: %w", journalMap, err)
-	}
-	if l.journal, err = mapJournal(m.FileDescriptor(), opts.segments(), SegmentSize); err != nil {
+func (l *Loader) mapMemory(opts Options) (err error) {
+	if l.journal, err = mapJournal(l.maps[journalMap].FileDescriptor(), opts.segments(), SegmentSize); err != nil {
 		return err
 	}
-	if m, err = l.module.GetMap(stateMap); err != nil {
-		return fmt.Errorf("find map %s: %w", stateMap, err)
-	}
-	if l.stateMemory, l.state, err = mapState(m.FileDescriptor()); err != nil {
+	if l.stateMemory, l.state, err = mapState(l.maps[stateMap].FileDescriptor()); err != nil {
 		return err
 	}
-	if m, err = l.module.GetMap(waitingMap); err != nil {
-		return fmt.Errorf("find map %s: %w", waitingMap, err)
-	}
-	if l.waiting, err = mapArray(m.FileDescriptor(), 4); err != nil {
+	if l.waiting, err = mapArray(l.maps[waitingMap].FileDescriptor(), 4); err != nil {
 		return fmt.Errorf("%s: %w", waitingMap, err)
 	}
 	l.notifier.waiting = (*uint32)(unsafe.Pointer(&l.waiting[0]))
@@ -442,11 +419,7 @@ func (l *Loader) pinMaps() error {
 		}
 	}
 	for name, path := range targets {
-		m, err := l.module.GetMap(name)
-		if err != nil {
-			return fmt.Errorf("find map %s: %w", name, err)
-		}
-		if err := m.Pin(path); err != nil {
+		if err := l.maps[name].Pin(path); err != nil {
 			return fmt.Errorf("pin map %s: %w", name, err)
 		}
 	}
@@ -470,11 +443,13 @@ func (l *Loader) discard() {
 
 // takeOver switches recording from the generation before to this one. Both are attached: which of them
 // speaks is one word of memory that both read.
-func (l *Loader) takeOver(g *ground) error {
+func (l *Loader) takeOver(other *ebpf.Map) error {
 	// The mark that is under way meanwhile is told by one of them alone: the older program runs first,
 	// and the newer one knows what the older has told last.
-	if err := l.silence(g.other); err != nil {
-		return err
+	if other != nil {
+		if err := l.silence(other); err != nil {
+			return err
+		}
 	}
 	atomic.StoreUint64(&l.state.Generation, l.generation)
 	if l.pins == nil {
@@ -493,11 +468,7 @@ func (l *Loader) takeOver(g *ground) error {
 	}
 	head := atomic.LoadUint64(&l.state.Head)
 	acked := atomic.LoadUint64(&l.state.Acked)
-	own, err := l.module.GetMap(journalMap)
-	if err != nil {
-		return fmt.Errorf("find map %s: %w", journalMap, err)
-	}
-	ownInfo, err := libbpfgo.GetMapInfoByFD(own.FileDescriptor())
+	ownInfo, err := libbpfgo.GetMapInfoByFD(l.maps[journalMap].FileDescriptor())
 	if err != nil {
 		return fmt.Errorf("inspect map %s: %w", journalMap, err)
 	}
@@ -511,10 +482,10 @@ func (l *Loader) takeOver(g *ground) error {
 			// What cannot be read must not keep this node from being watched.
 			l.log.Error("cannot read an earlier journal", "dir", dir, "error", err)
 		}
-		if kept == nil {
-			err = remove(dir)
+		if kept {
+			err = removePins(dir, linkPins)
 		} else {
-			err = removeLinks(dir)
+			err = remove(dir)
 		}
 		if err != nil {
 			return err
@@ -527,9 +498,6 @@ func (l *Loader) takeOver(g *ground) error {
 // silence ends the recording of a program whose state is of another version. What that has recorded and not published is
 // left: its records cannot be told from this epoch's.
 func (l *Loader) silence(other *ebpf.Map) error {
-	if other == nil {
-		return nil
-	}
 	memory, s, err := mapState(other.FD())
 	if err != nil {
 		return err
@@ -545,37 +513,37 @@ func (l *Loader) silence(other *ebpf.Map) error {
 // takeOverTime is far longer than the program runs for one mark.
 const takeOverTime = 50 * time.Millisecond
 
-// keepOlder opens the journal of an earlier generation, if it may hold what this one's does not.
-func (l *Loader) keepOlder(generation uint64, own uint32, acked, head uint64) (*journal, error) {
+// keepOlder opens the journal of an earlier generation, and keeps it if it may hold what this one's does not.
+func (l *Loader) keepOlder(generation uint64, own uint32, acked, head uint64) (kept bool, err error) {
 	if acked >= head {
-		return nil, nil
+		return false, nil
 	}
 	m, _, err := l.pins.pinnedJournal(generation)
 	if err != nil || m == nil {
-		return nil, err
+		return false, err
 	}
 	defer m.Close()
 	info, err := m.Info()
 	if err != nil {
-		return nil, fmt.Errorf("inspect the pinned journal: %w", err)
+		return false, fmt.Errorf("inspect the pinned journal: %w", err)
 	}
 	if id, ok := info.ID(); ok && uint32(id) == own {
-		return nil, nil
+		return false, nil
 	}
 	older, err := mapJournal(m.FD(), m.MaxEntries(), m.ValueSize())
 	if err != nil {
-		return nil, err
+		return false, err
 	}
 	older.dir, older.end = l.pins.generation(generation), head
 	l.older = append(l.older, older)
-	return older, nil
+	return true, nil
 }
 
 // chooseHooks switches off every program that the tier does not need, and returns the names of its
 // hooks. kprobeMulti says how its kprobes will be attached.
 func (l *Loader) chooseHooks(prefix string, functions []string, kprobeMulti bool) ([]string, error) {
 	var wanted []string
-	for _, kind := range []string{"fentry_", kprobePrefix} {
+	for _, kind := range []string{fentryPrefix, kprobePrefix} {
 		for _, function := range hookFunctions {
 			name := kind + function
 			use := kind == prefix && slices.Contains(functions, function) &&
@@ -604,19 +572,21 @@ func (l *Loader) chooseHooks(prefix string, functions []string, kprobeMulti bool
 	return wanted, nil
 }
 
-// StackSymbols finds what the stack tier needs in procfs, or says why there is none.
-func StackSymbols(procfs string) ([]symbol, error) {
+// CheckStack reports whether the stack tier is available: nil, or why not. outcome is whether it can prove that a task was
+// killed: whether __oom_kill_process() is not inlined.
+func CheckStack(procfs string) (outcome bool, err error) {
+	symbols, err := findStackSymbols(procfs)
+	return slices.ContainsFunc(symbols, func(s symbol) bool { return s.Frame == frameKill }), err
+}
+
+// findStackSymbols finds what the stack tier needs in procfs, or says why there is none.
+func findStackSymbols(procfs string) ([]symbol, error) {
 	kallsyms, err := os.Open(procfs + "/kallsyms")
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoStack, err)
+		return nil, err
 	}
 	defer kallsyms.Close()
 	return stackSymbols(kallsyms)
-}
-
-// ProvesOutcome reports whether the symbols can prove that a task was killed: that __oom_kill_process() is not inlined.
-func ProvesOutcome(symbols []symbol) bool {
-	return slices.ContainsFunc(symbols, func(s symbol) bool { return s.Frame == frameKill })
 }
 
 // variable is a constant of the program that is written before it is loaded.
@@ -669,7 +639,6 @@ func bridgeLog(log *slog.Logger, quiet bool) {
 	}})
 }
 
-// objectSpec is the BTF of the embedded object.
 func objectSpec() (*btf.Spec, error) {
 	spec, err := btf.LoadSpecFromReader(bytes.NewReader(object))
 	if err != nil {

@@ -62,7 +62,6 @@ const statePrefix = 32
 // noBase stands in state.KernelBase until SetKernelBase.
 const noBase = math.MaxUint64
 
-// mapArray maps the values of a BPF array map.
 func mapArray(fd int, bytes uint64) ([]byte, error) {
 	page := uint64(unix.Getpagesize())
 	memory, err := unix.Mmap(fd, 0, int((bytes+page-1)/page*page), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
@@ -214,7 +213,6 @@ func barrier() error {
 	return nil
 }
 
-// reader reads the journal in the order of seq.
 type reader struct {
 	next uint64        // what is to be handed over next
 	seen uint64        // head at the last look; what it names is visible at the next one

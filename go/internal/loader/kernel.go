@@ -1,15 +1,19 @@
 package loader
 
+// #include <stdlib.h>
+// #include <bpf/btf.h>
+import "C"
+
 import (
 	"bufio"
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"strconv"
 	"strings"
+	"unsafe"
 
 	"github.com/cilium/ebpf/btf"
 )
@@ -81,16 +85,16 @@ type symbol struct {
 // maxSymbols is OOM_SYMBOLS_MAX.
 const maxSymbols = 32
 
-// stackFunction is what the stack tier knows of one function of the kernel.
+// stackFunction is what the stack tier knows of one function of the kernel: the function and, where a compiler has inlined it
+// everywhere, so that it has no address, the functions that it is inlined into. The first row of which kallsyms has one counts.
 type stackFunction struct {
+	rows     []stackRow
+	required bool // the stack proves nothing without it
+}
+
+type stackRow struct {
 	frame frame
-	// names are the function and, where a compiler has inlined it everywhere, so that it has no address, the
-	// functions that it is inlined into. The first row of which kallsyms has one counts.
-	names [][]string
-	// instead is used where kallsyms has none of the names.
-	instead *stackFunction
-	// required: the stack proves nothing without it.
-	required bool
+	names []string
 }
 
 // stackFunctions are the functions that the stack tier knows. Among them are all those that call
@@ -110,61 +114,46 @@ type stackFunction struct {
 // Where __oom_kill_process() is inlined, oom_kill_process() is either a kill or the mark of a task that is exiting.
 // Its absence from the stack still proves such a mark by out_of_memory() itself.
 var stackFunctions = []stackFunction{
-	{frame: frameKill, names: [][]string{{"__oom_kill_process"}}, required: true,
-		instead: &stackFunction{frame: frameKillProcess, names: [][]string{{"oom_kill_process"}}}},
-	{frame: frameGroup, names: [][]string{{"oom_kill_memcg_member"}}},
-	{frame: frameOOM, names: [][]string{{"out_of_memory"}}, required: true},
-	{frame: frameMemcg, names: [][]string{
-		{"mem_cgroup_out_of_memory"},
-		{"mem_cgroup_oom", "try_charge", "try_charge_memcg", "mem_cgroup_oom_synchronize", "memory_max_write"},
-	}, required: true},
-	{frame: frameSysrq, names: [][]string{{"moom_callback"}}},
-	{frame: framePageAlloc, names: [][]string{
-		{"__alloc_pages_may_oom"},
-		{"__alloc_pages_slowpath"},
+	{required: true, rows: []stackRow{{frameKill, []string{"__oom_kill_process"}}, {frameKillProcess, []string{"oom_kill_process"}}}},
+	{rows: []stackRow{{frameGroup, []string{"oom_kill_memcg_member"}}}},
+	{required: true, rows: []stackRow{{frameOOM, []string{"out_of_memory"}}}},
+	{required: true, rows: []stackRow{
+		{frameMemcg, []string{"mem_cgroup_out_of_memory"}},
+		{frameMemcg, []string{"mem_cgroup_oom", "try_charge", "try_charge_memcg", "mem_cgroup_oom_synchronize", "memory_max_write"}},
+	}},
+	{rows: []stackRow{{frameSysrq, []string{"moom_callback"}}}},
+	{required: true, rows: []stackRow{
+		{framePageAlloc, []string{"__alloc_pages_may_oom"}},
+		{framePageAlloc, []string{"__alloc_pages_slowpath"}},
 		// The entry of the allocator: before v5.13, before v6.10, since then, since v6.14.
-		{"__alloc_pages_nodemask", "__alloc_pages", "__alloc_pages_noprof", "__alloc_frozen_pages_noprof"},
-	}, required: true},
-	{frame: framePageAlloc, names: [][]string{{"pagefault_out_of_memory"}}},
-	{frame: frameKswapd, names: [][]string{{"kswapd"}}},
-}
-
-// stackNames are all names of stackFunctions.
-func stackNames() map[string]bool {
-	names := map[string]bool{}
-	for _, f := range stackFunctions {
-		for f := &f; f != nil; f = f.instead {
-			for _, row := range f.names {
-				for _, name := range row {
-					names[name] = true
-				}
-			}
-		}
-	}
-	return names
+		{framePageAlloc, []string{"__alloc_pages_nodemask", "__alloc_pages", "__alloc_pages_noprof", "__alloc_frozen_pages_noprof"}},
+	}},
+	{rows: []stackRow{{framePageAlloc, []string{"pagefault_out_of_memory"}}}},
+	{rows: []stackRow{{frameKswapd, []string{"kswapd"}}}},
 }
 
 // choose returns the symbols of a function, none where kallsyms has none of its names.
-func (f *stackFunction) choose(found map[string][]symbol) []symbol {
-	for ; f != nil; f = f.instead {
-		for _, row := range f.names {
-			var chosen []symbol
-			for _, name := range row {
-				for _, s := range found[name] {
-					s.Frame = f.frame
-					chosen = append(chosen, s)
-				}
-			}
-			if len(chosen) > 0 {
-				return chosen
+func (f *stackFunction) choose(found map[string][]symbol) (chosen []symbol) {
+	for _, row := range f.rows {
+		for _, name := range row.names {
+			for _, s := range found[name] {
+				s.Frame = row.frame
+				chosen = append(chosen, s)
 			}
 		}
+		if len(chosen) > 0 {
+			break
+		}
 	}
-	return nil
+	return chosen
 }
 
-// ErrNoStack is wrapped by the error that says why the stack tier is not available.
-var ErrNoStack = errors.New("the kernel stack cannot be read as proof")
+// ErrNoStack is wrapped by the error that says why the stack tier is not available; ErrHidden by that about addresses which
+// this process may not see.
+var (
+	ErrNoStack = errors.New("the kernel stack cannot be read as proof")
+	ErrHidden  = fmt.Errorf("%w: kallsyms hides its addresses (kernel.kptr_restrict; needs CAP_SYSLOG)", ErrNoStack)
+)
 
 // stackSymbols finds the address ranges of stackFunctions in the text of /proc/kallsyms. Parts that
 // the compiler split off (.cold, .part.0, .constprop.0) count as their function.
@@ -178,7 +167,14 @@ func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 	}
 	var parts []part
 	open := 0 // index in parts of the first one whose end is not known yet
-	names := stackNames()
+	names := map[string]bool{}
+	for _, f := range stackFunctions {
+		for _, row := range f.rows {
+			for _, name := range row.names {
+				names[name] = true
+			}
+		}
+	}
 	scan := bufio.NewScanner(kallsyms)
 	for scan.Scan() {
 		// address type name, and behind a tab [module].
@@ -203,7 +199,7 @@ func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 			continue
 		}
 		if address == 0 {
-			return nil, fmt.Errorf("%w: kallsyms hides its addresses (kernel.kptr_restrict; needs CAP_SYSLOG)", ErrNoStack)
+			return nil, ErrHidden
 		}
 		parts = append(parts, part{string(name), symbol{Start: address}})
 	}
@@ -222,7 +218,7 @@ func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 	for _, f := range stackFunctions {
 		chosen := f.choose(found)
 		if f.required && len(chosen) == 0 {
-			missing = append(missing, f.names[0][0])
+			missing = append(missing, f.rows[0].names[0])
 		}
 		symbols = append(symbols, chosen...)
 	}
@@ -253,76 +249,39 @@ func oneMemoryNode(sysfs string) (bool, error) {
 // ___GFP_*_BIT in include/linux/gfp_types.h, which there is since v6.10. The map is empty where there is
 // none, or no BTF.
 func GFPFlags() map[int]string {
-	raw, err := os.ReadFile("/sys/kernel/btf/vmlinux")
-	if err != nil {
-		return nil
-	}
-	return gfpFlags(raw)
+	limitHeap()
+	return gfpFlags("/sys/kernel/btf/vmlinux")
 }
 
-// gfpFlags finds the enumeration in raw BTF (Documentation/bpf/btf.rst) by its first value. It has no name, so
-// a library would have to decode all types to find it.
-func gfpFlags(raw []byte) map[int]string {
-	u32 := func(b []byte) uint32 { return binary.NativeEndian.Uint32(b) }
-	const headerSize, typeSize, enumSize = 24, 12, 8
-	if len(raw) < headerSize {
+// gfpFlags finds the enumeration in a file of BTF by its first value: it has no name. cilium's library would make 20 MB of
+// garbage of all types.
+func gfpFlags(file string) map[int]string {
+	path := C.CString(file)
+	defer C.free(unsafe.Pointer(path))
+	types := C.btf__parse_raw(path)
+	if types == nil {
 		return nil
 	}
-	// struct btf_header: magic, version, flags, hdr_len, type_off, type_len, str_off, str_len.
-	header, body := raw[:headerSize], raw[min(u32(raw[4:]), uint32(len(raw))):]
-	section := func(at int) []byte {
-		off, size := uint64(u32(header[at:])), uint64(u32(header[at+4:]))
-		if off+size > uint64(len(body)) {
-			return nil
+	defer C.btf__free(types)
+	name := func(offset C.__u32) string { return C.GoString(C.btf__name_by_offset(types, offset)) }
+	for id := range C.btf__type_cnt(types) {
+		t := C.btf__type_by_id(types, id)
+		n := t.info & 0xffff // struct btf_type: the kind in bits 24 to 28, the number of values in bits 0 to 15
+		if t.info>>24&0x1f != C.BTF_KIND_ENUM || n == 0 {
+			continue
 		}
-		return body[off : off+size]
-	}
-	types, text := section(8), section(16)
-	first := bytes.Index(text, []byte("\x00___GFP_DMA_BIT\x00")) + 1
-	if first == 0 {
-		return nil
-	}
-	for len(types) >= typeSize {
-		// struct btf_type: name_off, info (kind in bits 24 to 28, vlen in bits 0 to 15), size or type.
-		info := u32(types[4:])
-		kind, n := info>>24&0x1f, int(info&0xffff)
-		types = types[typeSize:]
-		size, known := btfExtra(kind, n)
-		if !known || size > len(types) {
-			return nil
+		values := unsafe.Slice(C.btf_enum(t), n)
+		if name(values[0].name_off) != "___GFP_DMA_BIT" {
+			continue
 		}
-		if kind == btfKindEnum && n > 0 && u32(types) == uint32(first) {
-			names := map[int]string{}
-			for ; n > 0; n-- {
-				name, _, _ := bytes.Cut(text[min(u32(types), uint32(len(text))):], []byte{0})
-				// ___GFP_IO_BIT is what the kernel's own code calls __GFP_IO.
-				if name, ok := strings.CutSuffix(string(name), "_BIT"); ok && u32(types[4:]) < 32 {
-					names[int(u32(types[4:]))] = strings.TrimPrefix(name, "_")
-				}
-				types = types[enumSize:]
+		flags := map[int]string{}
+		for _, v := range values {
+			// ___GFP_IO_BIT is what the kernel's own code calls __GFP_IO.
+			if flag, ok := strings.CutSuffix(name(v.name_off), "_BIT"); ok && v.val < 32 {
+				flags[int(v.val)] = strings.TrimPrefix(flag, "_")
 			}
-			return names
 		}
-		types = types[size:]
+		return flags
 	}
 	return nil
-}
-
-const btfKindEnum = 6
-
-// btfExtra is how many bytes follow a struct btf_type.
-func btfExtra(kind uint32, n int) (size int, known bool) {
-	switch kind {
-	case 1, 14, 17: // INT, VAR, DECL_TAG
-		return 4, true
-	case 3: // ARRAY
-		return 12, true
-	case 4, 5, 15, 19: // STRUCT, UNION, DATASEC, ENUM64
-		return 12 * n, true
-	case btfKindEnum, 13: // FUNC_PROTO
-		return 8 * n, true
-	case 2, 7, 8, 9, 10, 11, 12, 16, 18: // PTR, FWD, TYPEDEF, VOLATILE, CONST, RESTRICT, FUNC, FLOAT, TYPE_TAG
-		return 0, true
-	}
-	return 0, false
 }

@@ -102,17 +102,16 @@ type Loader struct {
 	opened    time.Time
 	idleTime  time.Duration
 	stuckTime time.Duration
-	closeOnce sync.Once
 
 	mu          sync.Mutex // guards what follows, and the memory against Close
 	module      *libbpfgo.Module
-	state       *state // nil after Close
+	maps        map[string]*libbpfgo.BPFMap
+	state       *state // a copy after Close
 	stateMemory []byte
 	waiting     []byte     // oom_waiting
 	older       []*journal // of earlier generations, as long as they have what is not settled
 	acks        acks
-	final       Stats  // after Close
-	finalCounts Counts // after Close
+	final       Stats // after Close
 }
 
 type link struct {
@@ -150,9 +149,6 @@ func (l *Loader) Fresh() bool { return l.Counts().KernelBase == noBase }
 func (l *Loader) EpochNS() uint64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == nil {
-		return 0
-	}
 	return atomic.LoadUint64(&l.state.EpochBoottimeNS)
 }
 
@@ -160,9 +156,6 @@ func (l *Loader) EpochNS() uint64 {
 func (l *Loader) Counts() Counts {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == nil {
-		return l.finalCounts
-	}
 	return l.state.counts()
 }
 
@@ -171,9 +164,7 @@ func (l *Loader) Counts() Counts {
 func (l *Loader) SetKernelBase(n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state != nil {
-		atomic.StoreUint64(&l.state.KernelBase, n)
-	}
+	atomic.StoreUint64(&l.state.KernelBase, n)
 }
 
 // Ack says that the records from first to last need not be kept any longer: each of them, or the gap
@@ -182,9 +173,6 @@ func (l *Loader) SetKernelBase(n uint64) {
 func (l *Loader) Ack(first, last uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == nil {
-		return
-	}
 	acked := l.acks.settle(atomic.LoadUint64(&l.state.Acked), first, last)
 	atomic.StoreUint64(&l.state.Acked, acked)
 	l.older = slices.DeleteFunc(l.older, func(j *journal) bool {
@@ -212,7 +200,6 @@ func (l *Loader) Resume() {
 	}
 }
 
-// stored reads a record from the journals.
 func (l *Loader) stored(seq uint64) []byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -245,25 +232,26 @@ const (
 // Run hands everything to h that was not settled before, in the order of seq, until ctx ends; then it
 // detaches the program, unless it is pinned, reads what is left and returns.
 func (l *Loader) Run(ctx context.Context, h Handler) error {
+	// refused is set before: Resume may be called while the handler refuses.
+	handOver := func(taken func() bool) bool {
+		l.refused.Store(true)
+		if !taken() {
+			return false
+		}
+		l.refused.Store(false)
+		return true
+	}
 	r := reader{
 		next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
 		stored: l.stored,
-		// refused is set before: Resume may be called while the handler refuses.
 		record: func(seq uint64, record []byte) bool {
 			waitForVictim(record)
-			l.refused.Store(true)
-			taken := h.Record(seq, record)
-			if taken {
-				l.refused.Store(false)
-			}
-			return taken
+			return handOver(func() bool { return h.Record(seq, record) })
 		},
 		lost: func(first, last uint64) bool {
-			l.refused.Store(true)
-			if !h.Lost(first, last) {
+			if !handOver(func() bool { return h.Lost(first, last) }) {
 				return false
 			}
-			l.refused.Store(false)
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			atomic.AddUint64(&l.state.Lost, last-first+1)
@@ -355,27 +343,21 @@ func (l *Loader) Stats() (Stats, error) {
 }
 
 func (l *Loader) stats() (Stats, error) {
-	m, err := l.module.GetMap(statsMap)
-	if err != nil {
-		return Stats{}, fmt.Errorf("find map %s: %w", statsMap, err)
-	}
 	var key uint32
-	values, err := m.GetValue(unsafe.Pointer(&key))
+	values, err := l.maps[statsMap].GetValue(unsafe.Pointer(&key))
 	if err != nil {
 		return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
 	}
+	cpus := make([]Stats, len(values)/binary.Size(Stats{}))
+	if _, err := binary.Decode(values, binary.NativeEndian, cpus); err != nil {
+		return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
+	}
 	var sum Stats
-	size := binary.Size(sum)
-	for len(values) >= size {
-		var cpu Stats
-		if _, err := binary.Decode(values, binary.NativeEndian, &cpu); err != nil {
-			return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
-		}
+	for _, cpu := range cpus {
 		sum.Seen += cpu.Seen
 		sum.Sent += cpu.Sent
 		sum.Refused += cpu.Refused
 		sum.Unwound += cpu.Unwound
-		values = values[size:]
 	}
 	return sum, nil
 }
@@ -399,33 +381,37 @@ func (l *Loader) Alive(context.Context) error {
 	return nil
 }
 
-// Close detaches and unloads the program, unless it is pinned. Run must have returned.
+// Close detaches and unloads the program, unless it is pinned. Run must have returned. It may be called more than once.
 func (l *Loader) Close() {
-	l.closeOnce.Do(func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		if final, err := l.stats(); err == nil {
-			l.final = final
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.module == nil {
+		return
+	}
+	if final, err := l.stats(); err == nil {
+		l.final = final
+	}
+	for _, link := range slices.Backward(l.links) {
+		// What is kept goes with the process. Of the others this closes the descriptor: the
+		// pins hold them, where there are any.
+		if !link.kept {
+			_ = link.Destroy()
 		}
-		l.finalCounts = l.state.counts()
-		for _, link := range slices.Backward(l.links) {
-			// What is kept goes with the process. Of the others this closes the descriptor: the
-			// pins hold them, where there are any.
-			if !link.kept {
-				_ = link.Destroy()
-			}
-		}
-		l.unmap()
-		l.notifier.close()
-		l.module.Close()
-		l.module = nil
-		if l.pins != nil {
-			l.pins.close()
-		}
-	})
+	}
+	l.unmap()
+	l.notifier.close()
+	l.module.Close()
+	l.module = nil
+	if l.pins != nil {
+		l.pins.close()
+	}
 }
 
+// unmap gives the memory up. What the state says then is the last of it.
 func (l *Loader) unmap() {
+	if l.state != nil {
+		l.state = new(*l.state)
+	}
 	for _, j := range append(l.older, l.journal) {
 		if j != nil {
 			j.close()
@@ -436,5 +422,5 @@ func (l *Loader) unmap() {
 			_ = unix.Munmap(memory)
 		}
 	}
-	l.state, l.stateMemory, l.waiting = nil, nil, nil
+	l.older, l.stateMemory, l.waiting = nil, nil, nil
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -274,7 +275,7 @@ ffffffffc0000000 t out_of_memory	[evil]
 			}
 		})
 	}
-	if _, err := StackSymbols(t.TempDir()); !errors.Is(err, ErrNoStack) {
+	if _, err := CheckStack(t.TempDir()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("without kallsyms: %v", err)
 	}
 }
@@ -404,7 +405,11 @@ func TestGFPFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, n := range []int{0, 10, 24, 1000, len(raw) / 2, len(raw) - 1} {
-		if got := gfpFlags(raw[:n]); len(got) > 0 {
+		file := filepath.Join(t.TempDir(), "btf")
+		if err := os.WriteFile(file, raw[:n], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := gfpFlags(file); len(got) > 0 {
 			t.Errorf("%v in the first %d bytes", got, n)
 		}
 	}

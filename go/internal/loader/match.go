@@ -29,10 +29,6 @@ import (
 // It holds for the kernel itself, whatever this machine's. That the verifier takes the program, and that
 // its hooks can be attached, only a load can tell.
 func CheckRelocations(kernel *btf.Spec) (int, error) {
-	return checkRelocations(object, kernel)
-}
-
-func checkRelocations(object []byte, kernel *btf.Spec) (int, error) {
 	collection, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
 	if err != nil {
 		return 0, fmt.Errorf("read the BPF object: %w", err)
@@ -110,17 +106,17 @@ func (p *program) relocate(kernel *btf.Spec, order binary.ByteOrder, local *btf.
 	return len(at), nil
 }
 
-var relocationText = regexp.MustCompile(`\[([0-9:]+)\], local_id=(\d+)\)$`)
+var relocationText = regexp.MustCompile(`(\w+):"(\w+)"\[([0-9:]+)\], local_id=(\d+)\)$`)
 
-// relocated names what a relocation is of: "struct task_struct.signal". The library has it as numbers
-// only: the type's, and those of the members on the way.
+// relocated names what a relocation is of: "struct task_struct.signal". The library has the members on the way as numbers
+// only. The program's own name of a type may have a flavour, which says of which kernels it is.
 func relocated(r *btf.CORERelocation, local *btf.Spec) string {
 	said := r.String()
 	m := relocationText.FindStringSubmatch(said)
 	if m == nil {
 		return said
 	}
-	id, err := strconv.ParseUint(m[2], 10, 32)
+	id, err := strconv.ParseUint(m[4], 10, 32)
 	if err != nil {
 		return said
 	}
@@ -128,19 +124,9 @@ func relocated(r *btf.CORERelocation, local *btf.Spec) string {
 	if err != nil {
 		return said
 	}
-	// The program's own name for it may have a flavour, which says of which kernels it is.
 	var name strings.Builder
-	switch typ := typ.(type) {
-	case *btf.Struct:
-		name.WriteString("struct " + typ.Name)
-	case *btf.Union:
-		name.WriteString("union " + typ.Name)
-	case *btf.Enum:
-		name.WriteString("enum " + typ.Name)
-	default:
-		name.WriteString(typ.TypeName())
-	}
-	for i, step := range strings.Split(m[1], ":") {
+	name.WriteString(strings.ToLower(m[1]) + " " + m[2])
+	for i, step := range strings.Split(m[3], ":") {
 		n, err := strconv.Atoi(step)
 		if err != nil {
 			return said
@@ -289,39 +275,46 @@ func operands(ins *asm.Instruction, s *registers, narrow bool) (a, b uint64, kno
 	return dst.n, src.n, dst.known && src.known
 }
 
-// calculate does the arithmetic that compilers do with answers; of all other results nothing is known.
+// The arithmetic and the comparisons that compilers do with answers.
+var (
+	alu = map[asm.ALUOp]func(a, b uint64) uint64{
+		asm.Mov: func(_, b uint64) uint64 { return b },
+		asm.Add: func(a, b uint64) uint64 { return a + b },
+		asm.Sub: func(a, b uint64) uint64 { return a - b },
+		asm.And: func(a, b uint64) uint64 { return a & b },
+		asm.Or:  func(a, b uint64) uint64 { return a | b },
+		asm.Xor: func(a, b uint64) uint64 { return a ^ b },
+		asm.LSh: func(a, b uint64) uint64 { return a << b },
+		asm.RSh: func(a, b uint64) uint64 { return a >> b },
+	}
+	jumps = map[asm.JumpOp]func(a, b uint64) bool{
+		asm.JEq:  func(a, b uint64) bool { return a == b },
+		asm.JNE:  func(a, b uint64) bool { return a != b },
+		asm.JGT:  func(a, b uint64) bool { return a > b },
+		asm.JGE:  func(a, b uint64) bool { return a >= b },
+		asm.JLT:  func(a, b uint64) bool { return a < b },
+		asm.JLE:  func(a, b uint64) bool { return a <= b },
+		asm.JSet: func(a, b uint64) bool { return a&b != 0 },
+	}
+)
+
 func calculate(ins *asm.Instruction, s *registers) value {
 	narrow := ins.OpCode.Class() == asm.ALUClass
 	a, b, known := operands(ins, s, narrow)
-	shift := b & 63
-	if narrow {
-		shift = b & 31
+	op := ins.OpCode.ALUOp()
+	compute := alu[op]
+	if op == asm.Mov {
+		known = (ins.OpCode.Source() == asm.ImmSource || s[ins.Src].known) && ins.Offset == 0 // else with a sign
 	}
-	switch ins.OpCode.ALUOp() {
-	case asm.Mov:
-		if a, known = b, ins.OpCode.Source() == asm.ImmSource || s[ins.Src].known; ins.Offset != 0 {
-			known = false // with a sign
-		}
-	case asm.Add:
-		a += b
-	case asm.Sub:
-		a -= b
-	case asm.And:
-		a &= b
-	case asm.Or:
-		a |= b
-	case asm.Xor:
-		a ^= b
-	case asm.LSh:
-		a <<= shift
-	case asm.RSh:
-		a >>= shift
-	default:
-		known = false
-	}
-	if !known {
+	if !known || compute == nil {
 		return value{}
 	}
+	if shift := op == asm.LSh || op == asm.RSh; shift && narrow {
+		b &= 31
+	} else if shift {
+		b &= 63
+	}
+	a = compute(a, b)
 	if narrow {
 		a = uint64(uint32(a))
 	}
@@ -331,26 +324,10 @@ func calculate(ins *asm.Instruction, s *registers) value {
 // branches says which ways a conditional jump can go.
 func branches(ins *asm.Instruction, s *registers) (next, jump bool) {
 	a, b, known := operands(ins, s, ins.OpCode.Class() == asm.Jump32Class)
-	if !known {
+	compare := jumps[ins.OpCode.JumpOp()]
+	if !known || compare == nil {
 		return true, true
 	}
-	switch ins.OpCode.JumpOp() {
-	case asm.JEq:
-		jump = a == b
-	case asm.JNE:
-		jump = a != b
-	case asm.JGT:
-		jump = a > b
-	case asm.JGE:
-		jump = a >= b
-	case asm.JLT:
-		jump = a < b
-	case asm.JLE:
-		jump = a <= b
-	case asm.JSet:
-		jump = a&b != 0
-	default:
-		return true, true
-	}
+	jump = compare(a, b)
 	return !jump, jump
 }

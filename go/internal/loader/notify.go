@@ -7,13 +7,13 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"runtime"
 	"sync/atomic"
 	"time"
 	"unsafe"
 
 	"github.com/aquasecurity/libbpfgo"
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/perf"
 	"github.com/cilium/ebpf/ringbuf"
@@ -41,6 +41,9 @@ var notifyMaps = map[Notify]string{NotifyPerf: "oom_perf", NotifyRingbuf: "oom_r
 
 // ErrBPF is wrapped by the error of CheckBPF and Open where bpf(2) itself is refused.
 var ErrBPF = errors.New("the bpf system call is refused")
+
+// ErrPerfBuffer is wrapped by the error of Open where the kernel permits perf events and refuses their buffers.
+var ErrPerfBuffer = errors.New("open a perf buffer of one page per CPU")
 
 // CheckBPF reports whether this process may use bpf(2): nil, or why not.
 func CheckBPF() error {
@@ -78,17 +81,18 @@ func CheckPerfEvents() error {
 // notifier waits for notifications.
 type notifier struct {
 	way    Notify
-	m      *ebpf.Map // nil: the program sends none
-	perf   *perf.Reader
-	ring   *ringbuf.Reader
-	failed atomic.Bool   // there will be no more of them
-	timer  chan struct{} // interrupts wait where it is only a timer
+	m      *ebpf.Map   // nil: the program sends none
+	reader interface { // nil likewise
+		SetDeadline(time.Time)
+		Flush() error
+		Close() error
+	}
+	read   func() ([]byte, error) // the reader's next sample
+	failed atomic.Bool            // there will be no more of them
+	timer  chan struct{}          // interrupts wait where it is only a timer
 
 	// waiting is the program's oom_waiting: it notifies the next record while this is not 0, and then makes it 0.
 	waiting *uint32
-
-	perfSample perf.Record
-	ringSample ringbuf.Record
 }
 
 // openNotifier opens the way that is wanted, or the best. perfErr says why perf events cannot be used, if so. why is
@@ -130,16 +134,28 @@ func (n *notifier) open(perfErr error) (err error) {
 		if n.m, err = newMap(libbpfgo.MapTypePerfEventArray, notifyMaps[n.way], 4, cpus); err != nil {
 			return err
 		}
-		if n.perf, err = perf.NewReader(n.m, os.Getpagesize()); err != nil {
-			return fmt.Errorf("open a perf buffer of one page per CPU: %w", err)
+		reader, err := perf.NewReader(n.m, os.Getpagesize())
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrPerfBuffer, err)
+		}
+		var record perf.Record
+		n.reader, n.read = reader, func() ([]byte, error) {
+			err := reader.ReadInto(&record)
+			return record.RawSample, err
 		}
 	case NotifyRingbuf:
 		// The kernel wants a multiple of the page and a power of two, and a page is both.
 		if n.m, err = newMap(libbpfgo.MapTypeRingbuf, notifyMaps[n.way], 0, os.Getpagesize()); err != nil {
 			return err
 		}
-		if n.ring, err = ringbuf.NewReader(n.m); err != nil {
+		reader, err := ringbuf.NewReader(n.m)
+		if err != nil {
 			return fmt.Errorf("open the ring buffer: %w", err)
+		}
+		var record ringbuf.Record
+		n.reader, n.read = reader, func() ([]byte, error) {
+			err := reader.ReadInto(&record)
+			return record.RawSample, err
 		}
 	}
 	return nil
@@ -159,35 +175,23 @@ func newMap(kind libbpfgo.MapType, name string, size, entries int) (*ebpf.Map, e
 // reports that a record came before, at the deadline, which may come early, and at the end of ctx. After an error it is
 // only a timer.
 func (n *notifier) wait(ctx context.Context, deadline time.Time, unread func() bool) (seq uint64, err error) {
-	if !n.polls() {
-		// The program may have written head and seen nobody wait, and its head may not be visible yet.
-		if soon := time.Now().Add(visibleTime); atomic.SwapUint32(n.waiting, 1) == 0 && soon.Before(deadline) {
-			deadline = soon
-		}
-		if unread() {
-			return 0, nil
-		}
-	}
-	var sample []byte
-	switch {
-	case n.perf != nil && !n.failed.Load():
-		n.perf.SetDeadline(deadline)
-		err = n.perf.ReadInto(&n.perfSample)
-		sample = n.perfSample.RawSample
-	case n.ring != nil && !n.failed.Load():
-		n.ring.SetDeadline(deadline)
-		err = n.ring.ReadInto(&n.ringSample)
-		sample = n.ringSample.RawSample
-	default:
-		timer := time.NewTimer(time.Until(deadline))
-		defer timer.Stop()
+	if n.polls() {
 		select {
-		case <-timer.C:
+		case <-time.After(time.Until(deadline)):
 		case <-n.timer:
 		case <-ctx.Done():
 		}
 		return 0, nil
 	}
+	// The program may have written head and seen nobody wait, and its head may not be visible yet.
+	if soon := time.Now().Add(visibleTime); atomic.SwapUint32(n.waiting, 1) == 0 && soon.Before(deadline) {
+		deadline = soon
+	}
+	if unread() {
+		return 0, nil
+	}
+	n.reader.SetDeadline(deadline)
+	sample, err := n.read()
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, perf.ErrFlushed), errors.Is(err, ringbuf.ErrFlushed):
 		return 0, nil
@@ -201,15 +205,12 @@ func (n *notifier) wait(ctx context.Context, deadline time.Time, unread func() b
 }
 
 // polls reports whether wait is only a timer.
-func (n *notifier) polls() bool { return n.way == NotifyPoll || n.failed.Load() }
+func (n *notifier) polls() bool { return n.reader == nil || n.failed.Load() }
 
 // interrupt ends wait.
 func (n *notifier) interrupt() {
-	if n.perf != nil {
-		_ = n.perf.Flush()
-	}
-	if n.ring != nil {
-		_ = n.ring.Flush()
+	if n.reader != nil {
+		_ = n.reader.Flush()
 	}
 	select {
 	case n.timer <- struct{}{}:
@@ -218,11 +219,8 @@ func (n *notifier) interrupt() {
 }
 
 func (n *notifier) close() {
-	if n.perf != nil {
-		_ = n.perf.Close()
-	}
-	if n.ring != nil {
-		_ = n.ring.Close()
+	if n.reader != nil {
+		_ = n.reader.Close()
 	}
 	if n.m != nil {
 		_ = n.m.Close()
@@ -231,44 +229,19 @@ func (n *notifier) close() {
 
 // checkFentry reports whether the kernel takes programs for fentry: nil, or why not. It loads one that does nothing. The
 // attempt with all hooks costs much more, for libbpf first reads all of the kernel's types.
-func checkFentry(kernel *btf.Spec) error {
-	var function *btf.Func
-	if err := kernel.TypeByName(hookFunctions[0], &function); err != nil {
-		return fmt.Errorf("find %s in the kernel's BTF: %w", hookFunctions[0], err)
-	}
-	id, err := kernel.TypeID(function)
-	if err != nil {
-		return fmt.Errorf("find %s in the kernel's BTF: %w", hookFunctions[0], err)
-	}
-	instructions := [16]byte{0: 0xb7, 8: 0x95} // r0 = 0; exit
-	license := [4]byte{'G', 'P', 'L'}
-	// union bpf_attr for BPF_PROG_LOAD (include/uapi/linux/bpf.h).
-	attr := struct {
-		kind, instructionCount             uint32
-		instructions, license              uint64
-		logLevel, logSize                  uint32
-		logBuffer                          uint64
-		version, flags                     uint32
-		name                               [16]byte
-		ifindex, attachType, btf, funcSize uint32
-		funcInfo                           uint64
-		funcCount, lineSize                uint32
-		lineInfo                           uint64
-		lineCount, attachTo                uint32
-	}{
-		kind: uint32(ebpf.Tracing), instructionCount: 2, attachType: uint32(ebpf.AttachTraceFEntry), attachTo: uint32(id),
-	}
-	var pinner runtime.Pinner
-	defer pinner.Unpin()
-	pinner.Pin(&instructions)
-	pinner.Pin(&license)
-	attr.instructions = uint64(uintptr(unsafe.Pointer(&instructions)))
-	attr.license = uint64(uintptr(unsafe.Pointer(&license)))
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	if errno != 0 {
+func checkFentry() error {
+	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.Tracing, AttachType: ebpf.AttachTraceFEntry, AttachTo: hookFunctions[0], License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
+	})
+	var errno unix.Errno
+	if errors.As(err, &errno) { // what the library adds is about locked memory, which libbpf sees to
 		return fmt.Errorf("load a program for fentry: %w", errno)
 	}
-	return unix.Close(int(fd))
+	if err != nil {
+		return fmt.Errorf("load a program for fentry: %w", err)
+	}
+	return p.Close()
 }
 
 // kprobeWay says how kprobes can be attached: by a perf event each, or by a kprobe.multi link (v5.18, commit

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -132,10 +133,16 @@ func (p *pins) generations() ([]uint64, error) {
 	return found, nil
 }
 
+// linkPins and allPins begin the names that a tracer of any version gives its pins.
+var (
+	linkPins = []string{"oom_", fentryPrefix, kprobePrefix}
+	allPins  = append(linkPins, journalPin)
+)
+
 // remove removes what a generation has pinned: the kernel detaches its links. What no tracer has pinned stays, and
 // so does the directory then.
 func remove(dir string) error {
-	if err := removePins(dir, isPin); err != nil {
+	if err := removePins(dir, allPins); err != nil {
 		return err
 	}
 	if err := os.Remove(dir); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
@@ -144,24 +151,9 @@ func remove(dir string) error {
 	return nil
 }
 
-// removeLinks detaches a generation and leaves its journal.
-func removeLinks(dir string) error {
-	return removePins(dir, func(name string) bool { return isPin(name) && !strings.HasPrefix(name, journalPin) })
-}
-
-// isPin reports whether a tracer of any version gives a pin such a name: a journal, or a program.
-func isPin(name string) bool {
-	for _, prefix := range []string{journalPin, "oom_", "fentry_", "kprobe_"} {
-		if strings.HasPrefix(name, prefix) {
-			return true
-		}
-	}
-	return false
-}
-
-// removePins removes from a directory what has such a name. It leaves a directory alone that another user can get
+// removePins removes from a directory what has a name that begins so. It leaves a directory alone that another user can get
 // at, or that is a link, and follows no link in it.
-func removePins(dir string, which func(name string) bool) error {
+func removePins(dir string, prefixes []string) error {
 	d, err := statedir.Open(dir)
 	if err != nil {
 		return fmt.Errorf("remove pins: %w", err)
@@ -172,7 +164,8 @@ func removePins(dir string, which func(name string) bool) error {
 		return fmt.Errorf("remove pins: %w", err)
 	}
 	for _, entry := range entries {
-		if !entry.Type().IsRegular() || !which(entry.Name()) {
+		ours := slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(entry.Name(), p) })
+		if !ours || !entry.Type().IsRegular() {
 			continue
 		}
 		if err := d.Remove(entry.Name()); err != nil {
@@ -183,40 +176,44 @@ func removePins(dir string, which func(name string) bool) error {
 }
 
 // openState opens the pinned state, if there is one, and tells whether it is of this version. It fails on what is no state.
-func (p *pins) openState() (m *ebpf.Map, ours bool, err error) {
-	m, err = ebpf.LoadPinnedMap(p.path(statePin), nil)
+func (p *pins) openState() (_ *ebpf.Map, ours bool, err error) {
+	path := p.path(statePin)
+	m, err := ebpf.LoadPinnedMap(path, nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, false, nil
 	}
 	if err != nil {
-		return nil, false, fmt.Errorf("open the pinned state %s: %w", p.path(statePin), err)
+		return nil, false, fmt.Errorf("open the pinned state %s: %w", path, err)
 	}
-	none := func(format string, args ...any) error {
-		m.Close()
-		return fmt.Errorf("%s is not the state of an oom-tracer: %s; discard it with: oom-tracer unload --force", p.path(statePin), fmt.Sprintf(format, args...))
-	}
-	if m.Type() != ebpf.Array || m.Flags()&unix.BPF_F_MMAPABLE == 0 || m.ValueSize() < statePrefix || m.MaxEntries() != 1 {
-		return nil, false, none("it is %v", m)
+	defer func() {
+		if err != nil {
+			m.Close()
+		}
+	}()
+	const remedy = "discard it with: oom-tracer unload --force"
+	if !mappable(m, statePrefix) || m.MaxEntries() != 1 {
+		return nil, false, fmt.Errorf("%s is not the state of an oom-tracer: it is %v; %s", path, m, remedy)
 	}
 	value := make([]byte, m.ValueSize())
 	if err := m.Lookup(uint32(0), value); err != nil {
-		m.Close()
 		return nil, false, fmt.Errorf("read the pinned state: %w", err)
 	}
 	if magic := binary.NativeEndian.Uint32(value); magic != stateMagic {
-		return nil, false, none("it begins with %#x", magic)
+		return nil, false, fmt.Errorf("%s is not the state of an oom-tracer: it begins with %#x; %s", path, magic, remedy)
 	}
 	return m, binary.NativeEndian.Uint32(value[4:]) == stateVersion && uintptr(len(value)) == unsafe.Sizeof(state{}), nil
+}
+
+// mappable reports whether a map is an array that can be mapped into memory, of values with so many bytes or more.
+func mappable(m *ebpf.Map, bytes uint32) bool {
+	return m.Type() == ebpf.Array && m.Flags()&unix.BPF_F_MMAPABLE != 0 && m.ValueSize() >= bytes
 }
 
 // pinnedJournal opens the journal of a generation, and tells whether it is of this version; nil
 // if it has none.
 func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err error) {
 	entries, err := os.ReadDir(p.generation(generation))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, false, nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, false, fmt.Errorf("read the pinned generation: %w", err)
 	}
 	for _, entry := range entries {
@@ -229,7 +226,7 @@ func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err err
 		if err != nil {
 			return nil, false, fmt.Errorf("open the pinned journal %s: %w", path, err)
 		}
-		if n := m.MaxEntries(); m.Type() != ebpf.Array || m.Flags()&unix.BPF_F_MMAPABLE == 0 || m.ValueSize() < recordPrefix || n&(n-1) != 0 {
+		if n := m.MaxEntries(); !mappable(m, recordPrefix) || n&(n-1) != 0 {
 			m.Close()
 			return nil, false, fmt.Errorf("%s is not the journal of an oom-tracer: %v", path, m)
 		}

@@ -171,8 +171,7 @@ func (c *Converter) gfpFlags(mask uint32) []string {
 }
 
 func (c *Converter) bytes(pages uint64) *uint64 {
-	n := pages * c.PageSize
-	return &n
+	return new(pages * c.PageSize)
 }
 
 // bounded is nil where the limit is none: PAGE_COUNTER_MAX pages or more (include/linux/page_counter.h).

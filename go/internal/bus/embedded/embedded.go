@@ -103,7 +103,6 @@ func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 	return s, nil
 }
 
-// start starts an instance.
 func (s *Server) start() (err error) {
 	dir, err := openDir(s.cfg.Dir)
 	if err != nil {
@@ -264,7 +263,6 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 }
 
-// stop ends the instance, if there is one.
 func (s *Server) stop() {
 	s.mu.Lock()
 	i := s.instance
@@ -286,7 +284,6 @@ func (password onlyUser) Check(c server.ClientAuthentication) bool {
 	return o.Username == bus.EmbeddedUser && subtle.ConstantTimeCompare([]byte(o.Password), []byte(password)) == 1
 }
 
-// loopback parses nats.embedded.listen.
 func loopback(listen string) (netip.AddrPort, error) {
 	host, port, err := net.SplitHostPort(listen)
 	if err != nil {

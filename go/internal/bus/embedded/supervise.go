@@ -27,14 +27,6 @@ const (
 	probeSize = 1 << 20 // what the disk must take before a restart
 )
 
-// Client is the view of the program that publishes.
-type Client struct {
-	// Started is called after each restart of the server, until it succeeds.
-	Started func(context.Context) error
-	// Failing is why messages are not acknowledged; nil: they are.
-	Failing func() error
-}
-
 // Suspect has Supervise check the server soon. It does not block.
 func (s *Server) Suspect() {
 	select {
@@ -43,9 +35,10 @@ func (s *Server) Suspect() {
 	}
 }
 
-// Supervise keeps the server working until ctx ends. It sleeps while nothing is suspected. Where the server is ready already, the
-// caller has done the work of client.Started.
-func (s *Server) Supervise(ctx context.Context, client Client) {
+// Supervise keeps the server working until ctx ends. It sleeps while nothing is suspected. It calls onStart after each start of the
+// server, until it succeeds; where the server is ready already, the caller has done that work. failing is why messages are not
+// acknowledged; nil: they are.
+func (s *Server) Supervise(ctx context.Context, onStart func(context.Context) error, failing func() error) {
 	started := s.Ready() == nil
 	var (
 		since    time.Time // of the trouble; zero: there is none
@@ -68,7 +61,7 @@ func (s *Server) Supervise(ctx context.Context, client Client) {
 		broken := err != nil
 		if s.current() != nil && !started { // it also makes a stream anew, around its messages, whose description is damaged
 			bounded, cancel := context.WithTimeout(ctx, patience)
-			err = client.Started(bounded)
+			err = onStart(bounded)
 			cancel()
 			started = err == nil
 			if err == nil {
@@ -77,7 +70,7 @@ func (s *Server) Supervise(ctx context.Context, client Client) {
 			}
 		}
 		if err == nil {
-			err = client.Failing()
+			err = failing()
 		}
 		now := time.Now()
 		switch {
@@ -100,7 +93,7 @@ func (s *Server) Supervise(ctx context.Context, client Client) {
 					restarts++
 				}
 				if err = s.restart(); err == nil {
-					s.Suspect() // for client.Started
+					s.Suspect() // for onStart
 					err = errors.New("embedded nats-server was restarted a moment ago")
 				}
 			}

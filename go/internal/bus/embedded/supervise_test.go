@@ -80,7 +80,7 @@ func supervise(t *testing.T, dir string) *supervised {
 	done := make(chan struct{}, 2)
 	go func() { publisher.Run(ctx); done <- struct{}{} }()
 	go func() {
-		s.Supervise(ctx, embedded.Client{Started: set, Failing: publisher.Failing})
+		s.Supervise(ctx, set, publisher.Failing)
 		done <- struct{}{}
 	}()
 	t.Cleanup(func() { stop(); <-done; <-done })
