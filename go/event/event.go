@@ -294,7 +294,7 @@ var ErrSchema = errors.New("unknown schema")
 // field.
 func Parse(data []byte) (Event, error) {
 	var e Event
-	if err := parse("event", data, &e); err != nil {
+	if err := parse("event", data, &e, &e.Schema); err != nil {
 		return Event{}, err
 	}
 	if err := missing("event", []field{

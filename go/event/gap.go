@@ -84,7 +84,7 @@ func (g *Gap) Subject() (string, error) { return Subject(KindGap, string(g.Cause
 // ParseGap reads one gap, as Parse reads an event.
 func ParseGap(data []byte) (Gap, error) {
 	var g Gap
-	if err := parse("gap", data, &g); err != nil {
+	if err := parse("gap", data, &g, &g.Schema); err != nil {
 		return Gap{}, err
 	}
 	if err := missing("gap", []field{
@@ -149,7 +149,7 @@ func (s *NodeStatus) Subject() (string, error) { return Subject(KindNode, "statu
 // ParseNodeStatus reads one status, as Parse reads an event.
 func ParseNodeStatus(data []byte) (NodeStatus, error) {
 	var s NodeStatus
-	if err := parse("node status", data, &s); err != nil {
+	if err := parse("node status", data, &s, &s.Schema); err != nil {
 		return NodeStatus{}, err
 	}
 	if err := missing("node status", []field{
@@ -163,23 +163,25 @@ func ParseNodeStatus(data []byte) (NodeStatus, error) {
 	return s, nil
 }
 
-// parse reads a message of this schema into out.
-func parse(what string, data []byte, out any) error {
-	// On its own, for in another version the other fields may have other types.
-	type message struct {
-		Schema string `json:"schema"`
+// parse reads a message of this schema into out, whose field schema is a part of it.
+func parse(what string, data []byte, out any, schema *string) error {
+	err := json.Unmarshal(data, out)
+	if err != nil {
+		// On its own, for in another version the other fields may have other types.
+		var m struct {
+			Schema string `json:"schema"`
+		}
+		if json.Unmarshal(data, &m) != nil {
+			return fmt.Errorf("parse %s: %w", what, err)
+		}
+		schema = &m.Schema
 	}
-	var m message
-	if err := json.Unmarshal(data, &m); err != nil {
-		return fmt.Errorf("parse %s: %w", what, err)
-	}
-	if m.Schema == "" {
+	switch {
+	case *schema == "":
 		return fmt.Errorf("parse %s: schema is missing", what)
-	}
-	if m.Schema != Schema {
-		return fmt.Errorf("parse %s: schema %q: %w (this build reads %s)", what, m.Schema, ErrSchema, Schema)
-	}
-	if err := json.Unmarshal(data, out); err != nil {
+	case *schema != Schema:
+		return fmt.Errorf("parse %s: schema %q: %w (this build reads %s)", what, *schema, ErrSchema, Schema)
+	case err != nil:
 		return fmt.Errorf("parse %s: %w", what, err)
 	}
 	return nil

@@ -62,7 +62,7 @@ func (n *Neighbours) Subject() (string, error) {
 // ParseNeighbours reads one, as Parse reads an event.
 func ParseNeighbours(data []byte) (Neighbours, error) {
 	var n Neighbours
-	if err := parse("neighbours", data, &n); err != nil {
+	if err := parse("neighbours", data, &n, &n.Schema); err != nil {
 		return Neighbours{}, err
 	}
 	if err := missing("neighbours", []field{

@@ -160,7 +160,7 @@ func (o *Outcome) Subject() (string, error) { return OutcomeSubject(o.Kill, o.St
 // ParseOutcome reads one outcome, as Parse reads an event.
 func ParseOutcome(data []byte) (Outcome, error) {
 	var o Outcome
-	if err := parse("outcome", data, &o); err != nil {
+	if err := parse("outcome", data, &o, &o.Schema); err != nil {
 		return Outcome{}, err
 	}
 	if err := missing("outcome", []field{

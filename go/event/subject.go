@@ -2,7 +2,6 @@ package event
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
 )
 
@@ -40,25 +39,39 @@ func StreamSubjects() []string {
 // NodesStreamSubjects are the subjects of the stream NodesStreamName.
 func NodesStreamSubjects() []string { return []string{subjectRoot + ".node.>"} }
 
-// dns1123Subdomain is the rule for node names (RFC 1123, k8s.io/apimachinery validation).
-var dns1123Subdomain = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
+// isDNS1123Subdomain is the rule for node names (RFC 1123, k8s.io/apimachinery validation). It is no regular expression because each
+// message that is read asks for it.
+func isDNS1123Subdomain(s string) bool {
+	edge := true // of a label, where no '-' may stand
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c >= 'a' && c <= 'z' || c >= '0' && c <= '9':
+			edge = false
+		case c == '-' && !edge && i+1 < len(s) && s[i+1] != '.':
+		case c == '.' && !edge:
+			edge = true
+		default:
+			return false
+		}
+	}
+	return !edge
+}
 
 // NodeToken turns a node's name into one token of a subject: its dots become underscores, which no
 // DNS-1123 name contains, so that the way back is unique.
 //
 // It fails when the name is not a DNS-1123 subdomain of at most 253 characters.
 func NodeToken(node string) (string, error) {
-	if len(node) > 253 || !dns1123Subdomain.MatchString(node) {
+	if len(node) > 253 || !isDNS1123Subdomain(node) {
 		return "", fmt.Errorf("node name %q is not a DNS-1123 subdomain (lower-case letters, digits, '-' and '.', at most 253 characters)", node)
 	}
 	return strings.ReplaceAll(node, ".", "_"), nil
 }
 
-// word is the rule for kinds and classes: one token, and no wildcard.
-var word = regexp.MustCompile(`^[a-z0-9_-]+$`)
-
+// checkWord has the rule for kinds and classes: one token, and no wildcard.
 func checkWord(s string) error {
-	if !word.MatchString(s) {
+	other := func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_' && r != '-' }
+	if s == "" || strings.ContainsFunc(s, other) {
 		return fmt.Errorf("%q is not a word of lower-case letters, digits, '-' and '_'", s)
 	}
 	return nil

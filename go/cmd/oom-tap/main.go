@@ -42,9 +42,10 @@ func commandLine(name string) *cobra.Command {
 	root.Example = strings.ReplaceAll(`  oom-tap --since 24h --outcomes               what was killed and what was marked, then live
   oom-tap pod cart-0 -n shop                   what happened to one pod
   oom-tap top --since 24h                      which workloads are killed most
+  oom-tap advise -A                            what to do about it
   oom-tap pause --reason 'roll-out' --for 1h   stop all marking`, "oom-tap", name)
 	s.AddFlags(root)
-	cli.AddGroup(root, "Look", tailCommand(s), podCommand(s), topCommand(s), nodesCommand(s), statusCommand(s))
+	cli.AddGroup(root, "Look", tailCommand(s), podCommand(s), topCommand(s), adviseCommand(s), nodesCommand(s), statusCommand(s))
 	cli.AddGroup(root, "Act", pauseCommand(s), resumeCommand(s), restoreCommand(s))
 	cli.AddGroup(root, "Set up", setupCommand(s), keysCommand())
 	cli.AddGroup(root, "Test (for helm test)", awaitCommand(s), victimCommand())
@@ -81,6 +82,9 @@ type options struct {
 	failOn []string
 	// top
 	by string
+	// advise
+	workload string
+	advice   bool // also of top -o wide
 
 	since  time.Duration
 	output string
@@ -161,31 +165,20 @@ func tailCommand(s *cli.Settings) *cobra.Command {
 
 func podCommand(s *cli.Settings) *cobra.Command {
 	o := &options{Settings: s, since: 7 * 24 * time.Hour, color: "auto"}
-	var kubeconfig, context string
 	cmd := &cobra.Command{
 		Use: "pod NAME", Short: "Show all that happened to one pod",
 		Long:        "Show all that happened to one pod: its kills, their outcomes, and the gaps of its nodes.",
 		Annotations: map[string]string{cli.ExitHelp(exitUnknown): "no kill in the pod is known, but there may have been some: kills without an outcome, or gaps"},
-		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			o.pod = args[0]
-			switch {
-			case o.allNamespaces:
-				o.namespace = ""
-			case o.namespace == "":
-				if o.namespace, err = kubeNamespace(kubeconfig, context); err != nil {
-					return err
-				}
-			}
-			return o.run(pod)(cmd, args)
-		},
 	}
-	flags := cmd.Flags()
-	cli.Var(flags, &o.since, "since", "", "begin with what was stored this `duration` ago", cli.Duration)
-	cli.Var(flags, &o.namespace, "namespace", "n", "the pod's `namespace` (default: that of the kubeconfig's context)", namespace)
-	flags.BoolVarP(&o.allNamespaces, "all-namespaces", "A", false, "the pods of that name in all namespaces")
-	flags.StringVar(&context, "context", "", "the kubeconfig's `context` (default: its current one)")
-	flags.StringVar(&kubeconfig, "kubeconfig", "", "the kubeconfig `file` (default: KUBECONFIG, ~/.kube/config)")
-	cli.File(flags, "kubeconfig")
+	setNamespace := namespaceFlags(cmd, o, "the pod's `namespace`", "the pods of that name in all namespaces")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		o.pod = args[0]
+		if err := setNamespace(); err != nil {
+			return err
+		}
+		return o.run(pod)(cmd, args)
+	}
+	cli.Var(cmd.Flags(), &o.since, "since", "", "begin with what was stored this `duration` ago", cli.Duration)
 	cli.Output(cmd, &o.output, jsonUsage)
 	return cmd
 }
@@ -195,8 +188,12 @@ func topCommand(s *cli.Settings) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "top", Short: "Show which workloads, pods, namespaces or nodes are killed most", RunE: o.run(top),
 		PreRunE: func(*cobra.Command, []string) error {
-			if o.count < 0 {
+			o.advice = o.output == "wide"
+			switch {
+			case o.count < 0:
 				return fmt.Errorf("--count must not be negative, but is %d", o.count)
+			case o.advice && o.by != "workload" && o.by != "pod":
+				return fmt.Errorf("--output wide has advice for a workload or a pod, and not for a %s", o.by)
 			}
 			return nil
 		},
@@ -207,7 +204,30 @@ func topCommand(s *cli.Settings) *cobra.Command {
 	cli.Var(flags, &o.namespace, "namespace", "n", "only pods of this `namespace`", namespace)
 	cli.Var(flags, &o.node, "node", "", "only this `node`", cli.Node)
 	flags.IntVar(&o.count, "count", o.count, "show the first `N`; 0: all")
-	cli.Output(cmd, &o.output, "the `format`: text, or json: one object a line")
+	o.output = "text"
+	cli.Enum(cmd, &o.output, "output", "o", "the `format`: text, wide: with what to do about it, or json: one object a line", "text", "wide", "json")
+	return cmd
+}
+
+func adviseCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s, since: 7 * 24 * time.Hour, by: "workload", advice: true, output: "text"}
+	cmd := &cobra.Command{
+		Use: "advise", Short: "Show what to do about the workloads that were killed",
+		Long: `Show what to do about the workloads that were killed, in one sentence each, with the figures that it rests on. It only reads.
+With -o patch: a strategic-merge patch of each workload that one can help. Try it with kubectl patch --dry-run=server.`,
+	}
+	setNamespace := namespaceFlags(cmd, o, "the workloads of this `namespace`", "the workloads of all namespaces")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := setNamespace(); err != nil {
+			return err
+		}
+		return o.run(advise)(cmd, args)
+	}
+	flags := cmd.Flags()
+	cli.Var(flags, &o.since, "since", "", "of kills that were stored up to this `duration` ago", cli.Duration)
+	flags.StringVar(&o.workload, "workload", "", "only this `workload`, such as Deployment/cart")
+	cli.Var(flags, &o.node, "node", "", "only kills on this `node`", cli.Node)
+	cli.Enum(cmd, &o.output, "output", "o", "the `format`: text, json: one object a line, or patch: a YAML document for each workload", "text", "json", "patch")
 	return cmd
 }
 
@@ -324,6 +344,27 @@ func namespace(s string) (string, error) {
 		return "", errors.New("must be the name of a namespace: lower-case letters, digits and '-'")
 	}
 	return s, nil
+}
+
+// namespaceFlags adds the flags that name a namespace as those of kubectl do. The function that it returns sets o.namespace by them:
+// it is empty for all namespaces.
+func namespaceFlags(cmd *cobra.Command, o *options, one, all string) func() error {
+	var kubeconfig, context string
+	flags := cmd.Flags()
+	cli.Var(flags, &o.namespace, "namespace", "n", one+" (default: that of the kubeconfig's context)", namespace)
+	flags.BoolVarP(&o.allNamespaces, "all-namespaces", "A", false, all)
+	flags.StringVar(&context, "context", "", "the kubeconfig's `context` (default: its current one)")
+	flags.StringVar(&kubeconfig, "kubeconfig", "", "the kubeconfig `file` (default: KUBECONFIG, ~/.kube/config)")
+	cli.File(flags, "kubeconfig")
+	return func() (err error) {
+		switch {
+		case o.allNamespaces:
+			o.namespace = ""
+		case o.namespace == "":
+			o.namespace, err = kubeNamespace(kubeconfig, context)
+		}
+		return err
+	}
 }
 
 // kubeNamespace is the namespace that kubectl would use.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/advice"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
@@ -24,6 +25,9 @@ const (
 	maxWaiting = 10_000
 )
 
+// others is the name of the row that counts what is one too many.
+const others = "(others)"
+
 // row is what top shows of one workload, pod, namespace or node.
 type row struct {
 	Name    string           `json:"name"`
@@ -34,6 +38,8 @@ type row struct {
 	Limit   *uint64          `json:"limit,omitempty"` // of the last kill that had one, in bytes
 	Victim  string           `json:"victim"`          // the largest: its name
 	Largest uint64           `json:"largest"`         // and its RSS in bytes
+
+	history *advice.History // nil unless there is advice to give
 }
 
 // trend compares the second half of the time with the first.
@@ -55,6 +61,17 @@ type counter struct {
 	waiting map[string]counted // by the kill's ID
 	order   []string           // of waiting
 	unknown int                // kills in pods that have no outcome, and so no name
+	gaps    map[string]bool    // the nodes that have some
+
+	// What else is known of a kill or an incident comes under its ID, before or after the outcome. The last maxWaiting are kept.
+	related      map[string]*related
+	relatedOrder []string
+}
+
+// related is what belongs to one kill or one incident.
+type related struct {
+	histories []*advice.History
+	pods      *event.Neighbours
 }
 
 // counted is what is kept of a kill until its outcome comes.
@@ -63,58 +80,97 @@ type counted struct {
 	stored time.Time
 }
 
-// top counts the kills that the stream holds.
+// top shows what is killed most.
 func top(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
-	var patterns []string
-	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap} {
-		pattern, err := event.Filter(kind, "", o.node)
-		if err != nil {
-			return err
-		}
-		patterns = append(patterns, pattern)
-	}
 	now := time.Now()
-	c := &counter{o: o, half: now.Add(-o.since / 2), rows: map[string]*row{}, waiting: map[string]counted{}}
-	seen, gaps := newRecent(4*maxWaiting), map[string]bool{}
-	err := each(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, stderr, func(m bus.Stored, r message) error {
-		switch {
-		case !seen.add(r.id):
-		case r.gap != nil && r.gap.Missing():
-			gaps[r.node] = true
-		case r.kill != nil:
-			c.kill(r.kill, m.Time)
-		case r.outcome != nil && r.outcome.Stage == event.StageAnnotate:
-			c.outcome(r.outcome)
-		}
-		return nil
-	})
+	c, err := count(ctx, conn, o, now, stderr)
 	if err != nil {
 		return err
-	}
-	for _, id := range c.order {
-		c.give(id)
 	}
 	if err := c.write(stdout, now); err != nil {
 		return err
 	}
-	// Neither is an all-clear.
+	c.unseen(stderr)
+	return nil
+}
+
+// count counts the kills that the stream holds.
+func count(ctx context.Context, conn *bus.Conn, o options, now time.Time, stderr io.Writer) (*counter, error) {
+	kinds := []event.Kind{event.KindKill, event.KindOutcome, event.KindGap}
+	if o.advice {
+		kinds = append(kinds, event.KindNeighbours)
+	}
+	var patterns []string
+	for _, kind := range kinds {
+		pattern, err := event.Filter(kind, "", o.node)
+		if err != nil {
+			return nil, err
+		}
+		patterns = append(patterns, pattern)
+	}
+	c := &counter{o: o, half: now.Add(-o.since / 2), rows: map[string]*row{}, waiting: map[string]counted{}, gaps: map[string]bool{}, related: map[string]*related{}}
+	seen := newRecent(4 * maxWaiting)
+	q := &quick{words: map[string]string{}}
+	err := eachQuick(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, stderr, q.read, func(m bus.Stored, r message) error {
+		switch {
+		case !seen.add(r.id):
+		case r.gap != nil && r.gap.Missing():
+			c.gaps[r.node] = true
+		case r.kill != nil:
+			c.kill(r.kill, m.Time)
+		case r.outcome != nil && r.outcome.Stage == event.StageAnnotate:
+			c.outcome(r.outcome)
+		case r.outcome != nil && r.outcome.Stage == event.StageNeighbours && o.advice:
+			for _, h := range c.relatedTo(r.outcome.Kill).histories {
+				h.AddNeighbours(r.outcome)
+			}
+		case r.neighbours != nil:
+			of := c.relatedTo(r.neighbours.Incident)
+			of.pods = r.neighbours
+			for _, h := range of.histories {
+				h.AddPods(of.pods)
+			}
+		}
+		return nil
+	})
+	for _, id := range c.order {
+		c.give(id)
+	}
+	return c, err
+}
+
+// unseen reports what is not known. Neither is an all-clear.
+func (c *counter) unseen(stderr io.Writer) {
 	if c.unknown > 0 {
 		fmt.Fprintf(stderr, "oom-tap: %d kills in pods have no outcome, so their pods are not known: does oom-annotator run?\n", c.unknown)
 	}
-	if len(gaps) > 0 {
-		fmt.Fprintf(stderr, "oom-tap: kills may be missing (gaps) on: %s; see oom-tap nodes\n", text.Printable(strings.Join(slices.Sorted(maps.Keys(gaps)), ", ")))
+	if len(c.gaps) > 0 {
+		fmt.Fprintf(stderr, "oom-tap: kills may be missing (gaps) on: %s; see oom-tap nodes\n", text.Printable(strings.Join(slices.Sorted(maps.Keys(c.gaps)), ", ")))
 	}
-	return nil
+}
+
+// relatedTo returns what belongs to a kill or an incident, by its ID.
+func (c *counter) relatedTo(id string) *related {
+	of := c.related[id]
+	if of == nil {
+		of = &related{}
+		c.related[id] = of
+		if c.relatedOrder = append(c.relatedOrder, id); len(c.relatedOrder) > maxWaiting {
+			delete(c.related, c.relatedOrder[0])
+			c.relatedOrder = c.relatedOrder[1:]
+		}
+	}
+	return of
 }
 
 // kill takes a kill. One in a pod waits for its outcome, which names the pod.
 func (c *counter) kill(e *event.Event, stored time.Time) {
 	switch {
 	case c.o.by == "node" && c.o.namespace == "":
-		c.add(e.Node.Name, e, stored)
+		c.add(e.Node.Name, e, nil, stored)
 	case e.Container == nil:
 		if c.o.namespace == "" {
-			c.add("(no pod)", e, stored)
+			c.add("(no pod)", e, nil, stored)
 		}
 	default:
 		c.waiting[e.ID] = counted{e, stored}
@@ -131,7 +187,7 @@ func (c *counter) give(id string) {
 		delete(c.waiting, id)
 		c.unknown++
 		if c.o.namespace == "" {
-			c.add("(pod not known)", k.event, k.stored)
+			c.add("(pod not known)", k.event, nil, k.stored)
 		}
 	}
 }
@@ -145,27 +201,27 @@ func (c *counter) outcome(o *event.Outcome) {
 	delete(c.waiting, o.Kill)
 	switch p := o.Pod; {
 	case p == nil && c.o.namespace == "":
-		c.add("(pod not found)", k.event, k.stored)
+		c.add("(pod not found)", k.event, o, k.stored)
 	case p == nil, c.o.namespace != "" && p.Namespace != c.o.namespace:
 	case c.o.by == "node":
-		c.add(k.event.Node.Name, k.event, k.stored)
+		c.add(k.event.Node.Name, k.event, o, k.stored)
 	case c.o.by == "namespace":
-		c.add(p.Namespace, k.event, k.stored)
+		c.add(p.Namespace, k.event, o, k.stored)
 	case c.o.by == "workload" && p.Owner != "":
-		c.add(p.Namespace+"/"+p.Owner, k.event, k.stored)
+		c.add(p.Namespace+"/"+p.Owner, k.event, o, k.stored)
 	case c.o.by == "workload":
-		c.add(p.Namespace+"/Pod/"+p.Name, k.event, k.stored)
+		c.add(p.Namespace+"/Pod/"+p.Name, k.event, o, k.stored)
 	default:
-		c.add(p.Namespace+"/"+p.Name, k.event, k.stored)
+		c.add(p.Namespace+"/"+p.Name, k.event, o, k.stored)
 	}
 }
 
-// add counts a kill in the row of that name.
-func (c *counter) add(name string, e *event.Event, stored time.Time) {
+// add counts a kill in the row of that name. Its outcome is nil if there is none.
+func (c *counter) add(name string, e *event.Event, o *event.Outcome, stored time.Time) {
 	r := c.rows[name]
 	if r == nil {
 		if len(c.rows) >= maxRows {
-			name = "(others)"
+			name = others
 		}
 		if r = c.rows[name]; r == nil {
 			r = &row{Name: name}
@@ -183,6 +239,9 @@ func (c *counter) add(name string, e *event.Event, stored time.Time) {
 			r.Limit = e.Limit.Max
 		}
 	}
+	if c.o.advice && o != nil && o.Pod != nil && name != others {
+		c.advise(r, e, o)
+	}
 	var rss uint64
 	if m := e.Victim.Memory; m != nil {
 		rss = m.AnonRSS + m.FileRSS + m.ShmemRSS
@@ -192,11 +251,16 @@ func (c *counter) add(name string, e *event.Event, stored time.Time) {
 	}
 }
 
-// write prints the rows with the most kills.
-func (c *counter) write(w io.Writer, now time.Time) error {
-	rows := slices.SortedFunc(maps.Values(c.rows), func(a, b *row) int {
+// sorted returns the rows, those with the most kills first.
+func (c *counter) sorted() []*row {
+	return slices.SortedFunc(maps.Values(c.rows), func(a, b *row) int {
 		return cmp.Or(cmp.Compare(b.Kills, a.Kills), cmp.Compare(a.Name, b.Name))
 	})
+}
+
+// write prints the rows with the most kills.
+func (c *counter) write(w io.Writer, now time.Time) error {
+	rows := c.sorted()
 	if c.o.count > 0 {
 		rows = rows[:min(len(rows), c.o.count)]
 	}
@@ -210,14 +274,21 @@ func (c *counter) write(w io.Writer, now time.Time) error {
 		return nil
 	}
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(table, "KILLS\tTREND\tLAST\tLEVEL\tLIMIT\tLARGEST VICTIM\t%s\n", strings.ToUpper(c.o.by))
+	title, what := strings.ToUpper(c.o.by), ""
+	if c.o.output == "wide" {
+		title += "\tADVICE"
+	}
+	fmt.Fprintf(table, "KILLS\tTREND\tLAST\tLEVEL\tLIMIT\tLARGEST VICTIM\t%s\n", title)
 	for _, r := range rows {
 		limit := "-"
 		if r.Limit != nil {
 			limit = text.Size(*r.Limit)
 		}
-		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s %s\t%s\n", r.Kills, r.trend(), ago(now.Sub(r.Last)), text.Printable(cmp.Or(string(r.Level), "-")),
-			limit, text.Printable(r.Victim), text.Size(r.Largest), text.Printable(r.Name))
+		if c.o.output == "wide" {
+			what = "\t" + r.advice().Clause
+		}
+		fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s %s\t%s%s\n", r.Kills, r.trend(), ago(now.Sub(r.Last)), text.Printable(cmp.Or(string(r.Level), "-")),
+			limit, text.Printable(r.Victim), text.Size(r.Largest), text.Printable(r.Name), what)
 	}
 	if err := table.Flush(); err != nil {
 		return fmt.Errorf("write: %w", err)

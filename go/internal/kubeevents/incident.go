@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/advice"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
@@ -51,6 +52,9 @@ func newRecord(e *event.Event, o *event.Outcome, pod bool) record {
 		time: e.Time.UTC(), victim: text.Victim(e), unproven: e.Outcome != event.OutcomeKilled, where: text.Where(e, o, pod), cause: text.Cause(e),
 	}}
 	k := r.kill
+	if clause := advice.Clause(e); clause != "" {
+		k.cause += "; " + clause
+	}
 	if e.Incident != nil {
 		r.incident, k.index = e.Incident.ID, e.Incident.Index
 	}

@@ -218,6 +218,28 @@ func TestRecorder(t *testing.T) {
 	})
 }
 
+// What one kill alone shows of its workload is part of the message.
+func TestRecorderClause(t *testing.T) {
+	writing(t, func(t *testing.T, r *Recorder, s *shelf) {
+		e, o := nodeKill("cart", 1)
+		e.Container.QoS = "besteffort"
+		r.Record(e, o)
+		e, o = podKill("web", 2)
+		e.Victim.NSPID = 12
+		r.Record(e, o)
+		synctest.Wait()
+		for pod, want := range map[string]string{
+			"cart": "1 OOM killer killed java[1] (rss 1.0 MiB) in container main: the node is out of memory; it has no memory request and no limit; marked for eviction",
+			"web": "1 OOM killer killed java[2] (rss 1.0 MiB) in container main: it reached its own memory limit of 8.0 MiB (pod level), usage 8.0 MiB; " +
+				"a child process, the container may live on; not marked for eviction: level (not in policy.levels)",
+		} {
+			if got := s.on(pod); !slices.Equal(got, []string{want}) {
+				t.Errorf("got  %q\nwant %q", got, want)
+			}
+		}
+	})
+}
+
 // A group kill is one incident. Its first process is told at once, the others are added, and the count is one. The pod
 // was marked for one of them, whatever is said of the others.
 func TestRecorderGroup(t *testing.T) {

@@ -1,0 +1,125 @@
+//go:build bench
+
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+var messages = flag.Int("messages", 1_000_000, "the number of messages that the stream holds")
+
+// TestTopMillion stores kills and their outcomes in a real NATS server, on disk, and times the real program over all of them.
+// The time is for whoever reads it, for it depends on the machine and what else it does. The memory must be bounded.
+func TestTopMillion(t *testing.T) {
+	s := start(t)
+	began := time.Now()
+	bytes := fill(t, s, *messages)
+	t.Logf("%d messages, %d MiB, stored in %v", *messages, bytes>>20, time.Since(began).Round(time.Second))
+	for _, args := range [][]string{{"top"}, {"top", "-o", "wide"}} {
+		before := ownCPU(t)
+		took, peak, cpu, out := timed(t, append(args, "--config", s.config)...)
+		server := ownCPU(t) - before
+		load, err := os.ReadFile("/proc/loadavg")
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := strings.Split(out, "\n")
+		t.Logf("oom-tap %s: %.1f s on %d processors with a load of %.4s, CPU %.1f s (and %.1f s of the server), at most %d MiB\n%s",
+			strings.Join(args, " "), took.Seconds(), runtime.NumCPU(), load, cpu.Seconds(), server.Seconds(), peak>>10, strings.Join(lines[:min(len(lines), 4)], "\n"))
+		if peak == 0 || peak > 256<<10 {
+			t.Errorf("oom-tap %s took %d MiB", strings.Join(args, " "), peak>>10)
+		}
+	}
+}
+
+// ownCPU is what this process has used, and so the server.
+func ownCPU(t *testing.T) time.Duration {
+	t.Helper()
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// timed runs oom-tap. peak is the most memory that it held, in KiB: VmHWM, for ru_maxrss of a child begins with that of its
+// parent, which is the server.
+func timed(t *testing.T, args ...string) (took time.Duration, peak int, cpu time.Duration, stdout string) {
+	t.Helper()
+	cmd := exec.Command("oom-tap", args...)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for {
+		select {
+		case err := <-ended:
+			if took = time.Since(began); err != nil || errOut.Len() > 0 {
+				t.Fatalf("oom-tap %q: %v\n%.1000s", args, err, &errOut)
+			}
+			return took, peak, cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), out.String()
+		case <-time.After(50 * time.Millisecond):
+			status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid)) // it may be gone
+			if _, after, ok := strings.Cut(string(status), "VmHWM:"); ok {
+				fmt.Sscan(after, &peak)
+			}
+		}
+	}
+}
+
+// fill stores kills and their outcomes: of 2,000 workloads on 500 nodes, some of them much more often than others.
+func fill(t *testing.T, s *natsServer, n int) (bytes int) {
+	t.Helper()
+	js, err := jetstream.New(s.conn.JetStream().Conn(), jetstream.WithPublishAsyncMaxPending(4000), jetstream.WithPublishAsyncErrHandler(func(_ jetstream.JetStream, _ *nats.Msg, err error) { t.Error(err) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	send := func(subject, id string, v any) {
+		data, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bytes += len(data)
+		if _, err := js.PublishAsync(subject, data, jetstream.WithMsgID(id), jetstream.WithStallWait(time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range n / 2 {
+		workload := int(random.ExpFloat64()*200) % 2000
+		e, o := sampleKill(i, workload, fmt.Sprintf("worker-%d.example.com", random.IntN(500)))
+		subject, err := e.Subject()
+		if err != nil {
+			t.Fatal(err)
+		}
+		send(subject, e.MsgID(), e)
+		if subject, err = o.Subject(); err != nil {
+			t.Fatal(err)
+		}
+		send(subject, o.ID, o)
+	}
+	select {
+	case <-js.PublishAsyncComplete():
+	case <-time.After(5 * time.Minute):
+		t.Fatal("the messages are not stored")
+	}
+	return bytes
+}
