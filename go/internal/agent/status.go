@@ -49,7 +49,7 @@ func (t *tracer) publishStatus(ctx context.Context, phase event.Phase) error {
 	if err != nil {
 		return err
 	}
-	if _, err := t.conn.JetStream().Publish(ctx, m.Subject, m.Data, jetstream.WithMsgID(m.ID), jetstream.WithRetryAttempts(0)); err != nil {
+	if _, err := t.conn.JetStream().PublishMsg(ctx, m.NATS(), jetstream.WithRetryAttempts(0)); err != nil {
 		return fmt.Errorf("publish %s: %w", m.Subject, err)
 	}
 	return nil

@@ -13,6 +13,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
 )
 
 // Window is how many messages are on their way at once, at most: what a publisher is made for where the caller
@@ -42,6 +44,16 @@ type Msg struct {
 
 	refused time.Time // since when it is
 	settled bool      // stored or given up
+}
+
+// NATS returns m with its headers: the message ID, and those of a CloudEvent.
+func (m *Msg) NATS() *nats.Msg {
+	header := nats.Header(event.CloudEvent(m.Subject, m.ID))
+	if header == nil {
+		header = nats.Header{}
+	}
+	header.Set(jetstream.MsgIDHeader, m.ID)
+	return &nats.Msg{Subject: m.Subject, Header: header, Data: m.Data}
 }
 
 // Hooks are called by the goroutine that runs Run or Drain, one at a time. They hold up publishing for as
@@ -323,11 +335,11 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 
 	futures := make([]jetstream.PubAckFuture, len(batch))
 	for i, m := range batch {
-		options := []jetstream.PublishOpt{jetstream.WithMsgID(m.ID), jetstream.WithRetryAttempts(0)} // retries are ours: nats.go's would overtake each other
+		options := []jetstream.PublishOpt{jetstream.WithRetryAttempts(0)} // retries are ours: nats.go's would overtake each other
 		if m.Once {
 			options = append(options, jetstream.WithExpectLastSequencePerSubject(0))
 		}
-		future, err := p.js.PublishMsgAsync(&nats.Msg{Subject: m.Subject, Data: m.Data}, options...)
+		future, err := p.js.PublishMsgAsync(m.NATS(), options...)
 		if err != nil && permanent(err) {
 			drop(m, err)
 			continue

@@ -42,7 +42,7 @@ func TestPublish(t *testing.T) {
 	wantOnce(t, all, n)
 	for i, m := range all {
 		want := message(t, i)
-		if m.Subject != want.Subject || !bytes.Equal(m.Data, want.Data) || m.Header.Get(nats.MsgIdHdr) != want.ID || len(m.Header) != 1 {
+		if m.Subject != want.Subject || !bytes.Equal(m.Data, want.Data) || m.Header.Get(nats.MsgIdHdr) != want.ID || m.Header.Get("ce-id") != want.ID || len(m.Header) != 6 {
 			t.Fatalf("message %d is stored as %s %v %s", i, m.Subject, m.Header, m.Data)
 		}
 		got, err := sub.NextMsgWithContext(ctx)
