@@ -49,7 +49,7 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	terms := decide.Terms(&cfg)
 	store := pods.NewStore(cfg.Policy.MaxEventAge + cfg.Annotator.WaitForPod)
 	watcher := pods.NewWatcher(client, store, terms, log)
-	marker := &mark.Marker{Policy: cfg.Policy, Terms: terms, API: client, Now: time.Now}
+	marker := &mark.Marker{Policy: cfg.Policy, Terms: terms, API: client, Patched: store.Patched, Now: time.Now}
 	tracker := &lifecycle.Tracker{
 		Lifetime: cfg.Policy.MarkLifetime, Retention: 2*cfg.Policy.MarkLifetime + cfg.Policy.MaxEventAge,
 		Pods: store, Marker: marker, Events: client.Events, Log: log, Now: time.Now,

@@ -233,6 +233,22 @@ func memory(t *testing.T, pid int, key string) float64 {
 	return 0
 }
 
+// cpuTime is the time that a process has used, in user space and in the kernel.
+func cpuTime(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(stat))
+	user, errUser := strconv.ParseInt(fields[13], 10, 64)
+	kernel, errKernel := strconv.ParseInt(fields[14], 10, 64)
+	if err := errors.Join(errUser, errKernel); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(user+kernel) * (time.Second / 100) // USER_HZ
+}
+
 // benchReady starts an annotator that only observes, and measures what it took until it was ready.
 func benchReady(t *testing.T, c *largeCluster, name string) *rig {
 	began := time.Now()
@@ -250,12 +266,7 @@ func benchReady(t *testing.T, c *largeCluster, name string) *rig {
 	pid := r.annotator.cmd.Process.Pid
 	figure(t, "rss_listed_mib"+name, memory(t, pid, "VmRSS"))
 	figure(t, "rss_peak_mib"+name, memory(t, pid, "VmHWM"))
-	if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil {
-		fields := strings.Fields(string(stat))
-		user, _ := strconv.ParseFloat(fields[13], 64)
-		kernel, _ := strconv.ParseFloat(fields[14], 64)
-		figure(t, "cpu_listed_s"+name, (user+kernel)/100)
-	}
+	figure(t, "cpu_listed_s"+name, cpuTime(t, pid).Seconds())
 	if n := c.lists.Load(); c.watchList && n > 0 || n > 2 {
 		t.Errorf("%d lists began at the first page", n)
 	}
@@ -360,6 +371,54 @@ func TestBenchMemory(t *testing.T) {
 	}
 	figure(t, "decisions_per_s", float64(kills)/last.Sub(first).Seconds())
 	figure(t, "rss_after_mib", memory(t, pid, "VmRSS"))
+}
+
+// TestBenchCPU: CPU time of the annotator's process for a kill that marks its pod, and for a further kill in a marked pod.
+func TestBenchCPU(t *testing.T) {
+	const kills, repeats = 500, 20
+	c := kubetest.StartWith(t, kubetest.Options{Args: map[string]string{"audit-policy-file": "", "audit-log-path": ""}})
+	c.Node(node)
+	c.Namespace("shop")
+	var all []*corev1.Pod
+	for i := range kills {
+		all = append(all, c.Pod("shop", fmt.Sprint("pod-", i), node))
+	}
+	r := newRig(t, c, c.Annotator(), func(cfg *config.Config) { cfg.Log.Level = "info" })
+	r.ready()
+	pid := r.annotator.cmd.Process.Pid
+	measure := func(name string, count int, publish func()) {
+		before := cpuTime(t, pid)
+		publish()
+		for range count {
+			r.outcome()
+		}
+		figure(t, "cpu_ms_per_"+name, float64((cpuTime(t, pid)-before).Microseconds())/1000/float64(count))
+	}
+	measure("mark", kills, func() {
+		for _, pod := range all {
+			r.publish(r.killOf(pod, ""))
+			time.Sleep(15 * time.Millisecond)
+		}
+	})
+	measure("repeat", kills*repeats, func() {
+		for range repeats {
+			for _, pod := range all {
+				r.publish(r.killOf(pod, ""))
+			}
+			for r.publisher.Pending() > 0 {
+				time.Sleep(time.Millisecond)
+			}
+		}
+	})
+	eventually(t, "every kill is counted", func() error {
+		_, body := r.get("/metrics")
+		for _, want := range []string{fmt.Sprintf(`{reason="marked",stage="marked"} %d`, kills), fmt.Sprintf(`{reason="already",stage="skipped"} %d`, kills*repeats)} {
+			if !strings.Contains(body, want) {
+				return fmt.Errorf("no %s", want)
+			}
+		}
+		return nil
+	})
 }
 
 // TestBenchLatency: from real kills, each in a pod of its own and by the limit of all pods, to the annotation as a

@@ -57,7 +57,7 @@ func TestRead(t *testing.T) {
 	}
 	got := terms.Read(in)
 	want := &Pod{
-		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
+		Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
 		Containers: []Container{{key(t, id("1")), "init"}, {key(t, id("2")), "cart"}, {key(t, id("3")), "cart"}, {key(t, id("5")), "debug"}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
