@@ -201,6 +201,37 @@ func TestLedgerSize(t *testing.T) {
 	}
 }
 
+// Where a pod of the same owner on the node was marked, a claim needs the pod to be read; and what one process returned or claimed,
+// another one sees at its next claim.
+func TestLedgerContested(t *testing.T) {
+	all := ledgers(t, 2, config.Budgets{Window: time.Hour, Cluster: 3})
+	for i, step := range []struct {
+		ledger      int
+		kill, owner string
+		read        bool
+		want        budget.Verdict
+	}{
+		{0, "1", "a", false, budget.Verdict{New: true}},
+		{1, "2", "a", false, budget.Verdict{Contested: true}},
+		{1, "1", "a", false, budget.Verdict{}}, // delivered again, to another process
+		{1, "2", "a", true, budget.Verdict{New: true}},
+		{0, "2", "a", false, budget.Verdict{}},
+		{0, "3", "b", false, budget.Verdict{New: true}},
+		{1, "4", "c", false, budget.Verdict{Refusal: "cluster: 3 of 3 within 1h0m0s"}},
+	} {
+		v, err := all[step.ledger].Claim(t.Context(), budget.Request{Kill: step.kill, Node: "node", Owner: step.owner, Killed: time.Now(), Read: step.read})
+		if err != nil || v != step.want {
+			t.Errorf("step %d: %+v, %v, want %+v", i, v, err, step.want)
+		}
+	}
+	if err := all[0].Release(t.Context(), "3"); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := all[1].Claim(t.Context(), budget.Request{Kill: "4", Node: "node", Owner: "c", Killed: time.Now()}); err != nil || !v.New {
+		t.Errorf("after a return: %+v, %v", v, err)
+	}
+}
+
 // TestLedgerRefused: where the state was removed or replaced nothing is granted, and setup does not make it anew. Restore brings the
 // last valid one back, with its pause and its marks.
 func TestLedgerRefused(t *testing.T) {

@@ -300,3 +300,34 @@ func FuzzRead(f *testing.F) {
 		}
 	})
 }
+
+// What a patch has changed is in the store at once, unless the watch has delivered anything since: that may be newer.
+func TestStorePatched(t *testing.T) {
+	s := NewStore(time.Minute)
+	find := func() *Pod {
+		f, err := s.Find("node-1", "uid-1", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f.Pod
+	}
+	s.Set(&Pod{UID: "uid-1", Node: "node-1"})
+	before := find()
+	marked := *before
+	marked.Marked = true
+	s.Patched(before, &marked)
+	if find() != &marked {
+		t.Error("the mark is not in the store")
+	}
+	newer := &Pod{UID: "uid-1", Node: "node-1", Finished: true}
+	s.Set(newer)
+	s.Patched(&marked, before)
+	if find() != newer {
+		t.Error("what the watch has delivered was replaced")
+	}
+	s.Delete(newer)
+	s.Patched(newer, &marked)
+	if s.Has("uid-1") {
+		t.Error("a pod that is gone came back")
+	}
+}
