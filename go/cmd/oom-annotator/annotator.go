@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"runtime/metrics"
 	"sync"
 	"time"
 
@@ -30,6 +31,9 @@ import (
 // name is the name of the durable consumer, which all replicas share, and of the connection.
 const name = "oom-annotator"
 
+// maxOutcomes is how many outcomes may wait until they are published. The kills above are delivered again a second later.
+const maxOutcomes = 16 * bus.Window
+
 // A shutdown takes at most five seconds. The consumer takes 2 s of them, and then:
 const (
 	drainTime = 1500 * time.Millisecond // to publish outcomes and ack their messages
@@ -49,20 +53,20 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	terms := decide.Terms(&cfg)
 	store := pods.NewStore(cfg.Policy.MaxEventAge + cfg.Annotator.WaitForPod)
 	watcher := pods.NewWatcher(client, store, terms, log)
-	marker := &mark.Marker{Policy: cfg.Policy, Terms: terms, API: client, Now: time.Now}
+	marker := &mark.Marker{Policy: cfg.Policy, Terms: terms, API: client, Patched: store.Patched, Now: time.Now}
 	tracker := &lifecycle.Tracker{
 		Lifetime: cfg.Policy.MarkLifetime, Retention: 2*cfg.Policy.MarkLifetime + cfg.Policy.MaxEventAge,
 		Pods: store, Marker: marker, Events: client.Events, Log: log, Now: time.Now,
 	}
 	store.OnLeave = tracker.PodLeft
 	registry := obs.NewRegistry(name)
-	metrics := annotate.NewMetrics(registry, cfg.Annotator.WorkloadMetrics)
+	counters := annotate.NewMetrics(registry, cfg.Annotator.WorkloadMetrics)
 	events := kubeevents.NewRecorder(client, hostname(), log, registry)
 	w := &worker{
 		log: log, watcher: watcher, tracker: tracker,
 		annotator: &annotate.Annotator{
 			Policy: cfg.Policy, Wait: cfg.Annotator.WaitForPod, Finder: store, Stale: watcher.Failing, InFlight: annotate.NewInFlight(cfg.Annotator.Workers),
-			Marker: marker, Outcomes: &annotate.Outcomes{Metrics: metrics, Log: log}, Metrics: metrics, Log: log, Now: time.Now,
+			Marker: marker, Outcomes: &annotate.Outcomes{Metrics: counters, Log: log}, Metrics: counters, Log: log, Now: time.Now,
 		},
 	}
 	ready := w.register(registry, store)
@@ -76,7 +80,12 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	downstream, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	var rest sync.WaitGroup
-	rest.Go(func() { boundMemory(downstream, watcher.Synced()) })
+	rest.Go(func() {
+		boundMemory(downstream, watcher.Synced())
+		if os.Getenv("GOGC") == "" {
+			tuneGC(downstream)
+		}
+	})
 	rest.Go(func() { watcher.Run(downstream) })
 	rest.Go(func() {
 		if err := server.Serve(downstream); err != nil {
@@ -142,6 +151,22 @@ func boundMemory(ctx context.Context, synced <-chan struct{}) {
 	select {
 	case <-synced:
 	case <-ctx.Done():
+	}
+}
+
+// tuneGC has garbage grow to minGarbage, or to half of the memory in use if that is more, until ctx ends. In a small cluster, half of the
+// memory in use is so little that a third of the CPU time of a kill would be the garbage collector's.
+func tuneGC(ctx context.Context) {
+	const minGarbage = 16 << 20
+	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	for {
+		metrics.Read(live)
+		debug.SetGCPercent(int(max(50, min(100*minGarbage/max(live[0].Value.Uint64(), 1), 400))))
+		select {
+		case <-time.After(10 * time.Second):
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 
@@ -213,7 +238,7 @@ func (w *worker) run(ctx context.Context, cfg config.Config) error {
 	}
 	defer bounded(conn.Close) // it may wait for a server that does not answer
 	a := w.annotator
-	publisher, err := bus.NewPublisher(conn, bus.Window, a.Outcomes.Hooks(), w.log)
+	publisher, err := bus.NewPublisher(conn, maxOutcomes, a.Outcomes.Hooks(), w.log)
 	if err != nil {
 		return fmt.Errorf("make the publisher: %w", err)
 	}

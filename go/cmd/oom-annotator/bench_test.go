@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -233,6 +234,16 @@ func memory(t *testing.T, pid int, key string) float64 {
 	return 0
 }
 
+// cpuTime is the time that a process has used, in user space and in the kernel.
+func cpuTime(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	var used unix.Timespec
+	if err := unix.ClockGettime(int32(^pid)<<3|2, &used); err != nil { // MAKE_PROCESS_CPUCLOCK in include/linux/posix-timers.h
+		t.Fatal(err)
+	}
+	return time.Duration(used.Nano())
+}
+
 // benchReady starts an annotator that only observes, and measures what it took until it was ready.
 func benchReady(t *testing.T, c *largeCluster, name string) *rig {
 	began := time.Now()
@@ -250,12 +261,7 @@ func benchReady(t *testing.T, c *largeCluster, name string) *rig {
 	pid := r.annotator.cmd.Process.Pid
 	figure(t, "rss_listed_mib"+name, memory(t, pid, "VmRSS"))
 	figure(t, "rss_peak_mib"+name, memory(t, pid, "VmHWM"))
-	if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil {
-		fields := strings.Fields(string(stat))
-		user, _ := strconv.ParseFloat(fields[13], 64)
-		kernel, _ := strconv.ParseFloat(fields[14], 64)
-		figure(t, "cpu_listed_s"+name, (user+kernel)/100)
-	}
+	figure(t, "cpu_listed_s"+name, cpuTime(t, pid).Seconds())
 	if n := c.lists.Load(); c.watchList && n > 0 || n > 2 {
 		t.Errorf("%d lists began at the first page", n)
 	}
@@ -264,7 +270,7 @@ func benchReady(t *testing.T, c *largeCluster, name string) *rig {
 
 // TestBenchRealPods: the same with as many pods as a real API server is given here, which streams them.
 func TestBenchRealPods(t *testing.T) {
-	count := 10_000
+	count := 20_000
 	if text := os.Getenv("OOM_BENCH_PODS"); text != "" {
 		var err error
 		if count, err = strconv.Atoi(text); err != nil {
@@ -360,6 +366,53 @@ func TestBenchMemory(t *testing.T) {
 	}
 	figure(t, "decisions_per_s", float64(kills)/last.Sub(first).Seconds())
 	figure(t, "rss_after_mib", memory(t, pid, "VmRSS"))
+}
+
+// TestBenchCPU: CPU time of the annotator's process for a kill that marks its pod, and for a further kill in a marked pod.
+func TestBenchCPU(t *testing.T) {
+	const kills, repeats = 500, 20
+	c := kubetest.StartWith(t, kubetest.Options{Args: map[string]string{"audit-policy-file": "", "audit-log-path": ""}})
+	c.Node(node)
+	c.Namespace("shop")
+	var all []*corev1.Pod
+	for i := range kills {
+		all = append(all, c.Pod("shop", fmt.Sprint("pod-", i), node))
+	}
+	r := newRig(t, c, c.Annotator(), func(cfg *config.Config) { cfg.Log.Level = "info" })
+	r.ready()
+	pid := r.annotator.cmd.Process.Pid
+	measure := func(name string, count int, want event.Result, publish func()) {
+		before := cpuTime(t, pid)
+		publish()
+		for range count {
+			if o := r.outcome(); o.Result != want {
+				t.Errorf("outcome %s/%s of %s, want %s", o.Result, o.Reason, o.Kill, want)
+			}
+		}
+		figure(t, "cpu_ms_per_"+name, float64((cpuTime(t, pid)-before).Microseconds())/1000/float64(count))
+	}
+	mark := func(pods []*corev1.Pod) func() {
+		return func() {
+			for _, pod := range pods {
+				r.publish(r.killOf(pod, ""))
+				time.Sleep(15 * time.Millisecond)
+			}
+		}
+	}
+	// Each claim writes all marks of the window: ten an hour as shipped, and here all.
+	const few = 50
+	measure("mark", few, event.ResultAnnotated, mark(all[:few]))
+	measure("mark_of_500", kills-few, event.ResultAnnotated, mark(all[few:]))
+	measure("repeat", kills*repeats, event.ResultSkipped, func() {
+		for range repeats {
+			for _, pod := range all {
+				r.publish(r.killOf(pod, ""))
+			}
+			for r.publisher.Pending() > 0 {
+				time.Sleep(time.Millisecond)
+			}
+		}
+	})
 }
 
 // TestBenchLatency: from real kills, each in a pod of its own and by the limit of all pods, to the annotation as a

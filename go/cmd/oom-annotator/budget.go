@@ -14,7 +14,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 )
 
-// pollInterval is how often the state is read for metrics and the log. Each claim reads it again.
+// pollInterval is how often the state is read for metrics and the log. Claims do not depend on it.
 const pollInterval = time.Second
 
 // setupTime is how long after the start an absent state is not logged: oom-tap setup may be about to write it.

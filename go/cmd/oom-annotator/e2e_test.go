@@ -60,7 +60,7 @@ func TestEndToEnd(t *testing.T) {
 		"Faults": testFaults, "Watch": testWatch, "Group": testGroup, "Verbs": testVerbs, "Denied": testDenied,
 		"NATS": testNATS, "Run": testRun, "Replicas": testReplicas, "Permissions": testPermissions,
 		"Accounts":   testAccounts,
-		"Containers": testContainers, "Hung": testHung,
+		"Containers": testContainers, "Hung": testHung, "Requests": testRequests, "Clocks": testClocks,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}
@@ -921,10 +921,13 @@ func testFaults(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 				proxy := c.Proxy()
 				r := newRig(t, c, proxy.Config(account), keep)
 				r.ready()
-				var served, faults atomic.Int32
+				var served, faults, stale atomic.Int32
 				proxy.Fault(func(req *http.Request) kubetest.Fault {
 					if !strings.HasSuffix(req.URL.Path, "/"+pod.Name) {
 						return kubetest.Fault{}
+					}
+					if method == http.MethodGet && patchesPod(req) && stale.Add(1) == 1 {
+						return kubetest.Fault{Code: http.StatusConflict} // what the watch has delivered is old: the pod is read
 					}
 					if req.Method == method && faults.Add(1) <= 2 {
 						if method == http.MethodPatch && fault.Code == 0 && !fault.Hang {
@@ -944,8 +947,8 @@ func testFaults(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 				if c.GetPod("shop", pod.Name).Annotations[evictMe] != "true" {
 					t.Error("the pod is not marked")
 				}
-				if n := served.Load(); n != 1 {
-					t.Errorf("%d patches were served", n)
+				if n := served.Load(); n != 1 || faults.Load() == 0 {
+					t.Errorf("%d patches were served, %d times %s", n, faults.Load(), method)
 				}
 			})
 		}

@@ -66,7 +66,7 @@ type Annotator struct {
 	Finder Finder
 	// Stale returns why Finder may be out of date, and nil if it is not.
 	Stale    func() error
-	InFlight InFlight
+	InFlight *InFlight
 	Marker   *mark.Marker
 	Outcomes *Outcomes
 	Events   EventRecorder // nil: no Events are written
@@ -76,37 +76,72 @@ type Annotator struct {
 }
 
 // Handle processes one delivery. Either an outcome is published, and the message is acknowledged when the stream has stored the
-// outcome; or the message is delivered again; or it has an outcome already, and is acknowledged.
+// outcome; or the message is delivered again; or it has an outcome already, and is acknowledged. While another call marks the pod of
+// the kill, Handle leaves the message to that one.
 func (a *Annotator) Handle(ctx context.Context, m Message) {
+	for left := []Message{m}; len(left) > 0; left = left[1:] {
+		left = append(left, a.handle(ctx, left[0])...)
+	}
+}
+
+// handle processes one delivery. It returns the messages of the pod that were left to it.
+func (a *Annotator) handle(ctx context.Context, m Message) (left []Message) {
 	a.Metrics.observed()
 	k, refused := decide.ParseKill(m.Subject, m.Data, m.Time, a.Now())
 	if refused != nil {
 		a.refuse(m, refused)
-		return
+		return nil
 	}
 	e := k.Event
 	if k.Ahead > clockTolerance {
 		a.Metrics.failure(clockReason)
 		a.Log.Warn("clock of a node is ahead, using the time of the stream", "node", e.Node.Name, "id", e.ID, "ahead", k.Ahead)
 	}
-	if e.Container != nil {
-		k.Found, k.Err = a.Finder.Find(e.Node.Name, e.Container.PodUID, e.Container.ContainerID)
+	find := func() decide.Decision {
+		if e.Container != nil {
+			k.Found, k.Err = a.Finder.Find(e.Node.Name, e.Container.PodUID, e.Container.ContainerID)
+		}
+		return decide.Decide(&a.Policy, k)
 	}
+	d := find()
 	if a.podMayAppear(m, k) {
 		a.retry(m, "pod", maxLookupDelay)
-		return
+		return nil
 	}
-	d := decide.Decide(&a.Policy, k)
 	if !d.Act && a.containerMayAppear(m, k) { // a mark does not wait for it
 		a.retry(m, "container", maxLookupDelay)
-		return
+		return nil
 	}
-	a.Metrics.identified(k)
 	if d.Act {
-		var ok bool
-		if d, ok = a.mark(ctx, m, k); !ok {
-			return
+		uid := k.Found.Pod.UID
+		leads, follows := a.InFlight.lead(uid, m)
+		switch {
+		case follows:
+			a.Metrics.waiting("mark")
+			return nil
+		case !leads:
+			a.retry(m, "turn", maxDelay)
+			return nil
 		}
+		done := false
+		defer func() {
+			if left = append(left, a.InFlight.done(uid)...); done {
+				return
+			}
+			for _, m := range left { // they would fail too
+				a.retry(m, "mark", maxDelay)
+			}
+			left = nil
+		}()
+		if done = !find().Act; done {
+			return []Message{m} // marked a moment ago
+		}
+		a.Metrics.identified(k)
+		if d, done = a.mark(ctx, m, k); !done {
+			return nil
+		}
+	} else {
+		a.Metrics.identified(k)
 	}
 	o := newOutcome(e.ID, e.Node.Name, a.Now(), d)
 	if k.Found.Pod != nil {
@@ -120,6 +155,7 @@ func (a *Annotator) Handle(ctx context.Context, m Message) {
 	if a.publish(m, o, e, m.Ack, repeated) && a.Events != nil {
 		a.Events.Record(e, o)
 	}
+	return nil
 }
 
 // mark marks the pod. It returns false if the message was acknowledged, or will be delivered again.

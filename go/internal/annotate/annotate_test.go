@@ -62,25 +62,29 @@ type world struct {
 	now      time.Time
 	registry *prometheus.Registry
 
-	mu       sync.Mutex
-	pod      *corev1.Pod // on the API server; nil: none
-	getErr   []error     // what the next ones answer; nil: as it should
-	patches  []string
-	patched  []error // likewise
-	status   []error // likewise
-	find     error
-	stale    error
-	full     error // of the publisher
-	verdict  budget.Verdict
-	claim    error
-	claims   []string
-	released error
-	stored   map[string]string // outcomes that the stream holds, by subject
-	lastErr  error
-	asked    []string // the subjects that were looked at
-	events   []string // in Kubernetes
-	out      []bus.Msg
-	acks     []string
+	mu      sync.Mutex
+	pod     *corev1.Pod // on the API server; nil: none
+	watched string      // the resourceVersion that the watch has delivered; empty: the pod must be read
+	gets    int
+	getErr  []error // what the next ones answer; nil: as it should
+	patches []string
+	patched []error // likewise
+	status  []error // likewise
+	find    error
+	stale   error
+	full    error // of the publisher
+	verdict budget.Verdict
+	claim   error
+	claims  []string
+	// contested: other pods of the owner on the node are marked. granted: the kill has the right.
+	contested, granted bool
+	released           error
+	stored             map[string]string // outcomes that the stream holds, by subject
+	lastErr            error
+	asked              []string // the subjects that were looked at
+	events             []string // in Kubernetes
+	out                []bus.Msg
+	acks               []string
 }
 
 func newWorld() *world {
@@ -90,18 +94,23 @@ func newWorld() *world {
 	cfg.Policy = acting()
 	metrics, log, now := NewMetrics(w.registry, 0), slog.New(slog.DiscardHandler), func() time.Time { return w.now }
 	w.Annotator = &Annotator{
-		Policy: cfg.Policy, Wait: 30 * time.Second, Finder: w, Stale: func() error { return w.stale }, Events: w, Metrics: metrics, Log: log, Now: now,
+		Policy: cfg.Policy, Wait: 30 * time.Second, Finder: w, Stale: func() error { return w.stale }, Events: w, InFlight: NewInFlight(0), Metrics: metrics, Log: log, Now: now,
 		Marker:   &mark.Marker{Policy: cfg.Policy, Terms: decide.Terms(&cfg), API: w, Ledger: w, Now: now},
 		Outcomes: &Outcomes{Publisher: w, Last: w.last, Metrics: metrics, Log: log},
 	}
 	return w
 }
 
-func (w *world) Claim(_ context.Context, kill, node, owner string, killed time.Time) (budget.Verdict, error) {
+func (w *world) Claim(_ context.Context, r budget.Request) (budget.Verdict, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.claims = append(w.claims, fmt.Sprintf("%s %s %s %d", kill, node, owner, killed.Unix()))
-	return w.verdict, w.claim
+	w.claims = append(w.claims, fmt.Sprintf("%s %s %s %d", r.Kill, r.Node, r.Owner, r.Killed.Unix()))
+	v := w.verdict
+	if v.Contested = w.contested && !r.Read; v.Granted() && w.claim == nil {
+		v.New = !w.granted
+		w.granted = true
+	}
+	return v, w.claim
 }
 
 func (w *world) Release(_ context.Context, kill string) error {
@@ -132,7 +141,10 @@ func (w *world) Find(node, uid, containerID string) (pods.Found, error) {
 	if w.find != nil {
 		return pods.Found{}, w.find
 	}
-	return pods.Found{Pod: &pods.Pod{Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Selected: true}}, nil
+	if uid == "" {
+		uid = "uid-1"
+	}
+	return pods.Found{Pod: &pods.Pod{Namespace: "shop", Name: "cart", UID: uid, ResourceVersion: w.watched, Node: "node-1", Selected: true}}, nil
 }
 
 func next(errs *[]error) error {
@@ -147,6 +159,7 @@ func next(errs *[]error) error {
 func (w *world) Get(context.Context, string, string) (*corev1.Pod, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.gets++
 	if err := next(&w.getErr); err != nil {
 		return nil, err
 	}
@@ -156,30 +169,36 @@ func (w *world) Get(context.Context, string, string) (*corev1.Pod, error) {
 	return w.pod.DeepCopy(), nil
 }
 
-func (w *world) Patch(_ context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
+func (w *world) Patch(_ context.Context, namespace, name string, patch []byte) (string, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.patches = append(w.patches, string(patch))
 	if err := next(&w.patched); err != nil {
-		return nil, err
+		return "", err
 	}
-	var p struct {
-		Metadata struct{ Annotations map[string]string }
-	}
+	var p struct{ Metadata metav1.ObjectMeta }
 	if err := json.Unmarshal(patch, &p); err != nil {
-		return nil, err
+		return "", err
+	}
+	switch {
+	case w.pod == nil:
+		return "", apierrors.NewNotFound(resource, "cart")
+	case w.pod.UID != p.Metadata.UID:
+		return "", apierrors.NewInvalid(schema.GroupKind{Kind: "Pod"}, "cart", nil)
+	case w.pod.ResourceVersion != p.Metadata.ResourceVersion:
+		return "", apierrors.NewConflict(resource, "cart", errors.New("changed"))
 	}
 	w.pod = w.pod.DeepCopy()
 	w.pod.Annotations = p.Metadata.Annotations
 	w.pod.ResourceVersion += "1"
-	return w.pod, nil
+	return w.pod.ResourceVersion, nil
 }
 
-func (w *world) PatchStatus(_ context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
+func (w *world) PatchStatus(_ context.Context, namespace, name string, patch []byte) (string, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.patches = append(w.patches, "status "+string(patch))
-	return w.pod, next(&w.status)
+	return w.pod.ResourceVersion, next(&w.status)
 }
 
 func (w *world) Enqueue(m bus.Msg) error {
@@ -474,11 +493,144 @@ func TestHandleChanged(t *testing.T) {
 				t.Errorf("%d patches, want %d", len(w.patches), tt.patches)
 			}
 			// Only a mark that was refused for good, and is nowhere, gives its right back.
-			if got, want := slices.Contains(w.claims, "release boot-1-2"), strings.HasPrefix(tt.name, "refused for good"); got != want {
+			if got, want := slices.Contains(w.claims, "release boot-1-2"), strings.HasPrefix(tt.name, "refused for good") || tt.name == "gone at the last moment"; got != want {
 				t.Errorf("released: %v, want %v", got, want)
 			}
 		})
 	}
+}
+
+// The state that the watch has delivered serves for the first patch. What has changed since is read, and decided again.
+func TestHandleWatched(t *testing.T) {
+	for _, tt := range []struct {
+		name          string
+		change        func(w *world)
+		want          string
+		gets, patches int
+		claims        string
+	}{
+		{"as watched", func(*world) {}, "annotated/marked", 0, 1, "claim"},
+		{"changed since", func(w *world) { w.pod.ResourceVersion = "8" }, "annotated/marked", 1, 2, "claim"},
+		{"opted out since", func(w *world) {
+			w.pod.ResourceVersion, w.pod.Annotations = "8", map[string]string{"oom-tracer.alpha.kubernetes.io/opt-out": ""}
+		}, "skipped/opt_out", 1, 1, "claim release"},
+		{"marked since", func(w *world) {
+			w.pod.ResourceVersion, w.pod.Annotations = "8", map[string]string{key: "true"}
+		}, "skipped/already", 1, 1, "claim release"},
+		{"marked since for this kill", func(w *world) {
+			w.pod.ResourceVersion, w.pod.Annotations = "8", map[string]string{key: "true", w.Marker.Terms.Summary: `{"event":"boot-1-2"}`}
+		}, "annotated/marked", 1, 1, "claim"},
+		{"reborn since", func(w *world) { w.pod.UID = "uid-2" }, "skipped/reborn", 1, 1, "claim release"},
+		{"gone since", func(w *world) { w.pod = nil }, "skipped/gone", 0, 1, "claim release"},
+		{"gone since, and an earlier attempt had the claim", func(w *world) { w.pod, w.granted = nil, true }, "skipped/gone", 0, 1, "claim"},
+		{"others of the owner were marked", func(w *world) { w.contested = true }, "annotated/marked", 1, 1, "claim claim"},
+		{"others of the owner were marked, and so was this one", func(w *world) {
+			w.contested, w.pod.ResourceVersion, w.pod.Annotations = true, "8", map[string]string{key: "true"}
+		}, "skipped/already", 1, 0, "claim"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld()
+			w.watched = "7"
+			var after *pods.Pod
+			w.Marker.Patched = func(_, p *pods.Pod) { after = p }
+			tt.change(w)
+			w.want(t, w.handle(t, kill()), tt.want, "ack")
+			var claims []string
+			for _, claim := range w.claims {
+				if act, _, ok := strings.Cut(claim, " boot-1-2"); ok {
+					claims = append(claims, act)
+				} else {
+					claims = append(claims, "claim")
+				}
+			}
+			if got := strings.Join(claims, " "); w.gets != tt.gets || len(w.patches) != tt.patches || got != tt.claims {
+				t.Errorf("%d reads, %d patches, %q; want %d, %d, %q", w.gets, len(w.patches), got, tt.gets, tt.patches, tt.claims)
+			}
+			// What is noted of a patch is what the watch will deliver.
+			if wrote := tt.want == "annotated/marked" && tt.name != "marked since for this kill"; wrote != (after != nil) {
+				t.Fatalf("noted %+v", after)
+			} else if wrote {
+				want := w.Marker.Terms.Read(w.pod)
+				if diff := cmp.Diff(want, after); diff != "" {
+					t.Errorf("noted after the patch (-watched +noted):\n%s", diff)
+				}
+			}
+		})
+	}
+}
+
+// The first kill of a pod does not wait behind further kills in others: while the API server answers none of the marks of one pod,
+// those of other pods are made, in their order, however many kills in the first one come before them.
+func TestHandleFirstKills(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		w.InFlight = NewInFlight(2)
+		api := &slowFirst{world: w, answer: make(chan struct{})}
+		w.Marker.API = api
+		store := pods.NewStore(time.Minute)
+		w.Finder, w.Marker.Patched = store, store.Patched
+		for _, name := range []string{"first", "second", "third", "fourth"} {
+			store.Set(&pods.Pod{Namespace: "shop", Name: name, UID: "uid-" + name, ResourceVersion: "7", Node: "node-1", Selected: true})
+		}
+		var handled sync.WaitGroup
+		kills := 0
+		begin := func(pod string, to *worker) {
+			e := kill()
+			kills++
+			e.ID, e.Container.PodUID = fmt.Sprint("boot-1-", kills), "uid-"+pod
+			data, _ := json.Marshal(e)
+			subject, _ := e.Subject()
+			handled.Go(func() {
+				w.Handle(t.Context(), Message{Stored: bus.Stored{ID: "x", Subject: subject, Data: data, Seq: 9, Time: time.Unix(1000, 0)}, Attempt: 1, Acker: to})
+			})
+			synctest.Wait() // no time passes
+		}
+		var first, others worker
+		const repeats = 100
+		for range repeats {
+			begin("first", &first)
+		}
+		for _, pod := range []string{"second", "third", "fourth"} {
+			begin(pod, &others)
+		}
+		if want := []string{"first", "second", "third", "fourth"}; !slices.Equal(api.patched, want) || others.count("ack") != 3 || first.count("") != 0 {
+			t.Errorf("patched %q, want %q; %q of the others, %q of the first pod's kills", api.patched, want, others.all, first.all)
+		}
+		// The further kills are decided as soon as the first one is, without another request.
+		close(api.answer)
+		handled.Wait()
+		if first.count("ack") != repeats || len(api.patched) != 4 || w.gets != 0 {
+			t.Errorf("%d acks and %d patches, %d reads", first.count("ack"), len(api.patched), w.gets)
+		}
+		outcomes := map[event.Reason]int{}
+		for _, m := range w.out {
+			o, err := event.ParseOutcome(m.Data)
+			if err != nil {
+				t.Error(err)
+			}
+			outcomes[o.Reason]++
+		}
+		if outcomes[event.ReasonMarked] != 4 || outcomes[event.ReasonAlready] != repeats-1 {
+			t.Errorf("outcomes %v", outcomes)
+		}
+	})
+}
+
+// slowFirst answers the patch of the pod "first" when answer is closed, and those of other pods at once.
+type slowFirst struct {
+	*world
+	answer  chan struct{}
+	patched []string
+}
+
+func (s *slowFirst) Patch(_ context.Context, _, name string, _ []byte) (string, error) {
+	s.mu.Lock()
+	s.patched = append(s.patched, name)
+	s.mu.Unlock()
+	if name == "first" {
+		<-s.answer
+	}
+	return "8", nil
 }
 
 // A node's clock that is ahead makes no mark from the future.
@@ -516,11 +668,18 @@ func TestHandleInFlight(t *testing.T) {
 			})
 		}
 		var acting, more, none worker
+		begun := 0
+		inPod := func() *event.Event { // of its own
+			begun++
+			e := kill()
+			e.Container.PodUID = fmt.Sprint("uid-", begun)
+			return e
+		}
 		for range using + using*QueueFactor {
-			begin(kill(), &acting)
+			begin(inPod(), &acting)
 		}
 		synctest.Wait()
-		begin(kill(), &more)
+		begin(inPod(), &more)
 		e := kill()
 		e.Limit.Level = event.LevelContainer
 		for range 100 {

@@ -65,7 +65,7 @@ func NewMetrics(registerer prometheus.Registerer, maxWorkloads int) *Metrics {
 	for stage, reasons := range map[string][]string{
 		"observed":   {"kill"},
 		"identified": {"pod", "gone", "host", "not_found", "refused"},
-		"skipped":    {"wait_pod", "wait_container", "wait_turn", repeatedReason},
+		"skipped":    {"wait_pod", "wait_container", "wait_mark", "wait_turn", repeatedReason},
 		"error":      {"publish", "dropped", clockReason}, // and those of failed outcomes, below
 	} {
 		for _, reason := range reasons {

@@ -3,7 +3,7 @@
 //
 // Rule of the package: a claim that was refused stays refused, however often the kill is delivered again. The window of a claim
 // begins before the time of its kill, not before the present: the number of marks since then never goes down. The exception is a
-// mark that the API server refused permanently: it does not count any more.
+// mark that was certainly not made, because the API server refused it or the pod had changed: it does not count any more.
 package budget
 
 import (
@@ -35,8 +35,8 @@ type Pause struct {
 	Until *time.Time `json:"until,omitempty"`
 }
 
-// Mark is the right to mark one pod, for one kill. The outcome of the kill says whether it was used. A right that was not used
-// because the pod was gone still counts; one whose patch was refused permanently is returned.
+// Mark is the right to mark one pod, for one kill. The outcome of the kill says whether it was used. A right that was certainly not
+// used is returned.
 type Mark struct {
 	Kill string `json:"kill"` // event.Event's ID
 	Node string `json:"node"`
@@ -72,6 +72,17 @@ type Refusal string
 func (s *State) Claim(limits config.Budgets, m Mark, killed time.Time, keep time.Duration) Refusal {
 	_, refusal := s.claim(limits, m, killed, keep)
 	return refusal
+}
+
+// contested reports whether another kill has the right to mark a pod of the same owner on the same node, and this one has not.
+func (s *State) contested(r Request) (found bool) {
+	for _, had := range s.Marks {
+		if had.Kill == r.Kill {
+			return false
+		}
+		found = found || had.Node == r.Node && had.Owner == r.Owner
+	}
+	return found
 }
 
 // claim also reports whether it changed the state.

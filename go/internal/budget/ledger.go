@@ -1,6 +1,7 @@
 package budget
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -34,37 +35,61 @@ type Ledger struct {
 	Now    func() time.Time
 
 	mu sync.Mutex // one at a time: the goroutines of one process need not compete
+	// The value that Claim made last, and its encoding: mostly the one that the next Claim begins with.
+	state State
+	data  []byte
 }
 
-// Verdict is the answer to a claim. The zero value grants it.
+// Verdict is the answer to a claim.
 type Verdict struct {
 	Paused  *Pause
 	Refusal Refusal
+	// Contested: pods of this owner on this node were marked for other kills, and the pod may be one of them. Read it, and claim again.
+	Contested bool
+	New       bool // granted, and not before
+}
+
+// Granted reports whether the pod may be marked.
+func (v Verdict) Granted() bool { return v.Paused == nil && v.Refusal == "" && !v.Contested }
+
+// Request is a claim of the right to mark a pod.
+type Request struct {
+	Kill, Node, Owner string
+	Killed            time.Time
+	// Read: the pod was read after its kill. What the watch shows may be from before another kill's mark, and a claim for a marked
+	// pod would take the place of another pod.
+	Read bool
 }
 
 // Claim claims the right to mark a pod for a kill. Claiming it again, here or in another process, gives the same right. An error
 // gives none.
-func (l *Ledger) Claim(ctx context.Context, kill, node, owner string, killed time.Time) (v Verdict, err error) {
+func (l *Ledger) Claim(ctx context.Context, r Request) (v Verdict, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	err = l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
 		v = Verdict{}
-		s, err := Parse(data)
-		if err != nil {
-			return nil, err
+		s := l.state
+		if len(data) == 0 || !bytes.Equal(data, l.data) {
+			var err error
+			if s, err = Parse(data); err != nil {
+				return nil, err
+			}
 		}
 		now := l.Now().UTC()
 		if v.Paused = s.Paused(now); v.Paused != nil {
 			return nil, nil
 		}
-		var changed bool
-		if changed, v.Refusal = s.claim(l.Limits, Mark{kill, node, owner, now}, killed, l.Keep); !changed {
+		if v.Contested = !r.Read && s.contested(r); v.Contested {
+			return nil, nil
+		}
+		if v.New, v.Refusal = s.claim(l.Limits, Mark{r.Kill, r.Node, r.Owner, now}, r.Killed, l.Keep); !v.New {
 			return nil, nil
 		}
 		value, err := json.Marshal(&s)
 		if len(value) > maxClaims {
 			return nil, fmt.Errorf("the state with %d marks has %d bytes, the maximum is %d", len(s.Marks), len(value), maxClaims)
 		}
+		l.state, l.data = s, value
 		return value, err
 	})
 	if err != nil {
@@ -127,7 +152,7 @@ type Revision struct {
 // Restore stores the newest valid revision, and returns it. If the current state is valid, nothing is changed, and valid is true.
 func (l *Ledger) Restore(ctx context.Context, newestFirst []Revision) (from *Revision, valid bool, err error) {
 	err = l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
-		from = nil
+		from, valid = nil, false
 		if _, err := Parse(data); err == nil {
 			valid = true
 			return nil, nil

@@ -68,11 +68,11 @@ func TestLedgerRace(t *testing.T) {
 		wg.Go(func() {
 			for i := range tries {
 				kill := fmt.Sprintf("kill-%d-%d", w, i)
-				v, err := all[(w+i)%len(all)].Claim(t.Context(), kill, "node", "owner", time.Now())
+				v, err := all[(w+i)%len(all)].Claim(t.Context(), budget.Request{Kill: kill, Node: "node", Owner: "owner", Killed: time.Now(), Read: true})
 				if err != nil {
 					t.Error(err)
 				}
-				if v == (budget.Verdict{}) {
+				if v.Granted() {
 					granted.Store(kill, true)
 				}
 			}
@@ -82,8 +82,8 @@ func TestLedgerRace(t *testing.T) {
 	count := 0
 	granted.Range(func(kill, _ any) bool {
 		count++
-		v, err := all[0].Claim(t.Context(), kill.(string), "node", "owner", time.Now())
-		if err != nil || v != (budget.Verdict{}) {
+		v, err := all[0].Claim(t.Context(), budget.Request{Kill: kill.(string), Node: "node", Owner: "owner", Killed: time.Now(), Read: true})
+		if err != nil || !v.Granted() {
 			t.Errorf("%s claimed again: %+v, %v", kill, v, err)
 		}
 		return true
@@ -102,7 +102,7 @@ func TestLedgerRelease(t *testing.T) {
 	all := ledgers(t, 2, config.Budgets{Window: time.Hour, Cluster: 1})
 	claim := func(kill, want string) {
 		t.Helper()
-		v, err := all[0].Claim(t.Context(), kill, "node", "owner", time.Now())
+		v, err := all[0].Claim(t.Context(), budget.Request{Kill: kill, Node: "node", Owner: "owner", Killed: time.Now(), Read: true})
 		if err != nil || string(v.Refusal) != want {
 			t.Errorf("%s: %q, %v; want %q", kill, v.Refusal, err, want)
 		}
@@ -131,14 +131,14 @@ func TestLedgerPause(t *testing.T) {
 		wg.Go(func() {
 			for i := 0; ctx.Err() == nil; i++ {
 				was := paused.Load() // before the claim begins
-				v, err := all[w%2].Claim(t.Context(), fmt.Sprintf("kill-%d-%d", w, i), "node", "owner", time.Now())
+				v, err := all[w%2].Claim(t.Context(), budget.Request{Kill: fmt.Sprintf("kill-%d-%d", w, i), Node: "node", Owner: "owner", Killed: time.Now(), Read: true})
 				switch {
 				case err != nil:
 					t.Error(err)
 					return
-				case v == (budget.Verdict{}) && was:
+				case v.Granted() && was:
 					after.Add(1)
-				case v == (budget.Verdict{}):
+				case v.Granted():
 					before.Add(1)
 				}
 			}
@@ -165,7 +165,7 @@ func TestLedgerPause(t *testing.T) {
 	if was, err := all[2].SetPause(t.Context(), nil); err != nil || was == nil || was.Reason != "x" {
 		t.Errorf("%v, %v", was, err)
 	}
-	if v, err := all[0].Claim(t.Context(), "last", "node", "owner", time.Now()); err != nil || v != (budget.Verdict{}) {
+	if v, err := all[0].Claim(t.Context(), budget.Request{Kill: "last", Node: "node", Owner: "owner", Killed: time.Now(), Read: true}); err != nil || !v.Granted() {
 		t.Errorf("%+v, %v", v, err)
 	}
 }
@@ -191,13 +191,44 @@ func TestLedgerSize(t *testing.T) {
 		err = l.Entry.Update(t.Context(), func([]byte) ([]byte, error) { return data, nil })
 		if err == nil {
 			var v budget.Verdict
-			if v, err = l.Claim(t.Context(), "last", "node", "owner", now); v != (budget.Verdict{}) {
+			if v, err = l.Claim(t.Context(), budget.Request{Kill: "last", Node: "node", Owner: "owner", Killed: now, Read: true}); !v.Granted() {
 				t.Errorf("%+v", v)
 			}
 		}
 		if (err == nil) != tt.fits {
 			t.Errorf("names of %d: %v", tt.length, err)
 		}
+	}
+}
+
+// Where a pod of the same owner on the node was marked, a claim needs the pod to be read; and what one process returned or claimed,
+// another one sees at its next claim.
+func TestLedgerContested(t *testing.T) {
+	all := ledgers(t, 2, config.Budgets{Window: time.Hour, Cluster: 3})
+	for i, step := range []struct {
+		ledger      int
+		kill, owner string
+		read        bool
+		want        budget.Verdict
+	}{
+		{0, "1", "a", false, budget.Verdict{New: true}},
+		{1, "2", "a", false, budget.Verdict{Contested: true}},
+		{1, "1", "a", false, budget.Verdict{}}, // delivered again, to another process
+		{1, "2", "a", true, budget.Verdict{New: true}},
+		{0, "2", "a", false, budget.Verdict{}},
+		{0, "3", "b", false, budget.Verdict{New: true}},
+		{1, "4", "c", false, budget.Verdict{Refusal: "cluster: 3 of 3 within 1h0m0s"}},
+	} {
+		v, err := all[step.ledger].Claim(t.Context(), budget.Request{Kill: step.kill, Node: "node", Owner: step.owner, Killed: time.Now(), Read: step.read})
+		if err != nil || v != step.want {
+			t.Errorf("step %d: %+v, %v, want %+v", i, v, err, step.want)
+		}
+	}
+	if err := all[0].Release(t.Context(), "3"); err != nil {
+		t.Fatal(err)
+	}
+	if v, err := all[1].Claim(t.Context(), budget.Request{Kill: "4", Node: "node", Owner: "c", Killed: time.Now()}); err != nil || !v.New {
+		t.Errorf("after a return: %+v, %v", v, err)
 	}
 }
 
@@ -209,8 +240,8 @@ func TestLedgerRefused(t *testing.T) {
 	l := &budget.Ledger{Entry: entry, Limits: config.Budgets{Window: time.Hour, Cluster: 2}, Keep: time.Minute, Now: time.Now}
 	claim := func(kill string, granted bool, want error) {
 		t.Helper()
-		v, err := l.Claim(t.Context(), kill, "node", "owner", time.Now())
-		if !errors.Is(err, want) || err == nil && (v == budget.Verdict{}) != granted {
+		v, err := l.Claim(t.Context(), budget.Request{Kill: kill, Node: "node", Owner: "owner", Killed: time.Now(), Read: true})
+		if !errors.Is(err, want) || err == nil && v.Granted() != granted {
 			t.Errorf("%s: %+v, %v, want %t, %v", kill, v, err, granted, want)
 		}
 	}

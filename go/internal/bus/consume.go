@@ -31,6 +31,9 @@ const (
 	// returnTime.
 	handlerGrace = 1500 * time.Millisecond
 	returnTime   = 500 * time.Millisecond
+	// maxFinished is how many messages are kept that were acknowledged. The server delivers again what was pulled and waited here for longer
+	// than ackWait.
+	maxFinished = 4096
 )
 
 // ConsumeOptions configure a consumer.
@@ -57,13 +60,16 @@ type Delivery struct {
 // Consumer calls a function with the messages of [event.StreamName], each until it is acknowledged, across reconnects and
 // restarts of the server. The server keeps the position, so that another process continues where this one ends.
 //
-// A message is delivered again after its ack if the ack is lost. One Consumer never has two deliveries of a message at a time.
+// One Consumer never has two deliveries of a message at a time. A message that is delivered again after its ack is acknowledged again. It is
+// handled again only if another process gets it, or maxFinished others were acknowledged since.
 type Consumer struct {
 	conn *Conn
 	o    ConsumeOptions
 
 	mu         sync.Mutex
 	pending    map[uint64]*Delivery // without ack, by Stored.Seq
+	finished   map[uint64]time.Time // the last ones with ack: Stored.Time by Stored.Seq
+	order      []uint64             // the keys of finished, the oldest first
 	numPending uint64               // messages that the server had not delivered yet, at the last delivery
 	failing    error
 	consumed   bool  // the stream existed
@@ -75,7 +81,7 @@ func NewConsumer(c *Conn, o ConsumeOptions) (*Consumer, error) {
 	if o.Name == "" || strings.ContainsAny(o.Name, " .*>/\\\t\r\n") || o.Workers < 1 {
 		return nil, fmt.Errorf("make consumer %q: the name must have no dots, spaces or wildcards, and at least one worker is needed", o.Name)
 	}
-	return &Consumer{conn: c, o: o, pending: map[uint64]*Delivery{}, failing: errors.New("not started")}, nil
+	return &Consumer{conn: c, o: o, pending: map[uint64]*Delivery{}, finished: map[uint64]time.Time{}, failing: errors.New("not started")}, nil
 }
 
 // Failing returns why messages cannot be consumed or acknowledged now, and nil if they can.
@@ -257,7 +263,8 @@ func (c *Consumer) returnPulled(messages jetstream.MessagesContext) {
 	}
 }
 
-// take makes a Delivery of a message. It returns nil if the message is already in progress here, and the server did not know.
+// take makes a Delivery of a message. It returns nil if the message is already in progress here, or was acknowledged, and the server did
+// not know.
 func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	meta, err := m.Metadata()
 	if err != nil {
@@ -272,6 +279,9 @@ func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 			return nil, nil
 		}
 		// The stream was created again, and its sequences begin again.
+	}
+	if stored, ok := c.finished[d.Seq]; ok && stored.Equal(d.Time) {
+		return nil, m.Ack()
 	}
 	c.pending[d.Seq] = d
 	return d, nil
@@ -331,6 +341,13 @@ func (d *Delivery) finish(kind string, send func() error) {
 	open := c.pending[d.Seq] == d
 	if open {
 		delete(c.pending, d.Seq)
+	}
+	if open && kind != "nak" {
+		c.finished[d.Seq] = d.Time
+		if c.order = append(c.order, d.Seq); len(c.order) > maxFinished {
+			delete(c.finished, c.order[0])
+			c.order = c.order[1:]
+		}
 	}
 	c.mu.Unlock()
 	if !open {

@@ -285,7 +285,7 @@ func TestConsumeRelease(t *testing.T) {
 	waitSettled(ctx, t, c)
 }
 
-// A message that takes longer than the server's patience does not come a second time.
+// Messages that take longer than the server's patience, and those that were pulled meanwhile, do not come a second time.
 func TestConsumeLong(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes as long as the server waits for an acknowledgement: 30 s")
@@ -296,17 +296,24 @@ func TestConsumeLong(t *testing.T) {
 	c := connect(ctx, t, cfg, bus.Options{}, log)
 	check(t, bus.EnsureStreams(ctx, c, streamConfig))
 	seen := newHandled()
-	held := make(chan *bus.Delivery, 10)
-	consume(t, c, 2, func(_ context.Context, d *bus.Delivery) { seen.note(d); held <- d })
-	p, _ := publisher(t, c, 10, bus.Hooks{}, log)
-	enqueue(t, p, 0, 1)
-	seen.wait(ctx, t, 1)
+	hang := make(chan struct{})
+	const workers, messages = 2, 20
+	consume(t, c, workers, func(_ context.Context, d *bus.Delivery) {
+		seen.note(d)
+		<-hang
+		d.Ack()
+	})
+	p, _ := publisher(t, c, messages, bus.Hooks{}, log)
+	enqueue(t, p, 0, messages)
+	seen.wait(ctx, t, workers)
 	time.Sleep(35 * time.Second)
-	if n := seen.count(message(t, 0).ID); n != 1 {
-		t.Errorf("it came %d times", n)
-	}
-	(<-held).Ack()
+	close(hang)
 	waitSettled(ctx, t, c)
+	for i := range messages {
+		if n := seen.count(message(t, i).ID); n != 1 {
+			t.Errorf("message %d came %d times", i, n)
+		}
+	}
 }
 
 // These permissions are all that a consumer needs, and a missing permission to pull is reported.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -21,76 +22,114 @@ const (
 	updateTries = 100 // of Update, while others change the entry at the same time
 )
 
-// KVEntry is one entry of the bucket, changed by compare-and-set.
+// KVEntry is one entry of the bucket, changed by compare-and-set. Its methods may be called from any goroutine.
 type KVEntry struct {
 	conn *Conn
 	key  string
+
+	mu    sync.Mutex
+	known *revision // that Update read or wrote last; nil: none
+}
+
+// revision is a value of an entry. It must not be changed.
+type revision struct {
+	data   []byte
+	number uint64 // 0: there was no value
+	kv     jetstream.KeyValue
 }
 
 // KVEntry returns the entry of a key. Nothing is requested from the server.
-func (c *Conn) KVEntry(key string) *KVEntry { return &KVEntry{c, key} }
+func (c *Conn) KVEntry(key string) *KVEntry { return &KVEntry{conn: c, key: key} }
 
 // Load reads the value: nil if there is none. It may miss a value that was stored a moment ago, if another server of the cluster
 // answers.
 //
 // Load waits for a connection until ctx ends. Its error wraps jetstream.ErrBucketNotFound if EnsureStreams was not called.
 func (e *KVEntry) Load(ctx context.Context) ([]byte, error) {
-	data, _, _, err := e.load(ctx)
-	return data, err
+	r, err := e.load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return r.data, nil
 }
 
-func (e *KVEntry) load(ctx context.Context) (data []byte, revision uint64, kv jetstream.KeyValue, err error) {
+func (e *KVEntry) load(ctx context.Context) (*revision, error) {
+	r := &revision{}
 	// Both requests name the stream at the end of their subjects.
-	err = e.conn.call(ctx, "$JS.API.", func(ctx context.Context) error {
-		if kv, err = e.conn.js.KeyValue(ctx, BucketName); err != nil {
+	err := e.conn.call(ctx, "$JS.API.", func(ctx context.Context) (err error) {
+		if r.kv, err = e.conn.js.KeyValue(ctx, BucketName); err != nil {
 			return err
 		}
-		entry, err := kv.Get(ctx, e.key)
+		entry, err := r.kv.Get(ctx, e.key)
 		if errors.Is(err, jetstream.ErrKeyNotFound) {
 			return nil
 		}
 		if err == nil {
-			data, revision = entry.Value(), entry.Revision()
+			r.data, r.number = entry.Value(), entry.Revision()
 		}
 		return err
 	})
 	if err != nil {
-		return nil, 0, nil, fmt.Errorf("read %s of bucket %s: %w", e.key, BucketName, err)
+		return nil, fmt.Errorf("read %s of bucket %s: %w", e.key, BucketName, err)
 	}
-	return data, revision, kv, nil
+	return r, nil
 }
 
 // Update calls change with the newest value, and stores what it returns. It begins again if the entry was changed meanwhile. If
 // change returns nil, or an error, nothing is stored; Update returns the error as it is.
 //
+// The first value is the one that this KVEntry stored or read last, so that mostly one request suffices: the server refuses to
+// replace a newer one. If change wants nothing stored, it is called again with a value that was read.
+//
 // After any other error, the value may have been stored.
 func (e *KVEntry) Update(ctx context.Context, change func([]byte) ([]byte, error)) error {
+	e.mu.Lock()
+	now := e.known
+	e.mu.Unlock()
 	for try := 1; ; try++ {
-		data, revision, kv, err := e.load(ctx)
-		if err != nil {
-			return err
+		read := now == nil || try > 1
+		if read {
+			var err error
+			if now, err = e.load(ctx); err != nil {
+				return err
+			}
 		}
-		value, err := change(data)
+		value, err := change(now.data)
+		if !read && (err != nil || value == nil) {
+			continue
+		}
 		if err != nil || value == nil {
+			e.know(now)
 			return err
 		}
-		err = e.conn.call(ctx, "$KV."+BucketName+".", func(ctx context.Context) error {
-			if revision == 0 {
-				_, err = kv.Create(ctx, e.key, value)
+		next := &revision{data: value, kv: now.kv}
+		err = e.conn.call(ctx, "$KV."+BucketName+".", func(ctx context.Context) (err error) {
+			if now.number == 0 {
+				next.number, err = now.kv.Create(ctx, e.key, value)
 			} else {
-				_, err = kv.Update(ctx, e.key, value, revision)
+				next.number, err = now.kv.Update(ctx, e.key, value, now.number)
 			}
 			return err
 		})
 		changed := errors.Is(err, jetstream.ErrKeyExists) || errors.Is(err, jetstream.ErrKeyRevisionMismatch)
 		switch {
 		case err == nil:
+			e.know(next)
 			return nil
 		case !changed || try == updateTries:
+			e.know(nil)
 			return fmt.Errorf("write %s of bucket %s: %w", e.key, BucketName, err)
+		case !read:
+			continue
 		}
 		sleep(ctx, rand.N(time.Duration(min(try, 20))*time.Millisecond))
 	}
+}
+
+func (e *KVEntry) know(r *revision) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.known = r
 }
 
 // History reads the revisions that the bucket still has, the newest first. Removals are not revisions.

@@ -159,7 +159,7 @@ func TestLedgerReplicas(t *testing.T) {
 	}
 	const kills = 40
 	claim := func(l *budget.Ledger, i int) bool {
-		v, err := l.Claim(ctx, fmt.Sprint("kill-", i), fmt.Sprint("node-", i), fmt.Sprint("owner-", i), start)
+		v, err := l.Claim(ctx, budget.Request{Kill: fmt.Sprint("kill-", i), Node: fmt.Sprint("node-", i), Owner: fmt.Sprint("owner-", i), Killed: start, Read: true})
 		if err != nil {
 			t.Error(err)
 		}
@@ -194,7 +194,7 @@ func TestLedgerReplicas(t *testing.T) {
 		}
 	}
 	// New ones find room when the window is over.
-	v, err := ledgers[0].Claim(ctx, "later", "node", "owner", now())
+	v, err := ledgers[0].Claim(ctx, budget.Request{Kill: "later", Node: "node", Owner: "owner", Killed: now(), Read: true})
 	if err != nil || v.Refusal != "" {
 		t.Errorf("after the window: %+v, %v", v, err)
 	}
@@ -220,11 +220,11 @@ func TestLedgerPause(t *testing.T) {
 				for i := 0; stop.Err() == nil; i++ {
 					before := paused.Load()
 					id := fmt.Sprintf("%d-%d-%d", round, worker, i)
-					v, err := l.Claim(ctx, id, id, id, time.Now())
+					v, err := l.Claim(ctx, budget.Request{Kill: id, Node: id, Owner: id, Killed: time.Now(), Read: true})
 					switch {
 					case err != nil && !strings.Contains(err.Error(), "wrong last sequence"):
 						t.Error(err)
-					case err == nil && v == (budget.Verdict{}):
+					case err == nil && v.Granted():
 						granted.Add(1)
 						if before {
 							late.Add(1)
@@ -284,11 +284,11 @@ func TestLedgerSize(t *testing.T) {
 	}
 	l := ledger(c, config.Budgets{Window: time.Hour, Cluster: 10000}, func() time.Time { return now })
 	fill(999)
-	if v, err := l.Claim(ctx, "k", strings.Repeat("m", 253), strings.Repeat("o", 320), now); err != nil || v != (budget.Verdict{}) {
+	if v, err := l.Claim(ctx, budget.Request{Kill: "k", Node: strings.Repeat("m", 253), Owner: strings.Repeat("o", 320), Killed: now, Read: true}); err != nil || !v.Granted() {
 		t.Errorf("the thousandth: %+v, %v", v, err)
 	}
 	fill(1390)
-	_, err := l.Claim(ctx, "k", "m", "o", now)
+	_, err := l.Claim(ctx, budget.Request{Kill: "k", Node: "m", Owner: "o", Killed: now, Read: true})
 	wantError(t, err, "claim a mark", "the state with 1391 marks has", "bytes, the maximum is")
 	if _, err := l.SetPause(ctx, &budget.Pause{Reason: strings.Repeat("r", 256), By: "me", Since: now}); err != nil {
 		t.Errorf("a pause: %v", err)

@@ -12,7 +12,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	dto "github.com/prometheus/client_model/go"
@@ -137,12 +136,16 @@ type exposed map[string]*dto.MetricFamily
 
 func parseMetrics(t *testing.T, r io.Reader) exposed {
 	t.Helper()
-	parser := expfmt.NewTextParser(model.UTF8Validation)
-	families, err := parser.TextToMetricFamilies(r)
+	families, err := readMetrics(r)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return families
+}
+
+func readMetrics(r io.Reader) (exposed, error) {
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	return parser.TextToMetricFamilies(r)
 }
 
 // has reports whether there is a series with that label, and that value if it is not "".
@@ -166,57 +169,44 @@ func (e exposed) has(metric, label, value string) bool {
 	return false
 }
 
-// scrapeAnnotator runs the real annotator against a real API server and NATS, and reads its metrics.
-func scrapeAnnotator(t *testing.T) exposed {
+// startAnnotator runs the real annotator until the test ends, and returns the address of its metrics. With the rendered role, policy and
+// permissions of NATS it has all it needs.
+func startAnnotator(t *testing.T, s *servers, c *kubetest.Cluster) (address string) {
 	t.Helper()
-	c := kubetest.Start(t)
-	s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml")
-	listen := freeAddr(t)
+	address = freeAddr(t)
 	text, err := os.ReadFile(s.config("annotator"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	file := filepath.Join(t.TempDir(), "config.yaml")
-	if err := os.WriteFile(file, []byte(replaced(t, true, string(text), "listen: :9106", fmt.Sprintf("listen: %q", listen))), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(replaced(t, true, string(text), "listen: :9106", fmt.Sprintf("listen: %q", address))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(oomtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator()))
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	read := func(path string) (*http.Response, error) {
-		resp, err := http.Get("http://" + listen + path)
-		if err == nil && resp.StatusCode != http.StatusOK {
-			body, _ := io.ReadAll(resp.Body)
-			resp.Body.Close()
-			err = fmt.Errorf("%s: %s", resp.Status, body)
-		}
-		return resp, err
-	}
-	// With the rendered role, policy and permissions of NATS it has all it needs.
+	startLogged(t, exec.Command(oomtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator())))
 	eventually(t, "the annotator is ready", func() error {
-		resp, err := read("/readyz")
-		if err == nil {
-			resp.Body.Close()
-		}
-		return err
-	})
-	var metrics exposed
-	eventually(t, "the budgets are read from NATS", func() error {
-		resp, err := read("/metrics")
+		resp, err := http.Get("http://" + address + "/readyz")
 		if err != nil {
 			return err
 		}
 		defer resp.Body.Close()
-		if metrics = parseMetrics(t, resp.Body); !metrics.has("oom_tracer_paused", "", "") {
-			return fmt.Errorf("they are not")
+		if body, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s: %s", resp.Status, body)
 		}
 		return nil
+	})
+	return address
+}
+
+// scrapeAnnotator reads the metrics of the real annotator.
+func scrapeAnnotator(t *testing.T) exposed {
+	t.Helper()
+	address := startAnnotator(t, startServers(t, "--values", root+"/deploy/examples/single-node.yaml"), kubetest.Start(t))
+	var metrics exposed
+	eventually(t, "the budgets are read from NATS", func() (err error) {
+		if metrics, err = scrape(address); err == nil && !metrics.has("oom_tracer_paused", "", "") {
+			err = fmt.Errorf("they are not")
+		}
+		return err
 	})
 	return metrics
 }

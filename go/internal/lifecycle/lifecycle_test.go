@@ -75,18 +75,18 @@ func (c *cluster) Get(context.Context, string, string) (*corev1.Pod, error) {
 	return c.pod.DeepCopy(), nil
 }
 
-func (c *cluster) Patch(_ context.Context, _, _ string, patch []byte) (*corev1.Pod, error) {
+func (c *cluster) Patch(_ context.Context, _, _ string, patch []byte) (string, error) {
 	c.patches = append(c.patches, string(patch))
 	var p struct{ Metadata metav1.ObjectMeta }
 	c.pod = c.pod.DeepCopy()
 	err := json.Unmarshal(patch, &p)
 	c.pod.Annotations = p.Metadata.Annotations
-	return c.pod, err
+	return c.pod.ResourceVersion, err
 }
 
-func (c *cluster) PatchStatus(_ context.Context, _, _ string, patch []byte) (*corev1.Pod, error) {
+func (c *cluster) PatchStatus(_ context.Context, _, _ string, patch []byte) (string, error) {
 	c.patches = append(c.patches, "status "+string(patch))
-	return c.pod, nil
+	return c.pod.ResourceVersion, nil
 }
 
 func (c *cluster) list(_ context.Context, namespace, uid, reason string) ([]corev1.Event, error) {

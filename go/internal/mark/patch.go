@@ -21,7 +21,7 @@ const (
 )
 
 // annotationPatch is the JSON merge patch that marks a pod.
-func (m *Marker) annotationPatch(e *event.Event, p *pods.Pod, resourceVersion string) ([]byte, error) {
+func (m *Marker) annotationPatch(e *event.Event, p *pods.Pod) ([]byte, error) {
 	key, value := m.Policy.Mark()
 	s := pods.Summary{
 		Event: e.ID, Annotation: key, Time: e.Time, Scope: string(e.Scope), Level: string(e.Limit.Level),
@@ -39,13 +39,13 @@ func (m *Marker) annotationPatch(e *event.Event, p *pods.Pod, resourceVersion st
 	if p.Mark != nil && p.Mark.Annotation != "" {
 		annotations[p.Mark.Annotation] = nil // set by another configuration; the new summary does not name it
 	}
-	return metadataPatch(p.UID, resourceVersion, annotations)
+	return metadataPatch(p, annotations)
 }
 
 // metadataPatch is a JSON merge patch of annotations, for one state of one pod.
-func metadataPatch(uid, resourceVersion string, annotations map[string]any) ([]byte, error) {
+func metadataPatch(p *pods.Pod, annotations map[string]any) ([]byte, error) {
 	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{
-		"uid": uid, "resourceVersion": resourceVersion, "annotations": annotations,
+		"uid": p.UID, "resourceVersion": p.ResourceVersion, "annotations": annotations,
 	}})
 	if err != nil {
 		return nil, fmt.Errorf("encode patch: %w", err)
@@ -67,14 +67,13 @@ func (m *Marker) noCondition() map[string]any {
 }
 
 // patchCondition applies a strategic merge patch of one condition to one state of one pod.
-func (m *Marker) patchCondition(ctx context.Context, read *corev1.Pod, condition map[string]any) error {
+func (m *Marker) patchCondition(ctx context.Context, p *pods.Pod, condition map[string]any) (version string, err error) {
 	patch, err := json.Marshal(map[string]any{
-		"metadata": map[string]any{"uid": read.UID, "resourceVersion": read.ResourceVersion},
+		"metadata": map[string]any{"uid": p.UID, "resourceVersion": p.ResourceVersion},
 		"status":   map[string]any{"conditions": []any{condition}},
 	})
 	if err != nil {
-		return fmt.Errorf("encode patch of a condition: %w", err)
+		return "", fmt.Errorf("encode patch of a condition: %w", err)
 	}
-	_, err = m.API.PatchStatus(ctx, read.Namespace, read.Name, patch)
-	return err
+	return m.API.PatchStatus(ctx, p.Namespace, p.Name, patch)
 }

@@ -59,6 +59,9 @@ func NewClient(cfg *rest.Config, userAgent string, qps, burst int) (*Client, err
 	if err := corev1.AddToScheme(scheme); err != nil {
 		return nil, fmt.Errorf("make API client: %w", err)
 	}
+	if err := metav1.AddMetaToScheme(scheme); err != nil {
+		return nil, fmt.Errorf("make API client: %w", err)
+	}
 	metav1.AddToGroupVersion(scheme, corev1.SchemeGroupVersion)
 	cfg = rest.CopyConfig(cfg)
 	cfg.APIPath = "/api"
@@ -83,16 +86,27 @@ func (c *Client) Get(ctx context.Context, namespace, name string) (*corev1.Pod, 
 	return do(ctx, "get", "pods", c.rest.Get().Resource("pods").Namespace(namespace).Name(name), &corev1.Pod{})
 }
 
-// Patch applies a JSON merge patch (RFC 7386) to one pod.
-func (c *Client) Patch(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
-	r := c.rest.Patch(types.MergePatchType).Resource("pods").Namespace(namespace).Name(name).Param("fieldManager", FieldManager).Body(patch)
-	return do(ctx, "patch", "pods", r, &corev1.Pod{})
+// metadataOnly asks for the metadata of the pod that a patch has changed, and not for all of it.
+const metadataOnly = "application/vnd.kubernetes.protobuf;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+
+// Patch applies a JSON merge patch (RFC 7386) to one pod. It returns the new resourceVersion.
+func (c *Client) Patch(ctx context.Context, namespace, name string, patch []byte) (version string, err error) {
+	return patchPod(ctx, "pods", c.rest.Patch(types.MergePatchType).Resource("pods").Namespace(namespace).Name(name).Body(patch))
 }
 
-// PatchStatus applies a strategic merge patch to the status of one pod: it changes only the conditions that the patch names.
-func (c *Client) PatchStatus(ctx context.Context, namespace, name string, patch []byte) (*corev1.Pod, error) {
-	r := c.rest.Patch(types.StrategicMergePatchType).Resource("pods").SubResource("status").Namespace(namespace).Name(name).Param("fieldManager", FieldManager).Body(patch)
-	return do(ctx, "patch", "pods/status", r, &corev1.Pod{})
+// PatchStatus applies a strategic merge patch to the status of one pod: it changes only the conditions that the patch names. It returns
+// the new resourceVersion.
+func (c *Client) PatchStatus(ctx context.Context, namespace, name string, patch []byte) (version string, err error) {
+	return patchPod(ctx, "pods/status", c.rest.Patch(types.StrategicMergePatchType).Resource("pods").SubResource("status").Namespace(namespace).Name(name).Body(patch))
+}
+
+func patchPod(ctx context.Context, resource string, r *rest.Request) (version string, err error) {
+	r = r.Param("fieldManager", FieldManager).SetHeader("Accept", metadataOnly)
+	pod, err := do(ctx, "patch", resource, r, &metav1.PartialObjectMetadata{})
+	if err != nil {
+		return "", err
+	}
+	return pod.ResourceVersion, nil
 }
 
 // Events lists the Events of a reason on the pod of a UID.

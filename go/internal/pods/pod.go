@@ -42,7 +42,9 @@ const systemCriticalPriority = 2_000_000_000
 // Pod is a pod, reduced to what is needed. It must not be changed.
 type Pod struct {
 	Namespace, Name, UID string
-	Node                 string // empty: not bound yet
+	// ResourceVersion is of the state that was read. The API server refuses a patch that names an old one.
+	ResourceVersion string
+	Node            string // empty: not bound yet
 	// Hash is the UID that the kubelet gave a static pod. It is set on its mirror pod.
 	Hash       string
 	Containers []Container
@@ -128,15 +130,17 @@ type Summary struct {
 
 // Read reduces a pod.
 func (t *Terms) Read(in *corev1.Pod) *Pod {
-	both := in.Name + string(in.UID) // one allocation for each of 150,000 pods
+	all := in.Name + string(in.UID) + in.ResourceVersion // one allocation for each of 150,000 pods
+	uid, version := len(in.Name), len(in.Name)+len(in.UID)
 	p := &Pod{
-		Namespace: unique.Make(in.Namespace).Value(), // many pods have the same
-		Name:      both[:len(in.Name)],
-		UID:       both[len(in.Name):],
-		Node:      unique.Make(in.Spec.NodeName).Value(),
-		Critical:  in.Spec.Priority != nil && *in.Spec.Priority >= systemCriticalPriority,
-		Finished:  in.DeletionTimestamp != nil || in.Status.Phase == corev1.PodSucceeded || in.Status.Phase == corev1.PodFailed,
-		Selected:  true,
+		Namespace:       unique.Make(in.Namespace).Value(), // many pods have the same
+		Name:            all[:uid],
+		UID:             all[uid:version],
+		ResourceVersion: all[version:],
+		Node:            unique.Make(in.Spec.NodeName).Value(),
+		Critical:        in.Spec.Priority != nil && *in.Spec.Priority >= systemCriticalPriority,
+		Finished:        in.DeletionTimestamp != nil || in.Status.Phase == corev1.PodSucceeded || in.Status.Phase == corev1.PodFailed,
+		Selected:        true,
 	}
 	if mirror, ok := in.Annotations[mirrorAnnotation]; ok {
 		p.Mirror = true

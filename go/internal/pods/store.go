@@ -64,15 +64,30 @@ func (s *Store) Set(p *Pod) {
 	}
 	if before := s.byUID[p.UID]; before != nil {
 		if before.Node == p.Node {
-			on := s.byNode[p.Node]
-			on[slices.Index(on, before)] = p
-			s.byUID[p.UID] = p
+			s.replace(before, p)
 			return
 		}
 		s.unlink(before)
 	}
 	s.byUID[p.UID] = p
 	s.byNode[p.Node] = append(s.byNode[p.Node], p)
+}
+
+// Patched replaces before, which is the result of Find, with the state after our patch of it. The watch delivers that later. If it has
+// delivered anything since Find, the store stays as it is.
+func (s *Store) Patched(before, after *Pod) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.byUID[before.UID] == before && before.UID == after.UID && before.Node == after.Node {
+		s.replace(before, after)
+	}
+}
+
+// replace replaces a pod in the store with another state of it, on the same node.
+func (s *Store) replace(before, after *Pod) {
+	on := s.byNode[after.Node]
+	on[slices.Index(on, before)] = after
+	s.byUID[after.UID] = after
 }
 
 // Delete moves a pod to the deleted ones. p is its last state.

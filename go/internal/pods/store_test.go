@@ -57,7 +57,7 @@ func TestRead(t *testing.T) {
 	}
 	got := terms.Read(in)
 	want := &Pod{
-		Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
+		Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
 		Containers: []Container{{key(t, id("1")), "init"}, {key(t, id("2")), "cart"}, {key(t, id("3")), "cart"}, {key(t, id("5")), "debug"}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
@@ -299,4 +299,35 @@ func FuzzRead(f *testing.F) {
 			t.Errorf("containers %+v", p.Containers)
 		}
 	})
+}
+
+// What a patch has changed is in the store at once, unless the watch has delivered anything since: that may be newer.
+func TestStorePatched(t *testing.T) {
+	s := NewStore(time.Minute)
+	find := func() *Pod {
+		f, err := s.Find("node-1", "uid-1", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f.Pod
+	}
+	s.Set(&Pod{UID: "uid-1", Node: "node-1"})
+	before := find()
+	marked := *before
+	marked.Marked = true
+	s.Patched(before, &marked)
+	if find() != &marked {
+		t.Error("the mark is not in the store")
+	}
+	newer := &Pod{UID: "uid-1", Node: "node-1", Finished: true}
+	s.Set(newer)
+	s.Patched(&marked, before)
+	if find() != newer {
+		t.Error("what the watch has delivered was replaced")
+	}
+	s.Delete(newer)
+	s.Patched(newer, &marked)
+	if s.Has("uid-1") {
+		t.Error("a pod that is gone came back")
+	}
 }
