@@ -401,7 +401,7 @@ func (r *rig) neighbours(e event.Event, pods ...event.PodMemory) {
 	r.t.Helper()
 	n := event.Neighbours{
 		Schema: event.Schema, ID: event.NeighboursID(e.Incident.ID), Incident: e.Incident.ID, Kill: e.ID, Time: time.Now().UTC(), ReadNS: 1,
-		Node: e.Node, Scope: e.Scope, Level: e.Limit.Level, Pods: pods, PodsSeen: uint32(len(pods)),
+		Node: e.Node, Scope: e.Scope, Level: e.Limit.Level, Pods: pods, PodsSeen: new(uint32(len(pods))),
 	}
 	data, err := json.Marshal(&n)
 	if err != nil {

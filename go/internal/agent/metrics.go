@@ -19,7 +19,7 @@ type metrics struct {
 	events *prometheus.CounterVec
 	kills  *prometheus.CounterVec
 	gaps   *prometheus.CounterVec
-	// neighbours counts incidents of the whole node.
+	// neighbours counts incidents after which the memory usage is read.
 	neighbours *prometheus.CounterVec
 	published  prometheus.Histogram
 	// stateErrors counts failed writes of the state file.
@@ -76,7 +76,7 @@ func newMetrics() *metrics {
 		}, []string{"cause"}),
 		neighbours: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "neighbours_total",
-			Help: "Number of OOM kills beyond one pod by what became of the memory usage of the node's pods: read, skipped (read moments before, or the kill is old) or failed.",
+			Help: "Number of incidents by what became of the memory usage after them: read, skipped (read moments before, or the kill is old) or failed (not all could be read).",
 		}, []string{"result"}),
 		stateErrors: prometheus.NewCounter(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "state_file_errors_total",

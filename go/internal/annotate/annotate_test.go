@@ -122,7 +122,7 @@ func (w *world) last(_ context.Context, subject string) ([]byte, error) {
 	return []byte(data), w.lastErr
 }
 
-func (w *world) Record(e *event.Event, o *event.Outcome) {
+func (w *world) Record(e *event.Event, o *event.Outcome, _ uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.events = append(w.events, e.ID+" "+string(o.Result))

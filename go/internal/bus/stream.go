@@ -158,38 +158,55 @@ var ErrNoMessage error = jetstream.ErrMsgNotFound
 // Last reads the last message on a subject of the stream [event.StreamName], from the stream's leader. It does not wait for a
 // connection, and takes at most 5 s.
 func (c *Conn) Last(ctx context.Context, subject string) ([]byte, error) {
-	const api = "$JS.API.STREAM.MSG.GET." + event.StreamName
-	request, err := json.Marshal(map[string]string{"last_by_subj": subject})
+	data, _, err := c.get(ctx, map[string]any{"last_by_subj": subject})
 	if err != nil {
 		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
 	}
+	return data, nil
+}
+
+// Next reads the first message on a subject whose sequence is at least from, and returns its sequence, as Last does.
+func (c *Conn) Next(ctx context.Context, subject string, from uint64) ([]byte, uint64, error) {
+	data, seq, err := c.get(ctx, map[string]any{"next_by_subj": subject, "seq": from})
+	if err != nil {
+		return nil, 0, fmt.Errorf("read the next message on %s: %w", subject, err)
+	}
+	return data, seq, nil
+}
+
+func (c *Conn) get(ctx context.Context, which map[string]any) ([]byte, uint64, error) {
+	const api = "$JS.API.STREAM.MSG.GET." + event.StreamName
+	request, err := json.Marshal(which)
+	if err != nil {
+		return nil, 0, err
+	}
 	var answer struct {
 		Error   *jetstream.APIError
-		Message struct{ Data []byte }
+		Message struct {
+			Data []byte
+			Seq  uint64
+		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	// nats.go would look up the stream before each, and ask any of its replicas where an operator has set allow_direct.
-	err = ErrDisconnected
-	if c.Connected() {
-		err = c.call(ctx, api, func(ctx context.Context) error {
-			m, err := c.nc.RequestWithContext(ctx, api, request)
-			if err != nil {
-				return err
-			}
-			if err := json.Unmarshal(m.Data, &answer); err != nil {
-				return err
-			}
-			if answer.Error != nil {
-				return answer.Error
-			}
-			return nil
-		})
+	if !c.Connected() {
+		return nil, 0, ErrDisconnected
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
-	}
-	return answer.Message.Data, nil
+	err = c.call(ctx, api, func(ctx context.Context) error {
+		m, err := c.nc.RequestWithContext(ctx, api, request)
+		if err != nil {
+			return err
+		}
+		if err := json.Unmarshal(m.Data, &answer); err != nil {
+			return err
+		}
+		if answer.Error != nil {
+			return answer.Error
+		}
+		return nil
+	})
+	return answer.Message.Data, answer.Message.Seq, err
 }
 
 // checkStream refuses what an update cannot mend.
