@@ -239,7 +239,7 @@ func FillTmpfs(t testing.TB, group *cgroupfs.Cgroup, mib int) bool {
 	const script = `
 		mount -t tmpfs tmpfs "$1"
 		killed=0
-		(echo 0 >"$2/cgroup.procs"; exec dd if=/dev/zero of="$1/file" bs=64k count="$3" 2>/dev/null) || killed=$?
+		(echo 0 >/proc/self/oom_score_adj; echo 0 >"$2/cgroup.procs"; exec dd if=/dev/zero of="$1/file" bs=64k count="$3" 2>/dev/null) || killed=$?
 		echo "$killed"
 		read -r _ || true`
 	dir := t.TempDir()

@@ -131,7 +131,7 @@ func breakdown(b *event.Breakdown) []string {
 		what += " " + Size(*b.Total)
 	}
 	after := time.Duration(min(b.AfterNS, 1<<62)).Round(time.Millisecond)
-	what += fmt.Sprintf(" %s after the kill", after)
+	what += fmt.Sprintf(", %s after the kill", after)
 	if b.Gone {
 		what += " (the cgroup was removed)"
 	}

@@ -24,7 +24,7 @@ func TestNeighboursLine(t *testing.T) {
 		{event.Neighbours{Scope: event.ScopeCgroup, Breakdown: &event.Breakdown{Source: event.SourceStat, AfterNS: 2_600_000, Gone: true, NodePressure: &event.Pressure{
 			Some: &event.Stall{Avg10: 12.6, Avg60: 1}, Full: &event.Stall{Avg300: 99.9},
 		}, Limit: &event.Limit{Level: event.LevelContainer, Inferred: true}}},
-			`cgroup     limit container? 3ms after the kill (the cgroup was removed); node pressure some 13/1/0% full 0/0/100%`},
+			`cgroup     limit container?, 3ms after the kill (the cgroup was removed); node pressure some 13/1/0% full 0/0/100%`},
 		{event.Neighbours{Scope: event.ScopeCgroup, Breakdown: &event.Breakdown{
 			Source: event.SourceStat, Limit: &event.Limit{Level: event.LevelPod, Max: new(uint64(512 * mib))}, Usage: new(uint64(460 * mib)),
 			Anon: new(uint64(2 * mib)), File: new(uint64(440 * mib)), Shmem: new(uint64(430 * mib)), Slab: new(uint64(5 * mib)), SlabUnreclaimable: new(uint64(4 * mib)),
@@ -32,11 +32,11 @@ func TestNeighboursLine(t *testing.T) {
 			Events: &event.MemoryEvents{Low: new(uint64(0)), Max: new(uint64(33)), OOM: new(uint64(1)), OOMKill: new(uint64(2))}, Pressure: &event.Pressure{Some: &event.Stall{}},
 			Processes:     []event.Process{{PID: 7, Comm: "dd\n", RSS: 2 * mib, Victim: true}, {PID: 8, RSS: mib}},
 			ProcessesSeen: new(uint32(3)), Incomplete: true,
-		}}, `cgroup     limit pod 512.0 MiB 0s after the kill: usage 460.0 MiB, 430.0 MiB tmpfs or shared memory, 20.0 MiB swap, 10.0 MiB file, 6.0 MiB zswap, ` +
+		}}, `cgroup     limit pod 512.0 MiB, 0s after the kill: usage 460.0 MiB, 430.0 MiB tmpfs or shared memory, 20.0 MiB swap, 10.0 MiB file, 6.0 MiB zswap, ` +
 			`4.0 MiB unreclaimable slab, 3.0 MiB kernel stacks, 2.0 MiB anon, 2.0 MiB page tables, 1.0 MiB slab; events max 33, oom 1, oom_kill 2; pressure some 0/0/0%; ` +
 			`dd\n[7] (victim) 2.0 MiB, ?[8] 1.0 MiB (2 of 3 processes) (not all could be read)`},
 		{event.Neighbours{Scope: event.ScopeGlobal, Pods: pods[1:], Breakdown: &event.Breakdown{Source: event.SourceMeminfo, Total: new(uint64(8 << 30)), ProcessesSeen: new(uint32(0))}},
-			`global     node 8.0 GiB 0s after the kill; no process; pod v (victim) 10 B`},
+			`global     node 8.0 GiB, 0s after the kill; no process; pod v (victim) 10 B`},
 	} {
 		tt.n.Time, tt.n.Node.Name = time.Date(2026, 11, 23, 2, 3, 4, 9e6, time.UTC), "node-1"
 		var table text.Table
