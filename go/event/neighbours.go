@@ -15,7 +15,8 @@ type Neighbours struct {
 	// Incident is Event.Incident's ID, Kill is Event.ID, of the kill for which the figures were read.
 	Incident string `json:"incident"`
 	Kill     string `json:"kill"`
-	// Time is when the reading began, and ReadNS how long it took, in nanoseconds.
+	// Time is when the reading of the pods began or, without pods, that of the breakdown. ReadNS is how long all of it
+	// took, in nanoseconds.
 	Time   time.Time `json:"time"`
 	ReadNS uint64    `json:"read_ns"`
 	Node   Node      `json:"node"`
@@ -65,7 +66,7 @@ const (
 
 // Breakdown says what the memory of the cgroup whose limit was reached, or of the node, was used for, in bytes. It was
 // read from the kernel's files after the kill. What the kernel does not show is absent. The kinds do not add up to
-// Usage: File includes Shmem, and there are others.
+// Usage: File includes Shmem, there are others, and the kernel updates memory.stat in batches, some seconds late at most.
 type Breakdown struct {
 	Source Source `json:"source"`
 	// Limit is that of the event: as it was at the kill. Absent for the node.

@@ -22,8 +22,8 @@ import (
 // The kernel prints its dump before the kill, and the tracer reads after it. What the victim does not hold differs by what
 // the machine does meanwhile.
 const (
-	cgroupSlack = mib / 2
-	nodeSlack   = 4 * mib
+	cgroupSlack = mib / 4
+	nodeSlack   = 2 * mib
 )
 
 // TestVMBreakdown compares what the memory was used for with the kernel's own dump of the same kill.
