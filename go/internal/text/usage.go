@@ -201,6 +201,8 @@ func breakdown(b *event.Breakdown) []string {
 			line += " (not all could be read)"
 		}
 		parts = append(parts, line)
+	} else if b.Incomplete {
+		parts = append(parts, "the processes could not be read in time")
 	}
 	return parts
 }

@@ -23,8 +23,8 @@ func TestNeighboursLine(t *testing.T) {
 		{event.Neighbours{Scope: event.ScopeGlobal}, `global     not known`},
 		{event.Neighbours{Scope: event.ScopeCgroup, Breakdown: &event.Breakdown{Source: event.SourceStat, AfterNS: 2_600_000, Gone: true, NodePressure: &event.Pressure{
 			Some: &event.Stall{Avg10: 12.6, Avg60: 1}, Full: &event.Stall{Avg300: 99.9},
-		}, Limit: &event.Limit{Level: event.LevelContainer, Inferred: true}}},
-			`cgroup     limit container?, 3ms after the kill (the cgroup was removed); node pressure some 13/1/0% full 0/0/100%`},
+		}, Limit: &event.Limit{Level: event.LevelContainer, Inferred: true}, Incomplete: true}},
+			`cgroup     limit container?, 3ms after the kill (the cgroup was removed); node pressure some 13/1/0% full 0/0/100%; the processes could not be read in time`},
 		{event.Neighbours{Scope: event.ScopeCgroup, Breakdown: &event.Breakdown{
 			Source: event.SourceStat, Limit: &event.Limit{Level: event.LevelPod, Max: new(uint64(512 * mib))}, Usage: new(uint64(460 * mib)),
 			Anon: new(uint64(2 * mib)), File: new(uint64(440 * mib)), Shmem: new(uint64(430 * mib)), Slab: new(uint64(5 * mib)), SlabUnreclaimable: new(uint64(4 * mib)),

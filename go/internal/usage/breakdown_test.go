@@ -187,7 +187,7 @@ func TestBreakdownBounds(t *testing.T) {
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if got, _, err := tree.Breakdown(ended, proc, nil); err != nil || !got.Incomplete || got.Anon == nil {
+	if got, _, err := tree.Breakdown(ended, proc, nil); err != nil || !got.Incomplete || got.Anon == nil || got.ProcessesSeen != nil {
 		t.Errorf("after the time: %+v, %v", got, err)
 	}
 

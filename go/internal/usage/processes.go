@@ -108,6 +108,9 @@ func (r *breakdown) processes(ctx context.Context, pids []uint32) {
 			all = append(all, event.Process{PID: pid, RSS: rss})
 		}
 	}
+	if len(all) == 0 && r.Incomplete {
+		return // there may be some
+	}
 	r.ProcessesSeen = new(uint32(len(all)))
 	slices.SortFunc(all, func(a, b event.Process) int { return cmp.Or(cmp.Compare(b.RSS, a.RSS), cmp.Compare(a.PID, b.PID)) })
 	for _, p := range all[:min(len(all), maxProcesses)] {
