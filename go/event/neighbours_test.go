@@ -24,15 +24,30 @@ func fullNeighbours() event.Neighbours {
 			},
 			{PodUID: "0123456789abcdef0123456789abcdef", Static: true, QoS: "guaranteed", Usage: 1 << 20},
 		},
-		PodsSeen: 17, Incomplete: true,
+		PodsSeen: new(uint32(17)), Incomplete: true,
+		Breakdown: &event.Breakdown{
+			Source: event.SourceStat, Limit: e.Limit, AfterNS: 2_000_000, Gone: true, Total: new(uint64(8 << 30)), Usage: new(uint64(500 << 20)),
+			Anon: new(uint64(1)), File: new(uint64(2)), Shmem: new(uint64(3)), Slab: new(uint64(4)), SlabUnreclaimable: new(uint64(5)), KernelStack: new(uint64(6)),
+			PageTables: new(uint64(7)), Sock: new(uint64(8)), Swap: new(uint64(9)), Zswap: new(uint64(0)),
+			Events: &event.MemoryEvents{
+				Low: new(uint64(0)), High: new(uint64(1)), Max: new(uint64(2)), OOM: new(uint64(3)), OOMKill: new(uint64(4)), OOMGroupKill: new(uint64(5)),
+			},
+			Pressure:     &event.Pressure{Some: &event.Stall{Avg10: 12.34, Avg60: 1, Avg300: 0.01}, Full: &event.Stall{Avg10: 100}},
+			NodePressure: &event.Pressure{Some: &event.Stall{Avg60: 0.5}},
+			Processes: []event.Process{
+				{PID: 71, Comm: "java", RSS: 1 << 20, OOMScoreAdj: new(int16(-997)), Victim: true},
+				{PID: 72, RSS: 4096},
+			},
+			ProcessesSeen: new(uint32(12)), Incomplete: true,
+		},
 	}
 }
 
-// bareNeighbours are those of a node without pods.
+// bareNeighbours are those of a limit whose cgroup was removed at once.
 func bareNeighbours() event.Neighbours {
 	return event.Neighbours{
 		Schema: event.Schema, ID: event.NeighboursID("i"), Incident: "i", Kill: "k", Time: time.Date(2026, 11, 23, 2, 3, 4, 0, time.UTC),
-		Node: event.Node{Name: "worker-1", BootID: "b", Kernel: "k", Tier: "stack"}, Scope: event.ScopeGlobal, Pods: []event.PodMemory{},
+		Node: event.Node{Name: "worker-1", BootID: "b", Kernel: "k", Tier: "stack"}, Scope: event.ScopeCgroup, Breakdown: &event.Breakdown{Source: event.SourceStat, Gone: true},
 	}
 }
 

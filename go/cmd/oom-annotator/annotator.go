@@ -280,7 +280,7 @@ func (w *worker) run(ctx context.Context, cfg config.Config) error {
 	tracking.Go(func() { w.tracker.Run(ctx, conn.Outcomes) })
 	if w.events != nil {
 		enricher := kubeevents.NewEnricher(w.events, w.log)
-		enricher.Last, enricher.Find, enricher.Publish = conn.Last, a.Finder.Find, a.Outcomes.Publish
+		enricher.Next, enricher.Find, enricher.Publish = conn.Next, a.Finder.Find, a.Outcomes.Publish
 		a.Events = enricher
 		enriching.Go(func() { enricher.Run(downstream) })
 	}

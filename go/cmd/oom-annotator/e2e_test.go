@@ -399,10 +399,14 @@ func (r *rig) publish(events ...event.Event) {
 // neighbours publishes what the pods held after a kill, as its tracer does.
 func (r *rig) neighbours(e event.Event, pods ...event.PodMemory) {
 	r.t.Helper()
-	n := event.Neighbours{
-		Schema: event.Schema, ID: event.NeighboursID(e.Incident.ID), Incident: e.Incident.ID, Kill: e.ID, Time: time.Now().UTC(), ReadNS: 1,
-		Node: e.Node, Scope: e.Scope, Level: e.Limit.Level, Pods: pods, PodsSeen: uint32(len(pods)),
-	}
+	r.after(e, event.Neighbours{Pods: pods, PodsSeen: new(uint32(len(pods)))})
+}
+
+// after publishes what was read after a kill.
+func (r *rig) after(e event.Event, n event.Neighbours) {
+	r.t.Helper()
+	n.Schema, n.ID, n.Incident, n.Kill = event.Schema, event.NeighboursID(e.Incident.ID), e.Incident.ID, e.ID
+	n.Time, n.ReadNS, n.Node, n.Scope, n.Level = time.Now().UTC(), 1, e.Node, e.Scope, e.Limit.Level
 	data, err := json.Marshal(&n)
 	if err != nil {
 		r.t.Fatal(err)

@@ -136,6 +136,21 @@ func testEventNeighbours(t *testing.T, c *kubetest.Cluster, account *rest.Config
 	}
 	wantEvents(t, c, string(pod.UID), "1 "+onPod(e)+cause+"; "+after)
 	wantEvents(t, c, onNode(t), "1 "+onPod(e)+" in pod shop/small"+cause+"; "+after)
+	// At its own limit there is what held the memory. Others' messages on the same subject are not in the way.
+	cache := c.Pod("shop", "cache", onNode(t))
+	own, later := r.killOn(cache, ""), r.killOn(cache, "")
+	own.Scope, own.Limit = event.ScopeCgroup, &event.Limit{Level: event.LevelContainer, Max: new(uint64(512 << 20))}
+	later.Scope, later.Limit = own.Scope, own.Limit
+	used := event.Neighbours{Breakdown: &event.Breakdown{Source: event.SourceStat, Limit: own.Limit, Shmem: new(uint64(430 << 20))}}
+	r.publish(own)
+	r.after(own, used)
+	r.after(later, event.Neighbours{})
+	r.want(own.ID, "skipped/level")
+	const tmpfs = "of 512.0 MiB, 430.0 MiB were tmpfs or shared memory"
+	if o := r.others(); o.Kill != own.ID || o.Detail != tmpfs || o.Pod == nil || o.Pod.Name != "cache" {
+		t.Errorf("outcome %+v", o)
+	}
+	wantEvents(t, c, string(cache.UID), fmt.Sprintf("1 %s: it reached its own memory limit of 512.0 MiB (container level); not marked for eviction: level (not in policy.levels); %s", onPod(own), tmpfs))
 	// What was told for another incident is not told for this one.
 	r.publish(other)
 	r.want(other.ID, "observed/observe_only")

@@ -147,7 +147,7 @@ func testVM(t *testing.T, c *kubetest.Cluster, account *rest.Config, node, kerne
 		return err
 	})
 	n := others[global]
-	if n.Scope != event.ScopeGlobal || n.Level != event.LevelNode || n.PodsSeen < 2 || n.Incomplete || n.Incident != kills[global].Incident.ID ||
+	if n.Scope != event.ScopeGlobal || n.Level != event.LevelNode || n.PodsSeen == nil || *n.PodsSeen < 2 || n.Incomplete || n.Incident != kills[global].Incident.ID ||
 		n.Pods[0].PodUID != string(holder.UID) || n.Pods[0].Usage < 64<<20 || n.Pods[0].Max != nil {
 		t.Errorf("neighbours %+v", n)
 	}

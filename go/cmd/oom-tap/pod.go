@@ -25,20 +25,21 @@ type story struct {
 	marked  time.Time               // last
 
 	kills int
-	gaps  int // of all nodes
+	ours  map[string]bool // the kills that were shown, by ID
+	gaps  int             // of all nodes
 	// The kills in pods that have no outcome. Of more than maxKills the oldest are counted only.
 	waiting   map[string]bool
 	order     []string
 	forgotten int
 }
 
-// pod prints the story of one pod: its kills, their outcomes, and the gaps of its nodes. The outcome of a kill names the
-// pod. A kill without an outcome is matched by the UID.
+// pod prints the story of one pod: its kills, what the memory was used for then, their outcomes, and the gaps of its nodes.
+// The outcome of a kill names the pod. A kill without an outcome is matched by the UID.
 //
 // The stream is read twice, first for the outcomes, which tell the kills of the pod from others. So nothing of other pods is kept.
 func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	pattern := map[event.Kind]string{}
-	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap} {
+	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap, event.KindNeighbours} {
 		var err error
 		if pattern[kind], err = event.Filter(kind, "", ""); err != nil {
 			return err
@@ -46,11 +47,11 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 	}
 	from := time.Now().Add(-o.since)
 	p := newPrinter(stdout, o)
-	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}}
+	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}, ours: map[string]bool{}}
 
 	// What cannot be read is reported by the second reading.
 	err := each(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, io.Discard, func(_ bus.Stored, r message) error {
-		if s.ours(r.outcome) {
+		if s.isOurs(r.outcome) {
 			s.results[r.outcome.Kill] = r.outcome.Result
 			s.uids[r.outcome.Pod.UID], s.nodes[r.node] = true, true
 		}
@@ -98,8 +99,8 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 // podName is the pod with its namespace; "*" stands for all.
 func (o *options) podName() string { return text.Printable(cmp.Or(o.namespace, "*") + "/" + o.pod) }
 
-// ours tells whether an outcome is of the pod.
-func (s *story) ours(o *event.Outcome) bool {
+// isOurs tells whether an outcome is of the pod.
+func (s *story) isOurs(o *event.Outcome) bool {
 	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && (s.o.allNamespaces || o.Pod.Namespace == s.o.namespace)
 }
 
@@ -108,7 +109,7 @@ func (s *story) take(r *message) bool {
 	switch {
 	case r.outcome != nil:
 		delete(s.waiting, r.outcome.Kill)
-		if !s.ours(r.outcome) {
+		if !s.isOurs(r.outcome) {
 			return false
 		}
 		if r.outcome.Result == event.ResultAnnotated {
@@ -120,6 +121,8 @@ func (s *story) take(r *message) bool {
 	case r.gap != nil:
 		s.gaps++
 		return s.nodes[r.node]
+	case r.neighbours != nil:
+		return s.ours[r.neighbours.Kill]
 	}
 	_, ours := s.results[r.id]
 	if c := r.kill.Container; c != nil {
@@ -129,6 +132,7 @@ func (s *story) take(r *message) bool {
 	}
 	if ours {
 		s.kills++
+		s.ours[r.id] = true
 	}
 	return ours
 }

@@ -68,7 +68,7 @@ func newMetrics() *metrics {
 		events:     counter("events_total", "Number of records of the kernel tracer by stage and reason.", "stage", "reason"),
 		kills:      counter("kills_total", "Number of OOM kills observed by the kernel tracer, by scope and by the level of the limit that was hit.", "scope", "level"),
 		gaps:       counter("gaps_total", "Number of gap events by cause.", "cause"),
-		neighbours: counter("neighbours_total", "Number of OOM kills beyond one pod by what became of the memory usage of the node's pods: read, skipped (read moments before, or the kill is old) or failed.", "result"),
+		neighbours: counter("neighbours_total", "Number of incidents by what became of the memory usage after them: read, skipped (read moments before, or the kill is old) or failed (not all could be read).", "result"),
 		stateErrors: prometheus.NewCounter(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "state_file_errors_total", Help: "Number of failed writes of the state file.",
 		}),

@@ -3,25 +3,30 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
-	"github.com/oom-tracer/oom-tracer/go/internal/neighbours"
+	"github.com/oom-tracer/oom-tracer/go/internal/usage"
 )
 
 const (
-	// readPause is the least time between two readings of all pods: a storm is read once.
+	// readPause is the least time between two readings of all pods, and of one cgroup or the node: a storm is read once.
 	readPause = 10 * time.Second
+	// readRate and readBurst bound the readings of all cgroups.
+	readRate  = rate.Limit(1) // per second
+	readBurst = 10
 	// readDelay is how long after the kill the pods are read: it takes a moment until the victim's memory is given
-	// back, and what remains is what the next kill is for.
+	// back, and what remains is what the next kill is for. A cgroup is read at once: it may be removed.
 	readDelay = time.Second
 	// readTimeout bounds one reading.
 	readTimeout = 2 * time.Second
@@ -31,125 +36,231 @@ const (
 	maxKillAge = 5 * time.Second
 )
 
-// neighbourReader reads what the pods hold when more than one of them ran out of memory. It never holds up the kills
-// themselves.
+// neighbourReader reads after a kill what the memory of the limit's cgroup, or of the node, is used for, and how much the
+// pods use when more than one of them ran out of memory. It never holds up the kills themselves.
 type neighbourReader struct {
 	top    int
 	root   string
 	count  *prometheus.CounterVec
 	log    *slog.Logger
-	wanted chan *podReading
-	latest *podReading // the incident that was seen last
-	last   time.Time   // when it was
+	wanted chan *reading
+
+	// Only observe uses these.
+	latest *reading             // the incident that was seen last
+	pods   time.Time            // when pods were to be read last
+	read   map[uint64]time.Time // when each cgroup was, by its ID; the node's is 0
+	limit  *rate.Limiter
 }
 
-// podReading is an incident for which the pods are to be read.
-type podReading struct {
-	kill event.Event // its first one
+// reading is an incident after which something is to be read.
+type reading struct {
+	kill      event.Event // its first one
+	breakdown bool        // read what the memory is used for
+	pods      bool        // read the pods
 
 	mu      sync.Mutex
 	victims map[string]struct{} // UIDs of the pods in which a process was killed
+	killed  map[uint32]struct{} // PIDs
 }
 
-func (s *podReading) add(e *event.Event) {
-	if e.Container == nil || e.Container.PodUID == "" {
+func (r *reading) add(e *event.Event) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.killed[e.Victim.PID] = struct{}{}
+	if e.Container != nil && e.Container.PodUID != "" {
+		r.victims[e.Container.PodUID] = struct{}{}
+	}
+}
+
+// mark marks those of the pods and processes that are victims.
+func (r *reading) mark(n *event.Neighbours) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i := range n.Pods {
+		_, n.Pods[i].Victim = r.victims[n.Pods[i].PodUID]
+	}
+	if n.Breakdown == nil {
 		return
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.victims[e.Container.PodUID] = struct{}{}
-}
-
-// mark marks those of the pods that are victims'.
-func (s *podReading) mark(pods []event.PodMemory) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for i := range pods {
-		_, pods[i].Victim = s.victims[pods[i].PodUID]
+	for i := range n.Breakdown.Processes {
+		_, n.Breakdown.Processes[i].Victim = r.killed[n.Breakdown.Processes[i].PID]
 	}
 }
 
 func newNeighbourReader(cfg config.Node, count *prometheus.CounterVec, log *slog.Logger) *neighbourReader {
-	return &neighbourReader{top: cfg.Neighbours, root: cfg.CgroupRoot, count: count, log: log, wanted: make(chan *podReading, 1)}
+	return &neighbourReader{
+		top: cfg.Neighbours, root: cfg.CgroupRoot, count: count, log: log, wanted: make(chan *reading, readBurst),
+		read: map[uint64]time.Time{}, limit: rate.NewLimiter(readRate, readBurst),
+	}
 }
 
 // observe takes a kill. Only one goroutine may call it.
 func (l *neighbourReader) observe(e *event.Event) {
-	if l.top == 0 || e.Kind() != event.KindKill || !e.BeyondPod() || e.Incident == nil {
+	if l.top == 0 || e.Kind() != event.KindKill || e.Incident == nil {
 		return
+	}
+	limited := e.Scope == event.ScopeCgroup && e.Limit != nil && e.Limit.Cgroup != nil
+	if !limited && !e.BeyondPod() {
+		return // what ran out of memory is not known
 	}
 	if l.latest != nil && l.latest.kill.Incident.ID == e.Incident.ID {
 		l.latest.add(e)
 		return
 	}
-	l.latest = &podReading{kill: *e, victims: map[string]struct{}{}}
-	l.latest.add(e)
-	if now := time.Now(); now.Sub(l.last) < readPause || now.Sub(e.Time) > maxKillAge {
-		l.count.WithLabelValues("skipped").Inc()
-		return
+	r := &reading{kill: *e, victims: map[string]struct{}{}, killed: map[uint32]struct{}{}}
+	r.add(e)
+	l.latest = r
+	now := time.Now()
+	if now.Sub(e.Time) <= maxKillAge {
+		r.pods = e.BeyondPod() && now.Sub(l.pods) >= readPause
+		r.breakdown = (limited || e.Scope != event.ScopeCgroup) && l.due(e, now)
 	}
-	select {
-	case l.wanted <- l.latest:
-		l.last = time.Now()
-	default: // one takes its time
-		l.count.WithLabelValues("skipped").Inc()
+	if r.breakdown || r.pods {
+		select {
+		case l.wanted <- r:
+			if r.pods {
+				l.pods = now
+			}
+			return
+		default: // the others take their time
+		}
 	}
+	l.count.WithLabelValues("skipped").Inc()
 }
 
-// run reads until ctx ends, and hands on what it has read.
+// due reports whether the cgroup that owns the limit, or the node, may be read now.
+func (l *neighbourReader) due(e *event.Event, now time.Time) bool {
+	var id uint64
+	if e.Scope == event.ScopeCgroup {
+		id = e.Limit.Cgroup.ID
+	}
+	for id, last := range l.read {
+		if now.Sub(last) >= readPause {
+			delete(l.read, id)
+		}
+	}
+	if _, ok := l.read[id]; ok || !l.limit.AllowN(now, 1) {
+		return false
+	}
+	l.read[id] = now
+	return true
+}
+
+// run reads until ctx ends, and hands on what it has read. What is read of the pods comes later than the rest.
 func (l *neighbourReader) run(ctx context.Context, publish func(*event.Neighbours) error) {
+	var late *reading // its pods are to be read
+	var message *event.Neighbours
+	var failed error
+	end := func(err error) {
+		if late != nil {
+			l.end(late, message, errors.Join(failed, err), publish)
+		}
+		late = nil
+	}
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
-		var s *podReading
 		select {
-		case s = <-l.wanted:
+		case r := <-l.wanted:
+			n, err := l.begin(ctx, r)
+			if !r.pods {
+				l.end(r, n, err, publish)
+				continue
+			}
+			end(errLate)
+			late, message, failed = r, n, err
+			timer.Reset(time.Until(r.kill.Time.Add(readDelay)))
+		case <-timer.C:
+			if late != nil {
+				end(l.readPods(ctx, message))
+			}
 		case <-ctx.Done():
+			end(context.Cause(ctx))
 			return
 		}
-		select {
-		case <-time.After(time.Until(s.kill.Time.Add(readDelay))):
-		case <-ctx.Done():
-			return
-		}
-		n, err := l.read(ctx, s)
-		if err == nil {
-			err = publish(n)
-		}
-		if err != nil {
-			l.count.WithLabelValues("failed").Inc()
-			l.log.Warn("cannot read the memory usage of the other pods", "kill", s.kill.ID, "error", err)
-			continue
-		}
-		l.count.WithLabelValues("read").Inc()
 	}
 }
 
-func (l *neighbourReader) read(ctx context.Context, s *podReading) (*event.Neighbours, error) {
-	e := &s.kill
+// errLate means that the node was too slow to read the pods before the next incident.
+var errLate = errors.New("the pods were not read in time")
+
+// begin reads what the memory is used for.
+func (l *neighbourReader) begin(ctx context.Context, r *reading) (*event.Neighbours, error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	began := time.Now()
-	h, err := cgroupfs.Find("/proc")
-	if err != nil {
-		return nil, err
-	}
-	tree := neighbours.Tree{Mount: h.Mount, Version: h.Version, Root: l.root}
-	r, err := tree.Read(ctx, l.top)
-	if err != nil {
-		return nil, err
-	}
-	for _, err := range r.Errors {
-		l.log.Warn("cannot read the memory usage of a pod", "error", err)
-	}
-	s.mark(r.Pods)
+	e := &r.kill
+	began, boottime := now()
 	n := &event.Neighbours{
 		Schema: event.Schema, ID: event.NeighboursID(e.Incident.ID), Incident: e.Incident.ID, Kill: e.ID,
-		Time: began.UTC(), ReadNS: uint64(time.Since(began)), Node: e.Node, Scope: e.Scope,
-		Pods: r.Pods, PodsSeen: uint32(r.Seen), Incomplete: r.Incomplete,
+		Time: began.UTC(), Node: e.Node, Scope: e.Scope,
 	}
 	if e.Limit != nil {
 		n.Level = e.Limit.Level
 	}
+	if !r.breakdown {
+		return n, nil
+	}
+	tree, err := l.tree()
+	if err != nil {
+		return n, err
+	}
+	var limit *event.Limit
+	if e.Scope == event.ScopeCgroup {
+		limit = e.Limit
+	}
+	b, errs, err := tree.Breakdown(ctx, "/proc", limit)
+	if err != nil {
+		return n, err
+	}
+	for _, err := range errs {
+		l.log.Warn("cannot read a part of what the memory is used for", "kill", e.ID, "error", err)
+	}
+	b.AfterNS = boottime - min(e.BoottimeNS, boottime)
+	n.Breakdown, n.ReadNS = b, uint64(time.Since(began))
 	return n, nil
+}
+
+// readPods reads the largest pods.
+func (l *neighbourReader) readPods(ctx context.Context, n *event.Neighbours) error {
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	began := time.Now()
+	tree, err := l.tree()
+	if err != nil {
+		return err
+	}
+	pods, err := tree.Pods(ctx, l.top)
+	if err != nil {
+		return err
+	}
+	for _, err := range pods.Errors {
+		l.log.Warn("cannot read the memory usage of a pod", "error", err)
+	}
+	n.Time, n.ReadNS = began.UTC(), n.ReadNS+uint64(time.Since(began))
+	n.Pods, n.PodsSeen, n.Incomplete = append([]event.PodMemory{}, pods.Largest...), new(uint32(pods.Seen)), pods.Incomplete
+	return nil
+}
+
+func (l *neighbourReader) tree() (*usage.Tree, error) {
+	h, err := cgroupfs.Find("/proc")
+	if err != nil {
+		return nil, err
+	}
+	return &usage.Tree{Mount: h.Mount, Version: h.Version, Root: l.root}, nil
+}
+
+// end publishes what was read, and counts. failed is why some of it could not be read.
+func (l *neighbourReader) end(r *reading, n *event.Neighbours, failed error, publish func(*event.Neighbours) error) {
+	if n.Breakdown != nil || n.Pods != nil {
+		r.mark(n)
+		failed = errors.Join(failed, publish(n))
+	}
+	if failed != nil {
+		l.count.WithLabelValues("failed").Inc()
+		l.log.Warn("cannot read the memory usage after a kill", "kill", r.kill.ID, "error", failed)
+		return
+	}
+	l.count.WithLabelValues("read").Inc()
 }
 
 // publishNeighbours publishes what was read.

@@ -42,7 +42,8 @@ type Finder interface {
 
 // EventRecorder records kills as Kubernetes Events; see kubeevents.Recorder.
 type EventRecorder interface {
-	Record(e *event.Event, o *event.Outcome)
+	// Record takes a kill, its outcome, and the sequence of the kill in the stream.
+	Record(e *event.Event, o *event.Outcome, seq uint64)
 }
 
 // Acker acknowledges a message; see bus.Delivery.
@@ -153,7 +154,7 @@ func (a *Annotator) handle(ctx context.Context, m Message) (left []Message) {
 	}
 	repeated := d.Result == event.ResultAnnotated && !d.Act // an earlier attempt made the mark
 	if a.publish(m, o, e, m.Ack, repeated) && a.Events != nil {
-		a.Events.Record(e, o)
+		a.Events.Record(e, o, m.Seq)
 	}
 	return nil
 }

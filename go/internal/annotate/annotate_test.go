@@ -131,9 +131,12 @@ func (w *world) last(_ context.Context, subject string) ([]byte, error) {
 	return []byte(data), w.lastErr
 }
 
-func (w *world) Record(e *event.Event, o *event.Outcome) {
+func (w *world) Record(e *event.Event, o *event.Outcome, seq uint64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if seq == 0 {
+		w.events = append(w.events, "without a sequence")
+	}
 	w.events = append(w.events, e.ID+" "+string(o.Result))
 }
 

@@ -149,16 +149,29 @@ var ErrNoMessage error = jetstream.ErrMsgNotFound
 // Last reads the last message on a subject of the stream [event.StreamName], from the stream's leader. It does not wait for a
 // connection, and takes at most 5 s.
 func (c *Conn) Last(ctx context.Context, subject string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
-	m, err := Stored{}, ErrDisconnected
-	if c.Connected() {
-		m, err = c.get(ctx, map[string]any{"last_by_subj": subject})
-	}
+	m, err := c.getNow(ctx, map[string]any{"last_by_subj": subject})
 	if err != nil {
 		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
 	}
 	return m.Data, nil
+}
+
+// Next reads the first message on a subject whose sequence is at least from, and returns its sequence, as Last does.
+func (c *Conn) Next(ctx context.Context, subject string, from uint64) ([]byte, uint64, error) {
+	m, err := c.getNow(ctx, map[string]any{"next_by_subj": subject, "seq": from})
+	if err != nil {
+		return nil, 0, fmt.Errorf("read the next message on %s: %w", subject, err)
+	}
+	return m.Data, m.Seq, nil
+}
+
+func (c *Conn) getNow(ctx context.Context, query map[string]any) (Stored, error) {
+	if !c.Connected() {
+		return Stored{}, ErrDisconnected
+	}
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	return c.get(ctx, query)
 }
 
 // get reads the message of the stream [event.StreamName] that a query names, from the stream's leader. nats.go would look up the

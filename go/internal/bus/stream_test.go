@@ -3,6 +3,7 @@ package bus_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -146,6 +147,24 @@ func TestCheck(t *testing.T) {
 	}
 	wantError(t, err, "check jetstream", "not enabled")
 	wantError(t, bus.EnsureStreams(ctx, c, streamConfig), "not enabled")
+}
+
+// The next message on a subject, from a sequence on.
+func TestNext(t *testing.T) {
+	ctx := begin(t)
+	log, _ := newLog(t)
+	c := connect(ctx, t, startNatsd(t, "").owner(), bus.Options{}, log)
+	check(t, bus.EnsureStreams(ctx, c, streamConfig))
+	for n, subject := range []string{"oom.v1.kill.global.a", "oom.v1.kill.global.b", "oom.v1.kill.global.a", "oom.v1.kill.global.b"} {
+		_, err := c.JetStream().Publish(ctx, subject, fmt.Append(nil, n+1))
+		check(t, err)
+	}
+	for from, want := range map[uint64]string{0: "1 1", 1: "1 1", 2: "3 3", 3: "3 3", 4: "0 "} {
+		data, seq, err := c.Next(ctx, "oom.v1.kill.global.a", from)
+		if got := fmt.Sprintf("%d %s", seq, data); got != want || (err != nil) != (seq == 0) {
+			t.Errorf("from %d: %s, %v, want %s", from, got, err, want)
+		}
+	}
 }
 
 func TestHeldLost(t *testing.T) {

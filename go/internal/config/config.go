@@ -37,8 +37,8 @@ type Node struct {
 	StateFile string `yaml:"state_file"`
 	// StatusInterval is how often the node says that it is watched, 1 s .. 1 h, give or take a tenth.
 	StatusInterval time.Duration `yaml:"status_interval"`
-	// Neighbours is how many pods are told of, those that hold most, when the node runs out of memory; 0..50,
-	// 0: none.
+	// Neighbours is how many pods are published, those that use most, when the node runs out of memory; 0..50. 0: none, and
+	// after no kill is it read what the memory was used for.
 	Neighbours int `yaml:"neighbours"`
 }
 

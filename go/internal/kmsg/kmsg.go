@@ -154,6 +154,9 @@ func (r *Reader) Read(done func([]Kill) bool, wait time.Duration) ([]Kill, error
 	}
 }
 
+// Messages are those that Read has read so far.
+func (r *Reader) Messages() []string { return r.messages }
+
 // drain reads what is there (Documentation/ABI/testing/dev-kmsg: one record a read).
 func (r *Reader) drain() error {
 	buffer := make([]byte, 8192)

@@ -2,8 +2,6 @@ package kubeevents
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
@@ -15,11 +13,16 @@ import (
 )
 
 const (
-	// firstRead is how long after a kill its message of the kind neighbours is read first: the tracer reads the memory usage
-	// after a second. It takes at most two more, so that after lastRead there will be no message.
+	// firstRead is how long after a kill its message of the kind neighbours is read first: the tracer reads the usage of the
+	// pods after a second. It takes at most two more, so that after lastRead there will be no message.
 	firstRead = 1200 * time.Millisecond
 	lastRead  = 4 * time.Second
 	readAgain = 400 * time.Millisecond
+	// The tracer reads a cgroup at once.
+	firstCgroupRead = 200 * time.Millisecond
+	lastCgroupRead  = 1500 * time.Millisecond
+	// maxMessages bounds how many messages on one subject are read at once.
+	maxMessages = 100
 	// maxWaiting bounds the incidents that wait for their message, and maxKills the kills of an incident that are kept. Those
 	// above are not completed.
 	maxWaiting = 1000
@@ -28,11 +31,11 @@ const (
 	maxNamed = 3
 )
 
-// Enricher adds to the Events of incidents beyond one pod how much memory the other pods of the node used afterwards, and
-// publishes that on NATS too. The pods of the victims are not among those others.
+// Enricher adds to the Events of incidents what held a large part of the memory and, beyond one pod, how much memory the
+// other pods of the node used afterwards. It publishes that on NATS too. The pods of the victims are not among those others.
 type Enricher struct {
-	// Last reads the last message on a subject of the stream; see bus.Conn.
-	Last func(ctx context.Context, subject string) ([]byte, error)
+	// Next reads the next message on a subject of the stream; see bus.Conn.
+	Next func(ctx context.Context, subject string, from uint64) ([]byte, uint64, error)
 	// Find finds a pod; see pods.Store.
 	Find func(node, uid, containerID string) (pods.Found, error)
 	// Publish publishes an outcome of a kill.
@@ -51,6 +54,7 @@ type waiting struct {
 	first       *event.Event
 	kills       []victimKill
 	next, until time.Time // only Run changes next
+	from        uint64    // the sequence in the stream from which on its message is looked for; only Run changes it
 }
 
 type victimKill struct {
@@ -63,11 +67,19 @@ func NewEnricher(recorder *Recorder, log *slog.Logger) *Enricher {
 	return &Enricher{recorder: recorder, log: log, wake: make(chan struct{}, 1)}
 }
 
-// Record records a kill at once, and completes its Event later. It never blocks.
-func (n *Enricher) Record(e *event.Event, o *event.Outcome) {
+// Record records a kill at once, and completes its Event later. The kill has the sequence seq in the stream. It never
+// blocks.
+func (n *Enricher) Record(e *event.Event, o *event.Outcome, seq uint64) {
 	n.recorder.Record(e, o)
-	if !e.BeyondPod() || e.Incident == nil || o.Reason == event.ReasonTooOld {
+	if e.Incident == nil || o.Reason == event.ReasonTooOld {
 		return
+	}
+	first, last := firstRead, lastRead
+	if !e.BeyondPod() {
+		if e.Scope != event.ScopeCgroup || o.Pod == nil {
+			return // the tracer read nothing, or there is no Event
+		}
+		first, last = firstCgroupRead, lastCgroupRead
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -85,7 +97,8 @@ func (n *Enricher) Record(e *event.Event, o *event.Outcome) {
 	now := time.Now()
 	n.waiting = append(n.waiting, &waiting{
 		first: e, kills: []victimKill{{e, o}},
-		next: now.Add(min(max(time.Until(e.Time.Add(firstRead)), 0), firstRead)), until: now.Add(lastRead), // the clock of the node may be wrong
+		next: now.Add(min(max(time.Until(e.Time.Add(first)), 0), first)), until: now.Add(last), // the clock of the node may be wrong
+		from: seq,
 	})
 	select {
 	case n.wake <- struct{}{}:
@@ -123,30 +136,23 @@ func (n *Enricher) completeDue(ctx context.Context) (next time.Time, ok bool) {
 		}
 	}
 	n.mu.Unlock()
-	// In a storm many wait for the same message.
-	type answer struct {
-		n   event.Neighbours
-		err error
-	}
-	answers := map[string]answer{}
-	done := map[*waiting]int{} // how many of its kills
+	// In a storm many wait for messages on the same subject.
+	bySubject := map[string][]*waiting{}
 	for _, w := range due {
-		e := w.first
-		key := string(e.Scope) + " " + e.Node.Name
-		a, ok := answers[key]
-		if !ok {
-			a.n, a.err = n.read(ctx, e)
-			answers[key] = a
-		}
-		if a.err == nil && a.n.Incident != e.Incident.ID {
-			a.err = errAnother
-		}
-		switch {
-		case a.err == nil:
-			done[w] = n.complete(w, &a.n)
-		case time.Now().After(w.until):
-			n.log.Debug("memory usage of the other pods is unknown", "incident", e.Incident.ID, "error", a.err)
-			done[w] = maxKills
+		want := event.Neighbours{Scope: w.first.Scope, Node: w.first.Node}
+		subject, _ := want.Subject() // that of the kill was right
+		bySubject[subject] = append(bySubject[subject], w)
+	}
+	done := map[*waiting]int{} // how many of its kills
+	for subject, all := range bySubject {
+		messages, err := n.read(ctx, subject, all)
+		for _, w := range all {
+			if m := messages[w.first.Incident.ID]; m != nil {
+				done[w] = n.complete(w, m)
+			} else if time.Now().After(w.until) {
+				n.log.Debug("memory usage after an incident is unknown", "incident", w.first.Incident.ID, "error", err)
+				done[w] = maxKills
+			}
 		}
 	}
 	n.mu.Lock()
@@ -167,24 +173,29 @@ func (n *Enricher) completeDue(ctx context.Context) (next time.Time, ok bool) {
 	return next, ok
 }
 
-// errAnother means that the last message is of another incident.
-var errAnother = errors.New("the last message is of another incident")
-
-func (n *Enricher) read(ctx context.Context, e *event.Event) (event.Neighbours, error) {
-	want := event.Neighbours{Scope: e.Scope, Node: e.Node}
-	subject, err := want.Subject()
-	if err != nil {
-		return event.Neighbours{}, err
+// read reads the messages on a subject, by incident, from the first on that one of the incidents may have. It returns why
+// it ended.
+func (n *Enricher) read(ctx context.Context, subject string, all []*waiting) (messages map[string]*event.Neighbours, err error) {
+	from := all[0].from
+	for _, w := range all {
+		from = min(from, w.from)
 	}
-	data, err := n.Last(ctx, subject)
-	if err != nil {
-		return event.Neighbours{}, err
+	messages = map[string]*event.Neighbours{}
+	for range maxMessages {
+		data, seq, err := n.Next(ctx, subject, from)
+		if err != nil {
+			return messages, err
+		}
+		from = seq + 1
+		for _, w := range all {
+			w.from = max(w.from, from)
+		}
+		m, err := event.ParseNeighbours(data)
+		if err == nil && m.Node.Name == all[0].first.Node.Name { // the subject's node
+			messages[m.Incident] = &m
+		}
 	}
-	m, err := event.ParseNeighbours(data)
-	if err == nil && m.Node.Name != e.Node.Name {
-		err = fmt.Errorf("node.name is %.300q, the subject's node %q", m.Node.Name, e.Node.Name)
-	}
-	return m, err
+	return messages, nil
 }
 
 // complete completes an incident with the kills that were recorded so far, and returns their number.
@@ -205,8 +216,8 @@ func (n *Enricher) complete(w *waiting, m *event.Neighbours) int {
 	return len(kills)
 }
 
-// after names the pods that used most memory after an incident. A pod in which a process was killed is not one of the others: its
-// usage is shown only if it is the highest.
+// after says what held a large part of the memory, and names the pods that used most after an incident. A pod in which a
+// process was killed is not one of the others: its usage is shown only if it is the highest.
 func (n *Enricher) after(kills []victimKill, m *event.Neighbours) string {
 	victims := map[string]bool{} // by UID, that of the cgroup and that of the API
 	victimPods := map[string]bool{}
@@ -239,13 +250,17 @@ func (n *Enricher) after(kills []victimKill, m *event.Neighbours) string {
 		}
 	}
 	var parts []string
+	if large := text.LargePart(m.Breakdown); large != "" {
+		parts = append(parts, large)
+	}
+	before := len(parts)
 	if own != "" && hit == 1 && len(victimPods) == 1 {
 		parts = append(parts, "its own pod still used "+own)
 	}
 	if others != nil {
 		parts = append(parts, "other pods then used: "+strings.Join(others, ", "))
 	}
-	if parts != nil && m.Incomplete {
+	if len(parts) > before && m.Incomplete {
 		parts = append(parts, "not every pod could be read")
 	}
 	return strings.Join(parts, "; ")
@@ -269,6 +284,6 @@ func (n *Enricher) publish(k victimKill, after string) {
 	o.Time, o.Result, o.Reason = time.Now().UTC(), event.ResultObserved, event.ReasonNeighbours
 	o.Detail, o.Annotation = text.Truncate(after, text.MaxDetail), ""
 	if err := n.Publish(&o); err != nil {
-		n.log.Warn("could not publish the memory usage of the other pods", "id", k.e.ID, "error", err)
+		n.log.Warn("could not publish the memory usage after a kill", "id", k.e.ID, "error", err)
 	}
 }

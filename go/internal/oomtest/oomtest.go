@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -229,4 +230,41 @@ func (f FreezerGroup) Freeze(t testing.TB, pid int) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	t.Fatalf("process %d does not freeze", pid)
+}
+
+// FillTmpfs writes mib MiB into a tmpfs, by a process in the cgroup, and waits until that has ended. The tmpfs is in a mount
+// namespace of its own and goes with the test, as an emptyDir outlives its containers. It returns whether the process was killed.
+func FillTmpfs(t testing.TB, group *cgroupfs.Cgroup, mib int) bool {
+	t.Helper()
+	const script = `
+		mount -t tmpfs tmpfs "$1"
+		killed=0
+		(echo 0 >/proc/self/oom_score_adj; echo 0 >"$2/cgroup.procs"; exec dd if=/dev/zero of="$1/file" bs=64k count="$3" 2>/dev/null) || killed=$?
+		echo "$killed"
+		read -r _ || true`
+	dir := t.TempDir()
+	cmd := exec.Command("sh", "-ec", script, "sh", dir, group.Dir, fmt.Sprint(mib*16))
+	cmd.Stderr = os.Stderr
+	// Go makes the mounts of the new namespace private.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		stdin.Close()
+		_ = cmd.Wait()
+	})
+	var status int
+	if _, err := fmt.Fscan(stdout, &status); err != nil {
+		t.Fatalf("fill a tmpfs in %s: %v", group.Dir, err)
+	}
+	return status == 128+int(syscall.SIGKILL)
 }

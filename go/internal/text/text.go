@@ -134,39 +134,6 @@ func (t *Table) GapLine(g *event.Gap) string {
 	}, "  ")
 }
 
-// NeighboursLine is what the pods held, without a newline, with the columns of an event.
-func (t *Table) NeighboursLine(n *event.Neighbours) string {
-	node := Printable(n.Node.Name)
-	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
-	var pods []string
-	for i := range n.Pods {
-		p := &n.Pods[i]
-		hit, of := "", ""
-		if p.Victim {
-			hit = " (victim)"
-		}
-		if p.Max != nil {
-			of = " of " + Size(*p.Max)
-		}
-		pods = append(pods, fmt.Sprintf("pod %s%s %s%s", Printable(p.PodUID), hit, Size(p.Usage), of))
-	}
-	line := strings.Join(pods, ", ")
-	if line == "" {
-		line = "no pod"
-	}
-	line += fmt.Sprintf(" (%d of %d pods", len(n.Pods), n.PodsSeen)
-	if n.Incomplete {
-		line += ", not all could be read"
-	}
-	return strings.Join([]string{
-		t.paint(dim, n.Time.UTC().Format(timeLayout)),
-		pad(node, t.nodeWidth),
-		pad("pod usage", outcomeWidth),
-		pad(Printable(string(n.Scope)), scopeWidth),
-		line + ")",
-	}, "  ")
-}
-
 // GapLine is the gap as the only line of a table.
 func GapLine(g *event.Gap, color bool) string {
 	t := Table{Color: color}

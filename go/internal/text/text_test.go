@@ -331,20 +331,3 @@ func TestOutcomeLine(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
-
-func TestNeighboursLine(t *testing.T) {
-	n := &event.Neighbours{
-		Time: time.Date(2026, 11, 23, 2, 3, 4, 9e6, time.UTC), Node: event.Node{Name: "node-1"}, Scope: event.ScopeGlobal, PodsSeen: 17,
-		Pods: []event.PodMemory{{PodUID: "u\x1b", Usage: 3 << 30, Max: new(uint64(4 << 30))}, {PodUID: "v", Usage: 10, Victim: true}},
-	}
-	var table text.Table
-	for _, want := range []string{
-		`2026-11-23T02:03:04.009Z  node-1  pod usage        global     pod u\x1b 3.0 GiB of 4.0 GiB, pod v (victim) 10 B (2 of 17 pods)`,
-		`2026-11-23T02:03:04.009Z  node-1  pod usage        global     no pod (0 of 17 pods, not all could be read)`,
-	} {
-		if got := table.NeighboursLine(n); got != want {
-			t.Errorf("%s\nwant %s", got, want)
-		}
-		n.Pods, n.Incomplete = nil, true
-	}
-}

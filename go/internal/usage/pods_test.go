@@ -1,4 +1,4 @@
-package neighbours
+package usage
 
 import (
 	"context"
@@ -39,14 +39,14 @@ func write(t *testing.T, root string, all map[string]string) {
 	}
 }
 
-func TestRead(t *testing.T) {
+func TestPods(t *testing.T) {
 	escaped := strings.ReplaceAll(uid, "-", "_")
 	for _, tt := range []struct {
 		name    string
 		version int
 		root    string
 		files   map[string]string
-		want    Reading
+		want    Pods
 	}{
 		{"cgroupfs, version 2", 2, "/", map[string]string{
 			"kubepods/burstable/pod" + uid + "0/memory.current":                                 "300\n",
@@ -64,7 +64,7 @@ func TestRead(t *testing.T) {
 			"user/pod" + uid + "9/memory.current":                                               "9999\n",
 			"kubepods/other/memory.current":                                                     "9999\n",
 			"kubepods/burstable/pod" + uid + "0/inside/kubepods/pod" + uid + "8/memory.current": "9999\n",
-		}, Reading{Seen: 4, Pods: []event.PodMemory{
+		}, Pods{Seen: 4, Largest: []event.PodMemory{
 			{PodUID: uid + "1", QoS: "besteffort", Usage: 500},
 			{PodUID: uid + "2", QoS: "guaranteed", Usage: 400, Max: new(uint64(1000))},
 			{PodUID: uid + "0", QoS: "burstable", Usage: 300, WorkingSet: new(uint64(200)), Low: new(uint64(1)), Min: new(uint64(2)), Swap: new(uint64(3))},
@@ -76,7 +76,7 @@ func TestRead(t *testing.T) {
 			"kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod" + escaped + "0.slice/memory.stat":                 "inactive_file 1\ntotal_inactive_file 50\n",
 			"kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod" + escaped + "1.slice/memory.usage_in_bytes":                                                  "5\n",
 			"kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod" + escaped + "1.slice/memory.limit_in_bytes":                                                  "4096\n",
-		}, Reading{Seen: 2, Pods: []event.PodMemory{
+		}, Pods{Seen: 2, Largest: []event.PodMemory{
 			{PodUID: uid + "0", QoS: "burstable", Usage: 300, WorkingSet: new(uint64(250)), Swap: new(uint64(10))},
 			{PodUID: uid + "1", QoS: "guaranteed", Usage: 5, Max: new(uint64(4096))},
 		}}},
@@ -84,15 +84,15 @@ func TestRead(t *testing.T) {
 			"kind/node-1/kubelet/kubepods/pod" + uid + "0/memory.current": "1\n",
 			"kind/node-2/kubelet/kubepods/pod" + uid + "1/memory.current": "2\n",
 			"kubepods/pod" + uid + "2/memory.current":                     "3\n",
-		}, Reading{Seen: 1, Pods: []event.PodMemory{{PodUID: uid + "0", QoS: "guaranteed", Usage: 1}}}},
+		}, Pods{Seen: 1, Largest: []event.PodMemory{{PodUID: uid + "0", QoS: "guaranteed", Usage: 1}}}},
 		{"one that has just gone", 2, "/", map[string]string{
 			"kubepods/pod" + uid + "0/cgroup.procs":   "",
 			"kubepods/pod" + uid + "1/memory.current": "2\n",
-		}, Reading{Seen: 1, Pods: []event.PodMemory{{PodUID: uid + "1", QoS: "guaranteed", Usage: 2}}}},
+		}, Pods{Seen: 1, Largest: []event.PodMemory{{PodUID: uid + "1", QoS: "guaranteed", Usage: 2}}}},
 		{"--cgroup-root=/kubepods", 2, "/", map[string]string{
 			"kubepods/kubepods/burstable/pod" + uid + "0/memory.current": "1\n",
 			"kubepods/kubepods/pod" + uid + "1/memory.current":           "2\n",
-		}, Reading{Seen: 2, Pods: []event.PodMemory{{PodUID: uid + "1", QoS: "guaranteed", Usage: 2}, {PodUID: uid + "0", QoS: "burstable", Usage: 1}}}},
+		}, Pods{Seen: 2, Largest: []event.PodMemory{{PodUID: uid + "1", QoS: "guaranteed", Usage: 2}, {PodUID: uid + "0", QoS: "burstable", Usage: 1}}}},
 		{"containers outside of their pod's cgroup", 2, "/", map[string]string{
 			"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + escaped + "0.slice/memory.current":                      "4\n",
 			"kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + escaped + "0.slice/memory.max":                          "1000\n",
@@ -104,7 +104,7 @@ func TestRead(t *testing.T) {
 			"system.slice/containerd.service/kubepods-burstable-pod" + escaped + "0.slice:cri-containerd:" + other + "/memory.current": "30\n",
 			"system.slice/containerd.service/kubepods-burstable-pod" + escaped + "0.slice:cri-containerd:" + other + "/memory.stat":    "inactive_file 0\n",
 			"system.slice/containerd.service/kubepods-besteffort-pod" + escaped + "3.slice:cri-containerd:" + id + "/memory.current":   "8\n",
-		}, Reading{Seen: 3, Pods: []event.PodMemory{
+		}, Pods{Seen: 3, Largest: []event.PodMemory{
 			{PodUID: uid + "0", QoS: "burstable", Usage: 534, WorkingSet: new(uint64(433))},
 			{PodUID: uid + "3", QoS: "besteffort", Usage: 8},
 			{PodUID: uid + "2", QoS: "guaranteed", Usage: 7},
@@ -112,7 +112,7 @@ func TestRead(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tree := Tree{Mount: files(t, tt.files), Version: tt.version, Root: tt.root}
-			got, err := tree.Read(t.Context(), 3)
+			got, err := tree.Pods(t.Context(), 3)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -124,7 +124,7 @@ func TestRead(t *testing.T) {
 }
 
 // What cannot be read is named, and costs nothing else.
-func TestReadRubbish(t *testing.T) {
+func TestPodsRubbish(t *testing.T) {
 	tree := Tree{Version: 2, Root: "/", Mount: files(t, map[string]string{
 		"kubepods/pod" + uid + "0/memory.current": "lots\n",
 		"kubepods/pod" + uid + "1/memory.current": "7\n",
@@ -132,12 +132,12 @@ func TestReadRubbish(t *testing.T) {
 		"kubepods/pod" + uid + "2/memory.current": "8\n",
 		"kubepods/pod" + uid + "2/memory.stat":    "inactive_file many\ninactive_file\n",
 	})}
-	r, err := tree.Read(t.Context(), 10)
+	r, err := tree.Pods(t.Context(), 10)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []event.PodMemory{{PodUID: uid + "2", QoS: "guaranteed", Usage: 8}, {PodUID: uid + "1", QoS: "guaranteed", Usage: 7}}
-	if diff := cmp.Diff(want, r.Pods); diff != "" || !r.Incomplete || r.Seen != 3 || len(r.Errors) != 2 {
+	if diff := cmp.Diff(want, r.Largest); diff != "" || !r.Incomplete || r.Seen != 3 || len(r.Errors) != 2 {
 		t.Errorf("%+v (-want +got):\n%s", r, diff)
 	}
 	all := fmt.Sprint(r.Errors)
@@ -146,30 +146,30 @@ func TestReadRubbish(t *testing.T) {
 	}
 	for _, root := range []string{"/none", "/kubepods/pod" + uid + "1"} {
 		tree.Root = root
-		if r, err := tree.Read(t.Context(), 10); err == nil {
+		if r, err := tree.Pods(t.Context(), 10); err == nil {
 			t.Errorf("%s: %+v", root, r)
 		}
 	}
 	tree.Root, tree.Mount = "/", files(t, map[string]string{"system.slice/x": ""})
-	if _, err := tree.Read(t.Context(), 10); !errors.Is(err, ErrNoPods) {
+	if _, err := tree.Pods(t.Context(), 10); !errors.Is(err, ErrNoPods) {
 		t.Errorf("without pods: %v", err)
 	}
 }
 
 // It ends, whatever is there.
-func TestReadBounds(t *testing.T) {
+func TestPodsBounds(t *testing.T) {
 	all := map[string]string{}
 	for i := range maxPods + 10 {
 		all[fmt.Sprintf("kubepods/besteffort/pod%s%08x/memory.current", uid[:28], i)] = fmt.Sprintln(i)
 	}
 	tree := Tree{Version: 2, Root: "/", Mount: files(t, all)}
-	r, err := tree.Read(t.Context(), 5)
-	if err != nil || r.Seen != maxPods || !r.Incomplete || len(r.Pods) != 5 || cap(r.Pods) != 5 {
-		t.Errorf("%d seen, %d told, incomplete %t, %v", r.Seen, len(r.Pods), r.Incomplete, err)
+	r, err := tree.Pods(t.Context(), 5)
+	if err != nil || r.Seen != maxPods || !r.Incomplete || len(r.Largest) != 5 || cap(r.Largest) != 5 {
+		t.Errorf("%d seen, %d told, incomplete %t, %v", r.Seen, len(r.Largest), r.Incomplete, err)
 	}
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if r, err := tree.Read(ended, 5); err == nil && !r.Incomplete {
+	if r, err := tree.Pods(ended, 5); err == nil && !r.Incomplete {
 		t.Errorf("after the time: %+v", r)
 	}
 	// Other cgroups, as many as somebody has forgotten to remove.
@@ -178,11 +178,11 @@ func TestReadBounds(t *testing.T) {
 		all[fmt.Sprintf("d/%d/x", i)] = ""
 	}
 	tree.Mount = files(t, all)
-	if _, err := tree.Read(t.Context(), 5); !errors.Is(err, ErrNoPods) {
+	if _, err := tree.Pods(t.Context(), 5); !errors.Is(err, ErrNoPods) {
 		t.Errorf("without pods: %v", err)
 	}
 	write(t, tree.Mount, map[string]string{"system.slice/k3s.service/kubepods/pod" + uid + "0/" + id + "/memory.current": "1\n", "system.slice/k3s.service/kubepods/pod" + uid + "0/memory.current": "2\n"})
-	if r, err := tree.Read(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete || r.Pods[0].Usage != 2 {
+	if r, err := tree.Pods(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete || r.Largest[0].Usage != 2 {
 		t.Errorf("with a pod: %+v, %v", r, err)
 	}
 	clear(all)
@@ -190,21 +190,21 @@ func TestReadBounds(t *testing.T) {
 		all[fmt.Sprintf("d/%d/y/x", i)] = ""
 	}
 	write(t, tree.Mount, all)
-	if r, err := tree.Read(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete {
+	if r, err := tree.Pods(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete {
 		t.Errorf("with a pod where few others are: %+v, %v", r, err)
 	}
 	tree.Root = "/d"
-	if r, err := tree.Read(t.Context(), 5); err == nil || errors.Is(err, ErrNoPods) {
+	if r, err := tree.Pods(t.Context(), 5); err == nil || errors.Is(err, ErrNoPods) {
 		t.Errorf("too many to search: %+v, %v", r, err)
 	}
 	tree.Root = "/"
 	// Beside a pod that is found the others do not matter, unless its containers may be among them.
 	write(t, tree.Mount, map[string]string{"kubepods/pod" + uid + "0/" + id + "/memory.current": "1\n", "kubepods/pod" + uid + "0/memory.current": "2\n"})
-	if r, err := tree.Read(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete {
+	if r, err := tree.Pods(t.Context(), 5); err != nil || r.Seen != 1 || r.Incomplete {
 		t.Errorf("too many others: %+v, %v", r, err)
 	}
 	write(t, tree.Mount, map[string]string{"kubepods/pod" + uid + "1/memory.current": "0\n"})
-	if r, err := tree.Read(t.Context(), 5); err != nil || r.Seen < 2 || !r.Incomplete {
+	if r, err := tree.Pods(t.Context(), 5); err != nil || r.Seen < 2 || !r.Incomplete {
 		t.Errorf("a pod without containers among too many others: %+v, %v", r, err)
 	}
 }

@@ -1,15 +1,10 @@
-// Package neighbours reads how much memory the pods of a node hold.
-//
-// Rule of the package: it is done when the node has the least memory to spare. So it is bounded in time and in
-// what it looks at, and what it does not get it leaves out, and says so.
-package neighbours
+package usage
 
 import (
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -33,16 +28,9 @@ const (
 	maxPods = 5000
 )
 
-// Tree is the hierarchy of the memory controller.
-type Tree struct {
-	Mount   string // where its root is mounted
-	Version int    // 1 or 2
-	Root    string // the node's own root within it; see cgroup.Parse
-}
-
-// Reading is what was read.
-type Reading struct {
-	Pods       []event.PodMemory // the largest first
+// Pods is what was read of the pods.
+type Pods struct {
+	Largest    []event.PodMemory // the largest first
 	Seen       int
 	Incomplete bool
 	// Errors are about single files.
@@ -55,13 +43,13 @@ const maxErrors = 5
 // ErrNoPods means that no kubelet's tree was found.
 var ErrNoPods = errors.New("there is no cgroup of a kubelet")
 
-// Read reads the pods' cgroups until ctx ends, and returns the top largest. What lies inside of a pod is not
+// Pods reads the pods' cgroups until ctx ends, and returns the top largest. What lies inside of a pod is not
 // looked at. It fails only where there is nothing to read.
 //
 // The search goes down level by level and ends with the level on which the kubelet's tree is. It continues where pods
 // have no containers in their cgroups: those of containerd's colon form are elsewhere (see cgroup.Parse). Where siblings
 // are few it looks first: what somebody has forgotten to remove stands together by the thousand.
-func (t *Tree) Read(ctx context.Context, top int) (Reading, error) {
+func (t *Tree) Pods(ctx context.Context, top int) (Pods, error) {
 	s := search{tree: t, pods: map[string]*pod{}}
 	queue := []string{t.Root}
 	for depth := 0; depth < maxDepth && len(queue) > 0 && !s.done(); depth++ {
@@ -73,7 +61,7 @@ func (t *Tree) Read(ctx context.Context, top int) (Reading, error) {
 			}
 			children, err := t.children(dir)
 			if err != nil && depth == 0 {
-				return Reading{}, fmt.Errorf("read the cgroups of pods: %w", err)
+				return Pods{}, fmt.Errorf("read the cgroups of pods: %w", err)
 			}
 			var siblings []string
 			for _, child := range children {
@@ -97,7 +85,7 @@ func (t *Tree) Read(ctx context.Context, top int) (Reading, error) {
 	r := s.reading
 	for _, p := range s.pods {
 		if p.known {
-			r.Pods = append(r.Pods, p.PodMemory)
+			r.Largest = append(r.Largest, p.PodMemory)
 		}
 		// It may have just begun, or its containers are where the search did not come.
 		r.Incomplete = r.Incomplete || p.empty && s.cut
@@ -111,19 +99,19 @@ func (t *Tree) Read(ctx context.Context, top int) (Reading, error) {
 		case s.cut:
 			err = fmt.Errorf("not found among the first %d cgroups", maxDirs)
 		}
-		return Reading{}, fmt.Errorf("read the cgroups of pods below %s: %w", filepath.Join(t.Mount, t.Root), err)
+		return Pods{}, fmt.Errorf("read the cgroups of pods below %s: %w", filepath.Join(t.Mount, t.Root), err)
 	}
-	slices.SortFunc(r.Pods, func(a, b event.PodMemory) int {
+	slices.SortFunc(r.Largest, func(a, b event.PodMemory) int {
 		return cmp.Or(cmp.Compare(b.Usage, a.Usage), strings.Compare(a.PodUID, b.PodUID))
 	})
-	r.Pods = slices.Clip(r.Pods[:min(top, len(r.Pods))])
+	r.Largest = slices.Clip(r.Largest[:min(top, len(r.Largest))])
 	return r, nil
 }
 
 // search is one reading under way.
 type search struct {
 	tree    *Tree
-	reading Reading
+	reading Pods
 	pods    map[string]*pod // by UID
 	found   bool            // a kubelet's tree
 	visited int
@@ -245,10 +233,7 @@ func (p *pod) add(m event.PodMemory, known bool) {
 	}
 }
 
-// gone tells that the cgroup, or a file that its version of the kernel does not have, is not there.
-func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) }
-
-func (r *Reading) fail(err error) {
+func (r *Pods) fail(err error) {
 	r.Incomplete = true
 	if len(r.Errors) < maxErrors {
 		r.Errors = append(r.Errors, err)
@@ -291,15 +276,14 @@ func (t *Tree) memory(dir string, p *event.PodMemory) (known bool, err error) {
 		if err != nil {
 			return 0, false, err
 		}
-		text := strings.TrimSpace(string(data))
-		if text == "max" {
-			return 0, false, nil
-		}
-		n, err := strconv.ParseUint(text, 10, 64)
+		n, err := number(data)
 		if err != nil {
 			return 0, false, fmt.Errorf("read %s: %w", filepath.Join(t.Mount, dir, name), err)
 		}
-		return n, true, nil
+		if n == nil {
+			return 0, false, nil
+		}
+		return *n, true, nil
 	}
 	var first error
 	optional := func(name string) *uint64 {
