@@ -326,7 +326,7 @@ bench: build build/hog ## latency, loss and cost over at least 1,000 real kills 
 		$(GO) test -tags bench -count=1 -p 1 -timeout 20m -run TestBench -v ./go/internal/loader ./go/internal/agent
 
 .PHONY: bench-annotate
-bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, CPU time of a kill, decisions a second, memory at 150,000 pods and at 20,000 real ones (needs root)
+bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, CPU time of a kill, decisions a second, memory at 150,000 pods and at 10,000 real ones (needs root)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
 		$(GO) test -tags bench -count=1 -timeout 20m -run 'TestBench(Memory|Latency|CPU|RealPods)' -v ./go/cmd/oom-annotator
 

@@ -270,7 +270,7 @@ func benchReady(t *testing.T, c *largeCluster, name string) *rig {
 
 // TestBenchRealPods: the same with as many pods as a real API server is given here, which streams them.
 func TestBenchRealPods(t *testing.T) {
-	count := 20_000
+	count := 10_000
 	if text := os.Getenv("OOM_BENCH_PODS"); text != "" {
 		var err error
 		if count, err = strconv.Atoi(text); err != nil {
