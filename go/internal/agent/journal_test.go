@@ -110,14 +110,17 @@ func whole(t *testing.T, cfg config.Config) (events []event.Event, gaps []event.
 	return record(t, conn)
 }
 
-// record is everything that the stream holds.
+// record is every kill, mark and gap that the stream holds.
 func record(t *testing.T, conn *bus.Conn) (events []event.Event, gaps []event.Gap) {
 	t.Helper()
 	if err := bus.Tail(t.Context(), conn, bus.TailOptions{Since: time.Unix(0, 0)}, func(m bus.Stored) error {
-		if kind, _, _, _ := event.ParseSubject(m.Subject); kind == event.KindGap {
+		switch kind, _, _, _ := event.ParseSubject(m.Subject); kind {
+		case event.KindGap:
 			g, err := event.ParseGap(m.Data)
 			gaps = append(gaps, g)
 			return err
+		case event.KindNeighbours:
+			return nil
 		}
 		e, err := parse(t, m)
 		events = append(events, e)
