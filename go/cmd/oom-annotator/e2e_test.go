@@ -1120,7 +1120,16 @@ func testVerbs(t *testing.T, c *kubetest.Cluster, _ *rest.Config) {
 			who := "without-" + missing
 			account := withoutVerb(t, c, who, verbs, "pods", missing)
 			pod := c.Pod("shop", who, node)
-			r := newRig(t, c, account, keep)
+			proxy := c.Proxy()
+			if missing == "get" { // a pod is read when what the watch has delivered is old
+				proxy.Fault(func(req *http.Request) kubetest.Fault {
+					if patchesPod(req) {
+						return kubetest.Fault{Code: http.StatusConflict}
+					}
+					return kubetest.Fault{}
+				})
+			}
+			r := newRig(t, c, proxy.Config(account), keep)
 			e := r.killOf(pod, "")
 			word := fmt.Sprintf("the verb %q on pods is missing", missing)
 			if missing == "list" { // for servers before Kubernetes 1.34: this one streams

@@ -261,6 +261,7 @@ func fits(t *testing.T, pod *corev1.Pod, nodes map[string]*corev1.Node) []string
 // testNodes: with tainted pools, Windows nodes and two architectures the tracer runs on every Linux node, and each other pod finds a node.
 func testNodes(t *testing.T, c *kubetest.Cluster) {
 	home(t, c, "nodes", privileged)
+	quota(t, c, "nodes", render(t, "--set", "descheduler.enabled=true"))
 	pools := nodes(t, c)
 	linux := []string{"control-plane", "free", "shop", "system", "system-arm64"}
 	for values, others := range map[string][]string{"": {"free"}, root + "/deploy/examples/tainted-pools.yaml": {"system", "system-arm64"}} {
@@ -269,9 +270,6 @@ func testNodes(t *testing.T, c *kubetest.Cluster) {
 			args = append(args, "--values", values)
 		}
 		objects := render(t, args...)
-		if values == "" {
-			quota(t, c, "nodes", objects)
-		}
 		for name, template := range templates(t, objects) {
 			pod, err := tryPod(t, c, "nodes", name, template)
 			if err != nil {
