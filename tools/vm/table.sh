@@ -12,13 +12,16 @@ done
 
 # A line is: booted KERNEL RELEASE PAGE FROM, verdict RUN KERNEL BOOT VERDICT SECONDS WHY, or
 # row RUN KERNEL BOOT TIER SCENARIO RESULT DETAIL.
-run=0
-for dir; do
-	run=$((run + 1))
-	sed 's/^/booted\t/' "$dir/booted.tsv"
-	sed "s/^/verdict\t$run\t/" "$dir/verdicts.tsv"
-	sed "s/^/row\t$run\t/" "$dir/rows.tsv"
-done | awk -F'\t' '
+lines() {
+	local dir run=0
+	for dir; do sed 's/^/booted\t/' "$dir/booted.tsv"; done | sort -V
+	for dir; do
+		run=$((run + 1))
+		sed "s/^/verdict\t$run\t/" "$dir/verdicts.tsv"
+		sed "s/^/row\t$run\t/" "$dir/rows.tsv"
+	done
+}
+lines "$@" | awk -F'\t' '
 	function title(boot) {
 		return boot == "confined" ? "cgroup v2, with less than a pod should have" : boot == "faults" ? "cgroup v2, with wrong fields in the program" : \
 			boot == "numa" ? "cgroup v2, two NUMA nodes" : boot == "v1" ? "cgroup v1" : "cgroup v2"
