@@ -260,7 +260,7 @@ int oom_mark_victim(__u64 *ctx)
 		return 0;
 	stats->seen++;
 	if (c->killing_again && c->killing_tgid == e->victim.tgid) {
-		/* It has a mark of its own after all: the kill hit another of its threads. */
+		/* It is marked after all: the kill hit another of its threads. */
 		st->killed_again--;
 		c->killing_again = 0;
 	}

@@ -133,7 +133,7 @@ func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) 
 	}
 	c.js, err = jetstream.New(c.nc)
 	if err == nil && !o.Background {
-		// The callback that notes the new link runs on a goroutine of its own.
+		// The callback that notes the new link runs on another goroutine.
 		_, err = c.connected(ctx)
 	}
 	if err != nil {

@@ -355,7 +355,7 @@ func testMutation(t *testing.T, c *kubetest.Cluster) {
 		}
 	}
 	written := c.Objects()
-	// versions are those of the objects that make pods, but for the Job: each upgrade has one of its own.
+	// versions are those of the objects that make pods, but for the Job: each upgrade has its own.
 	versions := func(objects []*unstructured.Unstructured) map[string]string {
 		t.Helper()
 		versions := map[string]string{}

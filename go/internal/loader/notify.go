@@ -82,7 +82,7 @@ func CheckPerfEvents() error {
 type notifier struct {
 	way    Notify
 	m      *ebpf.Map   // nil: the program sends none
-	reader interface { // nil likewise
+	reader interface { // nil: the program sends none
 		SetDeadline(time.Time)
 		Flush() error
 		Close() error

@@ -233,7 +233,7 @@ func (f FreezerGroup) Freeze(t testing.TB, pid int) {
 }
 
 // FillTmpfs writes mib MiB into a tmpfs, by a process in the cgroup, and waits until that has ended. The tmpfs is in a mount
-// namespace of its own and goes with the test, as an emptyDir outlives its containers. It returns whether the process was killed.
+// separate namespace and goes with the test, as an emptyDir outlives its containers. It returns whether the process was killed.
 func FillTmpfs(t testing.TB, group *cgroupfs.Cgroup, mib int) bool {
 	t.Helper()
 	const script = `
