@@ -5,6 +5,7 @@ go 1.26.0
 require (
 	github.com/aquasecurity/libbpfgo v0.10.0-libbpf-1.5.1
 	github.com/cilium/ebpf v0.22.0
+	github.com/go-json-experiment/json v1.27.2
 	github.com/google/go-cmp v0.7.0
 	github.com/invopop/jsonschema v0.14.0
 	github.com/nats-io/jwt/v2 v2.8.2

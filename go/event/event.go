@@ -1,6 +1,6 @@
 // Package event is the public contract of OOM Tracer: what is published on NATS, under which
-// subjects and with which ids. It uses the standard library only, so that any Go consumer can
-// import it without a further dependency.
+// subjects and with which ids. It uses the standard library only, and the mirror of its
+// encoding/json/v2, so that any Go consumer can import it.
 //
 // Rule of the package: what is not known is absent, never zero. A field that is a pointer, or
 // that is marked omitempty, is left out of the JSON when nothing proved it. Within schema v1

@@ -197,14 +197,14 @@ func TestParseRefuses(t *testing.T) {
 	}{
 		{"schema", "", "schema is missing"},
 		{"schema", `""`, "schema is missing"},
-		{"schema", `1`, "schema of type string"},
+		{"schema", `1`, `Go string within "/schema"`},
 		{"schema", `"oom-tracer/v2"`, `schema "oom-tracer/v2": unknown schema (this build reads oom-tracer/v1)`},
 		{"schema", `"\u001b[2J"`, `schema "\x1b[2J": unknown schema (this build reads oom-tracer/v1)`},
 		{"id", "", "id is missing"},
 		{"id", `""`, "id is missing"},
 		{"seq", "", "seq is missing"},
 		{"seq", `0`, "seq is missing"},
-		{"seq", `-1`, "seq of type uint64"},
+		{"seq", `-1`, `Go uint64 within "/seq"`},
 		{"time", "", "time is missing"},
 		{"time", `"0001-01-01T00:00:00Z"`, "time is missing"},
 		{"time", `"yesterday"`, `parsing time "yesterday"`},
@@ -214,9 +214,9 @@ func TestParseRefuses(t *testing.T) {
 		{"outcome", "", "outcome is missing"},
 		{"victim", "", "victim.tid is missing"},
 		{"victim.tid", "", "victim.tid is missing"},
-		{"victim.pid", `"1"`, "victim.pid of type uint32"},
+		{"victim.pid", `"1"`, `Go uint32 within "/victim/pid"`},
 		{"victim.oom_score_adj", `40000`, "number 40000"},
-		{"limit", `[]`, "limit of type event.Limit"},
+		{"limit", `[]`, `event.Limit within "/limit"`},
 	} {
 		t.Run(tt.field+" "+tt.text, func(t *testing.T) {
 			e, err := event.Parse(edited(t, tt.field, tt.text))
@@ -235,13 +235,15 @@ func TestParseRefuses(t *testing.T) {
 		})
 	}
 	for text, want := range map[string]string{
-		"":           "unexpected end of JSON input",
-		"null":       "schema is missing",
-		"{}":         "schema is missing",
-		"[]":         "cannot unmarshal array",
-		"\x1b[2J":    `invalid character '\x1b'`,
-		"{} {}":      "after top-level value",
-		`{"schema":`: "unexpected end of JSON input",
+		"":                  "unexpected EOF",
+		"null":              "schema is missing",
+		"{}":                "schema is missing",
+		"[]":                "cannot unmarshal JSON array",
+		"\x1b[2J":           `invalid character '\x1b'`,
+		"{} {}":             "after top-level value",
+		`{"schema":`:        `unexpected EOF within "/schema"`,
+		`{"seq":1,"seq":2}`: `duplicate object member name "seq"`,
+		"{\"id\":\"\xff\"}": "invalid UTF-8",
 	} {
 		if _, err := event.Parse([]byte(text)); err == nil || !strings.HasPrefix(err.Error(), "parse event: ") || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: error %v, want %s", text, err, want)

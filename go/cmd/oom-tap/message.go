@@ -74,15 +74,7 @@ func (m *message) line(table *text.Table) string {
 // each calls do with each message of a stream. A message that cannot be read is reported and skipped. An error of do ends
 // the reading.
 func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, do func(bus.Stored, message) error) error {
-	return eachQuick(ctx, conn, t, stderr, func(bus.Stored) (message, bool) { return message{}, false }, do)
-}
-
-// eachQuick is each with a reader that is tried first.
-func eachQuick(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, quick func(bus.Stored) (message, bool), do func(bus.Stored, message) error) error {
 	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
-		if r, ok := quick(m); ok {
-			return do(m, r)
-		}
 		r, err := read(m)
 		if err != nil {
 			fmt.Fprintf(stderr, "oom-tap: message %d on %s skipped: %s\n", m.Seq, text.Printable(m.Subject), text.Printable(err.Error()))

@@ -110,8 +110,7 @@ func count(ctx context.Context, conn *bus.Conn, o options, now time.Time, stderr
 	}
 	c := &counter{o: o, half: now.Add(-o.since / 2), rows: map[string]*row{}, waiting: map[string]counted{}, gaps: map[string]bool{}, related: map[string]*related{}}
 	seen := newRecent(4 * maxWaiting)
-	q := &quick{words: map[string]string{}}
-	err := eachQuick(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, stderr, q.read, func(m bus.Stored, r message) error {
+	err := each(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, stderr, func(m bus.Stored, r message) error {
 		switch {
 		case !seen.add(r.id):
 		case r.gap != nil && r.gap.Missing():

@@ -18,6 +18,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
 )
 
 var messages = flag.Int("messages", 1_000_000, "the number of messages that the stream holds")
@@ -122,4 +124,35 @@ func fill(t *testing.T, s *natsServer, n int) (bytes int) {
 		t.Fatal("the messages are not stored")
 	}
 	return bytes
+}
+
+// sampleKill is the ith kill and its outcome, as the tracer and the annotator write them.
+func sampleKill(i, workload int, node string) (*event.Event, *event.Outcome) {
+	at := time.Date(2026, 11, 23, 2, 3, 4, i, time.UTC)
+	uid := fmt.Sprintf("0f1e2d3c-4b5a-6978-8796-%012x", i%50_000)
+	id := event.VictimID("1dd8105d-ffb3-46fb-940b-dc17365768a7", uint32(i%4_000_000+1000), uint64(8_011_705_978_461+i))
+	path := "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + strings.ReplaceAll(uid, "-", "_") + ".slice"
+	containerID := fmt.Sprintf("%064x", i)
+	cgroup := &event.Cgroup{Path: path + "/cri-containerd-" + containerID + ".scope", ID: uint64(48974 + i), Version: 2}
+	limit := uint64(256<<20) << (workload % 4)
+	pid := uint32(i%4_000_000 + 1000)
+	return &event.Event{
+			Schema: event.Schema, ID: id, Seq: uint64(i + 1), Time: at, BoottimeNS: 8_011_711_672_087 + uint64(i),
+			Node:  event.Node{Name: node, BootID: "1dd8105d-ffb3-46fb-940b-dc17365768a7", Kernel: "6.12.38+deb13-amd64", Tier: "fentry", Epoch: 8_003_411_067_203},
+			Scope: event.ScopeCgroup, Outcome: event.OutcomeKilled,
+			Victim: event.Victim{
+				PID: pid, TID: pid, NSPID: 1, Comm: "java", UID: new(uint32(1000)), OOMScoreAdj: new(int16(968)), StartBoottimeNS: 8_011_705_978_461 + uint64(i),
+				Cgroup: cgroup, Memory: &event.Memory{TotalVM: 4 * limit, AnonRSS: limit - 1<<20, FileRSS: 90112, PgTables: 57344, Batched: &event.Batched{AnonRSS: limit - 1<<20, FileRSS: 139264}},
+			},
+			Trigger:   &event.Trigger{PID: pid, TID: pid, Comm: "java", Cgroup: cgroup},
+			Limit:     &event.Limit{Cgroup: &event.Cgroup{Path: path, ID: 48941, Version: 2}, Level: event.LevelPod, Max: &limit, Usage: &limit, SwapUsage: new(uint64)},
+			Alloc:     &event.Alloc{GFPMask: "0xcc0", GFPFlags: []string{"GFP_KERNEL"}, TotalPages: limit / 4096},
+			Incident:  &event.Incident{ID: event.IncidentID("1dd8105d-ffb3-46fb-940b-dc17365768a7", 8_011_711_672_087+uint64(i))},
+			Container: &event.Container{PodUID: uid, ContainerID: containerID, Runtime: "containerd", QoS: "burstable"},
+		}, &event.Outcome{
+			Schema: event.Schema, ID: event.OutcomeID(id, event.StageAnnotate), Kill: id, Stage: event.StageAnnotate, Time: at,
+			Result: event.ResultSkipped, Reason: event.ReasonLevel, Detail: "the limit is the pod's own", Node: node,
+			Pod:       &event.PodRef{Namespace: fmt.Sprintf("team-%d", workload%40), Name: fmt.Sprintf("service-%d-5d4f7c9b8-x%d", workload, i%1000), UID: uid, Owner: fmt.Sprintf("Deployment/service-%d", workload)},
+			Container: "main",
+		}
 }
