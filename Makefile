@@ -332,7 +332,7 @@ bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annot
 
 .PHONY: bench-top
 bench-top: ## oom-tap top over 1,000,000 stored messages: time, CPU, memory (takes 2 GiB of disk)
-	$(Q)$(GO) test -tags bench -count=1 -timeout 30m -run TestTopMillion -v ./go/cmd/oom-tap
+	$(Q)$(GO) test -tags bench -count=1 -timeout 30m -run TestTopMillion -v ./go/internal/tap
 
 .PHONY: bench-loop
 bench-loop: build build/hog build/kube build/oom-descheduler ## from real kills to the eviction, with the descheduler's interval out and in (needs root)

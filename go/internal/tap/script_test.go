@@ -1,4 +1,4 @@
-package main
+package tap
 
 import (
 	"bufio"
@@ -26,6 +26,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 )
 
@@ -38,7 +39,10 @@ const patience = 30 * time.Second
 const noRaceSleep = "GORACE=atexit_sleep_ms=0"
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"oom-tap": main, "kubectl-oom": main})
+	testscript.Main(m, map[string]func(){
+		"oom-tap":     func() { cli.Main(Command("oom-tap")) },
+		"kubectl-oom": func() { cli.Main(Command("kubectl oom")) },
+	})
 }
 
 // TestScript runs testdata/script, with the real program and a real NATS server. Beyond testscript's own,

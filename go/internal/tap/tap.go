@@ -1,0 +1,373 @@
+// Package tap is the commands of oom-tap: they show what OOM Tracer publishes, and pause and set up marking.
+package tap
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/spf13/cobra"
+	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cli"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/obs"
+)
+
+// Command is the tree of commands, under the name that the user calls it by.
+func Command(name string) *cobra.Command {
+	s := &cli.Settings{}
+	root := tailCommand(s)
+	root.Use = "oom-tap"
+	root.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: name}
+	root.Long = name + ` shows the OOM kills that OOM Tracer publishes on NATS. Without a command it is ` + name + ` tail.`
+	root.Example = strings.ReplaceAll(`  oom-tap --since 24h --outcomes               what was killed and what was marked, then live
+  oom-tap pod cart-0 -n shop                   what happened to one pod
+  oom-tap top --since 24h                      which workloads are killed most
+  oom-tap advise -A                            what to do about it
+  oom-tap pause --reason 'roll-out' --for 1h   stop all marking`, "oom-tap", name)
+	s.AddFlags(root)
+	cli.AddGroup(root, "Look", tailCommand(s), podCommand(s), topCommand(s), adviseCommand(s), nodesCommand(s), statusCommand(s))
+	cli.AddGroup(root, "Act", pauseCommand(s), resumeCommand(s), restoreCommand(s))
+	cli.AddGroup(root, "Set up", setupCommand(s), keysCommand())
+	cli.AddGroup(root, "Test (for helm test)", awaitCommand(s), victimCommand())
+	return root
+}
+
+// options are the flags of a command, its argument and the config.
+type options struct {
+	*cli.Settings
+	config config.Config
+
+	// tail
+	noFollow      bool
+	scopes        []string
+	node          string
+	kills         bool
+	outcomes      bool
+	allNamespaces bool
+	color         string
+	count         int
+	// pod, and tail --outcomes
+	namespace string
+	pod       string
+	// await
+	podUID  string
+	outcome bool
+	timeout time.Duration
+	// pause
+	reason   string
+	duration time.Duration
+	// restore
+	empty bool
+	// nodes
+	failOn []string
+	// top
+	by string
+	// advise
+	workload string
+	advice   bool // also of top -o wide
+
+	since  time.Duration
+	output string
+}
+
+// ofPods tells whether only kills in pods are wanted.
+func (o *options) ofPods() bool { return o.allNamespaces || o.namespace != "" || o.pod != "" }
+
+// run makes the RunE of a command that needs NATS.
+func (o *options) run(do func(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, _ []string) (err error) {
+		if o.config, err = o.Load(""); err != nil {
+			return err
+		}
+		// The log of the config is the daemons'.
+		log, err := obs.NewLogger(cmd.ErrOrStderr(), config.Log{Level: cmp.Or(o.LogLevel, "warn"), Format: "text"})
+		if err != nil {
+			return err
+		}
+		// await has a timeout, within which NATS may start.
+		conn, err := bus.Connect(cmd.Context(), o.config.NATS, bus.Options{Name: "oom-tap", Background: o.podUID != ""}, log)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		err = do(cmd.Context(), conn, *o, cmd.OutOrStdout(), cmd.ErrOrStderr())
+		if errors.Is(err, errEnough) {
+			return nil
+		}
+		if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrBucketNotFound) {
+			return fmt.Errorf("%w: create it with: oom-tap setup --config %s", err, o.Config)
+		}
+		return err
+	}
+}
+
+const jsonUsage = "the `format`: text, or json: the stored bytes, one message a line"
+
+func tailCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s, color: "auto"}
+	cmd := &cobra.Command{
+		Use: "tail", Short: "Show kills and gaps as they happen",
+		Long: "Show kills, and gaps in what is known of them, as they happen. With --outcomes: which pod was hit, and what became of it.",
+		RunE: o.run(tail),
+		PreRunE: func(*cobra.Command, []string) error {
+			o.outcomes = o.outcomes || o.ofPods()
+			if o.allNamespaces {
+				o.namespace = ""
+			}
+			switch {
+			case o.noFollow && o.since == 0:
+				return errors.New("--no-follow shows what is stored: give its begin with --since")
+			case o.count < 0:
+				return fmt.Errorf("--count must not be negative, but is %d", o.count)
+			}
+			return nil
+		},
+	}
+	flags := cmd.Flags()
+	cli.Var(flags, &o.since, "since", "", "begin with what was stored this `duration` ago, such as 1h, then continue live", sinceOrNow)
+	flags.BoolVar(&o.noFollow, "no-follow", false, "exit after what is stored now")
+	var scopes []string
+	for _, scope := range event.Scopes() {
+		scopes = append(scopes, string(scope))
+	}
+	cli.Enums(cmd, &o.scopes, "scope", "only these `scopes`, separated by commas: "+strings.Join(scopes, ", "), scopes...)
+	cli.Var(flags, &o.node, "node", "", "only this `node`", cli.Node)
+	flags.BoolVar(&o.kills, "kills", false, "only kills: no tasks that were already exiting, no memory usage of other pods, no gaps")
+	flags.BoolVar(&o.outcomes, "outcomes", false, "each kill with its outcome, on one line, when that is known, or after 5s without;\nno tasks that were already exiting")
+	cli.Var(flags, &o.namespace, "namespace", "n", "only pods of this `namespace`, with --outcomes", namespace)
+	flags.BoolVarP(&o.allNamespaces, "all-namespaces", "A", false, "only pods, of all namespaces, with --outcomes")
+	flags.StringVar(&o.pod, "pod", "", "only pods of this `name`, with --outcomes")
+	cli.Output(cmd, &o.output, jsonUsage)
+	cli.Enum(cmd, &o.color, "color", "", "`when` to use colors: auto, always or never", "auto", "always", "never")
+	flags.IntVar(&o.count, "count", 0, "exit after `N` events; 0: no limit")
+	return cmd
+}
+
+func podCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s, since: 7 * 24 * time.Hour, color: "auto"}
+	cmd := &cobra.Command{
+		Use: "pod NAME", Short: "Show all that happened to one pod",
+		Long:        "Show all that happened to one pod: its kills, their outcomes, and the gaps of its nodes.",
+		Annotations: map[string]string{cli.ExitHelp(exitUnknown): "no kill in the pod is known, but there may have been some: kills without an outcome, or gaps"},
+	}
+	setNamespace := namespaceFlags(cmd, o, "the pod's `namespace`", "the pods of that name in all namespaces")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		o.pod = args[0]
+		if err := setNamespace(); err != nil {
+			return err
+		}
+		return o.run(pod)(cmd, args)
+	}
+	cli.Var(cmd.Flags(), &o.since, "since", "", "begin with what was stored this `duration` ago", cli.Duration)
+	cli.Output(cmd, &o.output, jsonUsage)
+	return cmd
+}
+
+func topCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s, since: 7 * 24 * time.Hour, by: "workload", count: 20}
+	cmd := &cobra.Command{
+		Use: "top", Short: "Show which workloads, pods, namespaces or nodes are killed most", RunE: o.run(top),
+		PreRunE: func(*cobra.Command, []string) error {
+			o.advice = o.output == "wide"
+			switch {
+			case o.count < 0:
+				return fmt.Errorf("--count must not be negative, but is %d", o.count)
+			case o.advice && o.by != "workload" && o.by != "pod":
+				return fmt.Errorf("--output wide has advice for a workload or a pod, and not for a %s", o.by)
+			}
+			return nil
+		},
+	}
+	flags := cmd.Flags()
+	cli.Var(flags, &o.since, "since", "", "count what was stored up to this `duration` ago", cli.Duration)
+	cli.Enum(cmd, &o.by, "by", "", "count by `kind`: workload, pod, namespace or node", "workload", "pod", "namespace", "node")
+	cli.Var(flags, &o.namespace, "namespace", "n", "only pods of this `namespace`", namespace)
+	cli.Var(flags, &o.node, "node", "", "only this `node`", cli.Node)
+	flags.IntVar(&o.count, "count", o.count, "show the first `N`; 0: all")
+	o.output = "text"
+	cli.Enum(cmd, &o.output, "output", "o", "the `format`: text, wide: with what to do about it, or json: one object a line", "text", "wide", "json")
+	return cmd
+}
+
+func adviseCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s, since: 7 * 24 * time.Hour, by: "workload", advice: true, output: "text"}
+	cmd := &cobra.Command{
+		Use: "advise", Short: "Show what to do about the workloads that were killed",
+		Long: `Show what to do about the workloads that were killed, in one sentence each, with the figures that it rests on. It only reads.
+With -o patch: a strategic-merge patch of each workload that one can help. Try it with kubectl patch --dry-run=server.`,
+	}
+	setNamespace := namespaceFlags(cmd, o, "the workloads of this `namespace`", "the workloads of all namespaces")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := setNamespace(); err != nil {
+			return err
+		}
+		return o.run(advise)(cmd, args)
+	}
+	flags := cmd.Flags()
+	cli.Var(flags, &o.since, "since", "", "of kills that were stored up to this `duration` ago", cli.Duration)
+	flags.StringVar(&o.workload, "workload", "", "only this `workload`, such as Deployment/cart")
+	cli.Var(flags, &o.node, "node", "", "only kills on this `node`", cli.Node)
+	cli.Enum(cmd, &o.output, "output", "o", "the `format`: text, json: one object a line, or patch: a YAML document for each workload", "text", "json", "patch")
+	return cmd
+}
+
+func nodesCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s}
+	cmd := &cobra.Command{
+		Use: "nodes", Short: "Show which nodes are watched, which are quiet, which have gaps", RunE: o.run(nodes),
+		Annotations: map[string]string{cli.ExitHelp(cli.ExitFailure): "failed, or --fail-on found something"},
+	}
+	cli.Output(cmd, &o.output, jsonUsage)
+	cli.Enums(cmd, &o.failOn, "fail-on", "exit with status 1 if a node is `quiet` (not watched, or no node is known) or has a gap:\nquiet, gap or quiet,gap", "quiet", "gap")
+	cli.Var(cmd.Flags(), &o.since, "since", "", "only gaps that were published up to this `duration` ago (default: all in the stream)", cli.Duration)
+	return cmd
+}
+
+func statusCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s}
+	cmd := &cobra.Command{Use: "status", Short: "Show whether pods are marked, and what is left of the budgets", RunE: o.run(status)}
+	cli.Output(cmd, &o.output, "the `format`: text or json")
+	return cmd
+}
+
+func pauseCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s}
+	cmd := &cobra.Command{Use: "pause", Short: "Stop all marking, by every replica, at once", RunE: o.run(pause)}
+	cli.Var(cmd.Flags(), &o.reason, "reason", "", "why, in a `sentence`; the outcome of every kill shows it", func(s string) (string, error) {
+		if strings.TrimSpace(s) == "" || len(s) > maxReason {
+			return "", fmt.Errorf("must have 1..%d bytes", maxReason)
+		}
+		return s, nil
+	})
+	cli.Required(cmd, "reason")
+	cli.Var(cmd.Flags(), &o.duration, "for", "", "resume marking after this `duration`", cli.Duration)
+	return cmd
+}
+
+func resumeCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s}
+	return &cobra.Command{Use: "resume", Short: "Resume marking", RunE: o.run(resume)}
+}
+
+func restoreCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s}
+	cmd := &cobra.Command{Use: "restore", Short: "Replace an invalid state of budgets and pause by its newest valid revision", RunE: o.run(restore)}
+	cmd.Flags().BoolVar(&o.empty, "empty", false, "if no revision is valid: start with no pause and no budget used")
+	return cmd
+}
+
+func setupCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s}
+	return &cobra.Command{
+		Use: "setup", Short: "Create or update the streams and the bucket on the NATS of the config",
+		RunE: o.run(func(ctx context.Context, conn *bus.Conn, o options, stdout, _ io.Writer) error {
+			if err := bus.EnsureStreams(ctx, conn, o.config.NATS.Stream); err != nil {
+				return err
+			}
+			fmt.Fprintf(stdout, "streams %s and %s and bucket %s are as the config says\n", event.StreamName, event.NodesStreamName, bus.BucketName)
+			return nil
+		}),
+	}
+}
+
+func keysCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "keys DIR NODE...", Short: "Create an nkey for each node that has none in a directory",
+		Long:              "Create an nkey for each node that has none in the directory DIR, and print the public keys for the chart.",
+		ValidArgsFunction: cli.Files,
+		PreRunE: func(_ *cobra.Command, args []string) error {
+			for _, node := range args[1:] {
+				if _, err := cli.Node(node); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error { return keys(args[0], args[1:], cmd.OutOrStdout()) },
+	}
+}
+
+func awaitCommand(s *cli.Settings) *cobra.Command {
+	o := &options{Settings: s, since: 10 * time.Minute, timeout: 2 * time.Minute}
+	cmd := &cobra.Command{
+		Use: "await", Short: "Wait until a kill of the pod with --pod-uid is published", RunE: o.run(await),
+		Annotations: map[string]string{cli.ExitHelp(cli.ExitFailure): "failed, or the kill (with --outcome, its outcome) was not published in time"},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&o.podUID, "pod-uid", "", "the `UID` of the pod, metadata.uid")
+	cli.Required(cmd, "pod-uid")
+	flags.BoolVar(&o.outcome, "outcome", false, "wait for the outcome of the kill, too")
+	cli.Var(flags, &o.since, "since", "", "a kill that was published up to this `duration` ago counts", cli.Duration)
+	cli.Var(flags, &o.timeout, "timeout", "", "wait for this `duration` at most", cli.Duration)
+	return cmd
+}
+
+func victimCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "victim FILE", Short: "Use up the memory limit of this container, unless FILE exists",
+		ValidArgsFunction: cli.Files,
+		RunE:              func(cmd *cobra.Command, args []string) error { return victim(args[0], cmd.OutOrStdout()) },
+	}
+}
+
+// sinceOrNow parses a duration, where 0s stands for now.
+func sinceOrNow(s string) (time.Duration, error) {
+	if d, err := time.ParseDuration(s); err == nil && d == 0 {
+		return 0, nil
+	}
+	return cli.Duration(s)
+}
+
+// namespace parses the name of a namespace.
+func namespace(s string) (string, error) {
+	if len(validation.IsDNS1123Label(s)) > 0 {
+		return "", errors.New("must be the name of a namespace: lower-case letters, digits and '-'")
+	}
+	return s, nil
+}
+
+// namespaceFlags adds the flags that name a namespace as those of kubectl do. The function that it returns sets o.namespace by them:
+// it is empty for all namespaces.
+func namespaceFlags(cmd *cobra.Command, o *options, one, all string) func() error {
+	var kubeconfig, context string
+	flags := cmd.Flags()
+	cli.Var(flags, &o.namespace, "namespace", "n", one+" (default: that of the kubeconfig's context)", namespace)
+	flags.BoolVarP(&o.allNamespaces, "all-namespaces", "A", false, all)
+	flags.StringVar(&context, "context", "", "the kubeconfig's `context` (default: its current one)")
+	flags.StringVar(&kubeconfig, "kubeconfig", "", "the kubeconfig `file` (default: KUBECONFIG, ~/.kube/config)")
+	cli.File(flags, "kubeconfig")
+	return func() (err error) {
+		switch {
+		case o.allNamespaces:
+			o.namespace = ""
+		case o.namespace == "":
+			o.namespace, err = kubeNamespace(kubeconfig, context)
+		}
+		return err
+	}
+}
+
+// kubeNamespace is the namespace that kubectl would use.
+func kubeNamespace(kubeconfig, context string) (string, error) {
+	rules := clientcmd.NewDefaultClientConfigLoadingRules()
+	rules.WarnIfAllMissing = false
+	rules.ExplicitPath = kubeconfig
+	namespace, _, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: context}).Namespace()
+	switch {
+	case err == nil:
+		return namespace, nil
+	case clientcmd.IsEmptyConfig(err):
+		return "default", nil
+	}
+	return "", fmt.Errorf("read the namespace of the kubeconfig's context: %w (--namespace names one)", err)
+}
