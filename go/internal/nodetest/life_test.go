@@ -183,10 +183,13 @@ func (l *Lab) testSingleProcess(t *testing.T, r *record) {
 	}
 }
 
-// testReboot: a node that is reset comes back by itself; its record is there, and a gap says what nobody can know.
+// testReboot: a node that is reset comes back by itself; its record is there, and a gap says what nobody can know. From then on
+// all its mounts are private, as k3d and Alpine have them.
 func (l *Lab) testReboot(t *testing.T, r *record) {
 	kills, gaps := len(r.killed(func(*event.Event) bool { return true })), len(r.gapsNow())
 	boot := l.Machine.Must("cat /proc/sys/kernel/random/boot_id")
+	l.Machine.Must(`mkdir -p /etc/systemd/system/containerd.service.d
+printf '[Service]\nExecStartPre=/bin/mount --make-rprivate /\n' >/etc/systemd/system/containerd.service.d/private.conf`)
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -213,6 +216,11 @@ func (l *Lab) testReboot(t *testing.T, r *record) {
 	}
 	if got := len(r.killed(func(*event.Event) bool { return true })); got < kills {
 		t.Errorf("%d kills, there were %d before", got, kills)
+	}
+	for _, mount := range []string{"/", "/sys/fs/bpf", "/sys/fs/cgroup"} {
+		if got := l.Machine.Must("findmnt -n -o PROPAGATION " + mount); got != "private" {
+			t.Errorf("%s is mounted %q", mount, got)
+		}
 	}
 	l.tell(t, r, story{name: "service", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelOther}, outcome: "skipped/host", processes: 1,
 		cause: func(l *Lab) {
