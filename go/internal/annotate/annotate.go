@@ -323,7 +323,9 @@ func newOutcome(kill, node string, now time.Time, d decide.Decision) *event.Outc
 func setPod(o *event.Outcome, k *decide.Kill) {
 	p := k.Found.Pod
 	o.Pod = &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID, Owner: p.Owner}
-	o.Container = p.Container(k.Event.Container.ContainerID)
+	if c := p.Container(k.Event.Container.ContainerID); c != nil {
+		o.Container, o.Restarts = c.Name, &c.Restarts
+	}
 }
 
 func podName(p *event.PodRef) string {

@@ -25,11 +25,11 @@ func (m *Marker) annotationPatch(e *event.Event, p *pods.Pod) ([]byte, error) {
 	key, value := m.Policy.Mark()
 	s := pods.Summary{
 		Event: e.ID, Annotation: key, Time: e.Time, Scope: string(e.Scope), Level: string(e.Limit.Level),
-		Container: p.Container(e.Container.ContainerID),
+		Container: text.Truncate(e.Container.ContainerID, maxContainer),
 		Victim:    text.Truncate(e.Victim.Comm, maxComm), PID: e.Victim.PID, Usage: e.Limit.Usage, Limit: e.Limit.Max, Node: e.Node.Name,
 	}
-	if s.Container == "" {
-		s.Container = text.Truncate(e.Container.ContainerID, maxContainer)
+	if c := p.Container(e.Container.ContainerID); c != nil {
+		s.Container = c.Name
 	}
 	summary, err := json.Marshal(s)
 	if err != nil {

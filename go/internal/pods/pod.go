@@ -91,10 +91,11 @@ func (p *Pod) Workload() string {
 	return p.Namespace + "/" + p.Owner
 }
 
-// Container is a container ID in a pod's status, and the name of its container.
+// Container is a container ID in a pod's status, the name of its container, and how often the kubelet has restarted that.
 type Container struct {
-	ID   ContainerID
-	Name string
+	ID       ContainerID
+	Name     string
+	Restarts uint32
 }
 
 // ContainerID is the first half of an ID. IDs are random, and 16 bytes are as unique as a UID.
@@ -191,11 +192,11 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 			if p.Containers == nil {
 				p.Containers = make([]Container, 0, len(in.Spec.Containers)) // mostly just that
 			}
-			p.addContainer(s.Name, s.ContainerID)
+			p.addContainer(s, s.ContainerID)
 			// The status of a restarted container also has the ID of the previous one, which was killed.
 			for _, state := range []*corev1.ContainerState{&s.State, &s.LastTerminationState} {
 				if state.Terminated != nil {
-					p.addContainer(s.Name, state.Terminated.ContainerID)
+					p.addContainer(s, state.Terminated.ContainerID)
 				}
 			}
 		}
@@ -230,7 +231,7 @@ func topOwner(owner *metav1.OwnerReference, labels map[string]string) string {
 }
 
 // addContainer adds <runtime>://<id>.
-func (p *Pod) addContainer(name, id string) {
+func (p *Pod) addContainer(s *corev1.ContainerStatus, id string) {
 	_, digits, ok := strings.Cut(id, "://")
 	key, isID := containerKey(digits)
 	if !ok || !isID {
@@ -241,7 +242,7 @@ func (p *Pod) addContainer(name, id string) {
 			return
 		}
 	}
-	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(name).Value()})
+	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(s.Name).Value(), Restarts: uint32(max(s.RestartCount, 0))})
 }
 
 // containerKey parses an ID of 64 hexadecimal digits.
@@ -258,20 +259,20 @@ func containerKey(id string) (key ContainerID, ok bool) {
 // Unnamed reports whether id is a container ID that is not in the pod's status.
 func (p *Pod) Unnamed(id string) bool {
 	_, ok := containerKey(id)
-	return ok && p.Container(id) == ""
+	return ok && p.Container(id) == nil
 }
 
-// Container is the name of the container with that ID. It is empty if the status does not have the ID: that of the pause container,
-// or that of a container that started a moment ago.
-func (p *Pod) Container(id string) string {
+// Container is the container with that ID. It is nil if the status does not have the ID: that of the pause container, or that of a
+// container that started a moment ago.
+func (p *Pod) Container(id string) *Container {
 	key, ok := containerKey(id)
 	if !ok {
-		return ""
+		return nil
 	}
-	for _, c := range p.Containers {
-		if c.ID == key {
-			return c.Name
+	for i := range p.Containers {
+		if p.Containers[i].ID == key {
+			return &p.Containers[i]
 		}
 	}
-	return ""
+	return nil
 }

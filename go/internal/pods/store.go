@@ -190,7 +190,7 @@ func (s *Store) Find(node, uid, containerID string) (Found, error) {
 		if uid != "" {
 			return p.Hash == uid
 		}
-		return p.Container(containerID) != ""
+		return p.Container(containerID) != nil
 	}
 	p, err := s.only(s.byNode[node], matches, containerID)
 	if p != nil || err != nil {
@@ -222,7 +222,7 @@ func (s *Store) only(all []*Pod, matches func(*Pod) bool, containerID string) (*
 	for _, p := range all {
 		if matches(p) {
 			found = append(found, p)
-			if p.Container(containerID) != "" {
+			if p.Container(containerID) != nil {
 				exact = append(exact, p)
 			}
 		}

@@ -47,7 +47,7 @@ func TestRead(t *testing.T) {
 				Terminated: &corev1.ContainerStateTerminated{ContainerID: "cri-o://" + id("1")},
 			}}},
 			ContainerStatuses: []corev1.ContainerStatus{
-				{Name: "cart", ContainerID: "containerd://" + id("2"), LastTerminationState: corev1.ContainerState{
+				{Name: "cart", RestartCount: 4, ContainerID: "containerd://" + id("2"), LastTerminationState: corev1.ContainerState{
 					Terminated: &corev1.ContainerStateTerminated{ContainerID: "containerd://" + id("3")},
 				}},
 				{Name: "waits"}, {Name: "odd", ContainerID: id("4")}, {Name: "short", ContainerID: "docker://12"}, {Name: "letters", ContainerID: "docker://" + id("x")},
@@ -58,15 +58,16 @@ func TestRead(t *testing.T) {
 	got := terms.Read(in)
 	want := &Pod{
 		Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
-		Containers: []Container{{key(t, id("1")), "init"}, {key(t, id("2")), "cart"}, {key(t, id("3")), "cart"}, {key(t, id("5")), "debug"}},
+		Containers: []Container{{key(t, id("1")), "init", 0}, {key(t, id("2")), "cart", 4}, {key(t, id("3")), "cart", 4}, {key(t, id("5")), "debug", 0}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	for digit, name := range map[string]string{"1": "init", "2": "cart", "3": "cart", "4": "", "5": "debug"} {
-		if got := got.Container(id(digit)); got != name {
-			t.Errorf("container %s is %q, want %q", digit, got, name)
+		got := got.Container(id(digit))
+		if (got != nil) != (name != "") || got != nil && got.Name != name {
+			t.Errorf("container %s is %+v, want %q", digit, got, name)
 		}
 	}
 }
@@ -176,7 +177,7 @@ func TestFind(t *testing.T) {
 	s.now = func() time.Time { return now }
 	with := func(p Pod, digits ...string) *Pod {
 		for _, d := range digits {
-			p.Containers = append(p.Containers, Container{key(t, id(d)), "c" + d})
+			p.Containers = append(p.Containers, Container{ID: key(t, id(d)), Name: "c" + d})
 		}
 		return &p
 	}
@@ -295,7 +296,7 @@ func FuzzRead(f *testing.F) {
 		if p.OptOut != (key == terms.OptOut && value != "false") || p.DaemonSet != (kind == "DaemonSet") || !strings.Contains(p.Owner, "/") {
 			t.Errorf("read %+v", p)
 		}
-		if name := p.Container(strings.TrimPrefix(id, "containerd://")); name != "" && name != "main" || len(p.Containers) > 1 {
+		if c := p.Container(strings.TrimPrefix(id, "containerd://")); c != nil && c.Name != "main" || len(p.Containers) > 1 {
 			t.Errorf("containers %+v", p.Containers)
 		}
 	})

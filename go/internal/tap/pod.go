@@ -23,6 +23,8 @@ type story struct {
 	uids    map[string]bool         // of the pods that had this name
 	nodes   map[string]bool         // that these pods ran on
 	marked  time.Time               // last
+	// restarts are the fewest and the most of each container, by its pod's UID and its name, at the kills of the last hour.
+	restarts map[[2]string][2]uint32
 
 	kills int
 	ours  map[string]bool // the kills that were shown, by ID
@@ -47,13 +49,16 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 	}
 	from := time.Now().Add(-o.since)
 	p := newPrinter(stdout, o)
-	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}, ours: map[string]bool{}}
+	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}, ours: map[string]bool{}, restarts: map[[2]string][2]uint32{}}
 
 	// What cannot be read is reported by the second reading.
-	err := each(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, io.Discard, func(_ bus.Stored, r message) error {
+	err := each(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, io.Discard, func(m bus.Stored, r message) error {
 		if s.isOurs(r.outcome) {
 			s.results[r.outcome.Kill] = r.outcome.Result
 			s.uids[r.outcome.Pod.UID], s.nodes[r.node] = true, true
+			if time.Since(m.Time) < time.Hour {
+				s.restarted(r.outcome)
+			}
 		}
 		return nil
 	})
@@ -102,6 +107,19 @@ func (o *options) podName() string { return text.Printable(cmp.Or(o.namespace, "
 // isOurs tells whether an outcome is of the pod.
 func (s *story) isOurs(o *event.Outcome) bool {
 	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && (s.o.allNamespaces || o.Pod.Namespace == s.o.namespace)
+}
+
+// restarted notes how often a container was restarted when a process in it was killed.
+func (s *story) restarted(o *event.Outcome) {
+	if o.Restarts == nil {
+		return
+	}
+	key := [2]string{o.Pod.UID, o.Container}
+	seen, ok := s.restarts[key]
+	if !ok {
+		seen[0] = *o.Restarts
+	}
+	s.restarts[key] = [2]uint32{min(seen[0], *o.Restarts), max(seen[1], *o.Restarts)}
 }
 
 // take adds a message, in the stream's order, and reports whether it is of the pod.
@@ -184,6 +202,11 @@ func (s *story) summary() string {
 	}
 	if results != nil {
 		line += "; final outcomes: " + strings.Join(results, ", ")
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(s.restarts), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
+		if seen := s.restarts[key]; seen[1] > seen[0] {
+			line += fmt.Sprintf("; container %s was restarted at least %d times in the last hour", text.Printable(key[1]), seen[1]-seen[0])
+		}
 	}
 	if s.marked.IsZero() {
 		return line + "; never marked"

@@ -60,12 +60,23 @@ func (s *Sentence) String() string {
 // Victim is a killed process by its name and process ID.
 func Victim(e *event.Event) string { return victim(e) }
 
+// restarts is how often the container of an outcome was restarted, in parentheses after a space; empty: never, or that is not known.
+func restarts(o *event.Outcome) string {
+	switch {
+	case o.Restarts == nil || *o.Restarts == 0:
+		return ""
+	case *o.Restarts == 1:
+		return " (1 restart)"
+	}
+	return fmt.Sprintf(" (%d restarts)", *o.Restarts)
+}
+
 // Where is the container of a kill and, if pod is set, its pod; empty for a process of the host.
 func Where(e *event.Event, o *event.Outcome, pod bool) string {
 	var parts []string
 	switch {
 	case o.Container != "":
-		parts = append(parts, "container "+Printable(o.Container))
+		parts = append(parts, "container "+Printable(o.Container)+restarts(o))
 	case e.Container != nil && e.Container.ContainerID != "":
 		parts = append(parts, fmt.Sprintf("container %.12s", Printable(e.Container.ContainerID)))
 	}

@@ -97,7 +97,7 @@ func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
 	if p := o.Pod; p != nil {
 		said += " " + word(p.Namespace) + "/" + word(p.Name)
 		if o.Container != "" {
-			said += " container " + word(o.Container)
+			said += " container " + word(o.Container) + restarts(o)
 		}
 	}
 	line += "  " + t.paint(color, said)
