@@ -54,6 +54,7 @@ func probe(t *testing.T, addr, path string) (ok bool, body string) {
 // All kills are stored within 30 s, by the same process, and the probes say what is so: not ready, but no reason for a
 // restart.
 func TestDiskFull(t *testing.T) {
+	oomtest.Slow(t)
 	for name, atStart := range map[string]bool{"later": false, "at the start": true} {
 		t.Run(name, func(t *testing.T) {
 			disk, fill, free := smallDisk(t, "12m")

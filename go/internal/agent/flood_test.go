@@ -50,6 +50,7 @@ func flood(addrs []string) {
 // TestFlooded: a user without any right opens thousands of connections to each port of the tracer. It takes little of its
 // memory; kills are published, probes are answered, and a client with the password comes in.
 func TestFlooded(t *testing.T) {
+	oomtest.Slow(t)
 	const connections = 5000
 	cfg := withListen(t, pinnedConfig(t))
 	cfg.Metrics.Listen = oomtest.FreeAddr(t)

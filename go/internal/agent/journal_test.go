@@ -181,6 +181,7 @@ func withoutHole(t *testing.T, events []event.Event, gaps []event.Gap, head uint
 // in it, and every other time the next one has another size of journal, which needs a new generation of it.
 // What the stream holds in the end is what the kernel killed. OOM_TEST_SEEDS (1) says how often, OOM_TEST_SEED with which seed.
 func TestKilledInStorm(t *testing.T) {
+	oomtest.Slow(t)
 	seeds := 1
 	if s := os.Getenv("OOM_TEST_SEEDS"); s != "" {
 		var err error
@@ -278,6 +279,7 @@ func killedInStorm(t *testing.T, random *rand.Rand) {
 // TestStopped: while the tracer is stopped (SIGSTOP) nobody reads. What the journal holds is read
 // later; what it does not is named by a gap, exactly.
 func TestStopped(t *testing.T) {
+	oomtest.Slow(t)
 	for _, tt := range []struct {
 		name  string
 		size  config.Bytes
@@ -346,6 +348,7 @@ func TestStopped(t *testing.T) {
 
 // TestRestart: without pins nothing is recorded between two tracers. The kernel's own count says how much.
 func TestRestart(t *testing.T) {
+	oomtest.Slow(t)
 	group := oomtest.New(t, 8*mib)
 	first := func(t *testing.T, cfg config.Config) {
 		t.Helper()
@@ -505,6 +508,7 @@ func found(t *testing.T, gaps []event.Gap, cause event.GapCause) event.Gap {
 // TestStateFileAway: a state file that cannot be written stops neither the start nor the work. It is said once, counted,
 // tried again, and healed.
 func TestStateFileAway(t *testing.T) {
+	oomtest.Slow(t)
 	for name, tt := range map[string]struct {
 		breakIt, mend func(t *testing.T, dir string)
 	}{
@@ -701,6 +705,7 @@ func TestOtherVersion(t *testing.T) {
 // TestWrappedAway: what was written over while no tracer ran is said to have happened then, and not at the start
 // that finds it.
 func TestWrappedAway(t *testing.T) {
+	oomtest.Slow(t)
 	cfg := pinnedConfig(t)
 	cfg.Kernel.JournalSize = 128 << 10
 	settled(t, cfg)
@@ -854,6 +859,7 @@ func TestUnloadCommand(t *testing.T) {
 
 // TestStoppedAtStart: told to end at any moment of its start, it ends cleanly.
 func TestStoppedAtStart(t *testing.T) {
+	oomtest.Slow(t)
 	cfg := pinnedConfig(t)
 	for range 12 {
 		tracer := startProcess(t, cfg)

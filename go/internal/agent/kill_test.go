@@ -225,6 +225,7 @@ func inferred(tier loader.Tier) bool { return tier == loader.TierStack }
 // TestStorm: a thousand kills. The cgroup's own counter says how many there were; every one of them is
 // in the stream, once; and what the console printed of them is what the events say.
 func TestStorm(t *testing.T) {
+	oomtest.Slow(t)
 	const kills = 1000
 	cfg := testConfig(t)
 	tr, stop := runTracer(t, cfg, io.Discard)
@@ -698,6 +699,7 @@ func natsServer(t *testing.T, addr, dir string, args ...string) *exec.Cmd {
 // TestNATSAway: kills that happen while NATS is not there yet, and while it is gone, arrive when it comes.
 // They wait in the journal; nothing counts as published before it is.
 func TestNATSAway(t *testing.T) {
+	oomtest.Slow(t)
 	addr, store := oomtest.FreeAddr(t), t.TempDir()
 	cfg := testConfig(t)
 	cfg.NATS.URL = "nats://" + addr

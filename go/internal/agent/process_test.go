@@ -120,6 +120,7 @@ func silentServer(t *testing.T) string {
 // A SIGTERM ends it within five seconds, also while NATS hangs and somebody hangs in a scrape; a second one ends
 // it at once.
 func TestSignals(t *testing.T) {
+	oomtest.Slow(t)
 	for _, tt := range []struct {
 		name    string
 		signals int

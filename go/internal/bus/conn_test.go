@@ -26,6 +26,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 func refused(ctx context.Context, t *testing.T, cfg config.NATS) error {
@@ -126,6 +127,7 @@ func TestConnectFails(t *testing.T) {
 
 // Secrets are read again at each connection, in both modes.
 func TestConnectSecretsChange(t *testing.T) {
+	oomtest.Slow(t)
 	ctx := begin(t)
 	d := startNatsd(t, `authorization { user: tracer, password: first }`)
 	log, logged := newLog(t)

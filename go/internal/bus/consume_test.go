@@ -13,6 +13,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // handled keeps what a consumer's handlers saw.
@@ -287,9 +288,7 @@ func TestConsumeRelease(t *testing.T) {
 
 // Messages that take longer than the server's patience, and those that were pulled meanwhile, do not come a second time.
 func TestConsumeLong(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes as long as the server waits for an acknowledgement: 30 s")
-	}
+	oomtest.Slow(t) // takes as long as the server waits for an acknowledgement: 30 s
 	ctx := begin(t)
 	cfg, _ := startEmbedded(t)
 	log, _ := newLog(t)

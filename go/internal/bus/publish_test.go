@@ -17,6 +17,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // What is published is stored byte by byte, in order, under its ID, and a plain NATS subscriber sees it too.
@@ -255,9 +256,7 @@ func TestPublishMessagesLost(t *testing.T) {
 
 // A server that hangs is waited for, and asked again.
 func TestPublishServerHangs(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes as long as an acknowledgement may: 5 s")
-	}
+	oomtest.Slow(t) // takes as long as an acknowledgement may: 5 s
 	ctx := begin(t)
 	d := startNatsd(t, "")
 	log, logged := newLog(t)
@@ -510,9 +509,7 @@ func TestPublishPermissions(t *testing.T) {
 
 // A client with another's inbox learns why no acknowledgement arrives.
 func TestPublishInboxDenied(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes as long as an acknowledgement may: 5 s")
-	}
+	oomtest.Slow(t) // takes as long as an acknowledgement may: 5 s
 	ctx := begin(t)
 	_, tracer, owner := limited(t)
 	log, _ := newLog(t)
@@ -632,6 +629,7 @@ func TestPublishExpires(t *testing.T) {
 // What NATS refuses for good is given up after a time, once others were stored or when it takes the room of all others; not
 // while NATS stores nothing at all.
 func TestPublishRefused(t *testing.T) {
+	oomtest.Slow(t)
 	ctx := begin(t)
 	_, tracer, owner := limited(t)
 	o := connect(ctx, t, owner, bus.Options{Name: "owner"}, quiet())

@@ -15,6 +15,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/cgroup"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // This file writes paths as kubelets and runtimes do, from descriptions that are drawn at random, and
@@ -533,6 +534,7 @@ func randomBytes(r *rand.Rand) []byte {
 // TestGenerated draws descriptions and compares; see FuzzGenerated. It also sees to it that the draw
 // reaches every kind of answer.
 func TestGenerated(t *testing.T) {
+	oomtest.Slow(t)
 	r := rand.New(rand.NewPCG(1, 2))
 	seen := map[string]int{}
 	const n = 5_000

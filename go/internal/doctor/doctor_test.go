@@ -1193,6 +1193,7 @@ func readSysctl(t *testing.T, name string) int {
 
 // The real program on this kernel, with less than root has.
 func TestDoctorReducedCapabilities(t *testing.T) {
+	oomtest.Slow(t)
 	paranoid := readSysctl(t, "perf_event_paranoid")
 	unprivileged := readSysctl(t, "unprivileged_bpf_disabled")
 	shown := readSysctl(t, "kptr_restrict") == 0 && paranoid <= 1

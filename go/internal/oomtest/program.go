@@ -78,3 +78,11 @@ func Golden(t testing.TB, name, got string, update bool) {
 		t.Errorf("%s (-golden +got; -update writes it):\n%s", path, diff)
 	}
 }
+
+// Slow skips a test that takes more than some seconds in make quick, which runs with -short.
+func Slow(t testing.TB) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("slow: runs in make test")
+	}
+}

@@ -10,10 +10,12 @@ import (
 	"time"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // Each file of the store damaged at rest, as after a power cut: the server starts, and stores what comes.
 func TestDamagedStore(t *testing.T) {
+	oomtest.Slow(t)
 	whole := filepath.Join(t.TempDir(), "nats")
 	var before bus.Held
 	t.Run("fill", func(t *testing.T) {

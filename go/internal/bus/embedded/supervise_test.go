@@ -17,6 +17,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // tmpfs mounts a small disk.
@@ -138,6 +139,7 @@ func (s *supervised) unstored(t *testing.T, reason string) {
 
 // The disk was full once. When it is free again all is stored, without a restart of the process.
 func TestDiskFull(t *testing.T) {
+	oomtest.Slow(t)
 	dir := tmpfs(t, "size=12m")
 	s := supervise(t, filepath.Join(dir, "nats"))
 	s.publish(t, 20)
@@ -171,6 +173,7 @@ func TestDiskGrows(t *testing.T) {
 
 // A disk that is full or read-only at the start.
 func TestStartWithoutDisk(t *testing.T) {
+	oomtest.Slow(t)
 	t.Run("full", func(t *testing.T) {
 		dir := tmpfs(t, "size=12m")
 		free := fill(t, dir)
