@@ -455,7 +455,7 @@ func (c *Cluster) annotator() *rest.Config {
 	})
 	c.Eventually("the annotator is denied the rest", func() error {
 		if err := try(`{"metadata":{"labels":{"kubetest":"probe"}}}`); !apierrors.IsInvalid(err) && !apierrors.IsForbidden(err) {
-			return fmt.Errorf("a label: %v", err)
+			return fmt.Errorf("a label: got %q", fmt.Sprint(err)) // nil too
 		}
 		return nil
 	})

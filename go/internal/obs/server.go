@@ -124,7 +124,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("shut down metrics server: %w", errors.Join(err, srv.Close()))
 	}
-	<-served
+	<-served //nolint:errcheck // always http.ErrServerClosed
 	return err
 }
 
