@@ -1,12 +1,10 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -40,7 +38,7 @@ func TestBrakes(t *testing.T) {
 	c.Namespace("shop")
 	account := c.Annotator()
 	for name, test := range map[string]func(*testing.T, *kubetest.Cluster, *rest.Config){
-		"Budgets": testBudgets, "CrashLoop": testCrashLoop, "Pause": testPause, "Hang": testHang, "Chaos": testChaos,
+		"Budgets": testBudgets, "CrashLoop": testCrashLoop, "Pause": testPause, "Hang": testHang,
 		"Explain": testExplain, "State": testState, "Late": testLate,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
@@ -526,142 +524,6 @@ func forward(t *testing.T, to string, gate *sync.Mutex) string {
 		}
 	}()
 	return l.Addr().String()
-}
-
-// testChaos: three replicas and NATS are killed at random, the API server refuses at random, and NATS is away for
-// longer than it remembers messages. Each of 2,000 kills has one outcome, and one pod is marked.
-func testChaos(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
-	const kills, replicas = 2000, 3
-	proxy := c.Proxy()
-	proxy.Fault(func(req *http.Request) kubetest.Fault {
-		if strings.Contains(req.URL.Path, "/pods/") {
-			switch rand.IntN(6) {
-			case 0:
-				return kubetest.Fault{Code: http.StatusTooManyRequests, RetryAfter: time.Second}
-			case 1:
-				return kubetest.Fault{Code: http.StatusInternalServerError}
-			case 2:
-				return kubetest.Fault{Lost: true}
-			}
-		}
-		return kubetest.Fault{}
-	})
-	nats := newNATS(t)
-	r := &rig{t: t, kubeconfig: c.Kubeconfig(proxy.Config(account)), patience: 2 * patience}
-	configure := func(cfg *config.Config) {
-		cfg.NATS.URL, cfg.NATS.Stream.DedupWindow = "nats://"+nats.listen, time.Second
-		cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Cluster: 1}
-	}
-	r.cfg, r.configPath = newConfig(t, configure)
-	nats.start()
-	r.connect()
-	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
-		t.Fatal(err)
-	}
-	var all []*corev1.Pod
-	for n := range 100 {
-		all = append(all, c.Pod("shop", fmt.Sprint("chaos-", n), node, deployed(fmt.Sprint("chaos-", n))))
-	}
-	before := marked(t, c)
-
-	type replica struct {
-		config string
-		cmd    *exec.Cmd
-	}
-	var running [replicas]replica
-	out := &oomtest.Output{}
-	begin := func(i int) {
-		cmd := exec.Command(oomtest.Program(t, "oom-annotator"), "--config", running[i].config, "--kubeconfig", r.kubeconfig)
-		cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = out, out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		running[i].cmd = cmd
-	}
-	end := func(i int) {
-		_ = running[i].cmd.Process.Kill()
-		_ = running[i].cmd.Wait()
-	}
-	for i := range running {
-		_, running[i].config = newConfig(t, configure)
-		begin(i)
-		t.Cleanup(func() { end(i) })
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the replicas said:\n%.20000s", out)
-		}
-	})
-
-	want := map[string]bool{}
-	chaos := time.NewTicker(700 * time.Millisecond)
-	defer chaos.Stop()
-	killedReplicas, killedNATS := 0, 0
-	for n := range kills {
-		e := r.killOf(all[n%len(all)], "")
-		want[e.ID] = true
-		r.publish(e)
-		time.Sleep(8 * time.Millisecond)
-		select {
-		case <-chaos.C:
-		default:
-			continue
-		}
-		if rand.IntN(4) == 0 {
-			nats.kill()
-			killedNATS++
-			time.Sleep(time.Duration(rand.IntN(2500)) * time.Millisecond) // the window is a second
-			nats.start()
-			continue
-		}
-		i := rand.IntN(replicas)
-		end(i)
-		killedReplicas++
-		begin(i)
-	}
-	proxy.Fault(func(*http.Request) kubetest.Fault { return kubetest.Fault{} })
-	t.Logf("%d times a replica was killed, %d times nats", killedReplicas, killedNATS)
-
-	// Every outcome that the stream holds.
-	var outcomes map[string][]event.Outcome
-	deadline := time.Now().Add(3 * patience)
-	for {
-		outcomes = map[string][]event.Outcome{}
-		ctx, cancel := context.WithTimeout(t.Context(), patience)
-		err := bus.Tail(ctx, r.conn, bus.TailOptions{Subjects: []string{"oom.v1.outcome.>"}, Since: time.Unix(0, 0)}, func(m bus.Stored) error {
-			o, err := event.ParseOutcome(m.Data)
-			if err == nil {
-				outcomes[o.Kill] = append(outcomes[o.Kill], o)
-			}
-			return err
-		})
-		cancel()
-		if err == nil && len(outcomes) >= kills {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%d outcomes of %d kills: %v", len(outcomes), kills, err)
-		}
-		time.Sleep(time.Second)
-	}
-	results := map[string]int{}
-	for kill, all := range outcomes {
-		if !want[kill] {
-			t.Errorf("an outcome of %s, which is no kill", kill)
-		}
-		if len(all) > 1 {
-			t.Errorf("%s has several outcomes: %+v", kill, all)
-		}
-		results[string(all[0].Result)+"/"+string(all[0].Reason)]++
-	}
-	t.Logf("outcomes %v", results)
-	now := marked(t, c)
-	for name := range before {
-		delete(now, name)
-	}
-	if len(now) != 1 || results["annotated/marked"] > 1 || results["annotated/marked"]+results["skipped/budget"]+results["skipped/already"]+results["failed/unavailable"] != kills {
-		t.Errorf("%d pods are marked: %v; outcomes %v", len(now), now, results)
-	}
 }
 
 // natsd is a nats-server that can be killed.

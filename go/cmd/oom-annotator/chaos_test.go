@@ -1,0 +1,412 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/rest"
+
+	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
+)
+
+// TestChaos: real kills while all parts fail at random: the tracer, NATS, the API server and three annotators. In the end each
+// kill that the kernel counts is one event or in a gap, each seq is accounted for, each event has one outcome, no pod is marked
+// twice or without a kill, and no budget is exceeded.
+//
+// OOM_TEST_KILLS (600) is the number of kills, OOM_TEST_SEEDS (1) how often, each time with another seed. OOM_TEST_SEED is the
+// first seed, OOM_TEST_FAULTS the faults to choose from, separated by commas. After a failure of make chaos, which sets OOM_TEST_SEEDS,
+// each fault is tried alone.
+func TestChaos(t *testing.T) {
+	number := func(name string, otherwise uint64) uint64 {
+		n, err := strconv.ParseUint(cmp.Or(os.Getenv(name), fmt.Sprint(otherwise)), 10, 64)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		return n
+	}
+	kills, seeds, seed := int(number("OOM_TEST_KILLS", 600)), number("OOM_TEST_SEEDS", 1), number("OOM_TEST_SEED", rand.Uint64())
+	_, shrink := os.LookupEnv("OOM_TEST_SEEDS")
+	faults := strings.FieldsFunc(os.Getenv("OOM_TEST_FAULTS"), func(r rune) bool { return r == ',' })
+	for i := range seeds {
+		seed := seed + i
+		if t.Run(fmt.Sprint("seed ", seed), func(t *testing.T) { chaos(t, seed, kills, faults) }) || !shrink || len(faults) == 1 {
+			continue
+		}
+		for _, fault := range (&pipeline{}).faults() {
+			if alone := t.Run("alone "+fault.name, func(t *testing.T) { chaos(t, seed, kills, []string{fault.name}) }); !alone {
+				break // enough to look into
+			}
+		}
+		return
+	}
+}
+
+// program is one of ours that is ended and started again.
+type program struct {
+	args []string
+	out  *oomtest.Output
+	cmd  *exec.Cmd
+}
+
+// pipeline is all parts as they ship, and what can be done to them.
+type pipeline struct {
+	t        *testing.T
+	c        *kubetest.Cluster
+	random   *rand.Rand
+	nats     *natsd
+	tracer   *program
+	replicas []*program
+	refuses  atomic.Bool // the API server, every other time
+}
+
+type fault struct {
+	name   string
+	inject func() // and take it back
+}
+
+func (p *pipeline) faults() []fault {
+	replica := func() *program { return p.replicas[p.random.IntN(len(p.replicas))] }
+	return []fault{
+		{"tracer-killed", func() { p.killed(p.tracer) }},
+		{"tracer-stopped", func() { p.stopped(p.tracer.cmd) }},
+		{"tracer-ended", func() { p.ended(p.tracer) }},
+		{"annotator-killed", func() { p.killed(replica()) }},
+		{"annotator-stopped", func() { p.stopped(replica().cmd) }},
+		{"annotator-ended", func() { p.ended(replica()) }},
+		{"nats-killed", func() { p.nats.kill(); p.wait(2500); p.nats.start() }},
+		{"nats-stopped", func() { p.stopped(p.nats.cmd) }},
+		{"api-ended", func() { p.c.Stop(); p.wait(2000); p.c.Start() }},
+		{"api-stopped", func() { thaw := p.c.Freeze(); p.wait(3000); thaw() }},
+		{"api-refuses", func() { p.refuses.Store(true); p.wait(3000); p.refuses.Store(false) }},
+	}
+}
+
+// wait waits for at most so many milliseconds.
+func (p *pipeline) wait(most int) { time.Sleep(time.Duration(p.random.IntN(most)) * time.Millisecond) }
+
+func (p *pipeline) run(one *program) {
+	p.t.Helper()
+	one.cmd = exec.Command(oomtest.Program(p.t, one.args[0]), one.args[1:]...)
+	one.cmd.Stdout, one.cmd.Stderr, one.cmd.SysProcAttr = one.out, one.out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := one.cmd.Start(); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func (p *pipeline) signal(cmd *exec.Cmd, s syscall.Signal) {
+	p.t.Helper()
+	if err := cmd.Process.Signal(s); err != nil {
+		p.t.Fatalf("%v to %s: %v", s, cmd.Path, err)
+	}
+}
+
+func (p *pipeline) killed(one *program) {
+	p.signal(one.cmd, syscall.SIGKILL)
+	_ = one.cmd.Wait()
+	p.wait(1000)
+	p.run(one)
+}
+
+func (p *pipeline) stopped(cmd *exec.Cmd) {
+	p.signal(cmd, syscall.SIGSTOP)
+	p.wait(3000)
+	p.signal(cmd, syscall.SIGCONT)
+}
+
+func (p *pipeline) ended(one *program) {
+	p.signal(one.cmd, syscall.SIGTERM)
+	stuck := time.AfterFunc(patience, func() { _ = one.cmd.Process.Kill() })
+	// One that has just begun does not know the signal yet.
+	if err := one.cmd.Wait(); err != nil && one.cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM {
+		p.t.Errorf("%s after SIGTERM: %v", one.args[0], err)
+	}
+	stuck.Stop()
+	p.run(one)
+}
+
+func chaos(t *testing.T, seed uint64, kills int, only []string) {
+	const owners, podsOfEach, replicas, cluster = 12, 3, 3, 8
+	c := kubetest.Start(t)
+	c.Node(node)
+	c.Namespace("shop")
+	p := &pipeline{t: t, c: c, random: rand.New(rand.NewPCG(seed, 0)), nats: newNATS(t)}
+	r := &rig{t: t}
+	place, state := oomtest.BPFFS(t), filepath.Join(t.TempDir(), "state.json")
+	root := oomtest.New(t, 512<<20)
+	configure := func(cfg *config.Config) {
+		cfg.NATS.URL, cfg.NATS.Stream.DedupWindow = "nats://"+p.nats.listen, time.Second
+		cfg.Node.Name, cfg.Node.CgroupRoot, cfg.Node.StateFile, cfg.Kernel.PinDir = node, root.Path(), state, filepath.Join(place, "oom-tracer")
+		cfg.Policy.InferredLimits = true // not every machine that runs the tests permits hooks
+		cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Owner: 1, Cluster: cluster}
+	}
+	r.cfg, r.configPath = newConfig(t, configure)
+	p.nats.start()
+	r.connect()
+	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
+		t.Fatal(err)
+	}
+	kubeconfig := c.Kubeconfig(p.proxy(c.Annotator()))
+	p.tracer = &program{args: []string{"oom-tracer", "--config", r.configPath}, out: &oomtest.Output{}}
+	for range replicas {
+		_, path := newConfig(t, configure)
+		p.replicas = append(p.replicas, &program{args: []string{"oom-annotator", "--config", path, "--kubeconfig", kubeconfig}, out: &oomtest.Output{}})
+	}
+	for _, one := range append(p.replicas, p.tracer) {
+		p.run(one)
+		t.Cleanup(func() {
+			_ = one.cmd.Process.Kill() // stopped, maybe
+			_ = one.cmd.Wait()
+			if t.Failed() {
+				t.Logf("%s said, at the end:\n%s", one.args[0], tail(one.out.String(), 20_000))
+			}
+		})
+	}
+
+	burstable := oomtest.Child(t, oomtest.Child(t, root, "kubepods", 16<<20), "burstable", cgroupfs.Unlimited)
+	pods, groups := map[string]*corev1.Pod{}, map[string]*cgroupfs.Cgroup{} // by container ID
+	for i := range owners * podsOfEach {
+		pod := c.Pod("shop", fmt.Sprint("pod-", i), node, deployed(fmt.Sprint("owner-", i%owners)))
+		id := c.ContainerID(pod, "main")
+		pods[id] = pod
+		groups[id] = oomtest.Child(t, oomtest.Child(t, burstable, "pod"+string(pod.UID), cgroupfs.Unlimited), id, cgroupfs.Unlimited)
+	}
+	bystander := c.Pod("shop", "bystander", node, deployed("owner-0"))
+	eventually(t, "the tracer records", func() error {
+		_, err := os.Stat(filepath.Join(place, "oom-tracer"))
+		return err
+	})
+
+	ids := slices.Sorted(maps.Keys(groups))
+	ended, hog, aside := make(chan error, 1), oomtest.Program(t, "hog"), rand.New(rand.NewPCG(seed, 1))
+	go func() {
+		ended <- func() error {
+			for n := 0; n < kills; {
+				killed, err := oomtest.RunStorm(t.Context(), groups[ids[aside.IntN(len(ids))]], hog, min(1+aside.IntN(5), kills-n), 32, "plain")
+				if err != nil {
+					return err
+				}
+				n += len(killed)
+				time.Sleep(time.Duration(aside.IntN(100)) * time.Millisecond)
+			}
+			return nil
+		}()
+	}()
+	all, injected := p.faults(), map[string]int{}
+	if len(only) > 0 {
+		all = slices.DeleteFunc(all, func(f fault) bool { return !slices.Contains(only, f.name) })
+		if len(all) != len(only) {
+			t.Fatalf("not all of these are faults: %q", only)
+		}
+	}
+	for going := true; going; {
+		one := all[p.random.IntN(len(all))]
+		one.inject()
+		injected[one.name]++
+		p.wait(1000)
+		select {
+		case err := <-ended:
+			if err != nil {
+				t.Fatal(err)
+			}
+			going = false
+		default:
+		}
+	}
+
+	counted := 0 // by the kernel
+	for _, group := range groups {
+		counted += oomtest.Kills(t, group)
+	}
+	var got *ledger
+	deadline := time.Now().Add(4 * patience)
+	for ; ; time.Sleep(time.Second) {
+		got = readLedger(t, r.conn)
+		if len(got.kills)+got.missing >= counted && len(got.outcomes) >= len(got.kills) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Errorf("after %v", 4*patience)
+			break
+		}
+	}
+	got.check(t, pods)
+	if len(got.kills)+got.missing != counted || counted != kills {
+		t.Errorf("the kernel counts %d kills, the hogs %d; %d are events, %d in gaps", counted, kills, len(got.kills), got.missing)
+	}
+
+	// What the API server has.
+	marks, ofOwner := marked(t, c), map[string]int{}
+	for _, pod := range pods {
+		if was := got.marks[string(pod.UID)]; marks[pod.Name] != (was == 1) {
+			t.Errorf("%s is marked: %v; outcomes that say so: %d", pod.Name, marks[pod.Name], was)
+		} else if was == 1 {
+			ofOwner[pod.OwnerReferences[0].Name]++
+		}
+	}
+	for owner, n := range ofOwner {
+		if n > 1 {
+			t.Errorf("%d pods of %s are marked", n, owner)
+		}
+	}
+	if len(marks) == 0 || len(marks) > cluster {
+		t.Errorf("%d pods are marked, at most %d may", len(marks), cluster)
+	}
+	if c.GetPod("shop", "bystander").ResourceVersion != bystander.ResourceVersion {
+		t.Error("a pod without a kill was changed")
+	}
+	t.Logf("seed %d: %d kills, %d events, %d more that were stored twice, %d kills in gaps; outcomes %v; %d pods marked (budget %d); faults %v",
+		seed, counted, len(got.kills), got.doubles, got.missing, got.results, len(marks), cluster, injected)
+}
+
+func tail(s string, n int) string { return s[max(0, len(s)-n):] }
+
+// proxy is the way of the annotators to the API server.
+func (p *pipeline) proxy(account *rest.Config) *rest.Config {
+	proxy := p.c.Proxy()
+	var requests atomic.Uint32
+	proxy.Fault(func(req *http.Request) kubetest.Fault {
+		if !p.refuses.Load() || !strings.Contains(req.URL.Path, "/pods/") {
+			return kubetest.Fault{}
+		}
+		switch requests.Add(1) % 6 {
+		case 0:
+			return kubetest.Fault{Code: http.StatusTooManyRequests, RetryAfter: time.Second}
+		case 2:
+			return kubetest.Fault{Code: http.StatusInternalServerError}
+		case 4:
+			return kubetest.Fault{Lost: true}
+		}
+		return kubetest.Fault{}
+	})
+	return proxy.Config(account)
+}
+
+// ledger is what the stream has of pods' kills.
+type ledger struct {
+	kills    map[string]event.Event     // by ID
+	outcomes map[string][]event.Outcome // of event.StageAnnotate, by the kill's ID
+	seqs     map[uint64]map[uint64]int  // by epoch: in how many events and gaps each is
+	gaps     []event.Gap                // with seqs
+	missing  int                        // kills in gaps
+	doubles  int                        // events that were stored more than once
+	marks    map[string]int             // by the pod's UID
+	results  map[string]int
+}
+
+func readLedger(t *testing.T, conn *bus.Conn) *ledger {
+	t.Helper()
+	l := &ledger{kills: map[string]event.Event{}, outcomes: map[string][]event.Outcome{}, seqs: map[uint64]map[uint64]int{}, marks: map[string]int{}, results: map[string]int{}}
+	seen := map[string]bool{}
+	count := func(epoch, from, to uint64) {
+		if l.seqs[epoch] == nil {
+			l.seqs[epoch] = map[uint64]int{}
+		}
+		for seq := from; seq <= to; seq++ {
+			l.seqs[epoch][seq]++
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	err := bus.Tail(ctx, conn, bus.TailOptions{Since: time.Unix(0, 0)}, func(m bus.Stored) error {
+		switch kind, _, _, _ := event.ParseSubject(m.Subject); kind {
+		case event.KindOutcome:
+			o, err := event.ParseOutcome(m.Data)
+			if err == nil && o.Stage == event.StageAnnotate {
+				l.outcomes[o.Kill] = append(l.outcomes[o.Kill], o)
+			}
+			return err
+		case event.KindGap:
+			g, err := event.ParseGap(m.Data)
+			if err == nil && g.FirstSeq > 0 && !seen[g.ID] {
+				seen[g.ID] = true
+				l.gaps = append(l.gaps, g)
+				count(g.Node.Epoch, g.FirstSeq, g.LastSeq)
+				if g.Count != nil {
+					l.missing += int(*g.Count)
+				}
+			}
+			return err
+		case event.KindNeighbours:
+			return nil
+		}
+		e, err := event.Parse(m.Data)
+		switch {
+		case err != nil:
+			return err
+		case seen[e.ID]:
+			l.doubles++
+			return nil
+		}
+		seen[e.ID] = true
+		count(e.Node.Epoch, e.Seq, e.Seq)
+		if e.Container != nil {
+			l.kills[e.ID] = e
+		}
+		return nil
+	})
+	if err != nil {
+		t.Logf("read the stream: %v", err)
+	}
+	return l
+}
+
+// check holds the events against the outcomes. pods are by container ID.
+func (l *ledger) check(t *testing.T, pods map[string]*corev1.Pod) {
+	t.Helper()
+	for epoch, seqs := range l.seqs {
+		for seq := range slices.Max(slices.Collect(maps.Keys(seqs))) {
+			if n := seqs[seq+1]; n != 1 {
+				t.Errorf("epoch %d: seq %d is in %d events and gaps", epoch, seq+1, n)
+			}
+		}
+	}
+	for kill := range l.outcomes {
+		if _, ok := l.kills[kill]; !ok {
+			t.Errorf("an outcome of %s, which is no kill of a pod", kill)
+		}
+	}
+	for id, e := range l.kills {
+		pod := pods[e.Container.ContainerID]
+		all := l.outcomes[id]
+		if pod == nil || len(all) != 1 || all[0].Pod == nil || all[0].Pod.UID != string(pod.UID) {
+			t.Errorf("kill %s in container %s has the outcomes %+v", id, e.Container.ContainerID, all)
+			continue
+		}
+		o := all[0]
+		l.results[string(o.Result)+"/"+string(o.Reason)]++
+		switch {
+		case o.Result == event.ResultAnnotated:
+			l.marks[o.Pod.UID]++
+		case o.Reason != event.ReasonBudget && o.Reason != event.ReasonAlready && o.Reason != event.ReasonUnavailable:
+			t.Errorf("outcome %+v", o)
+		}
+	}
+	for uid, n := range l.marks {
+		if n > 1 {
+			t.Errorf("pod %s was marked %d times", uid, n)
+		}
+	}
+	for _, g := range l.gaps {
+		t.Logf("gap: %s seq %d..%d", g.Cause, g.FirstSeq, g.LastSeq)
+	}
+}
