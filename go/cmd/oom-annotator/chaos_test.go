@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -159,7 +160,10 @@ func chaos(t *testing.T, seed uint64, kills int, only []string) {
 		cfg.Policy.InferredLimits = true // not every machine that runs the tests permits hooks
 		cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Owner: 1, Cluster: cluster}
 	}
-	r.cfg, r.configPath = newConfig(t, configure)
+	r.cfg, r.configPath = newConfig(t, func(cfg *config.Config) {
+		configure(cfg)
+		cfg.Metrics.Listen = freePort(t)
+	})
 	p.nats.start()
 	r.connect()
 	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
@@ -192,7 +196,7 @@ func chaos(t *testing.T, seed uint64, kills int, only []string) {
 	}
 	bystander := c.Pod("shop", "bystander", node, deployed("owner-0"))
 	eventually(t, "the tracer records", func() error {
-		_, err := os.Stat(filepath.Join(place, "oom-tracer"))
+		_, err := os.Stat(filepath.Join(place, "oom-tracer", "1", "oom_mark_victim"))
 		return err
 	})
 
@@ -238,14 +242,16 @@ func chaos(t *testing.T, seed uint64, kills int, only []string) {
 		counted += oomtest.Kills(t, group)
 	}
 	var got *ledger
-	deadline := time.Now().Add(4 * patience)
+	deadline := time.Now().Add(2 * patience)
 	for ; ; time.Sleep(time.Second) {
 		got = readLedger(t, r.conn)
 		if len(got.kills)+got.missing >= counted && len(got.outcomes) >= len(got.kills) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Errorf("after %v", 4*patience)
+			tracer := &rig{cfg: config.Config{Annotator: config.Annotator{Listen: r.cfg.Metrics.Listen}}}
+			_, metrics := tracer.get("/metrics")
+			t.Errorf("after %v; the tracer's metrics:\n%s", 2*patience, regexp.MustCompile(`(?m)^(#|go_|process_|promhttp).*\n`).ReplaceAllString(metrics, ""))
 			break
 		}
 	}
