@@ -37,7 +37,8 @@ const (
 // page is what the template shows. Its strings are printable ASCII.
 type page struct {
 	Title, Range string
-	Summary      []string
+	Summary      []string // what happened
+	Silence      []string // what it means that nothing else is shown
 	Ticks        []tick
 	Nodes        []row
 	MoreNodes    []string
@@ -94,7 +95,7 @@ type workload struct {
 // story is an incident in sentences.
 type story struct {
 	Number             int
-	Date, Time, Node   string
+	When, Node         string
 	Cause, Who, Result string
 	Killed             string
 	Lead, Asked, Limit string
@@ -165,7 +166,7 @@ func (r *Report) page(s Stream, top []Workload) *page {
 		p.Title += " on node " + text.Printable(r.o.Node)
 	}
 	unproven := r.timeline(p, s, numbers)
-	p.Summary = r.summary(s, unproven)
+	p.Summary, p.Silence = r.summary(), r.silence(s, unproven)
 
 	if r.o.Incident != "" {
 		hit := map[string]bool{}
@@ -204,7 +205,7 @@ func (r *Report) droppedBy(shown []*incident) (incidents, kills int) {
 	return incidents, kills
 }
 
-func (r *Report) summary(s Stream, unproven []string) []string {
+func (r *Report) summary() []string {
 	span := r.o.Until.Sub(r.o.From).Round(time.Second)
 	incidents := len(r.incidents) + r.dropped
 	hit := 0
@@ -261,6 +262,11 @@ func (r *Report) summary(s Stream, unproven []string) []string {
 		}
 		all = append(all, fmt.Sprintf("%s led to a mark for eviction: %s.", count(marked, "kill"), strings.Join(ends, ", ")))
 	}
+	return all
+}
+
+// silence says where it is proven that nothing else was killed.
+func (r *Report) silence(s Stream, unproven []string) (all []string) {
 	const rule = "no kill is shown there, none happened"
 	silent := "Where " + rule
 	if r.o.Namespace != "" {
@@ -373,7 +379,7 @@ func (r *Report) timeline(p *page, s Stream, numbers map[*incident]int) (unprove
 			hidden[kind]++
 			continue
 		}
-		l.row.Track = r.track(&l.n.series, most, links["node "+l.name])
+		l.row.Track = r.track(l.n.at[:], most, links["node "+l.name])
 		l.row.Track.Title = fmt.Sprintf("Node %s: %s. %s", l.row.Name, l.row.Kills, l.row.Verdict)
 		l.row.Track.Ticks = p.Ticks
 		l.row.Track.Bands = r.bands(l.n, s)
@@ -396,7 +402,7 @@ func (r *Report) timeline(p *page, s Stream, numbers map[*incident]int) (unprove
 			break
 		}
 		of := r.namespaces[name]
-		l := row{Name: text.Printable(name), Kills: count(of.kills, "kill"), Track: r.track(of, most, links["namespace "+name])}
+		l := row{Name: text.Printable(name), Kills: count(of.kills, "kill"), Track: r.track(of.at[:], most, links["namespace "+name])}
 		l.Track.Title = fmt.Sprintf("Namespace %s: %s", l.Name, l.Kills)
 		l.Track.Ticks = p.Ticks
 		p.Namespaces = append(p.Namespaces, l)
@@ -519,16 +525,26 @@ func (r *Report) x(t time.Time) float64 {
 
 func round(x float64) float64 { return math.Round(x*10) / 10 }
 
-// track draws a series. The height grows with the root, so that one kill stays visible beside a hundred.
-func (r *Report) track(s *series, most uint32, links *[slots]int) track {
-	const width, height = 1000.0 / slots, 20.0
-	var t track
-	step := r.o.Until.Sub(r.o.From) / slots
+// merged is the series in fewer parts, for a small chart.
+func (s *series) merged() []uint32 {
+	const parts = 24
+	at := make([]uint32, parts)
 	for slot, kills := range s.at {
+		at[slot*parts/slots] += kills
+	}
+	return at
+}
+
+// track draws a series. The height grows with the root, so that one kill stays visible beside a hundred.
+func (r *Report) track(at []uint32, most uint32, links *[slots]int) track {
+	const height = 20.0
+	width, step := 1000/float64(len(at)), r.o.Until.Sub(r.o.From)/time.Duration(len(at))
+	var t track
+	for slot, kills := range at {
 		if kills == 0 {
 			continue
 		}
-		high := round(max(6, height*math.Sqrt(float64(kills)/float64(most))))
+		high := round(max(8, height*math.Sqrt(float64(kills)/float64(most))))
 		from := r.o.From.Add(time.Duration(slot) * step).UTC()
 		b := bar{
 			X: round(float64(slot) * width), Y: 24 - high, Width: round(width - 1), Height: high,
@@ -557,7 +573,8 @@ func (r *Report) workload(number int, w Workload) workload {
 	facts += fmt.Sprintf("; largest victim: %s, rss %s", text.Printable(cmp.Or(w.Victim, "?")), text.Size(w.Largest))
 	v := workload{Number: number, Name: text.Printable(w.Name), Facts: facts, Advice: sentence(w.Advice.Sentence)}
 	if s := r.workloads[w.Name]; s != nil {
-		v.Chart = r.track(s, slices.Max(s.at[:]), nil)
+		at := s.merged()
+		v.Chart = r.track(at, slices.Max(at), nil)
 	}
 	v.Chart.Title = fmt.Sprintf("Kills of %s over time: %s", v.Name, count(w.Kills, "kill"))
 	return v
@@ -568,7 +585,7 @@ func (i *incident) story(number int, top map[string]Workload, shown []workload) 
 	first := i.full[0]
 	e := first.event
 	s := story{
-		Number: number, Date: i.first.UTC().Format("2006-01-02"), Time: i.first.UTC().Format(clock), Node: text.Printable(e.Node.Name),
+		Number: number, When: i.first.UTC().Format(second), Node: text.Printable(e.Node.Name),
 		Cause: ranOut(e), Killed: count(i.kills, "process"),
 	}
 	names := i.names()

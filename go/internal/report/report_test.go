@@ -176,3 +176,37 @@ func day(t testing.TB) string {
 	f.r.Gap(&event.Gap{ID: "g2", Time: from.Add(11 * time.Hour), Node: event.Node{Name: "edge-1"}, Cause: event.GapWrapped, Count: new(uint64(17)), Since: new(from.Add(10*time.Hour + 50*time.Minute)), Until: new(from.Add(11 * time.Hour))})
 	return f.write(t, Stream{Messages: 83})
 }
+
+// hostile is a report in which every string that a message can have is this one.
+func hostile(t testing.TB, s string) string {
+	f := newFake(Options{Namespace: s, Node: s, Incident: s})
+	e, o := f.kill(from.Add(time.Hour), s, s, s+"/"+s, func(e *event.Event, o *event.Outcome) {
+		e.ID, e.Node, e.Scope, e.Victim.Comm = s, event.Node{Name: s, BootID: s, Kernel: s, Tier: s}, event.ScopeCgroup, s
+		e.Victim.Cgroup = &event.Cgroup{Path: s}
+		e.Trigger = &event.Trigger{PID: 1, Comm: s}
+		e.Limit.Level, e.Limit.Cgroup = event.LimitLevel(s), &event.Cgroup{Path: s}
+		e.Incident.ID = s
+		e.Container = &event.Container{PodUID: s, ContainerID: s, QoS: s, Runtime: s}
+		o.Kill, o.Node, o.Detail, o.Container, o.Annotation, o.Result, o.Reason = s, s, s, s, s, event.Result(s), event.Reason(s)
+		o.Pod = &event.PodRef{Namespace: s, Name: s, UID: s, Owner: s}
+	})
+	f.usage(e, true)
+	// Without an outcome, and of another scope.
+	other := *e
+	other.ID, other.Scope, other.Incident = "2", event.Scope(s), &event.Incident{ID: "2"}
+	f.r.Kill(s, &other, nil)
+	f.r.Neighbours(&event.Neighbours{Incident: "2", Kill: "2", Time: e.Time, Node: e.Node, Breakdown: &event.Breakdown{
+		Source: event.Source(s), Limit: e.Limit, Processes: []event.Process{{PID: 1, Comm: s}}}, Pods: []event.PodMemory{{PodUID: s, QoS: s}}})
+	held := *o
+	held.Stage = event.StageNeighbours
+	f.r.Outcome(&held)
+	end := *o
+	end.Stage = event.StageClose
+	f.r.Outcome(&end)
+	f.r.Node(Node{Name: s, State: s, Since: from, Heard: from.Add(time.Hour)})
+	f.r.Gap(&event.Gap{ID: s, Time: until, Node: event.Node{Name: s}, Cause: event.GapCause(s)})
+	for _, w := range f.rows {
+		w.Level, w.Victim, w.Advice = event.LimitLevel(s), s, advice.Advice{Rule: advice.Leak, Clause: s, Sentence: s}
+	}
+	return f.write(t, Stream{})
+}
