@@ -390,7 +390,7 @@ func (r *Report) timeline(p *page, s Stream, numbers map[*incident]int) (unprove
 		{"kills", "with kills"}, {"unproven", "without a known kill, where kills may be missing"}, {"silent", "that were watched all the time, without a gap and without a kill"},
 	} {
 		if n := hidden[of.kind]; n > 0 {
-			p.MoreNodes = append(p.MoreNodes, fmt.Sprintf("And %s more %s.", count(n, "node"), of.text))
+			p.MoreNodes = append(p.MoreNodes, fmt.Sprintf("And %d more %s %s.", n, plural(n, "node"), of.text))
 		}
 	}
 	names := slices.SortedFunc(maps.Keys(r.namespaces), func(a, b string) int {
@@ -398,7 +398,7 @@ func (r *Report) timeline(p *page, s Stream, numbers map[*incident]int) (unprove
 	})
 	for n, name := range names {
 		if n >= maxRows {
-			p.More = fmt.Sprintf("And %s more.", count(len(names)-n, "namespace"))
+			p.More = fmt.Sprintf("And %d more %s.", len(names)-n, plural(len(names)-n, "namespace"))
 			break
 		}
 		of := r.namespaces[name]
@@ -512,7 +512,7 @@ func (r *Report) gaps(n *node) (all []string) {
 		all = append(all, fmt.Sprintf("Gap: %s%s, %s (%s)", when, until.UTC().Format(second), text.Missing(g), words(string(g.Cause))))
 	}
 	if rest := len(n.gaps) + n.more - len(all); rest > 0 {
-		all = append(all, fmt.Sprintf("And %s more", count(rest, "gap")))
+		all = append(all, fmt.Sprintf("And %d more %s", rest, plural(rest, "gap")))
 	}
 	return all
 }
@@ -598,7 +598,7 @@ func (i *incident) story(number int, top map[string]Workload, shown []workload) 
 	s.Limit = whoseLimit(e)
 	s.Memory, s.NoMemory = i.memory()
 	if i.others != "" {
-		s.Others = append(s.Others, sentence(text.Printable(i.others)))
+		s.Others = append(s.Others, sentence(i.others))
 	}
 	if i.pods != nil && i.others == "" {
 		s.Others = append(s.Others, podsThen(i.pods))
@@ -663,7 +663,11 @@ func (i *incident) lead() string {
 	if clause := advice.Clause(i.full[0].event); clause != "" {
 		s.Cause += "; " + clause
 	}
-	return sentence(s.String())
+	lead := sentence(s.String())
+	if i.group {
+		lead += " Its cgroup wants all its processes killed together (memory.oom.group)."
+	}
+	return lead
 }
 
 // where is the container and the pod of a kill, or its cgroup.
@@ -993,14 +997,16 @@ func ticks(from, until time.Time) (all []tick) {
 
 func count(n int, what string) string { return count64(uint64(n), what) }
 
-func count64(n uint64, what string) string {
+func count64(n uint64, what string) string { return fmt.Sprintf("%d %s", n, plural(n, what)) }
+
+func plural[N int | uint64](n N, what string) string {
 	switch {
 	case n == 1:
-		return "1 " + what
+		return what
 	case strings.HasSuffix(what, "s"):
-		return fmt.Sprintf("%d %ses", n, what)
+		return what + "es"
 	}
-	return fmt.Sprintf("%d %ss", n, what)
+	return what + "s"
 }
 
 // duration is a time span without zeros at its end.
@@ -1025,8 +1031,9 @@ func upper(s string) string {
 	return strings.ToUpper(s[:1]) + s[1:]
 }
 
-// sentence begins with a capital letter and ends with a full stop.
+// sentence is printable, begins with a capital letter and ends with a full stop.
 func sentence(s string) string {
+	s = text.Printable(s)
 	if s == "" {
 		return s
 	}

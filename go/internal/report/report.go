@@ -20,7 +20,7 @@ const (
 	// maxKept is how many are kept before the others are dropped.
 	maxKept = 4 * maxIncidents
 	// maxKills is how many kills of an incident are kept in full: the first.
-	maxKills = 20
+	maxKills = 10
 	// maxDecisions is how many decisions of the OOM killer are known to belong to one incident.
 	maxDecisions = 64
 	// together: kills at the same limit, or for the memory of the same node, belong together if less time is between them.

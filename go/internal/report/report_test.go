@@ -1,10 +1,17 @@
 package report
 
 import (
+	c "cmp"
 	"fmt"
+	"html"
+	"os"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/advice"
@@ -112,13 +119,7 @@ func (f *fake) write(t testing.TB, s Stream) string {
 		top = append(top, w)
 	}
 	// As oom-tap top has them.
-	for i := range top {
-		for j := range top[i:] {
-			if a, b := top[i], top[i+j]; b.Kills > a.Kills || b.Kills == a.Kills && b.Name < a.Name {
-				top[i], top[i+j] = b, a
-			}
-		}
-	}
+	slices.SortFunc(top, func(a, b Workload) int { return c.Or(c.Compare(b.Kills, a.Kills), c.Compare(a.Name, b.Name)) })
 	var out strings.Builder
 	if err := f.r.Write(&out, s, top); err != nil {
 		t.Fatal(err)
@@ -209,4 +210,246 @@ func hostile(t testing.TB, s string) string {
 		w.Level, w.Victim, w.Advice = event.LimitLevel(s), s, advice.Advice{Rule: advice.Leak, Clause: s, Sentence: s}
 	}
 	return f.write(t, Stream{})
+}
+
+// fixture reads a message that package event has recorded.
+func fixture[T any](t *testing.T, name string, parse func([]byte) (T, error)) *T {
+	t.Helper()
+	data, err := os.ReadFile("../../event/testdata/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := parse(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &v
+}
+
+// shows checks that a page has these texts, in this order.
+func shows(t *testing.T, page string, texts ...string) {
+	t.Helper()
+	page = html.UnescapeString(page)
+	at := 0
+	for _, text := range texts {
+		n := strings.Index(page[at:], text)
+		if n < 0 {
+			t.Fatalf("no %q after what is before it, in\n%.3000s", text, page[max(at, strings.Index(page, "<body>")):])
+		}
+		at += n + len(text)
+	}
+}
+
+// TestStory: the recorded messages of one kill make its story.
+func TestStory(t *testing.T) {
+	e, o := fixture(t, "full.json", event.Parse), fixture(t, "outcome-full.json", event.ParseOutcome)
+	n := fixture(t, "neighbours-full.json", event.ParseNeighbours)
+	for _, usageFirst := range []bool{false, true} {
+		r := New(Options{From: e.Time.Add(-time.Hour), Until: e.Time.Add(time.Hour), Made: e.Time.Add(2 * time.Hour)})
+		if usageFirst {
+			r.Neighbours(n)
+		}
+		r.Kill("shop/StatefulSet/cart", e, o)
+		if !usageFirst {
+			r.Neighbours(n)
+		}
+		end := *o
+		end.Stage, end.Time, end.Result, end.Reason, end.Detail = event.StageClose, o.Time.Add(time.Minute), event.ResultEvicted, event.ReasonEvicted, ""
+		r.Outcome(&end)
+		var out strings.Builder
+		top := []Workload{{Name: "shop/StatefulSet/cart", Kills: 1, Last: e.Time, Advice: advice.Advice{Rule: advice.Leak, Clause: "leak: find it", Sentence: "find the leak"}}}
+		if err := r.Write(&out, Stream{Messages: 4}, top); err != nil {
+			t.Fatal(err)
+		}
+		shows(t, out.String(),
+			"In these 2h the stream has 1 OOM kill in 1 incident, on 1 of 1 node and in 1 namespace.",
+			"In 1 the node, or several of its pods together, ran out of memory.",
+			"1 kill led to a mark for eviction: 1 left its node.",
+			"On 1 of 1 node kills may be missing (worker-1.example.com): silence proves nothing there.",
+			`href="#incident-1"`, "shop/StatefulSet/cart", "Find the leak.",
+			`<a href="#incident-1">2026-11-23 02:03:04</a>`, "1 process, evicted",
+			`<article id="incident-1">`,
+			"OOM killer killed java[4242] (rss 1.0 GiB) in container cart of pod shop/cart-0: all pods together reached their memory limit of 16.0 GiB (inferred), usage 16.0 GiB.",
+			"memory.oom.group",
+			"dd[99], and not the victim.",
+			"Kubepods level, 16.0 GiB, of which 16.0 GiB were used, cgroup /kubepods.slice (inferred: the kernel did not name the owner).",
+			"Of the limit of 16.0 GiB: 8 B network buffers, 7 B page tables",
+			"2ms after the kill, of the limit of 16.0 GiB, 500.0 MiB were used. The cgroup was removed before all of it was read.",
+			"The largest processes then: java[71] 1.0 MiB (a victim), ?[72] 4.0 KiB (of 12).",
+			"Of the pods then used: the pod with the UID 5b1a7a5e-1c1d-4b6f-8a55-2b7f0c9d1e2f 3.0 GiB of 4.0 GiB (a victim)",
+			"02:03:04.005  java[4242], rss 1.0 GiB (anon 1.0 GiB, file 2.0 MiB, shared 3.0 MiB), swap 4.0 MiB, in container cart of pod shop/cart-0, oom_score_adj 0",
+			"02:03:05.000 shop/cart-0: marked for eviction", "02:04:05.000 shop/cart-0: evicted, through the API",
+			`<a href="#workload-1">shop/StatefulSet/cart</a>: Leak: find it.`,
+			"4 messages read.", "The stream has the whole range.",
+		)
+	}
+}
+
+// TestBareStory: what is not known is said.
+func TestBareStory(t *testing.T) {
+	e := fixture(t, "bare.json", event.Parse)
+	r := New(Options{From: e.Time.Add(-time.Hour), Until: e.Time.Add(time.Hour)})
+	r.Kill("(no pod)", e, nil)
+	var out strings.Builder
+	if err := r.Write(&out, Stream{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	shows(t, out.String(), "In 1 something else, or something that is not proven, was the cause.", "cause unknown", "a place that is not known: the cause is unknown",
+		"Not known: the kernel's hooks did not show it.", "Not known.", "Not known: nothing was read after the kill.", "Of 1 kill no outcome is known")
+}
+
+// TestSilence: silence is proven only where the node was watched all the time, without a gap.
+func TestSilence(t *testing.T) {
+	watched := func() *Node {
+		return &Node{Name: "n", Since: from.Add(-time.Hour), Heard: until.Add(-time.Minute), State: "watched", Watched: true}
+	}
+	for _, tt := range []struct {
+		name    string
+		node    func(*Node) *Node
+		gap     *event.Gap
+		stream  Stream
+		kills   int
+		options Options
+		want    string
+		proven  bool
+	}{
+		{name: "watched", want: "Watched all the time, no gap: nothing was killed", proven: true},
+		{name: "with kills", kills: 1, want: "Watched all the time, no gap", proven: true},
+		{name: "of a namespace", options: Options{Namespace: "shop"}, want: "Watched all the time, no gap: no kill in this namespace is known", proven: true},
+		{name: "quiet", node: func(n *Node) *Node { n.Watched, n.State = false, "QUIET"; return n }, want: "Silent, which proves nothing: QUIET, last heard at 2026-11-28 11:59:00"},
+		{name: "quiet later", node: func(n *Node) *Node { n.Watched, n.State, n.Heard = false, "QUIET", until.Add(time.Minute); return n }, want: "Watched all the time, no gap: nothing was killed", proven: true},
+		{name: "began later", node: func(n *Node) *Node { n.Since = from.Add(time.Hour); return n }, kills: 1, want: "Kills may be missing: recording began at 2026-11-27 13:00:00"},
+		{name: "not published", node: func(n *Node) *Node { n.Unpublished = 2; return n }, want: "Silent, which proves nothing: 2 records not published yet"},
+		{name: "no status", node: func(*Node) *Node { return nil }, want: "Silent, which proves nothing: 1 gap; no status of it is known", gap: &event.Gap{Time: until}},
+		{name: "gap", gap: &event.Gap{Time: until, Since: &from}, want: "Silent, which proves nothing: 1 gap"},
+		{name: "gap before", gap: &event.Gap{Time: from.Add(-time.Minute)}, want: "Watched all the time, no gap: nothing was killed", proven: true},
+		{name: "gap after", gap: &event.Gap{Time: until.Add(time.Hour), Since: new(until.Add(time.Minute))}, want: "Watched all the time, no gap: nothing was killed", proven: true},
+		{name: "not in the stream", stream: Stream{Begin: from.Add(time.Hour)}, want: "Silent, which proves nothing: not in the stream any more before 2026-11-27 13:00:00"},
+		{name: "older is not in the stream", stream: Stream{Begin: from.Add(-time.Hour)}, want: "Watched all the time, no gap: nothing was killed", proven: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newFake(tt.options)
+			node := watched()
+			if tt.node != nil {
+				node = tt.node(node)
+			}
+			if node != nil {
+				f.r.Node(*node)
+			}
+			if tt.gap != nil {
+				tt.gap.Node.Name = "n"
+				f.r.Gap(tt.gap)
+			}
+			for range tt.kills {
+				f.kill(until.Add(-time.Hour), "n", "shop", "Job/x", nil)
+			}
+			page := f.write(t, tt.stream)
+			shows(t, page, tt.want+".<")
+			if proven := strings.Contains(page, "was watched all the time, without a gap."); proven != tt.proven {
+				t.Errorf("proven %v, want %v", proven, tt.proven)
+			}
+			if unknown := strings.Contains(page, `<rect class="unknown" x="0" y=".5"`) || strings.Contains(page, `<rect class="unknown" x="99`) || strings.Contains(page, `<rect class="gap" x="0" `); unknown == tt.proven && tt.name != "not published" {
+				t.Errorf("the timeline shows what is not known: %v", unknown)
+			}
+		})
+	}
+}
+
+// TestTogether: which kills are one incident.
+func TestTogether(t *testing.T) {
+	at := from.Add(time.Hour)
+	global := func(e *event.Event, _ *event.Outcome) {
+		e.Scope, e.Limit = event.ScopeGlobal, &event.Limit{Level: event.LevelNode}
+	}
+	limit := func(path string) func(*event.Event, *event.Outcome) {
+		return func(e *event.Event, _ *event.Outcome) { e.Limit.Cgroup = &event.Cgroup{Path: path} }
+	}
+	group := func(e *event.Event, _ *event.Outcome) { e.Incident = &event.Incident{ID: "group", Group: true} }
+	type k struct {
+		at   time.Duration
+		node string
+		each func(*event.Event, *event.Outcome)
+	}
+	for _, tt := range []struct {
+		name  string
+		kills []k
+		want  int
+	}{
+		{"the node within seconds", []k{{0, "a", global}, {20 * time.Second, "a", global}, {40 * time.Second, "a", global}}, 1},
+		{"the node, a minute later", []k{{0, "a", global}, {time.Minute, "a", global}}, 2},
+		{"two nodes", []k{{0, "a", global}, {0, "b", global}}, 2},
+		{"one limit", []k{{0, "a", limit("/x")}, {time.Second, "a", limit("/x")}}, 1},
+		{"two limits", []k{{0, "a", limit("/x")}, {0, "a", limit("/y")}}, 2},
+		{"a limit and the node", []k{{0, "a", limit("/x")}, {0, "a", global}}, 2},
+		{"one decision, however long", []k{{0, "a", group}, {time.Hour, "a", group}}, 1},
+		{"an older kill comes later", []k{{0, "a", global}, {time.Hour, "a", global}, {10 * time.Second, "a", global}}, 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newFake(Options{})
+			for _, k := range tt.kills {
+				f.kill(at.Add(k.at), k.node, "shop", "Job/x", k.each)
+			}
+			if got := strings.Count(f.write(t, Stream{}), "<article "); got != tt.want {
+				t.Errorf("%d incidents, want %d", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestBounded: of very many incidents the largest have a story, the others are counted, and little is kept.
+func TestBounded(t *testing.T) {
+	f := newFake(Options{})
+	big := from.Add(time.Minute)
+	for range 3_000 {
+		f.kill(big, "big", "shop", "Job/big", func(e *event.Event, _ *event.Outcome) { e.Scope, e.Limit = event.ScopeGlobal, nil })
+	}
+	const single = 20_000
+	for n := range single {
+		f.kill(from.Add(time.Duration(n)*4*time.Second), fmt.Sprintf("node-%d", n%12_000), fmt.Sprintf("team-%d", n%11_000), fmt.Sprintf("Job/j-%d", n), nil)
+	}
+	if n := len(f.r.incidents); n > maxKept+1 || len(f.r.byKill) > 2*maxKept || len(f.r.decisions) > 2*maxKept || len(f.r.open) > maxKept+1 || len(f.r.nodes) > maxNames+1 || len(f.r.workloads) > maxNames+1 {
+		t.Errorf("%d incidents are kept", n)
+	}
+	page := f.write(t, Stream{})
+	if n := strings.Count(page, "<article "); n != maxIncidents {
+		t.Errorf("%d stories, want %d", n, maxIncidents)
+	}
+	if len(page) > 3<<20 {
+		t.Errorf("%d bytes", len(page))
+	}
+	shows(t, page, "In these 24h the stream has 23000 OOM kills in 20001 incidents", "And 9971 more nodes with kills.", "more namespaces.",
+		"19501 incidents with 19501 kills more are counted above and have no story: these 500 have the most kills.", `id="incident-1"`, "big", "And 2990 more.")
+}
+
+// TestInjection: whatever a name is, the page has the same elements and attributes.
+func TestInjection(t *testing.T) {
+	tag := regexp.MustCompile(`<[^<>]*>`)
+	value := regexp.MustCompile(`"[^"]*"`)
+	shape := func(page string) string {
+		tags := tag.FindAllString(page, -1)
+		for i := range tags {
+			tags[i] = value.ReplaceAllStringFunc(tags[i], func(v string) string {
+				if strings.HasPrefix(v, `"#`) {
+					return v
+				}
+				return `""`
+			})
+		}
+		return strings.Join(tags, "\n")
+	}
+	want := shape(hostile(t, "x"))
+	for _, s := range []string{
+		`</svg><script>alert(1)</script>`, `</title></svg><script>alert(1)</script>`, `" onload="alert(1)`, `' onload='alert(1)`, `</style><script>`, `--><script>`, `]]><script>`,
+		`javascript:alert(1)`, `{{.}}`, `&lt;script&gt;`, "\x00\x1b[31m\u202e\u2028", "`${alert(1)}`", `}</style><img src=x onerror=alert(1)>`,
+	} {
+		page := hostile(t, s)
+		if diff := cmp.Diff(want, shape(page)); diff != "" {
+			t.Errorf("%q (-x +hostile):\n%s", s, diff)
+		}
+		for _, r := range page {
+			if r > 0x7e || r < 0x20 && r != '\n' {
+				t.Fatalf("%q: the page has the character %U", s, r)
+			}
+		}
+	}
 }
