@@ -351,10 +351,9 @@ func (i *incident) usage(n *event.Neighbours) {
 	}
 }
 
-// Gap adds a gap in which kills may be missing.
-func (r *Report) Gap(g *event.Gap) {
-	from, until := gapSpan(g)
-	if from.After(r.o.Until) || until.Before(r.o.From) {
+// Gap adds a gap in which kills may be missing. One that was stored in the time counts, whatever the clock of its node says.
+func (r *Report) Gap(g *event.Gap, stored time.Time) {
+	if from, _ := gapSpan(g); from.After(r.o.Until) && stored.After(r.o.Until) {
 		return
 	}
 	n := named(r.nodes, g.Node.Name)

@@ -173,8 +173,8 @@ func day(t testing.TB) string {
 	}
 	f.r.Node(Node{Name: "worker-4.example.com", Since: from.Add(-time.Hour), Heard: from.Add(9 * time.Hour), State: "QUIET"})
 	f.r.Node(Node{Name: "worker-5.example.com", Since: from.Add(7 * time.Hour), Heard: until, State: "watched", Watched: true})
-	f.r.Gap(&event.Gap{ID: "g", Time: from.Add(7 * time.Hour), Node: event.Node{Name: "worker-5.example.com"}, Cause: event.GapReboot, Since: new(from.Add(5 * time.Hour)), Until: new(from.Add(7 * time.Hour))})
-	f.r.Gap(&event.Gap{ID: "g2", Time: from.Add(11 * time.Hour), Node: event.Node{Name: "edge-1"}, Cause: event.GapWrapped, Count: new(uint64(17)), Since: new(from.Add(10*time.Hour + 50*time.Minute)), Until: new(from.Add(11 * time.Hour))})
+	f.r.Gap(&event.Gap{ID: "g", Time: from.Add(7 * time.Hour), Node: event.Node{Name: "worker-5.example.com"}, Cause: event.GapReboot, Since: new(from.Add(5 * time.Hour)), Until: new(from.Add(7 * time.Hour))}, from.Add(7*time.Hour))
+	f.r.Gap(&event.Gap{ID: "g2", Time: from.Add(11 * time.Hour), Node: event.Node{Name: "edge-1"}, Cause: event.GapWrapped, Count: new(uint64(17)), Since: new(from.Add(10*time.Hour + 50*time.Minute)), Until: new(from.Add(11 * time.Hour))}, from.Add(11*time.Hour))
 	return f.write(t, Stream{Messages: 83})
 }
 
@@ -205,7 +205,7 @@ func hostile(t testing.TB, s string) string {
 	end.Stage = event.StageClose
 	f.r.Outcome(&end)
 	f.r.Node(Node{Name: s, State: s, Since: from, Heard: from.Add(time.Hour)})
-	f.r.Gap(&event.Gap{ID: s, Time: until, Node: event.Node{Name: s}, Cause: event.GapCause(s)})
+	f.r.Gap(&event.Gap{ID: s, Time: until, Node: event.Node{Name: s}, Cause: event.GapCause(s)}, until)
 	for _, w := range f.rows {
 		w.Level, w.Victim, w.Advice = event.LimitLevel(s), s, advice.Advice{Rule: advice.Leak, Clause: s, Sentence: s}
 	}
@@ -322,7 +322,7 @@ func TestSilence(t *testing.T) {
 		{name: "not published", node: func(n *Node) *Node { n.Unpublished = 2; return n }, want: "Silent, which proves nothing: 2 records not published yet"},
 		{name: "no status", node: func(*Node) *Node { return nil }, want: "Silent, which proves nothing: 1 gap; no status of it is known", gap: &event.Gap{Time: until}},
 		{name: "gap", gap: &event.Gap{Time: until, Since: &from}, want: "Silent, which proves nothing: 1 gap"},
-		{name: "gap before", gap: &event.Gap{Time: from.Add(-time.Minute)}, want: "Watched all the time, no gap: nothing was killed", proven: true},
+		{name: "gap by a clock that is behind", gap: &event.Gap{Time: from.Add(-time.Minute)}, want: "Silent, which proves nothing: 1 gap"},
 		{name: "gap after", gap: &event.Gap{Time: until.Add(time.Hour), Since: new(until.Add(time.Minute))}, want: "Watched all the time, no gap: nothing was killed", proven: true},
 		{name: "not in the stream", stream: Stream{Begin: from.Add(time.Hour)}, want: "Silent, which proves nothing: not in the stream any more before 2026-11-27 13:00:00"},
 		{name: "older is not in the stream", stream: Stream{Begin: from.Add(-time.Hour)}, want: "Watched all the time, no gap: nothing was killed", proven: true},
@@ -338,7 +338,7 @@ func TestSilence(t *testing.T) {
 			}
 			if tt.gap != nil {
 				tt.gap.Node.Name = "n"
-				f.r.Gap(tt.gap)
+				f.r.Gap(tt.gap, tt.gap.Time)
 			}
 			for range tt.kills {
 				f.kill(until.Add(-time.Hour), "n", "shop", "Job/x", nil)

@@ -62,7 +62,7 @@ func writeReport(ctx context.Context, conn *bus.Conn, o options, stdout, stderr 
 		case msg.neighbours != nil:
 			r.Neighbours(msg.neighbours)
 		case msg.gap != nil && msg.gap.Missing():
-			r.Gap(msg.gap)
+			r.Gap(msg.gap, m.Time)
 		}
 		return nil
 	})
