@@ -54,7 +54,7 @@ go_tool = $(GO) tool -modfile=tools/go.mod
 clang_bpf = $(CLANG) -g -O2 -Wall -Werror -target bpf -mcpu=v2 -fms-extensions -Wno-microsoft-anon-tag -D__TARGET_ARCH_$(TARGET_$(ARCH)) -Ivmlinux/$(ARCH) -isystem $(LIBBPF)/usr/include
 go_build = CGO_LDFLAGS='$(link_flags)' $(GO) build -trimpath -ldflags '-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION)'
 
-GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go' -not -path 'go/descheduler/*') go.mod go.sum
+GO_FILES := $(wildcard go/internal/*/*.html) $(shell find go -name '*.go' -not -name '*_test.go' -not -path 'go/descheduler/*') go.mod go.sum
 # A module of its own; see its go.mod.
 DESCHEDULER_FILES := $(shell find go/descheduler -name '*.go' -not -name '*_test.go') go/descheduler/go.mod go/descheduler/go.sum
 BPF_FILES := $(wildcard src/*.c src/*.h) vmlinux/$(ARCH)/vmlinux.h

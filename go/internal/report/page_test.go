@@ -20,6 +20,8 @@ import (
 	"github.com/chromedp/cdproto/network"
 	cdpruntime "github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // audit returns what is wrong with the page: an axe in small. Colors are composed over what is behind them.
@@ -78,9 +80,7 @@ type browser struct {
 
 func startBrowser(t *testing.T) *browser {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("starts a Chromium")
-	}
+	oomtest.Slow(t)
 	path, err := exec.LookPath("chromium")
 	if err != nil {
 		t.Fatalf("%v: install it with: make test-parts, or apt-get install chromium", err)
