@@ -247,8 +247,8 @@ func TestPagePrints(t *testing.T) {
 	}
 	b.open(t, file, 794, "print", "dark") // A4 at 96 dpi
 	got, err := chromedp.Run(b.ctx, chromedp.Evaluate[string](`[getComputedStyle(document.querySelector('nav')).display, getComputedStyle(document.body).color,
-		getComputedStyle(document.body).backgroundColor].join(' ')`))
-	if want := "none rgb(0, 0, 0) rgb(255, 255, 255)"; err != nil || got != want {
+		getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.watched')).fill].join(' ')`))
+	if want := "none rgb(0, 0, 0) rgb(255, 255, 255) rgb(225, 239, 230)"; err != nil || got != want {
 		t.Errorf("printed: %s, %v; want %s", got, err, want)
 	}
 	if _, wrong := b.look(t); len(wrong) > 0 {
