@@ -159,6 +159,9 @@ func (r *Report) page(s Stream, top []Workload) *page {
 		Range: fmt.Sprintf("%s to %s UTC", r.o.From.UTC().Format(minute), r.o.Until.UTC().Format(minute)),
 		Ticks: ticks(r.o.From, r.o.Until),
 	}
+	if r.o.Incident != "" {
+		p.Title = "OOM incident"
+	}
 	if r.o.Namespace != "" {
 		p.Title += " in namespace " + text.Printable(r.o.Namespace)
 	}
