@@ -293,6 +293,9 @@ func (r *Report) silence(s Stream, unproven []string) (all []string) {
 			}
 		}
 	}
+	if s.Unreadable > 0 {
+		all = append(all, fmt.Sprintf("But %s could not be read, and may have been a kill.", count(s.Unreadable, "message")))
+	}
 	if begin := r.lost(s); !begin.IsZero() {
 		all = append(all, fmt.Sprintf("The stream begins at %s UTC: what was before is not in it any more.", begin.UTC().Format(second)))
 	}
