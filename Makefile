@@ -54,7 +54,7 @@ go_tool = $(GO) tool -modfile=tools/go.mod
 clang_bpf = $(CLANG) -g -O2 -Wall -Werror -target bpf -mcpu=v2 -fms-extensions -Wno-microsoft-anon-tag -D__TARGET_ARCH_$(TARGET_$(ARCH)) -Ivmlinux/$(ARCH) -isystem $(LIBBPF)/usr/include
 go_build = CGO_LDFLAGS='$(link_flags)' $(GO) build -trimpath -ldflags '-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION)'
 
-GO_FILES := $(shell find go -name '*.go' -not -name '*_test.go' -not -path 'go/descheduler/*') go.mod go.sum
+GO_FILES := $(wildcard go/internal/*/*.html) $(shell find go -name '*.go' -not -name '*_test.go' -not -path 'go/descheduler/*') go.mod go.sum
 # A module of its own; see its go.mod.
 DESCHEDULER_FILES := $(shell find go/descheduler -name '*.go' -not -name '*_test.go') go/descheduler/go.mod go/descheduler/go.sum
 BPF_FILES := $(wildcard src/*.c src/*.h) vmlinux/$(ARCH)/vmlinux.h
@@ -181,6 +181,7 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 
 .PHONY: test-parts
 test-parts: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
+	@tools/install-deps.sh $(LIBBPF) chromium
 
 # A tracer sees every kill of the machine, and the tests count: packages with kills wait for each other (oomtest.Alone).
 # RERUN=1: what failed runs once more, and is named.
@@ -193,7 +194,7 @@ test: test-parts verify-goldens ## every test, with real OOM kills in cgroups th
 		--packages ./... $(RERUN:%=--rerun-fails=%) -- -race -count=1 -p 1 -timeout 20m || status=1; \
 	cd ../..; tools/no-skips.sh build/test.json build/test-descheduler.json && exit $$status
 
-# Those that need no API server.
+# Those that need no API server and no browser.
 .PHONY: quick
 quick: build build/hog build/nats-server ## unit tests and contained kills, without Kubernetes: the loop for a change (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname -- -short -count=1 -p 2 -timeout 10m \
@@ -337,7 +338,7 @@ bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annot
 		$(GO) test -tags bench -count=1 -timeout 20m -run 'TestBench(Memory|Latency|CPU|RealPods)' -v ./go/cmd/oom-annotator
 
 .PHONY: bench-top
-bench-top: ## oom-tap top over 1,000,000 stored messages: time, CPU, memory (takes 2 GiB of disk)
+bench-top: ## oom-tap top and report over 1,000,000 stored messages: time, CPU, memory (takes 2 GiB of disk)
 	$(Q)$(GO) test -tags bench -count=1 -timeout 30m -run TestTopMillion -v ./go/internal/tap
 
 .PHONY: bench-loop

@@ -4,6 +4,8 @@ go 1.26.0
 
 require (
 	github.com/aquasecurity/libbpfgo v0.10.0-libbpf-1.5.1
+	github.com/chromedp/cdproto v0.159.0
+	github.com/chromedp/chromedp v0.23.0
 	github.com/cilium/ebpf v0.22.0
 	github.com/go-json-experiment/json v1.27.2
 	github.com/google/go-cmp v0.7.0

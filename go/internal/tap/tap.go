@@ -33,9 +33,10 @@ func Command(name string) *cobra.Command {
   oom-tap pod cart-0 -n shop                   what happened to one pod
   oom-tap top --since 24h                      which workloads are killed most
   oom-tap advise -A                            what to do about it
+  oom-tap report --since 24h >report.html      all of it, for a post-mortem
   oom-tap pause --reason 'roll-out' --for 1h   stop all marking`, "oom-tap", name)
 	s.AddFlags(root)
-	cli.AddGroup(root, "Look", tailCommand(s), podCommand(s), topCommand(s), adviseCommand(s), nodesCommand(s), statusCommand(s))
+	cli.AddGroup(root, "Look", tailCommand(s), podCommand(s), topCommand(s), adviseCommand(s), reportCommand(s), nodesCommand(s), statusCommand(s))
 	cli.AddGroup(root, "Act", pauseCommand(s), resumeCommand(s), restoreCommand(s))
 	cli.AddGroup(root, "Set up", setupCommand(s), keysCommand())
 	cli.AddGroup(root, "Test (for helm test)", awaitCommand(s), victimCommand())
@@ -75,6 +76,9 @@ type options struct {
 	// advise
 	workload string
 	advice   bool // also of top -o wide
+	// report
+	from, until time.Time
+	incident    string
 
 	since  time.Duration
 	output string
@@ -219,6 +223,51 @@ With -o patch: a strategic-merge patch of each workload that one can help. Try i
 	cli.Var(flags, &o.node, "node", "", "only kills on this `node`", cli.Node)
 	cli.Enum(cmd, &o.output, "output", "o", "the `format`: text, json: one object a line, or patch: a YAML document for each workload", "text", "json", "patch")
 	return cmd
+}
+
+func reportCommand(s *cli.Settings) *cobra.Command {
+	now := time.Now()
+	o := &options{Settings: s, by: "workload", advice: true}
+	cmd := &cobra.Command{
+		Use: "report", Short: "Write one HTML file about the kills of a time, for a post-mortem", RunE: o.run(writeReport),
+		Long: `Write one HTML file about the kills of a time to standard output, for a post-mortem: when which node and namespace had kills, where kills may
+be missing, which workloads were killed most, and what happened in each incident. The file needs no network and runs no script.`,
+		PreRunE: func(*cobra.Command, []string) error {
+			if o.until.IsZero() {
+				o.until = now
+			}
+			if o.from.IsZero() {
+				o.from = o.until.Add(-24 * time.Hour)
+			}
+			if !o.from.Before(o.until) {
+				return fmt.Errorf("--since is %s, and --until %s: it must be later", o.from.Format(time.RFC3339), o.until.Format(time.RFC3339))
+			}
+			return nil
+		},
+	}
+	flags := cmd.Flags()
+	cli.Var(flags, &o.from, "since", "", "begin at this `time`, such as 2026-11-28T02:00:00Z, or so long ago, such as 24h (default: 24h before --until)", moment(now))
+	cli.Var(flags, &o.until, "until", "", "end at this `time`, or so long ago (default: now)", moment(now))
+	cli.Var(flags, &o.namespace, "namespace", "n", "only kills in pods of this `namespace`", namespace)
+	cli.Var(flags, &o.node, "node", "", "only kills on this `node`", cli.Node)
+	flags.StringVar(&o.incident, "incident", "", "only the incident of the kill with this `ID`, with the 15 minutes before and after it, wherever the stream has it")
+	for _, other := range []string{"since", "until", "namespace", "node"} {
+		cmd.MarkFlagsMutuallyExclusive("incident", other)
+	}
+	return cmd
+}
+
+// moment parses a time, or a duration before now.
+func moment(now time.Time) func(string) (time.Time, error) {
+	return func(s string) (time.Time, error) {
+		if t, err := time.Parse(time.RFC3339, s); err == nil {
+			return t, nil
+		}
+		if d, err := time.ParseDuration(s); err == nil && d > 0 {
+			return now.Add(-d), nil
+		}
+		return time.Time{}, errors.New("must be a time such as 2026-11-28T02:00:00Z, or a duration such as 90s, 15m or 24h (a day is 24h)")
+	}
 }
 
 func nodesCommand(s *cli.Settings) *cobra.Command {

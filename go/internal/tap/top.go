@@ -66,6 +66,17 @@ type counter struct {
 	// What else is known of a kill or an incident comes under its ID, before or after the outcome. The last maxWaiting are kept.
 	related      map[string]*related
 	relatedOrder []string
+
+	seen *recent
+	// each takes each kill that is counted, the row's name and the outcome of stage annotate, or nil. It may be nil itself.
+	each func(row string, e *event.Event, o *event.Outcome)
+}
+
+func newCounter(o options, half time.Time) *counter {
+	return &counter{
+		o: o, half: half, rows: map[string]*row{}, waiting: map[string]counted{}, gaps: map[string]bool{}, related: map[string]*related{},
+		seen: newRecent(4 * maxWaiting),
+	}
 }
 
 // related is what belongs to one kill or one incident.
@@ -108,34 +119,45 @@ func count(ctx context.Context, conn *bus.Conn, o options, now time.Time, stderr
 		}
 		patterns = append(patterns, pattern)
 	}
-	c := &counter{o: o, half: now.Add(-o.since / 2), rows: map[string]*row{}, waiting: map[string]counted{}, gaps: map[string]bool{}, related: map[string]*related{}}
-	seen := newRecent(4 * maxWaiting)
+	c := newCounter(o, now.Add(-o.since/2))
 	err := each(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, stderr, func(m bus.Stored, r message) error {
-		switch {
-		case !seen.add(r.id):
-		case r.gap != nil && r.gap.Missing():
-			c.gaps[r.node] = true
-		case r.kill != nil:
-			c.kill(r.kill, m.Time)
-		case r.outcome != nil && r.outcome.Stage == event.StageAnnotate:
-			c.outcome(r.outcome)
-		case r.outcome != nil && r.outcome.Stage == event.StageNeighbours && o.advice:
-			for _, h := range c.relatedTo(r.outcome.Kill).histories {
-				h.AddNeighbours(r.outcome)
-			}
-		case r.neighbours != nil:
-			of := c.relatedTo(r.neighbours.Incident)
-			of.pods = r.neighbours
-			for _, h := range of.histories {
-				h.AddPods(of.pods)
-			}
-		}
+		c.take(m, r)
 		return nil
 	})
+	c.rest()
+	return c, err
+}
+
+// take takes a message, in the stream's order, and reports whether it is new.
+func (c *counter) take(m bus.Stored, r message) bool {
+	switch {
+	case !c.seen.add(r.id):
+		return false
+	case r.gap != nil && r.gap.Missing():
+		c.gaps[r.node] = true
+	case r.kill != nil:
+		c.kill(r.kill, m.Time)
+	case r.outcome != nil && r.outcome.Stage == event.StageAnnotate:
+		c.outcome(r.outcome)
+	case r.outcome != nil && r.outcome.Stage == event.StageNeighbours && c.o.advice:
+		for _, h := range c.relatedTo(r.outcome.Kill).histories {
+			h.AddNeighbours(r.outcome)
+		}
+	case r.neighbours != nil:
+		of := c.relatedTo(r.neighbours.Incident)
+		of.pods = r.neighbours
+		for _, h := range of.histories {
+			h.AddPods(of.pods)
+		}
+	}
+	return true
+}
+
+// rest counts the kills that still wait for an outcome.
+func (c *counter) rest() {
 	for _, id := range c.order {
 		c.give(id)
 	}
-	return c, err
 }
 
 // unseen reports what is not known. Neither is an all-clear.
@@ -226,6 +248,9 @@ func (c *counter) add(name string, e *event.Event, o *event.Outcome, stored time
 			r = &row{Name: name}
 			c.rows[name] = r
 		}
+	}
+	if c.each != nil {
+		c.each(name, e, o)
 	}
 	r.Kills++
 	r.Last = stored.UTC()

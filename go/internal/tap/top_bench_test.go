@@ -31,7 +31,7 @@ func TestTopMillion(t *testing.T) {
 	began := time.Now()
 	bytes := fill(t, s, *messages)
 	t.Logf("%d messages, %d MiB, stored in %v", *messages, bytes>>20, time.Since(began).Round(time.Second))
-	for _, args := range [][]string{{"top"}, {"top", "-o", "wide"}} {
+	for _, args := range [][]string{{"top"}, {"top", "-o", "wide"}, {"report"}} {
 		before := ownCPU(t)
 		took, peak, cpu, out := timed(t, append(args, "--config", s.config)...)
 		server := ownCPU(t) - before

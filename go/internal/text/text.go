@@ -111,14 +111,7 @@ func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
 func (t *Table) GapLine(g *event.Gap) string {
 	node := Printable(g.Node.Name)
 	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
-	what := "an unknown number of kills"
-	switch {
-	case g.Count != nil:
-		what = fmt.Sprintf("%d kills", *g.Count)
-	case g.CountMax != nil:
-		what = fmt.Sprintf("at most %d kills", *g.CountMax)
-	}
-	line := what + " missing"
+	line := Missing(g)
 	if g.LastSeq > 0 {
 		line += fmt.Sprintf(", seq %d..%d", g.FirstSeq, g.LastSeq)
 	}
@@ -132,6 +125,17 @@ func (t *Table) GapLine(g *event.Gap) string {
 		pad(Printable(string(g.Cause)), scopeWidth),
 		t.paint(bold, line),
 	}, "  ")
+}
+
+// Missing is how many kills are missing.
+func Missing(g *event.Gap) string {
+	switch {
+	case g.Count != nil:
+		return fmt.Sprintf("%d kills missing", *g.Count)
+	case g.CountMax != nil:
+		return fmt.Sprintf("at most %d kills missing", *g.CountMax)
+	}
+	return "an unknown number of kills missing"
 }
 
 // GapLine is the gap as the only line of a table.

@@ -63,16 +63,16 @@ func podsLine(n *event.Neighbours) string {
 	return line
 }
 
-// kind is a kind of memory.
-type kind struct {
-	name  string
-	bytes *uint64
-	// held means that the kernel cannot free it when memory is short: somebody must let go of it.
-	held bool
+// Kind is a kind of memory.
+type Kind struct {
+	Name  string
+	Bytes *uint64 // nil: not known
+	// Held means that the kernel cannot free it when memory is short: somebody must let go of it.
+	Held bool
 }
 
-// kinds lists the kinds of memory, without counting any twice.
-func kinds(b *event.Breakdown) []kind {
+// Kinds lists the kinds of memory, without counting any twice.
+func Kinds(b *event.Breakdown) []Kind {
 	// The kernel counts shared memory as a part of the page cache, and has updated only one of them at times.
 	file := b.File
 	if file != nil && b.Shmem != nil {
@@ -82,7 +82,7 @@ func kinds(b *event.Breakdown) []kind {
 	if slab != nil && b.SlabUnreclaimable != nil {
 		slab = new(*slab - min(*slab, *b.SlabUnreclaimable))
 	}
-	return []kind{
+	return []Kind{
 		{"anon", b.Anon, false}, {"file", file, false}, {"tmpfs or shared memory", b.Shmem, true},
 		{"slab", slab, false}, {"unreclaimable slab", b.SlabUnreclaimable, true}, {"kernel stacks", b.KernelStack, true},
 		{"page tables", b.PageTables, true}, {"network buffers", b.Sock, true}, {"zswap", b.Zswap, true},
@@ -103,17 +103,17 @@ func LargePart(b *event.Breakdown) string {
 	if of == nil {
 		return ""
 	}
-	var largest kind
+	var largest Kind
 	var bytes uint64
-	for _, k := range kinds(b) {
-		if k.held && k.bytes != nil && *k.bytes > bytes {
-			largest, bytes = k, *k.bytes
+	for _, k := range Kinds(b) {
+		if k.Held && k.Bytes != nil && *k.Bytes > bytes {
+			largest, bytes = k, *k.Bytes
 		}
 	}
 	if bytes == 0 || bytes < *of/4 {
 		return ""
 	}
-	return fmt.Sprintf("of %s, %s were %s", Size(*of), Size(bytes), largest.name)
+	return fmt.Sprintf("of %s, %s were %s", Size(*of), Size(bytes), largest.Name)
 }
 
 // breakdown is what the memory was used for.
@@ -135,12 +135,12 @@ func breakdown(b *event.Breakdown) []string {
 	if b.Gone {
 		what += " (the cgroup was removed)"
 	}
-	all := append(kinds(b), kind{"swap", b.Swap, false})
-	slices.SortStableFunc(all, func(a, b kind) int { return cmp.Compare(value(b.bytes), value(a.bytes)) })
+	all := append(Kinds(b), Kind{"swap", b.Swap, false})
+	slices.SortStableFunc(all, func(a, b Kind) int { return cmp.Compare(value(b.Bytes), value(a.Bytes)) })
 	var used []string
 	for _, k := range all {
-		if value(k.bytes) > 0 {
-			used = append(used, Size(*k.bytes)+" "+k.name)
+		if value(k.Bytes) > 0 {
+			used = append(used, Size(*k.Bytes)+" "+k.Name)
 		}
 	}
 	if b.Usage != nil {
