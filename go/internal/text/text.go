@@ -111,6 +111,17 @@ func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
 func (t *Table) GapLine(g *event.Gap) string {
 	node := Printable(g.Node.Name)
 	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
+	return strings.Join([]string{
+		t.paint(dim, g.Time.UTC().Format(timeLayout)),
+		pad(node, t.nodeWidth),
+		t.paint(boldYellow, pad("GAP", outcomeWidth)),
+		pad(Printable(string(g.Cause)), scopeWidth),
+		t.paint(bold, Missing(g)),
+	}, "  ")
+}
+
+// Missing is what is missing in a gap: how many kills, and of which seqs or of which time, as far as it is known.
+func Missing(g *event.Gap) string {
 	what := "an unknown number of kills"
 	switch {
 	case g.Count != nil:
@@ -125,13 +136,7 @@ func (t *Table) GapLine(g *event.Gap) string {
 	if g.Since != nil && g.Until != nil {
 		line += fmt.Sprintf(", from %s to %s", g.Since.UTC().Format(timeLayout), g.Until.UTC().Format(timeLayout))
 	}
-	return strings.Join([]string{
-		t.paint(dim, g.Time.UTC().Format(timeLayout)),
-		pad(node, t.nodeWidth),
-		t.paint(boldYellow, pad("GAP", outcomeWidth)),
-		pad(Printable(string(g.Cause)), scopeWidth),
-		t.paint(bold, line),
-	}, "  ")
+	return line
 }
 
 // GapLine is the gap as the only line of a table.
