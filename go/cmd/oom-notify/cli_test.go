@@ -29,7 +29,7 @@ func TestCommandLine(t *testing.T) {
 	}{
 		{"--help", 0, "\nExit status:\n  0  done\n", ""},
 		{"--version", 0, "oom-notify ", ""},
-		{"now", 2, "", `oom-notify: unknown command "now"`},
+		{"now", 2, "", `oom-notify: unexpected argument "now"`},
 		{"--config nowhere", 1, "", "(--config names another file)\n"},
 		{"--config empty.yaml", 1, "", "oom-notify: notify: no receiver: set notify.slack.url_file, notify.alertmanager.url or notify.webhook.url\n"},
 		{"--config template.yaml", 1, "", "oom-notify: notify.webhook.template: template: "},

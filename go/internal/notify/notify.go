@@ -24,6 +24,9 @@ const maxHeld = 5000
 // maxMessage is larger than any kill or gap: five paths of at most 4 KiB, which JSON may make six times as long.
 const maxMessage = 256 << 10
 
+// lookupTime bounds the attempts to read an outcome while NATS does not answer.
+const lookupTime = 30 * time.Second
+
 // item is a kill or a gap on its way to the receivers.
 type item struct {
 	kill    *event.Event
@@ -149,20 +152,23 @@ func (n *notifier) outcome(ctx context.Context, i *item) *event.Outcome {
 	if err != nil {
 		return nil // no ID of ours
 	}
-	for wait := 250 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
+	until := time.Now().Add(lookupTime)
+	for wait := 250 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, 2*time.Second) {
 		data, err := n.last(ctx, subject)
-		if err == nil {
+		left := time.Until(until)
+		switch {
+		case err == nil:
 			// On a NATS without accounts anybody could have stored something there.
 			if o, err := event.ParseOutcome(data); err == nil && o.Kill == e.ID && o.Node == e.Node.Name {
 				return &o
 			}
 			return nil
+		case errors.Is(err, bus.ErrNoMessage):
+			left = n.cfg.WaitForOutcome - time.Since(i.stored)
+		case left <= 0:
+			n.log.Warn("could not read the outcome of the kill, the message does not name its pod", "id", e.ID, "error", err)
 		}
-		left := n.cfg.WaitForOutcome - time.Since(i.stored)
-		if left <= 0 || ctx.Err() != nil {
-			if !errors.Is(err, bus.ErrNoMessage) && ctx.Err() == nil {
-				n.log.Warn("could not read the outcome of the kill, the message does not name its pod", "id", e.ID, "error", err)
-			}
+		if left <= 0 {
 			return nil
 		}
 		select {
@@ -170,4 +176,5 @@ func (n *notifier) outcome(ctx context.Context, i *item) *event.Outcome {
 		case <-ctx.Done():
 		}
 	}
+	return nil
 }
