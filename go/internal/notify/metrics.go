@@ -27,18 +27,22 @@ type metrics struct {
 // newMetrics registers the metrics. Every series is there from the start, so that a rate includes the first event.
 func newMetrics(registerer prometheus.Registerer, receivers []string) *metrics {
 	register := promauto.With(registerer)
-	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
-		return register.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
-	}
 	m := &metrics{
-		messages: counters("oom_tracer_notify_messages_total",
-			"Number of attempts to send a message, by receiver and result (sent, failed: is tried again, refused: is given up).", "receiver", "result"),
-		notified: counters("oom_tracer_notify_notified_total",
-			"Number of kills and gaps in the messages that a receiver took.", "receiver", "kind"),
-		givenUp: counters("oom_tracer_notify_given_up_total",
-			"Number of kills and gaps that a receiver got no message about, by reason (refused, too_old: notify.max_age).", "receiver", "reason"),
-		templates: counters("oom_tracer_notify_template_errors_total",
-			"Number of messages with the default text, because the template of the config failed.", "receiver"),
+		messages: register.NewCounterVec(prometheus.CounterOpts{
+			Name: "oom_tracer_notify_messages_total",
+			Help: "Number of attempts to send a message, by receiver and result (sent, failed: is tried again, refused: is given up).",
+		}, []string{"receiver", "result"}),
+		notified: register.NewCounterVec(prometheus.CounterOpts{
+			Name: "oom_tracer_notify_notified_total", Help: "Number of kills and gaps in the messages that a receiver took.",
+		}, []string{"receiver", "kind"}),
+		givenUp: register.NewCounterVec(prometheus.CounterOpts{
+			Name: "oom_tracer_notify_given_up_total",
+			Help: "Number of kills and gaps that a receiver got no message about, by reason (refused, too_old: notify.max_age).",
+		}, []string{"receiver", "reason"}),
+		templates: register.NewCounterVec(prometheus.CounterOpts{
+			Name: "oom_tracer_notify_template_errors_total",
+			Help: "Number of messages with the default text, because the template of the config failed.",
+		}, []string{"receiver"}),
 		malformed: register.NewCounter(prometheus.CounterOpts{
 			Name: "oom_tracer_notify_malformed_total", Help: "Number of messages of the stream that are no kill and no gap.",
 		}),
