@@ -45,14 +45,6 @@ func (i *item) done() {
 	}
 }
 
-// kind is the value of the label kind.
-func (i *item) kind() string {
-	if i.gap != nil {
-		return string(event.KindGap)
-	}
-	return string(event.KindKill)
-}
-
 // read reads a message of the stream. Its node must be that of the subject, for which the server let the publisher publish. It returns nil
 // for a gap in which nothing is missing.
 func read(m bus.Stored) (*item, error) {

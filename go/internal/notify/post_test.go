@@ -1,6 +1,7 @@
 package notify
 
 import (
+	"bufio"
 	"context"
 	"encoding/pem"
 	"errors"
@@ -44,7 +45,7 @@ func slackPoster(t *testing.T, url string) *poster {
 	return p
 }
 
-// tcp is a server that does not speak HTTP.
+// tcp is a server that reads a request, and does not answer by HTTP.
 func tcp(t *testing.T, serve func(net.Conn)) (url string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -60,7 +61,9 @@ func tcp(t *testing.T, serve func(net.Conn)) (url string) {
 			}
 			go func() {
 				defer c.Close()
-				serve(c)
+				if _, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+					serve(c)
+				}
 			}()
 		}
 	}()
@@ -106,10 +109,7 @@ func TestPostFails(t *testing.T) {
 			return s.URL
 		}, err: "connection refused"},
 		"reset": {server: func(t *testing.T) string {
-			return tcp(t, func(c net.Conn) {
-				_, _ = c.Read(make([]byte, 10))
-				_ = c.(*net.TCPConn).SetLinger(0)
-			})
+			return tcp(t, func(c net.Conn) { _ = c.(*net.TCPConn).SetLinger(0) })
 		}, err: "post: "},
 		"no http": {server: func(t *testing.T) string {
 			return tcp(t, func(c net.Conn) { _, _ = io.WriteString(c, "220 mail ESMTP\r\n") })

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -29,10 +31,27 @@ type sent struct {
 // world is a receiver whose server is answer. The network is in post_test.go and in go/cmd/oom-notify.
 type world struct {
 	*receiver
-	began    time.Time
+	began time.Time
+
+	mu       sync.Mutex
 	messages []sent // all attempts
-	answer   func(n int) error
+	answer   func(n int, title string) error
 	acked    int
+}
+
+// got is what was sent and acked once the receiver waits.
+func (w *world) got() (messages []sent, acked int) {
+	synctest.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.messages), w.acked
+}
+
+// answers sets the answer to the nth message.
+func (w *world) answers(answer func(n int, title string) error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.messages, w.answer = nil, answer
 }
 
 // run runs test with a receiver, in the time of synctest.
@@ -48,14 +67,16 @@ func run(t *testing.T, change func(*config.Notify), test func(t *testing.T, w *w
 		if err != nil {
 			t.Fatal(err)
 		}
-		w := &world{began: time.Now(), answer: func(int) error { return nil }}
+		w := &world{began: time.Now(), answer: func(int, string) error { return nil }}
 		post := func(_ context.Context, body []byte) error {
 			var n Notification
 			if err := json.Unmarshal(body, &n); err != nil {
 				t.Errorf("%v: %s", err, body)
 			}
+			w.mu.Lock()
+			defer w.mu.Unlock()
 			w.messages = append(w.messages, sent{time.Since(w.began), n.Title, n.Count})
-			return w.answer(len(w.messages))
+			return w.answer(len(w.messages), n.Title)
 		}
 		w.receiver = newReceiver(webhook, cfg, f, post, newMetrics(prometheus.NewRegistry(), []string{webhook}), slog.New(slog.DiscardHandler))
 		ctx, cancel := context.WithCancel(t.Context())
@@ -78,7 +99,11 @@ func (w *world) kill(owner string, pid uint32) {
 			Victim: event.Victim{PID: pid, TID: pid, Comm: "java"},
 		},
 		outcome: &event.Outcome{Pod: &event.PodRef{Namespace: "shop", Name: "cart-1", Owner: owner}},
-		time:    time.Now(), stored: time.Now(), finish: func() { w.acked++ },
+		time:    time.Now(), stored: time.Now(), finish: func() {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.acked++
+		},
 	}
 	i.left.Store(1)
 	w.add(i)
@@ -86,9 +111,8 @@ func (w *world) kill(owner string, pid uint32) {
 
 func (w *world) check(t *testing.T, acked int, want ...sent) {
 	t.Helper()
-	synctest.Wait()
-	if fmt.Sprint(w.messages) != fmt.Sprint(want) || w.acked != acked {
-		t.Errorf("after %s: %v, %d acked\nwant %v, %d", time.Since(w.began), w.messages, w.acked, want, acked)
+	if messages, n := w.got(); fmt.Sprint(messages) != fmt.Sprint(want) || n != acked {
+		t.Errorf("after %s: %v, %d acked\nwant %v, %d", time.Since(w.began), messages, n, want, acked)
 	}
 }
 
@@ -137,20 +161,18 @@ func TestMinInterval(t *testing.T) {
 // back, the message is sent.
 func TestAway(t *testing.T) {
 	run(t, nil, func(t *testing.T, w *world) {
-		w.answer = func(int) error { return errors.New("away") }
+		w.answers(func(int, string) error { return errors.New("away") })
 		for pid := range uint32(120) {
 			w.kill("Deployment/cart", pid+1)
 			time.Sleep(time.Minute)
 		}
-		synctest.Wait()
-		if n := len(w.messages); n < 120 || n > 260 || w.acked != 0 || w.failing() == nil {
-			t.Errorf("%d attempts in 2 h, %d acked, failing: %v", n, w.acked, w.failing())
+		if messages, acked := w.got(); len(messages) < 120 || len(messages) > 260 || acked != 0 || w.failing() == nil {
+			t.Errorf("%d attempts in 2 h, %d acked, failing: %v", len(messages), acked, w.failing())
 		}
-		w.messages, w.answer = nil, func(int) error { return nil }
+		w.answers(func(int, string) error { return nil })
 		time.Sleep(2 * time.Minute)
-		synctest.Wait()
-		if len(w.messages) != 1 || w.messages[0].count != 120 || w.acked != 120 || w.failing() != nil {
-			t.Errorf("back: %v, %d acked, failing: %v", w.messages, w.acked, w.failing())
+		if messages, acked := w.got(); len(messages) != 1 || messages[0].count != 120 || acked != 120 || w.failing() != nil {
+			t.Errorf("back: %v, %d acked, failing: %v", messages, acked, w.failing())
 		}
 		if failed := w.counter(w.metrics.messages, resultFailed); failed < 120 || w.counter(w.metrics.notified, "kill") != 120 {
 			t.Errorf("failed %v, notified %v", failed, w.counter(w.metrics.notified, "kill"))
@@ -161,19 +183,19 @@ func TestAway(t *testing.T) {
 // A message that always fails holds up no other one.
 func TestPoison(t *testing.T) {
 	run(t, nil, func(t *testing.T, w *world) {
-		w.answer = func(int) error {
-			if strings.HasPrefix(w.messages[len(w.messages)-1].title, mail) {
+		w.answers(func(_ int, title string) error {
+			if strings.HasPrefix(title, mail) {
 				return &answerError{status: http.StatusInternalServerError}
 			}
 			return nil
-		}
+		})
 		w.kill("Deployment/mail", 1)
 		for pid := range uint32(20) {
 			w.kill("Deployment/cart", pid+1)
 			time.Sleep(5*time.Minute + 31*time.Second)
 		}
-		if w.acked != 20 {
-			t.Errorf("%d acked: %v", w.acked, w.messages)
+		if messages, acked := w.got(); acked != 20 {
+			t.Errorf("%d acked: %v", acked, messages)
 		}
 	})
 }
@@ -181,19 +203,18 @@ func TestPoison(t *testing.T) {
 // Retry-After holds for all messages to the receiver.
 func TestRetryAfter(t *testing.T) {
 	run(t, nil, func(t *testing.T, w *world) {
-		w.answer = func(n int) error {
+		w.answers(func(n int, _ string) error {
 			if n == 1 {
 				return &answerError{status: http.StatusTooManyRequests, retryAfter: 10 * time.Minute}
 			}
 			return nil
-		}
+		})
 		w.kill("Deployment/cart", 1)
 		time.Sleep(time.Second)
 		w.kill("Deployment/mail", 1)
 		time.Sleep(20 * time.Minute)
-		synctest.Wait()
-		if len(w.messages) != 3 || w.messages[1].at != 630*time.Second || w.messages[2].at != 631*time.Second || w.acked != 2 {
-			t.Errorf("%v, %d acked", w.messages, w.acked)
+		if messages, acked := w.got(); len(messages) != 3 || messages[1].at != 630*time.Second || messages[2].at != 631*time.Second || acked != 2 {
+			t.Errorf("%v, %d acked", messages, acked)
 		}
 	})
 }
@@ -201,31 +222,33 @@ func TestRetryAfter(t *testing.T) {
 // What the receiver refuses, and what is too old, is given up and counted.
 func TestGivenUp(t *testing.T) {
 	run(t, func(cfg *config.Notify) { cfg.MaxAge = time.Hour }, func(t *testing.T, w *world) {
-		w.answer = func(n int) error {
+		w.answers(func(n int, _ string) error {
 			if n == 1 {
 				return &answerError{status: http.StatusBadRequest}
 			}
 			return errors.New("away")
-		}
+		})
 		w.kill("Deployment/mail", 1)
 		time.Sleep(time.Minute)
-		if refused := w.counter(w.metrics.givenUp, reasonRefused); refused != 1 || w.acked != 1 || w.failing() == nil {
-			t.Errorf("refused %v, %d acked, failing: %v", refused, w.acked, w.failing())
+		_, acked := w.got()
+		if refused := w.counter(w.metrics.givenUp, reasonRefused); refused != 1 || acked != 1 || w.failing() == nil {
+			t.Errorf("refused %v, %d acked, failing: %v", refused, acked, w.failing())
 		}
 		w.kill("Deployment/cart", 1)
 		time.Sleep(59 * time.Minute)
 		w.kill("Deployment/cart", 2)
-		if w.acked != 1 {
-			t.Errorf("%d acked after 59 minutes", w.acked)
+		if _, acked := w.got(); acked != 1 {
+			t.Errorf("%d acked after 59 minutes", acked)
 		}
 		time.Sleep(3 * time.Minute) // its first kill goes, the second stays
-		if old := w.counter(w.metrics.givenUp, reasonTooOld); old != 1 || w.acked != 2 {
-			t.Errorf("too old %v, %d acked", old, w.acked)
+		_, acked = w.got()
+		if old := w.counter(w.metrics.givenUp, reasonTooOld); old != 1 || acked != 2 {
+			t.Errorf("too old %v, %d acked", old, acked)
 		}
-		w.answer = func(int) error { return nil }
+		w.answers(func(int, string) error { return nil })
 		time.Sleep(time.Minute)
-		if last := w.messages[len(w.messages)-1]; w.acked != 3 || last.count != 1 {
-			t.Errorf("%d acked, last %v", w.acked, last)
+		if messages, acked := w.got(); acked != 3 || len(messages) != 1 || messages[0].count != 1 {
+			t.Errorf("%d acked, %v", acked, messages)
 		}
 	})
 }
