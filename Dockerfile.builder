@@ -31,7 +31,7 @@ COPY --from=modules . ./
 COPY go ./go
 # A further program without cgo: its name here, and a stage at the end.
 RUN --mount=type=cache,target=/root/.cache/go-build \
-	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/oom-annotator build/oom-auth build/oom-tap
+	make ARCH=${TARGETARCH} VERSION=${VERSION} REVISION=${REVISION} build/oom-annotator build/oom-auth build/oom-notify build/oom-tap
 RUN install -d -m 1777 /out/tmp && install -d /out/etc/ssl/certs && \
 	cp /etc/ssl/certs/ca-certificates.crt /out/etc/ssl/certs/
 
@@ -72,6 +72,11 @@ FROM base AS oom-auth
 USER 65532:65532
 COPY --from=go /src/build/oom-auth /oom-auth
 ENTRYPOINT ["/oom-auth"]
+
+FROM base AS oom-notify
+USER 65532:65532
+COPY --from=go /src/build/oom-notify /oom-notify
+ENTRYPOINT ["/oom-notify"]
 
 FROM base AS oom-tap
 USER 65532:65532

@@ -83,7 +83,7 @@ doctor: build ## what this kernel and this user can do
 ##@ Build
 
 .PHONY: build
-build: build/oom-tracer build/oom-annotator build/oom-auth build/oom-tap build/kubectl-oom build/kubectl_complete-oom ## build the BPF object and the binaries into build/
+build: build/oom-tracer build/oom-annotator build/oom-auth build/oom-notify build/oom-tap build/kubectl-oom build/kubectl_complete-oom ## build the BPF object and the binaries into build/
 
 .PHONY: deps
 deps: build/.deps ## install what a build needs (Debian packages; libbpf into the cache)
@@ -105,7 +105,7 @@ build/oom-tracer: $(GO_FILES) $(OBJECT)
 	$(Q)$(go_build) -o $@ ./go/cmd/oom-tracer
 
 # Without cgo, and so static.
-build/oom-tap build/oom-annotator build/oom-auth: build/%: $(GO_FILES)
+build/oom-tap build/oom-annotator build/oom-auth build/oom-notify: build/%: $(GO_FILES)
 	@mkdir -p build
 	$(say) GO $@
 	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/$*
@@ -180,7 +180,7 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 ##@ Test
 
 .PHONY: test-parts
-test-parts: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
+test-parts: build build/hog build/nats-server build/nats build/alertmanager build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
 	@tools/install-deps.sh $(LIBBPF) chromium
 
 # A tracer sees every kill of the machine, and the tests count: packages with kills wait for each other (oomtest.Alone).
@@ -196,7 +196,7 @@ test: test-parts verify-goldens ## every test, with real OOM kills in cgroups th
 
 # Those that need no API server and no browser.
 .PHONY: quick
-quick: build build/hog build/nats-server ## unit tests and contained kills, without Kubernetes: the loop for a change (needs root)
+quick: build build/hog build/nats-server build/alertmanager ## unit tests and contained kills, without Kubernetes: the loop for a change (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname -- -short -count=1 -p 2 -timeout 10m \
 		$$($(GO) list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}' ./go/... | grep -v '/internal/kubetest\|/internal/nodetest' | cut -d' ' -f1)
 
@@ -355,6 +355,11 @@ build/nats: tools/nats/go.mod tools/build-module.sh
 	@mkdir -p build
 	$(Q)binary=$$(tools/build-module.sh tools/nats github.com/nats-io/natscli nats) && ln -sfn "$$binary" $@
 
+# Whom oom-notify sends to in the tests.
+build/alertmanager: tools/alertmanager/go.mod tools/alertmanager/build.sh
+	@mkdir -p build
+	$(Q)binary=$$(tools/alertmanager/build.sh) && ln -sfn "$$binary" $@
+
 # The unmodified one, for the tests.
 build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
 	@mkdir -p build
@@ -448,6 +453,8 @@ check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is t
 		! grep -E 'libbpfgo|nats-server|internal/loader|descheduler' <<<"$$deps" || { echo 'oom-annotator must not need these' >&2; exit 1; }
 	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-auth); \
 		! grep -E 'libbpfgo|nats-server|internal/loader|descheduler' <<<"$$deps" || { echo 'oom-auth must not need these' >&2; exit 1; }
+	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-notify); \
+		! grep -E 'libbpfgo|nats-server|internal/loader|client-go|descheduler' <<<"$$deps" || { echo 'oom-notify must not need these' >&2; exit 1; }
 	$(Q)deps=$$($(GO) list -deps ./go/event); \
 		test "$$(grep '\.' <<<"$$deps" | grep -vc '^github.com/go-json-experiment/json')" = 1 || { echo 'go/event must need the standard library and encoding/json/v2 only' >&2; exit 1; }
 

@@ -77,7 +77,7 @@ modules() {
 		sed "s|^\.\./\.\. .*|github.com/oom-tracer/oom-tracer $VERSION|" | LC_ALL=C sort -u
 }
 created=$(date -u -d "@$SOURCE_DATE_EPOCH" +%FT%TZ)
-for program in oom-tracer oom-annotator oom-auth oom-tap oom-descheduler; do
+for program in oom-tracer oom-annotator oom-auth oom-notify oom-tap oom-descheduler; do
 	below=go/
 	[[ $program != oom-descheduler ]] || below=''
 	modules "$program" "$below" | jq -Rn --arg name "$program" --arg version "$VERSION" --arg time "$created" --arg revision "$REVISION" --arg go "$("$GO" env GOVERSION)" '

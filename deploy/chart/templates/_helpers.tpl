@@ -132,6 +132,7 @@ oom-tracer-nats.{{ .Release.Namespace }}.svc
 
 {{- define "oom.passwordNames" -}}
 tracer annotator owner operator tap route auth issuer
+{{- if include "oom.notify" . }} notify{{ end }}
 {{- end }}
 
 {{- /* The chart's own passwords, base64, as JSON. Made once: later renderings read them from the cluster, and one that cannot is refused.
@@ -245,11 +246,15 @@ two may be equal, which one file cannot say. */}}
 	"kernel" (dict "pin_dir" "/run/oom-tracer/bpf/oom-tracer")
 	"metrics" (dict "listen" $listen)
 	"annotator" (dict "listen" $annotatorListen "kubeconfig" "")
+	"notify" (dict "listen" (printf ":%d" (int $root.Values.metrics.notifyPort)))
 	"auth" (dict "service_account" (printf "%s/oom-tracer" $root.Release.Namespace) "issuer_file" "/etc/oom-tracer/issuer/issuer" "listen" $authListen "kubeconfig" "") }}
 {{- if $root.Values.dryRun }}
 {{- $_ := set $decided "policy" (dict "annotation" "") }}
 {{- end }}
-{{- toYaml (mustMergeOverwrite $config $decided) }}
+{{- $config = mustMergeOverwrite $config $decided }}
+{{- /* It may have a URL that is a secret, and its templates change more often than the others should restart. */}}
+{{- if ne .who "notify" }}{{ $_ := unset $config "notify" }}{{ end }}
+{{- toYaml $config }}
 {{- end }}
 
 {{- define "oom.volumes" -}}
@@ -298,9 +303,12 @@ two may be equal, which one file cannot say. */}}
 {{ include "oom.config" . | sha256sum }}
 {{- end }}
 
-{{- /* Whether the annotator runs, and whether it may act. */ -}}
+{{- /* Whether the annotator and oom-notify run, and whether the annotator may act. */ -}}
 {{- define "oom.annotator" -}}
 {{- if and .Values.annotator.enabled (ne .Values.nats.mode "embedded") }}true{{ end }}
+{{- end }}
+{{- define "oom.notify" -}}
+{{- if and .Values.notify.enabled (ne .Values.nats.mode "embedded") }}true{{ end }}
 {{- end }}
 {{- define "oom.annotation" -}}
 {{- if not .Values.dryRun }}{{ include "oom.mark" . | splitList "=" | first }}{{ end }}

@@ -71,7 +71,7 @@ func externalRig(t *testing.T, c *kubetest.Cluster, account *rest.Config, owner 
 func testAccounts(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 	dir, password := t.TempDir(), filepath.Join(t.TempDir(), "password")
 	files := map[string]string{filepath.Join(dir, "owner.conf"): "", password: "secret"} // the test is the owner, and publishes kills
-	for _, name := range []string{"accounts", "tracers", "tracer", "annotator", "operator", "tap"} {
+	for _, name := range []string{"accounts", "tracers", "tracer", "annotator", "notifiers", "notify", "operator", "tap"} {
 		data, err := os.ReadFile(filepath.Join("../../../deploy/nats", name+".conf"))
 		if err != nil {
 			t.Fatal(err)
@@ -83,7 +83,7 @@ func testAccounts(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 			t.Fatal(err)
 		}
 	}
-	for _, who := range []string{"OWNER", "ANNOTATOR", "OPERATOR", "TAP", "TRACER"} {
+	for _, who := range []string{"OWNER", "ANNOTATOR", "NOTIFY", "OPERATOR", "TAP", "TRACER"} {
 		t.Setenv("OOM_"+who+"_PASSWORD", "secret")
 	}
 	url := "nats://" + startNATSServer(t, fmt.Sprintf(`accounts { include "%s" }`, filepath.Join("..", filepath.Base(dir), "accounts.conf")))

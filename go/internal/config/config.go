@@ -20,6 +20,7 @@ type Config struct {
 	Policy    Policy    `yaml:"policy"`
 	Annotator Annotator `yaml:"annotator"`
 	Auth      Auth      `yaml:"auth"`
+	Notify    Notify    `yaml:"notify"`
 	Metrics   Metrics   `yaml:"metrics"`
 	Log       Log       `yaml:"log"`
 }
@@ -182,6 +183,45 @@ type Auth struct {
 	Listen string `yaml:"listen"`
 }
 
+// Notify is oom-notify: who gets messages about kills and gaps, and how often.
+type Notify struct {
+	Slack        Receiver `yaml:"slack"`        // a webhook that takes {"text": ...}
+	Alertmanager Receiver `yaml:"alertmanager"` // the base URL of its API
+	Webhook      Receiver `yaml:"webhook"`      // takes JSON
+	// GroupWait is how long the first kill of an owner waits for others, 0 .. 10 m. GroupInterval is the least time between two
+	// messages about one owner, 1 s .. 24 h.
+	GroupWait     time.Duration `yaml:"group_wait"`
+	GroupInterval time.Duration `yaml:"group_interval"`
+	// WaitForOutcome is how long a kill waits for its outcome, which names the pod, 0 .. 1 m.
+	WaitForOutcome time.Duration `yaml:"wait_for_outcome"`
+	// MinInterval is the least time between two messages to one receiver, 0 .. 1 m.
+	MinInterval time.Duration `yaml:"min_interval"`
+	// MaxAge is how old a kill is at most in a message, 1 m .. 168 h. A message that fails is tried again for so long.
+	MaxAge time.Duration `yaml:"max_age"`
+	// ResolveAfter is how long after the last kill an alert ends in Alertmanager, 1 m .. 24 h.
+	ResolveAfter time.Duration `yaml:"resolve_after"`
+	// Link is an http or https URL that the messages show; empty: none.
+	Link string `yaml:"link"`
+	// Listen is Metrics.Listen for oom-notify.
+	Listen string `yaml:"listen"`
+}
+
+// Receiver gets messages by HTTP. Without URL and URLFile it gets none.
+type Receiver struct {
+	// URL is an http or https URL. URLFile is the absolute path of a file that holds it, where it is a secret. At most one of them.
+	URL     string `yaml:"url"`
+	URLFile string `yaml:"url_file"`
+	// TokenFile is the absolute path of a file with a bearer token; empty: none is sent.
+	TokenFile string `yaml:"token_file"`
+	// CAFile is the absolute path of the CA certificates to trust, PEM; empty: those of the system.
+	CAFile string `yaml:"ca_file"`
+	// Template is the text of a message (text/template of Go); empty: the default.
+	Template string `yaml:"template"`
+}
+
+// Enabled reports whether the receiver gets messages.
+func (r *Receiver) Enabled() bool { return r.URL != "" || r.URLFile != "" }
+
 // Metrics is where /metrics, /healthz and /readyz are served; an empty address serves nothing.
 type Metrics struct {
 	Listen string `yaml:"listen"`
@@ -239,7 +279,16 @@ func Default() Config {
 			Events:            true,
 			Listen:            "127.0.0.1:9106",
 		},
-		Auth:    Auth{ServiceAccount: "oom-tracer/oom-tracer", Audience: "oom-tracer-nats", Listen: "127.0.0.1:9107"},
+		Auth: Auth{ServiceAccount: "oom-tracer/oom-tracer", Audience: "oom-tracer-nats", Listen: "127.0.0.1:9107"},
+		Notify: Notify{
+			GroupWait:      30 * time.Second,
+			GroupInterval:  5 * time.Minute,
+			WaitForOutcome: 10 * time.Second,
+			MinInterval:    time.Second,
+			MaxAge:         24 * time.Hour,
+			ResolveAfter:   15 * time.Minute,
+			Listen:         "127.0.0.1:9108",
+		},
 		Metrics: Metrics{Listen: "127.0.0.1:9105"},
 		Log:     Log{Level: "info", Format: "text", Kills: KillsText},
 	}

@@ -133,14 +133,27 @@ func TestEveryKeyIsRead(t *testing.T) {
 		Auth: Auth{
 			ServiceAccount: "monitoring/agent", Audience: "example.com/nats", IssuerFile: "/run/secrets/issuer", Kubeconfig: "/etc/auth/kubeconfig", Listen: ":9997",
 		},
+		Notify: Notify{
+			Slack: Receiver{URLFile: "/run/secrets/slack", TokenFile: "/run/secrets/slack-token", CAFile: "/etc/slack-ca.pem", Template: "{{.Title}}"},
+			Alertmanager: Receiver{
+				URL: "https://alertmanager.example.com/prefix", TokenFile: "/run/secrets/token", CAFile: "/etc/alertmanager-ca.pem", Template: "{{.Count}}",
+			},
+			Webhook: Receiver{
+				URL: "http://[::1]:8080/hook?a=b", TokenFile: "/run/secrets/hook", CAFile: "/etc/hook-ca.pem", Template: "{{.Kind}}",
+			},
+			GroupWait: time.Second, GroupInterval: time.Minute, WaitForOutcome: 3 * time.Second, MinInterval: 250 * time.Millisecond,
+			MaxAge: 2 * time.Hour, ResolveAfter: time.Hour, Link: "https://grafana.example.com/d/oom", Listen: ":9996",
+		},
 		Metrics: Metrics{Listen: ":9999"},
 		Log:     Log{Level: "debug", Format: "json", Kills: "none"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("full.yaml (-want +got):\n%s", diff)
 	}
+	// Excluded by other keys: the ways to authenticate by the user, a URL by the file with it.
+	excluded := []string{"nats.creds_file", "nats.nkey_file", "nats.token_file", "notify.slack.url", "notify.alertmanager.url_file", "notify.webhook.url_file"}
 	for _, key := range leavesEqual("", reflect.ValueOf(got), reflect.ValueOf(Default())) {
-		if key != "nats.creds_file" && key != "nats.nkey_file" && key != "nats.token_file" { // these exclude the user
+		if !slices.Contains(excluded, key) {
 			t.Errorf("full.yaml leaves %s at its default", key)
 		}
 	}

@@ -195,6 +195,7 @@ func (c *Config) faults() []fault {
 			bad("auth.listen", "%v", err)
 		}
 	}
+	c.notifyFaults(bad, clash)
 	if c.Metrics.Listen != "" {
 		if err := checkListen(c.Metrics.Listen); err != nil {
 			bad("metrics.listen", "%v", err)
@@ -204,6 +205,68 @@ func (c *Config) faults() []fault {
 	oneOf("log.format", c.Log.Format, "text", "json")
 	oneOf("log.kills", c.Log.Kills, KillsText, KillsJSON, KillsNone)
 	return faults
+}
+
+// notifyFaults is the part of faults for the section notify; it reports to bad and clash.
+func (c *Config) notifyFaults(bad func(key, format string, args ...any), clash func(key, other, format string, args ...any)) {
+	n := c.Notify
+	for _, k := range []struct {
+		name string
+		Receiver
+	}{{"slack", n.Slack}, {"alertmanager", n.Alertmanager}, {"webhook", n.Webhook}} {
+		at := "notify." + k.name + "."
+		// Values are not shown: a URL may be a secret, and a path may be the secret in the wrong place.
+		if k.URL != "" && !isHTTP(k.URL) {
+			bad(at+"url", "must be an http:// or https:// URL without user and password")
+		}
+		if k.URL != "" && k.URLFile != "" {
+			clash(at+"url_file", at+"url", "cannot be set with %surl: choose one", at)
+		}
+		for _, v := range []struct {
+			key, value string
+			file, own  bool // own: it means something without a URL
+		}{{"url_file", k.URLFile, true, true}, {"token_file", k.TokenFile, true, false}, {"ca_file", k.CAFile, true, false}, {"template", k.Template, false, false}} {
+			if v.value == "" {
+				continue
+			}
+			if v.file && !isPath(v.value) {
+				bad(at+v.key, "must be the absolute path of a file")
+			}
+			if !v.own && !k.Enabled() {
+				clash(at+v.key, at+"url", "needs %surl or %surl_file", at, at)
+			}
+		}
+	}
+	for _, k := range []struct {
+		key               string
+		value, from, most time.Duration
+		bounds            string
+	}{
+		{"group_wait", n.GroupWait, 0, 10 * time.Minute, "0s to 10m"},
+		{"group_interval", n.GroupInterval, time.Second, 24 * time.Hour, "1s to 24h"},
+		{"wait_for_outcome", n.WaitForOutcome, 0, time.Minute, "0s to 1m"},
+		{"min_interval", n.MinInterval, 0, time.Minute, "0s to 1m"},
+		{"max_age", n.MaxAge, time.Minute, 168 * time.Hour, "1m to 168h"},
+		{"resolve_after", n.ResolveAfter, time.Minute, 24 * time.Hour, "1m to 24h"},
+	} {
+		if k.value < k.from || k.value > k.most {
+			bad("notify."+k.key, "must be from %s, not %s", k.bounds, k.value)
+		}
+	}
+	if n.Link != "" && !isHTTP(n.Link) {
+		bad("notify.link", "must be an http:// or https:// URL without user and password, or empty")
+	}
+	if n.Listen != "" {
+		if err := checkListen(n.Listen); err != nil {
+			bad("notify.listen", "%v", err)
+		}
+	}
+}
+
+// isHTTP reports whether s is a URL of a web server.
+func isHTTP(s string) bool {
+	u, err := url.Parse(s)
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" && u.User == nil && !strings.ContainsFunc(s, unicode.IsSpace)
 }
 
 // isPath tells an absolute path from a word, or from the text of a file.

@@ -126,7 +126,7 @@ func (s *inState) write(alerts []string) map[string]any {
 	return map[string]any{"name": s.name, "interval": "1m", "input_series": input, "alert_rule_test": cases}
 }
 
-// TestAlertsFire: the real annotator and oom-auth are brought into each state that an alert is about. The alert fires from the metrics
+// TestAlertsFire: the real annotator, oom-auth and oom-notify are brought into each state that an alert is about. The alert fires from the metrics
 // that they then expose, and no other one does.
 func TestAlertsFire(t *testing.T) {
 	names, _, rules := alerts(t)
@@ -277,6 +277,10 @@ func TestAlertsFire(t *testing.T) {
 	})
 	all = append(all, inState{"NATS away", job, []exposed{before, after}, 12, []fires{
 		{"OOMAnnotatorNotReady", "No oom-annotator is ready: check nats fails", map[string]string{"check": "nats", "severity": "warning"}},
+	}})
+
+	all = append(all, inState{"oom-notify without NATS", "oom-notify", []exposed{scrapeNotify(t)}, 12, []fires{
+		{"OOMNotifyNotSending", "oom-notify cannot send messages: check nats fails", map[string]string{"check": "nats", "severity": "warning"}},
 	}})
 
 	var tests []map[string]any

@@ -76,16 +76,16 @@ func (s *servers) takeFrom(u attacker, owner *client, name string) (could []stri
 }
 
 // TestConsumers: with one of the credentials that ship nobody takes what another one consumes: the annotator nothing of a consumer of
-// somebody else, nobody anything of the annotator's. The tap can, as far as it knows a name and tap.conf does not deny it.
+// somebody else, nobody anything of the annotator's or oom-notify's. The tap can, as far as it knows a name and tap.conf does not deny it.
 func TestConsumers(t *testing.T) {
 	s := newServers(t, func(files map[string]string) {
 		files["tap.conf"] = replaced(t, true, files["tap.conf"], "    deny: [\n", `    deny: [
       "$JS.API.CONSUMER.CREATE.OOM.billing", "$JS.API.CONSUMER.CREATE.OOM.billing.>", "$JS.API.CONSUMER.MSG.NEXT.OOM.billing"
 `)
-	}, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.tracers=shared")
+	}, "--values", root+"/deploy/examples/single-node.yaml", "--values", root+"/deploy/examples/notify.yaml", "--set", "nats.tracers=shared")
 	s.setup()
 	owner := s.connect("oom-tap", nats.UserInfo("oom-owner", s.passwords["owner"]))
-	for _, name := range []string{"audit", "billing", "oom-annotator"} {
+	for _, name := range []string{"audit", "billing", "oom-annotator", "oom-notify"} {
 		if _, err := owner.js.CreateOrUpdateConsumer(t.Context(), event.StreamName, jetstream.ConsumerConfig{
 			Durable: name, AckPolicy: jetstream.AckExplicitPolicy, FilterSubject: "oom.v1.kill.>",
 		}); err != nil {
@@ -106,7 +106,7 @@ func TestConsumers(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, u := range s.attackers() {
-		for _, name := range []string{"billing", "oom-annotator", "audit"} {
+		for _, name := range []string{"billing", "oom-annotator", "oom-notify", "audit"} {
 			if u.user == name {
 				continue
 			}

@@ -323,7 +323,7 @@ func testOneNode(t *testing.T, c *kubetest.Cluster) {
 func testAirGapped(t *testing.T, c *kubetest.Cluster) {
 	home(t, c, "air-gapped", privileged)
 	digests := []string{"descheduler.enabled=true"}
-	for _, program := range []string{"tracer", "annotator", "auth", "tap", "descheduler"} {
+	for _, program := range []string{"tracer", "annotator", "auth", "tap", "descheduler", "notify"} {
 		digests = append(digests, program+".image.digest=sha256:"+strings.Repeat("0a", 32))
 	}
 	pinned := render(t, "--values", root+"/deploy/examples/air-gapped.yaml", "--set", strings.Join(digests, ","))

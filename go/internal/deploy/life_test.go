@@ -30,7 +30,9 @@ var bases = map[string]string{
 	"cluster": `
 nats: {passwordSecret: oom-tracer-nats}
 descheduler: {enabled: true}
+notify: {enabled: true}
 metrics: {podMonitor: {enabled: true}, rules: {enabled: true}, dashboard: {enabled: true}}
+config: {notify: {webhook: {url: "http://x"}}}
 `,
 	"nkeys": `
 nats: {passwordSecret: oom-tracer-nats, tracers: nkeys, nodeKeys: {node-1: UC4TMAWHBXJLKRO6XD3NBEVJUHBUXMRVQQFQWJKVOLNYNQX2R72AU7OJ}}
@@ -38,8 +40,9 @@ nats: {passwordSecret: oom-tracer-nats, tracers: nkeys, nodeKeys: {node-1: UC4TM
 	"external": `
 nats:
   mode: external
-  external: {tlsSecret: a, tracer: {secret: a, user: a}, annotator: {secret: a, user: a}, owner: {secret: a, user: a}, tap: {secret: a, user: a}}
-config: {nats: {url: "nats://nats.example.com:4222"}}
+  external: {tlsSecret: a, tracer: {secret: a, user: a}, annotator: {secret: a, user: a}, owner: {secret: a, user: a}, tap: {secret: a, user: a}, notify: {secret: a, user: a}}
+notify: {enabled: true}
+config: {nats: {url: "nats://nats.example.com:4222"}, notify: {webhook: {url: "http://x"}}}
 `,
 }
 
@@ -84,6 +87,8 @@ var others = map[string]any{
 	"nats.storage.size":            "4Gi",
 	"nats.storage.className":       "fast",
 	"nats.listen":                  "::",
+	"slack.url":                    "http://y",
+	"url_file":                     "/srv/url",
 	"Secret":                       "other",
 	"secret":                       "other",
 	"user":                         "other",
@@ -95,7 +100,7 @@ var others = map[string]any{
 // with are the values that another one needs beside it.
 var with = map[string]string{
 	"nats.mode=external":                   `{config: {nats: {url: "nats://x:4222"}}}`,
-	"nats.mode=embedded":                   `{descheduler: {enabled: false}}`,
+	"nats.mode=embedded":                   `{descheduler: {enabled: false}, notify: {enabled: false}}`,
 	"nats.tracers=nkeys":                   `{nats: {nodeKeys: {node-1: UC4TMAWHBXJLKRO6XD3NBEVJUHBUXMRVQQFQWJKVOLNYNQX2R72AU7OJ}}}`,
 	"config.annotator.qps=50":              `{config: {annotator: {burst: 100}}}`,
 	"config.annotator.burst=100":           `{config: {annotator: {qps: 50}}}`,
@@ -113,6 +118,7 @@ var silent = map[string]string{
 	"config.nats.user": "the chart's", "config.nats.password_file": "the chart's",
 	"config.nats.tls.ca_file": "the chart's", "config.nats.tls.cert_file": "the chart's", "config.nats.tls.key_file": "the chart's",
 	"config.metrics.listen": "the chart's", "config.annotator.listen": "the chart's", "config.annotator.kubeconfig": "the chart's",
+	"config.notify.listen":        "the chart's",
 	"config.auth.service_account": "the chart's", "config.auth.issuer_file": "the chart's", "config.auth.kubeconfig": "the chart's", "config.auth.listen": "the chart's",
 }
 
@@ -499,7 +505,7 @@ func TestUpgrades(t *testing.T) {
 		must("install", "oom-tracer", chart)
 	}
 	made := passwords()
-	if len(made.Data) != len(passwordNames) {
+	if len(made.Data) != len(passwordNames)-1 { // notify.enabled is false
 		t.Errorf("%d passwords", len(made.Data))
 	}
 	for name, password := range made.Data {

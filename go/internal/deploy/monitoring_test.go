@@ -254,7 +254,7 @@ func TestQueries(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	programs := map[string]exposed{"oom-tracer": parseMetrics(t, bytes.NewReader(golden)), "oom-annotator": scrapeAnnotator(t),
+	programs := map[string]exposed{"oom-tracer": parseMetrics(t, bytes.NewReader(golden)), "oom-annotator": scrapeAnnotator(t), "oom-notify": scrapeNotify(t),
 		"oom-auth": startTokens(t, "--values", root+"/deploy/examples/single-node.yaml").auth().metrics(t)}
 	for name, family := range programs["oom-annotator"] {
 		if strings.HasPrefix(name, "process_") { // of obs.NewRegistry, which the golden file leaves out

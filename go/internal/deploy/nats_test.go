@@ -44,7 +44,7 @@ type servers struct {
 }
 
 // passwordNames are the keys of the Secret with the passwords.
-var passwordNames = []string{"tracer", "annotator", "owner", "operator", "tap", "route", "auth", "issuer"}
+var passwordNames = []string{"tracer", "annotator", "owner", "operator", "tap", "route", "auth", "issuer", "notify"}
 
 // startServers starts the servers, and makes the streams as the owner's Job does.
 func startServers(t *testing.T, args ...string) *servers {
@@ -231,7 +231,7 @@ func (s *servers) secret(name string) string {
 func (s *servers) config(who string) string {
 	s.t.Helper()
 	base := "owner"
-	if who == "annotator" { // which has a port of its own
+	if who == "annotator" || who == "notify" { // they have a port of their own
 		base = who
 	}
 	text := get[corev1.ConfigMap](s.t, s.objects, "ConfigMap", "oom-tracer").Data[base+".yaml"]
@@ -240,6 +240,7 @@ func (s *servers) config(who string) string {
 	text = replaced(s.t, true, text, "user: oom-"+base, "user: oom-"+who)
 	text = replaced(s.t, true, text, "/etc/oom-tracer/issuer/issuer", s.secret("issuer"))
 	text = replaced(s.t, true, text, "listen: :9107", "listen: "+freeAddr(s.t))
+	text = replaced(s.t, who == "notify", text, "listen: :9108", "listen: "+freeAddr(s.t))
 	file := filepath.Join(s.t.TempDir(), "config.yaml")
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		s.t.Fatal(err)

@@ -142,6 +142,7 @@ var examples = map[string]struct {
 	"gitops":               {"deploy/examples/gitops.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 	"tainted-pools":        {"deploy/examples/tainted-pools.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 	"cri-o":                {"deploy/examples/cri-o.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
+	"notify":               {"deploy/examples/notify.yaml", []string{"oom-annotator", "oom-auth", "oom-notify", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 	"ipv6-only":            {"deploy/examples/ipv6-only.yaml", []string{"oom-annotator", "oom-auth", "oom-tracer", "oom-tracer-nats", "oom-tracer-setup", "oom-tracer-test"}},
 }
 
@@ -272,13 +273,18 @@ func TestEveryKey(t *testing.T) {
 	}
 	indented := "config:\n  " + strings.ReplaceAll(strings.TrimSpace(string(text)), "\n", "\n  ")
 	objects := render(t, values(t, indented+"\nnats: {mode: external, external: {tlsSecret: tls, clientCertificate: true,\n"+
-		"  tracer: {secret: a, user: tracer}, annotator: {secret: a, user: tracer}, owner: {secret: a, user: tracer}, tap: {secret: a, user: tracer}}}\n")...)
+		"  tracer: {secret: a, user: tracer}, annotator: {secret: a, user: tracer}, owner: {secret: a, user: tracer}, tap: {secret: a, user: tracer}, notify: {secret: a, user: tracer}}}\n"+
+		"notify: {enabled: true}\n")...)
 	for who, got := range configs(t, objects) {
 		want := want
 		want.Node.StateFile, want.Kernel.PinDir = "/var/lib/oom-tracer/state.json", "/run/oom-tracer/bpf/oom-tracer"
 		want.NATS.PasswordFile = "/etc/oom-tracer/secret/password"
 		want.NATS.TLS = config.TLS{CAFile: "/etc/oom-tracer/tls/ca.crt", CertFile: "/etc/oom-tracer/tls/tls.crt", KeyFile: "/etc/oom-tracer/tls/tls.key"}
 		want.Metrics.Listen, want.Annotator.Listen, want.Annotator.Kubeconfig = ":9105", "", ""
+		want.Notify.Listen = ":9108"
+		if who != "notify" {
+			want.Notify = config.Default().Notify
+		}
 		if who == "annotator" {
 			want.Metrics.Listen, want.Annotator.Listen = "", ":9106"
 		}
@@ -430,6 +436,9 @@ func TestRefused(t *testing.T) {
 		"descheduler.policy.profils=x":                                         "/descheduler/policy",
 		"descheduler.enabled=true,config.policy.annotation=":                   "descheduler.enabled: config.policy.annotation is empty",
 		"descheduler.enabled=true,nats.mode=embedded":                          "descheduler.enabled: with nats.mode embedded there is no annotator",
+		"notify.enabled=true":                                                  "notify.enabled: no receiver: set config.notify.slack.url_file",
+		"notify.enabled=true,nats.mode=embedded":                               "notify.enabled: with nats.mode embedded each node keeps its own kills",
+		"notify.enabled=true,config.notify.slack.url_file=/etc/oom-tracer/receivers/slack": "notify.secret: is empty, and config.notify has files in /etc/oom-tracer/receivers/: slack",
 	} {
 		_, err := kubetest.Helm(t, slices.Concat([]string{"template", "x", chart, "--kube-version", "1.36.3", "--set", set}, ownSecret(t))...)
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -442,7 +451,7 @@ func TestRefused(t *testing.T) {
 func TestAPITokens(t *testing.T) {
 	with := []string{"oom-annotator", "oom-auth", "oom-descheduler"}
 	for name, args := range map[string][]string{
-		"defaults": nil, "evict": {"--values", root + "/deploy/examples/evict.yaml"},
+		"defaults": nil, "evict": {"--values", root + "/deploy/examples/evict.yaml"}, "notify": {"--values", root + "/deploy/examples/notify.yaml"},
 	} {
 		for pod, template := range templates(t, render(t, args...)) {
 			token := template.Spec.AutomountServiceAccountToken == nil || *template.Spec.AutomountServiceAccountToken

@@ -12,6 +12,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	appsv1 "k8s.io/api/apps/v1"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
@@ -42,6 +43,9 @@ func (s *servers) attackers() []attacker {
 		}},
 		{"oom-tap", "oom-tap", password("oom-tap"), func(string) bool { return false }},
 		{"oom-operator", "oom-tap", password("oom-operator"), func(subject string) bool { return subject == state }},
+	}
+	if get[appsv1.Deployment](s.t, s.objects, "Deployment", "oom-notify") != nil {
+		all = append(all, attacker{"oom-notify", "oom-notify", password("oom-notify"), func(string) bool { return false }})
 	}
 	if s.token != nil {
 		all = append(all, attacker{"oom-auth", "oom-auth", password("oom-auth"), func(string) bool { return false }})
@@ -211,7 +215,7 @@ func (s *servers) attack(u attacker) (stored []string) {
 			mine = mine || u.may(m.Subject)
 		}
 	}
-	if !mine && u.user != "oom-tap" && u.user != "oom-auth" {
+	if !mine && u.user != "oom-tap" && u.user != "oom-auth" && u.user != "oom-notify" {
 		s.t.Errorf("%s stored nothing at all", u.user)
 	}
 	return stored
@@ -246,7 +250,7 @@ const oneAccount = `authorization {
 // and TestNodeTokens have the same on three servers. Where all users share one account, the same attack finds the hole.
 func TestStoredSubjects(t *testing.T) {
 	t.Run("accounts", func(t *testing.T) {
-		s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml", "--set", "nats.tracers=shared")
+		s := startServers(t, "--values", root+"/deploy/examples/single-node.yaml", "--values", root+"/deploy/examples/notify.yaml", "--set", "nats.tracers=shared")
 		for _, u := range s.attackers() {
 			if got := s.attack(u); len(got) > 0 {
 				t.Errorf("%s stored what it may not:\n%s", u.user, strings.Join(got, "\n"))

@@ -111,19 +111,12 @@ func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
 func (t *Table) GapLine(g *event.Gap) string {
 	node := Printable(g.Node.Name)
 	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
-	line := Missing(g)
-	if g.LastSeq > 0 {
-		line += fmt.Sprintf(", seq %d..%d", g.FirstSeq, g.LastSeq)
-	}
-	if g.Since != nil && g.Until != nil {
-		line += fmt.Sprintf(", from %s to %s", g.Since.UTC().Format(timeLayout), g.Until.UTC().Format(timeLayout))
-	}
 	return strings.Join([]string{
 		t.paint(dim, g.Time.UTC().Format(timeLayout)),
 		pad(node, t.nodeWidth),
 		t.paint(boldYellow, pad("GAP", outcomeWidth)),
 		pad(Printable(string(g.Cause)), scopeWidth),
-		t.paint(bold, line),
+		t.paint(bold, Gap(g)),
 	}, "  ")
 }
 
@@ -136,6 +129,18 @@ func Missing(g *event.Gap) string {
 		return fmt.Sprintf("at most %d kills missing", *g.CountMax)
 	}
 	return "an unknown number of kills missing"
+}
+
+// Gap is Missing, and of which seqs or of which time, as far as it is known.
+func Gap(g *event.Gap) string {
+	line := Missing(g)
+	if g.LastSeq > 0 {
+		line += fmt.Sprintf(", seq %d..%d", g.FirstSeq, g.LastSeq)
+	}
+	if g.Since != nil && g.Until != nil {
+		line += fmt.Sprintf(", from %s to %s", g.Since.UTC().Format(timeLayout), g.Until.UTC().Format(timeLayout))
+	}
+	return line
 }
 
 // GapLine is the gap as the only line of a table.
