@@ -388,7 +388,7 @@ build/deploy: tools/deploy/go.mod tools/deploy/build.sh
 	$(Q)dir=$$(tools/deploy/build.sh) && ln -sfnT "$$dir" $@ && touch $@
 
 .PHONY: test-deploy
-test-deploy: build build/nats-server build/nats build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
+test-deploy: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname --jsonfile build/test-deploy.json -- -race -count=1 ./go/internal/deploy
 	$(Q)tools/no-skips.sh build/test-deploy.json
 
