@@ -65,17 +65,14 @@ func (b *budgetCollector) read(ctx context.Context) (budget.State, error) {
 func (b *budgetCollector) failed(err error) {
 	switch {
 	case err.Error() == b.failing:
-		return
-	case b.known:
-	case errors.Is(err, budget.ErrAbsent) && time.Since(b.begun) < setupTime:
+	case !b.known && errors.Is(err, budget.ErrAbsent) && time.Since(b.begun) < setupTime:
 		return // setup writes the first state a moment after it creates the bucket
-	case errors.Is(err, jetstream.ErrBucketNotFound):
+	case !b.known && errors.Is(err, jetstream.ErrBucketNotFound):
 		// On a first install, oom-tap setup may run later.
 		b.log.Info("waiting for the bucket of budgets and pause, oom-tap setup creates it", "bucket", bus.BucketName)
-		b.failing = err.Error()
-		return
+	default:
+		b.log.Warn("could not read budgets and pause, nothing is marked", "error", err)
 	}
-	b.log.Warn("could not read budgets and pause, nothing is marked", "error", err)
 	b.failing = err.Error()
 }
 
