@@ -333,9 +333,9 @@ chaos: build build/hog build/nats-server build/kube ## real kills while all part
 		$(if $(SEED),OOM_TEST_SEED=$(SEED)) OOM_TEST_FAULTS=$(FAULTS) $(GO) test -count=1 -timeout 6h -run '^TestChaos$$' -v ./go/cmd/oom-annotator
 
 .PHONY: bench-annotate
-bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, CPU time of a kill, decisions a second, memory at 150,000 pods and at 10,000 real ones (needs root)
+bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, CPU time of a kill and of an idle minute, decisions a second, memory at 150,000 pods and at 10,000 real ones (needs root)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
-		$(GO) test -tags bench -count=1 -timeout 20m -run 'TestBench(Memory|Latency|CPU|RealPods)' -v ./go/cmd/oom-annotator
+		$(GO) test -tags bench -count=1 -timeout 20m -run 'TestBench(Memory|Latency|CPU|Idle|RealPods)' -v ./go/cmd/oom-annotator
 
 .PHONY: bench-top
 bench-top: ## oom-tap top and report over 1,000,000 stored messages: time, CPU, memory (takes 2 GiB of disk)
@@ -394,7 +394,7 @@ build/deploy: tools/deploy/go.mod tools/deploy/build.sh
 	$(Q)dir=$$(tools/deploy/build.sh) && ln -sfnT "$$dir" $@ && touch $@
 
 .PHONY: test-deploy
-test-deploy: build build/nats-server build/nats build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
+test-deploy: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname --jsonfile build/test-deploy.json -- -race -count=1 ./go/internal/deploy
 	$(Q)tools/no-skips.sh build/test-deploy.json
 

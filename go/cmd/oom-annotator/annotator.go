@@ -63,13 +63,13 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	counters := annotate.NewMetrics(registry, cfg.Annotator.WorkloadMetrics)
 	events := kubeevents.NewRecorder(client, hostname(), log, registry)
 	w := &worker{
-		log: log, watcher: watcher, tracker: tracker,
+		log: log, watcher: watcher, tracker: tracker, registry: registry,
 		annotator: &annotate.Annotator{
 			Policy: cfg.Policy, Wait: cfg.Annotator.WaitForPod, Finder: store, Stale: watcher.Failing, InFlight: annotate.NewInFlight(cfg.Annotator.Workers),
 			Marker: marker, Outcomes: &annotate.Outcomes{Metrics: counters, Log: log}, Metrics: counters, Log: log, Now: time.Now,
 		},
 	}
-	ready := w.register(registry, store)
+	ready := w.register(store)
 	server, err := obs.Listen(cfg.Annotator.Listen, registry, obs.Checks{Ready: ready}, log)
 	if err != nil {
 		return fmt.Errorf("serve metrics: %w", err)
@@ -107,8 +107,8 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 }
 
 // register registers the metrics of the worker, and returns the checks of /readyz.
-func (w *worker) register(registry prometheus.Registerer, store *pods.Store) map[string]obs.Check {
-	register := promauto.With(registry)
+func (w *worker) register(store *pods.Store) map[string]obs.Check {
+	register := promauto.With(w.registry)
 	ready := map[string]obs.Check{}
 	for check, failing := range map[string]func() error{"pods": w.watcher.Failing, "nats": w.natsFailing} {
 		ready[check] = func(context.Context) error { return failing() }
@@ -127,7 +127,6 @@ func (w *worker) register(registry prometheus.Registerer, store *pods.Store) map
 	register.NewCounterFunc(prometheus.CounterOpts{
 		Name: "oom_tracer_pod_watch_errors_total", Help: "Number of failed attempts to list or watch the pods of the cluster.",
 	}, func() float64 { return float64(w.watcher.Errors()) })
-	registry.MustRegister(&w.budget)
 	return ready
 }
 
@@ -197,10 +196,10 @@ type worker struct {
 	log       *slog.Logger
 	watcher   *pods.Watcher
 	tracker   *lifecycle.Tracker
+	registry  prometheus.Registerer
 	annotator *annotate.Annotator
 	events    *kubeevents.Recorder // nil: no Events are written
 
-	budget    budgetCollector
 	mu        sync.Mutex
 	conn      *bus.Conn // nil until connected
 	publisher *bus.Publisher
@@ -260,7 +259,9 @@ func (w *worker) run(ctx context.Context, cfg config.Config) error {
 	key, value := cfg.Policy.Mark()
 	w.log.Info("annotating", "version", obs.Version().Version, "annotation", key, "value", value, "observe_only", key == "",
 		"scopes", cfg.Policy.Scopes, "levels", cfg.Policy.Levels)
-	go w.budget.poll(ctx, ledger, w.log)
+	budgets := &budgetCollector{conn: conn, ledger: ledger, log: w.log, begun: time.Now()}
+	w.registry.MustRegister(budgets)
+	go func() { _, _ = budgets.read(ctx) }() // for the log
 	// Before the pods are listed, every pod would look like one that does not exist.
 	select {
 	case <-w.watcher.Synced():

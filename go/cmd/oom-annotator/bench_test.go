@@ -415,6 +415,46 @@ func TestBenchCPU(t *testing.T) {
 	})
 }
 
+// TestBenchIdle: CPU time of the annotator's process in a minute without kills, and how often it woke. One of the pods is marked.
+func TestBenchIdle(t *testing.T) {
+	c := kubetest.StartWith(t, kubetest.Options{Args: map[string]string{"audit-policy-file": "", "audit-log-path": ""}})
+	c.Node(node)
+	c.Namespace("shop")
+	r := newRig(t, c, c.Annotator(), keep)
+	r.ready()
+	e := r.killOf(c.Pod("shop", "pod", node), "")
+	r.publish(e)
+	r.want(e.ID, "annotated/marked")
+	time.Sleep(10 * time.Second) // its Event
+	pid := r.annotator.cmd.Process.Pid
+	used, woke := cpuTime(t, pid), wakeups(t, pid)
+	time.Sleep(time.Minute)
+	figure(t, "idle_cpu_s_a_minute", (cpuTime(t, pid) - used).Seconds())
+	figure(t, "idle_wakeups_a_minute", wakeups(t, pid)-woke)
+	figure(t, "idle_rss_mib", memory(t, pid, "VmRSS"))
+}
+
+// wakeups is how often the threads of a process have waited.
+func wakeups(t *testing.T, pid int) (n int) {
+	t.Helper()
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	if err != nil || len(tasks) == 0 {
+		t.Fatalf("list threads: %d, %v", len(tasks), err)
+	}
+	for _, task := range tasks {
+		data, err := os.ReadFile(task)
+		if err != nil {
+			continue // it has ended
+		}
+		if _, rest, ok := strings.Cut(string(data), "\nvoluntary_ctxt_switches:"); ok {
+			count := 0
+			fmt.Sscan(rest, &count)
+			n += count
+		}
+	}
+	return n
+}
+
 // TestBenchLatency: from real kills, each in a pod of its own and by the limit of all pods, to the annotation as a
 // watcher of the real API server sees it. It begins at the time that the kernel gave the kill.
 func TestBenchLatency(t *testing.T) {

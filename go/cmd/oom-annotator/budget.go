@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -14,8 +14,8 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 )
 
-// pollInterval is how often the state is read for metrics and the log. Claims do not depend on it.
-const pollInterval = time.Second
+// readTime bounds the time in which the state is read for a scrape.
+const readTime = time.Second
 
 // setupTime is how long after the start an absent state is not logged: oom-tap setup may be about to write it.
 const setupTime = 10 * time.Second
@@ -27,63 +27,53 @@ var (
 	limitDesc   = prometheus.NewDesc("oom_tracer_budget_limit", "Maximum of oom_tracer_budget_used: policy.budgets.cluster.", nil, nil)
 )
 
-// budgetCollector collects the metrics of the state of budgets and pause. While the state is unknown there are none.
+// budgetCollector collects the metrics of the state of budgets and pause. It reads the state at each scrape, and logs what has changed
+// since the last one. While the state is unknown there are no metrics.
 type budgetCollector struct {
-	state atomic.Pointer[budgetState]
+	conn   *bus.Conn
+	ledger *budget.Ledger
+	log    *slog.Logger
+	begun  time.Time
+
+	mu            sync.Mutex
+	failing       string
+	known, paused bool
 }
 
-type budgetState struct {
-	refused     bool // nothing else is known then
-	paused      bool
-	used, limit int
-}
-
-// poll reads the state until ctx ends, and logs when marking is paused and when it resumes.
-func (b *budgetCollector) poll(ctx context.Context, ledger *budget.Ledger, log *slog.Logger) {
-	tick := time.NewTicker(pollInterval)
-	defer tick.Stop()
-	failing, known, begun := "", false, time.Now()
-	for paused := false; ; {
-		state, err := ledger.State(ctx)
-		switch {
-		case ctx.Err() != nil:
-			return
-		case err != nil:
-			b.state.Store(nil)
-			if errors.Is(err, budget.ErrState) || errors.Is(err, jetstream.ErrBucketNotFound) {
-				b.state.Store(&budgetState{refused: true})
-			}
-			// Setup writes the first state a moment after it creates the bucket.
-			if !known && errors.Is(err, budget.ErrAbsent) && begun.Add(setupTime).After(time.Now()) {
-				break
-			}
-			switch {
-			case err.Error() == failing:
-			case !known && errors.Is(err, jetstream.ErrBucketNotFound):
-				// On a first install, oom-tap setup may run later.
-				log.Info("waiting for the bucket of budgets and pause, oom-tap setup creates it", "bucket", bus.BucketName)
-			default:
-				log.Warn("could not read budgets and pause, nothing is marked", "error", err)
-			}
-			failing = err.Error()
-		default:
-			failing, known = "", true
-			now := time.Now()
-			p := state.Paused(now)
-			b.state.Store(&budgetState{false, p != nil, len(state.Since(now.Add(-ledger.Limits.Window))), ledger.Limits.Cluster})
-			if p != nil && !paused {
-				log.Warn("marking is paused", "by", p.By, "reason", p.Reason, "since", p.Since, "until", p.Until)
-			} else if p == nil && paused {
-				log.Info("marking resumed")
-			}
-			paused = p != nil
+// read reads the state, and logs why that fails, when marking is paused and when it resumes.
+func (b *budgetCollector) read(ctx context.Context) (budget.State, error) {
+	s, err := b.ledger.State(ctx)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch {
+	case err == nil:
+		b.failing, b.known = "", true
+		p := s.Paused(time.Now())
+		if p != nil && !b.paused {
+			b.log.Warn("marking is paused", "by", p.By, "reason", p.Reason, "since", p.Since, "until", p.Until)
+		} else if p == nil && b.paused {
+			b.log.Info("marking resumed")
 		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
-		}
+		b.paused = p != nil
+	case !errors.Is(err, context.Canceled): // else this process ends
+		b.failed(err)
 	}
+	return s, err
+}
+
+// failed logs once why the state cannot be read.
+func (b *budgetCollector) failed(err error) {
+	switch {
+	case err.Error() == b.failing:
+	case !b.known && errors.Is(err, budget.ErrAbsent) && time.Since(b.begun) < setupTime:
+		return // setup writes the first state a moment after it creates the bucket
+	case !b.known && errors.Is(err, jetstream.ErrBucketNotFound):
+		// On a first install, oom-tap setup may run later.
+		b.log.Info("waiting for the bucket of budgets and pause, oom-tap setup creates it", "bucket", bus.BucketName)
+	default:
+		b.log.Warn("could not read budgets and pause, nothing is marked", "error", err)
+	}
+	b.failing = err.Error()
 }
 
 // Describe implements prometheus.Collector.
@@ -95,17 +85,23 @@ func (b *budgetCollector) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (b *budgetCollector) Collect(ch chan<- prometheus.Metric) {
-	s := b.state.Load()
-	if s == nil {
-		return
-	}
 	send := func(desc *prometheus.Desc, value float64) {
 		ch <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value)
 	}
-	send(refusedDesc, gauge(s.refused))
-	if !s.refused {
-		send(pausedDesc, gauge(s.paused))
-		send(usedDesc, float64(s.used))
-		send(limitDesc, float64(s.limit))
+	if !b.conn.Connected() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), readTime)
+	defer cancel()
+	s, err := b.read(ctx)
+	switch {
+	case errors.Is(err, budget.ErrState), errors.Is(err, jetstream.ErrBucketNotFound):
+		send(refusedDesc, 1)
+	case err == nil:
+		now := time.Now()
+		send(refusedDesc, 0)
+		send(pausedDesc, gauge(s.Paused(now) != nil))
+		send(usedDesc, float64(len(s.Since(now.Add(-b.ledger.Limits.Window)))))
+		send(limitDesc, float64(b.ledger.Limits.Cluster))
 	}
 }

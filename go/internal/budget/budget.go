@@ -110,9 +110,9 @@ func (s *State) claim(limits config.Budgets, m Mark, killed time.Time, keep time
 		if b.limit == 0 || b.window == 0 {
 			continue // no limit
 		}
-		used := 0
-		for _, had := range s.Since(killed.Add(-b.window)) {
-			if b.same(had) {
+		used, since := 0, killed.Add(-b.window)
+		for _, had := range s.Marks {
+			if had.Time.After(since) && b.same(had) {
 				used++
 			}
 		}

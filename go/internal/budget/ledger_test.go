@@ -201,6 +201,53 @@ func TestLedgerSize(t *testing.T) {
 	}
 }
 
+// A claim stores what it would if it encoded all of the state, whatever wrote the state before it, and with marks that the claim deletes.
+func TestLedgerEncoding(t *testing.T) {
+	l := ledgers(t, 1, config.Budgets{Window: time.Hour, Cluster: 10})[0]
+	now := time.Now().UTC().Truncate(time.Second)
+	l.Now = func() time.Time { return now }
+	old, recent := budget.Mark{Kill: "old", Node: "n", Owner: "a", Time: now.Add(-2 * time.Hour)}, budget.Mark{Kill: "recent", Node: "n", Owner: "b", Time: now.Add(-time.Minute)}
+	pause := &budget.Pause{Reason: "over", By: "me", Since: old.Time, Until: &recent.Time}
+	encode := func(s budget.State) string {
+		s.Schema = budget.Schema
+		data, err := json.Marshal(&s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	for name, before := range map[string]string{
+		"no marks":          encode(budget.State{}),
+		"an empty list":     `{"schema":"` + budget.Schema + `","marks":[]}`,
+		"a mark":            encode(budget.State{Marks: []budget.Mark{recent}}),
+		"a pause and marks": encode(budget.State{Pause: pause, Marks: []budget.Mark{recent, recent}}),
+		"an old mark":       encode(budget.State{Marks: []budget.Mark{old, recent}}),
+		"spaces":            encode(budget.State{Marks: []budget.Mark{recent}}) + "\n",
+		"the schema last":   `{"marks":[],"schema":"` + budget.Schema + `"}`,
+	} {
+		if err := l.Entry.Update(t.Context(), func([]byte) ([]byte, error) { return []byte(before), nil }); err != nil {
+			t.Fatal(err)
+		}
+		for _, kill := range []string{"1", "2"} {
+			want, err := budget.Parse([]byte(before))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if refused := want.Claim(l.Limits, budget.Mark{Kill: kill, Node: "n", Owner: "c", Time: now}, now, l.Keep); refused != "" {
+				t.Fatal(refused)
+			}
+			if v, err := l.Claim(t.Context(), budget.Request{Kill: kill, Node: "n", Owner: "c", Killed: now, Read: true}); err != nil || !v.New {
+				t.Fatalf("%s: %+v, %v", name, v, err)
+			}
+			got, err := l.Entry.Load(t.Context())
+			if err != nil || string(got) != encode(want) {
+				t.Errorf("%s: %s, %v, want %s", name, got, err, encode(want))
+			}
+			before = string(got)
+		}
+	}
+}
+
 // Where a pod of the same owner on the node was marked, a claim needs the pod to be read; and what one process returned or claimed,
 // another one sees at its next claim.
 func TestLedgerContested(t *testing.T) {

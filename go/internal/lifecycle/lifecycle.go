@@ -27,6 +27,8 @@ const (
 	// readInterval.
 	outcomeWait  = 30 * time.Second
 	readInterval = time.Second
+	// leftInterval is how often the pods that have left are looked at until their outcomes are published.
+	leftInterval = 200 * time.Millisecond
 	// maxLeft bounds the pods that have left and whose outcome is not published. Those above are found at the next start.
 	maxLeft = 10_000
 )
@@ -57,6 +59,7 @@ type Tracker struct {
 	Now       func() time.Time
 
 	mu     sync.Mutex
+	wake   chan struct{} // holds a token if a pod has left; nil before Run
 	left   []leftPod
 	closed map[string]struct{} // IDs of kills
 
@@ -82,6 +85,10 @@ func (t *Tracker) PodLeft(p *pods.Pod) {
 	defer t.mu.Unlock()
 	if _, done := t.closed[p.Mark.Kill]; !done && len(t.left) < maxLeft {
 		t.left = append(t.left, leftPod{pod: p, end: left(p.Evicted)})
+		select {
+		case t.wake <- struct{}{}:
+		default:
+		}
 	}
 }
 
@@ -102,22 +109,34 @@ func (t *Tracker) Run(ctx context.Context, outcomes func(ctx context.Context, si
 			_ = t.close(ctx, o, left(false)) // the next start finds it again
 		}
 	}
-	tick := time.NewTicker(200 * time.Millisecond)
+	wake := make(chan struct{}, 1)
+	t.mu.Lock()
+	t.wake = wake
+	t.mu.Unlock()
+	tick := time.NewTicker(checkInterval)
 	defer tick.Stop()
-	next := t.Now()
+	t.checkAll(ctx)
 	for {
-		t.closeLeft(ctx)
-		if now := t.Now(); !now.Before(next) {
-			next = now.Add(checkInterval)
-			for _, p := range t.Pods.Hit() {
-				t.check(ctx, p, now)
-			}
+		var again <-chan time.Time
+		if t.closeLeft(ctx) > 0 {
+			again = time.After(leftInterval)
 		}
 		select {
+		case <-wake:
+		case <-again:
 		case <-tick.C:
+			t.checkAll(ctx)
 		case <-ctx.Done():
 			return
 		}
+	}
+}
+
+// checkAll ends the marks of pods that are still there and due.
+func (t *Tracker) checkAll(ctx context.Context) {
+	now := t.Now()
+	for _, p := range t.Pods.Hit() {
+		t.check(ctx, p, now)
 	}
 }
 
@@ -137,8 +156,8 @@ func (t *Tracker) readOpen(ctx context.Context, since time.Time, outcomes func(c
 	})
 }
 
-// closeLeft publishes the end of the marks whose pods have left.
-func (t *Tracker) closeLeft(ctx context.Context) {
+// closeLeft publishes the end of the marks whose pods have left. It returns how many are not published yet.
+func (t *Tracker) closeLeft(ctx context.Context) int {
 	t.mu.Lock()
 	all := t.left
 	t.left = nil
@@ -166,6 +185,7 @@ func (t *Tracker) closeLeft(ctx context.Context) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.left = append(keep, t.left...)
+	return len(t.left)
 }
 
 // check ends the mark of a pod that is still there, if it is due.

@@ -132,6 +132,21 @@ func TestTrackerForeign(t *testing.T) {
 	})
 }
 
+// The end of a mark is published at once when its pod leaves, whenever the marks are checked next.
+func TestTrackerAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		tracker, s, _ := newTracker()
+		s.annotated["boot-1-1"] = "uid-1"
+		time.AfterFunc(checkInterval/2, func() {
+			tracker.PodLeft(&pods.Pod{Namespace: "shop", Name: "cart", UID: "uid-1", Node: "node-1", Mark: &pods.Mark{Kill: "boot-1-1", Time: time.Now()}})
+		})
+		run(t, tracker, checkInterval/2+time.Millisecond)
+		if len(s.out) != 1 || len(tracker.left) > 0 {
+			t.Errorf("outcomes %v, %d wait still", s.out, len(tracker.left))
+		}
+	})
+}
+
 // A pod leaves while the stream cannot be read, for longer than Tracker waits for its outcome.
 func TestTrackerOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
