@@ -105,15 +105,12 @@ build/oom-tracer: $(GO_FILES) $(OBJECT)
 	$(Q)$(go_build) -o $@ ./go/cmd/oom-tracer
 
 # Without cgo, and so static.
-build/oom-tap build/oom-annotator build/oom-auth build/oom-notify: build/%: $(GO_FILES)
+build/oom-tap build/kubectl-oom build/oom-annotator build/oom-auth build/oom-notify: build/%: $(GO_FILES)
 	@mkdir -p build
 	$(say) GO $@
 	$(Q)CGO_ENABLED=0 $(go_build) -o $@ ./go/cmd/$*
 
 # kubectl finds its plugins on PATH by their names.
-build/kubectl-oom: build/oom-tap
-	$(Q)ln -sf oom-tap $@
-
 build/kubectl_complete-oom: tools/kubectl_complete-oom
 	@mkdir -p build
 	$(Q)cp $< $@
@@ -446,7 +443,9 @@ strings: ## list every log message, error, help and alert, and fail on words tha
 .PHONY: check-deps
 check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is the tracer's, client-go the annotator's; nobody's the descheduler
 	$(Q)deps=$$($(GO) list -deps ./go/cmd/oom-tap); \
-		! grep -E 'libbpfgo|nats-server|client-go/kubernetes|descheduler' <<<"$$deps" || { echo 'oom-tap must not need these' >&2; exit 1; }
+		! grep -E 'libbpfgo|nats-server|client-go/(kubernetes|tools/portforward)|descheduler' <<<"$$deps" || { echo 'oom-tap must not need these' >&2; exit 1; }
+	$(Q)deps=$$($(GO) list -deps ./go/cmd/kubectl-oom); \
+		! grep -E 'libbpfgo|nats-server|descheduler' <<<"$$deps" || { echo 'kubectl-oom must not need these' >&2; exit 1; }
 	$(Q)deps=$$(CGO_LDFLAGS='$(link_flags)' $(GO) list -deps ./go/cmd/oom-tracer); \
 		! grep -E 'client-go|descheduler' <<<"$$deps" || { echo 'oom-tracer must not need these' >&2; exit 1; }
 	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-annotator); \

@@ -2,6 +2,7 @@ package bus
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -41,7 +42,18 @@ type Options struct {
 	// InProcess is the embedded server of this process, to which nothing need be dialled then. It does not count with an
 	// external one.
 	InProcess nats.InProcessConnProvider
+	// Dial reaches the servers where their addresses lead nowhere, as through a port-forward. Password and RootCAs then are those of
+	// nats.user and of a tls:// URL, and are asked for at each login.
+	Dial     func() (net.Conn, error)
+	Password func() (string, error)
+	RootCAs  func() (*x509.CertPool, error)
 }
+
+// dialer is Options.Dial for nats.go.
+type dialer func() (net.Conn, error)
+
+// Dial returns a new connection, whatever the address.
+func (d dialer) Dial(_, _ string) (net.Conn, error) { return d() }
 
 // InboxPrefix is the prefix of the subjects on which a client of that name receives replies:
 // _INBOX_<name>, where every character that is not a letter, a digit, '-' or '.' has become '_'. A client
@@ -129,7 +141,7 @@ func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) 
 		return nil, fmt.Errorf("connect to nats at %s: %w", c.server, context.Cause(ctx))
 	}
 	if err != nil {
-		return nil, fmt.Errorf("connect to nats at %s: %w%s", c.server, err, hint(err, cfg))
+		return nil, fmt.Errorf("connect to nats at %s: %w%s", c.server, err, hint(err, cfg, o))
 	}
 	c.js, err = jetstream.New(c.nc)
 	if err == nil && !o.Background {
@@ -144,8 +156,10 @@ func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) 
 }
 
 // hint says where to look, for errors that do not say it themselves.
-func hint(err error, cfg config.NATS) string {
+func hint(err error, cfg config.NATS, o Options) string {
 	switch {
+	case errors.Is(err, nats.ErrAuthorization) && o.Password != nil:
+		return fmt.Sprintf(" (user %q: were the servers restarted since the Secret changed?)", cfg.User)
 	case errors.Is(err, nats.ErrAuthorization) && cfg.URL == "":
 		return fmt.Sprintf(" (the server there does not accept the password in %s: does another nats-server listen there?)", PasswordFile(cfg.Embedded.Dir))
 	case errors.Is(err, nats.ErrAuthorization) && cfg.TokenFile != "":
@@ -237,6 +251,13 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 
 	if servers, err = splitURLs(cfg.URL); err != nil {
 		return nil, nil, err
+	}
+	if o.Dial != nil {
+		options = append(options, nats.SetCustomDialer(dialer(o.Dial)), nats.UserInfoHandler(func() (string, string) { return cfg.User, c.secret(o.Password) }))
+		if o.RootCAs != nil {
+			options = append(options, nats.ClientTLSConfig(nil, o.RootCAs))
+		}
+		return servers, options, nil
 	}
 	switch {
 	case cfg.CredsFile != "":

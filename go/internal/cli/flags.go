@@ -143,6 +143,11 @@ func Node(s string) (string, error) {
 	return s, err
 }
 
+// Complete completes the value of a flag.
+func Complete(cmd *cobra.Command, flag string, completion cobra.CompletionFunc) {
+	must(cmd.RegisterFlagCompletionFunc(flag, completion))
+}
+
 // File completes the value of a flag with the names of files.
 func File(flags *pflag.FlagSet, name string) { must(cobra.MarkFlagFilename(flags, name)) }
 

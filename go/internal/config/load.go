@@ -72,6 +72,20 @@ func Parse(name string, data []byte) (Config, error) {
 	return Config{}, errors.Join(errs...)
 }
 
+// ParseKnown reads the configuration of a program of another version: what this one does not know, or cannot read, has its default.
+func ParseKnown(data []byte) (Config, error) {
+	root, err := document(data)
+	if err != nil {
+		return Config{}, err
+	}
+	cfg := Default()
+	if root != nil {
+		r := reader{lines: map[string]int{}}
+		r.section("", root, &cfg)
+	}
+	return cfg, nil
+}
+
 // fault is one thing that is wrong.
 type fault struct {
 	file string // empty: not from a file

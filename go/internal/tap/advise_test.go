@@ -70,7 +70,7 @@ func TestPatches(t *testing.T) {
 	killTwice(t, s, "Job/once")
 
 	var stdout, stderr strings.Builder
-	if status := cli.Run(t.Context(), Command("oom-tap"), []string{"advise", "--config", s.config, "-n", "shop", "-o", "patch"}, &stdout, &stderr); status != 0 {
+	if status := cli.Run(t.Context(), Command("oom-tap", nil), []string{"advise", "--config", s.config, "-n", "shop", "-o", "patch"}, &stdout, &stderr); status != 0 {
 		t.Fatalf("status %d: %s", status, &stderr)
 	}
 	if want := "oom-tap: no patch for 1 of 7 workloads; see oom-tap advise without --output\n"; stderr.String() != want {

@@ -39,10 +39,7 @@ const patience = 30 * time.Second
 const noRaceSleep = "GORACE=atexit_sleep_ms=0"
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){
-		"oom-tap":     func() { cli.Main(Command("oom-tap")) },
-		"kubectl-oom": func() { cli.Main(Command("kubectl oom")) },
-	})
+	testscript.Main(m, map[string]func(){"oom-tap": func() { cli.Main(Command("oom-tap", nil)) }})
 }
 
 // TestScript runs testdata/script, with the real program and a real NATS server. Beyond testscript's own,

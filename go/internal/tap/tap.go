@@ -22,11 +22,29 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
 
-// Command is the tree of commands, under the name that the user calls it by.
-func Command(name string) *cobra.Command {
-	s := &cli.Settings{}
-	root := tailCommand(s)
-	root.Use = "oom-tap"
+// Cluster finds by a kubeconfig what oom-tap takes from its config.
+type Cluster interface {
+	// Connect returns the config of a release, and how to reach its NATS as one of the users of the chart: tap, operator or owner.
+	Connect(ctx context.Context, user string) (config.Config, bus.Options, error)
+	// Namespace is that of the kubeconfig's context, empty if it has none.
+	Namespace() (string, error)
+	// Names are those of all objects of a resource (pods, nodes or namespaces), of one namespace or, where that is empty, of all.
+	Names(ctx context.Context, resource, namespace string) []string
+}
+
+// program is what its commands have in common.
+type program struct {
+	cli.Settings
+	name    string  // that the user calls it by
+	cluster Cluster // nil: the config says it all
+}
+
+// Command is the tree of commands, under the name that the user calls it by. With a cluster it needs no config, and has no commands
+// for those who install.
+func Command(name string, cluster Cluster) *cobra.Command {
+	p := &program{name: name, cluster: cluster}
+	root := tailCommand(p)
+	root.Use = strings.ReplaceAll(name, " ", "-")
 	root.Annotations = map[string]string{cobra.CommandDisplayNameAnnotation: name}
 	root.Long = name + ` shows the OOM kills that OOM Tracer publishes on NATS. Without a command it is ` + name + ` tail.`
 	root.Example = strings.ReplaceAll(`  oom-tap --since 24h --outcomes               what was killed and what was marked, then live
@@ -35,18 +53,24 @@ func Command(name string) *cobra.Command {
   oom-tap advise -A                            what to do about it
   oom-tap report --since 24h >report.html      all of it, for a post-mortem
   oom-tap pause --reason 'roll-out' --for 1h   stop all marking`, "oom-tap", name)
-	s.AddFlags(root)
-	cli.AddGroup(root, "Look", tailCommand(s), podCommand(s), topCommand(s), adviseCommand(s), reportCommand(s), nodesCommand(s), statusCommand(s))
-	cli.AddGroup(root, "Act", pauseCommand(s), resumeCommand(s), restoreCommand(s))
-	cli.AddGroup(root, "Set up", setupCommand(s), keysCommand())
-	cli.AddGroup(root, "Test (for helm test)", awaitCommand(s), victimCommand())
+	p.AddFlags(root)
+	cli.AddGroup(root, "Look", tailCommand(p), podCommand(p), topCommand(p), adviseCommand(p), reportCommand(p), nodesCommand(p), statusCommand(p))
+	cli.AddGroup(root, "Act", pauseCommand(p), resumeCommand(p), restoreCommand(p))
+	if cluster != nil {
+		config := root.PersistentFlags().Lookup("config")
+		config.DefValue, config.Usage = "", "connect as this config `file` of oom-tap says, without the cluster"
+		return root
+	}
+	cli.AddGroup(root, "Set up", setupCommand(p), keysCommand())
+	cli.AddGroup(root, "Test (for helm test)", awaitCommand(p), victimCommand())
 	return root
 }
 
 // options are the flags of a command, its argument and the config.
 type options struct {
-	*cli.Settings
+	*program
 	config config.Config
+	user   string // of NATS, with a cluster; empty: tap
 
 	// tail
 	noFollow      bool
@@ -89,17 +113,8 @@ func (o *options) ofPods() bool { return o.allNamespaces || o.namespace != "" ||
 
 // run makes the RunE of a command that needs NATS.
 func (o *options) run(do func(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error) func(*cobra.Command, []string) error {
-	return func(cmd *cobra.Command, _ []string) (err error) {
-		if o.config, err = o.Load(""); err != nil {
-			return err
-		}
-		// The log of the config is the daemons'.
-		log, err := obs.NewLogger(cmd.ErrOrStderr(), config.Log{Level: cmp.Or(o.LogLevel, "warn"), Format: "text"})
-		if err != nil {
-			return err
-		}
-		// await has a timeout, within which NATS may start.
-		conn, err := bus.Connect(cmd.Context(), o.config.NATS, bus.Options{Name: "oom-tap", Background: o.podUID != ""}, log)
+	return func(cmd *cobra.Command, _ []string) error {
+		conn, create, err := o.connect(cmd)
 		if err != nil {
 			return err
 		}
@@ -109,16 +124,40 @@ func (o *options) run(do func(ctx context.Context, conn *bus.Conn, o options, st
 			return nil
 		}
 		if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrBucketNotFound) {
-			return fmt.Errorf("%w: create it with: oom-tap setup --config %s", err, o.Config)
+			return fmt.Errorf("%w: %s", err, create)
 		}
 		return err
 	}
 }
 
+// connect connects as the config says, or else the cluster, and says how to create the streams.
+func (o *options) connect(cmd *cobra.Command) (conn *bus.Conn, create string, err error) {
+	options := bus.Options{}
+	if o.cluster == nil || cmd.Flags().Changed("config") {
+		o.config, err = o.Load("")
+		create = "create it with: oom-tap setup --config " + o.Config
+	} else {
+		o.config, options, err = o.cluster.Connect(cmd.Context(), cmp.Or(o.user, "tap"))
+		create = "the Job oom-tracer-setup of the release creates it: see its log"
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	// The log of the config is the daemons'.
+	log, err := obs.NewLogger(cmd.ErrOrStderr(), config.Log{Level: cmp.Or(o.LogLevel, "warn"), Format: "text"})
+	if err != nil {
+		return nil, "", err
+	}
+	// await has a timeout, within which NATS may start.
+	options.Name, options.Background = "oom-tap", o.podUID != ""
+	conn, err = bus.Connect(cmd.Context(), o.config.NATS, options, log)
+	return conn, create, err
+}
+
 const jsonUsage = "the `format`: text, or json: the stored bytes, one message a line"
 
-func tailCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s, color: "auto"}
+func tailCommand(p *program) *cobra.Command {
+	o := &options{program: p, color: "auto"}
 	cmd := &cobra.Command{
 		Use: "tail", Short: "Show kills and gaps as they happen",
 		Long: "Show kills, and gaps in what is known of them, as they happen. With --outcomes: which pod was hit, and what became of it.",
@@ -154,11 +193,12 @@ func tailCommand(s *cli.Settings) *cobra.Command {
 	cli.Output(cmd, &o.output, jsonUsage)
 	cli.Enum(cmd, &o.color, "color", "", "`when` to use colors: auto, always or never", "auto", "always", "never")
 	flags.IntVar(&o.count, "count", 0, "exit after `N` events; 0: no limit")
+	o.complete(cmd)
 	return cmd
 }
 
-func podCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s, since: 7 * 24 * time.Hour, color: "auto"}
+func podCommand(p *program) *cobra.Command {
+	o := &options{program: p, since: 7 * 24 * time.Hour, color: "auto"}
 	cmd := &cobra.Command{
 		Use: "pod NAME", Short: "Show all that happened to one pod",
 		Long:        "Show all that happened to one pod: its kills, their outcomes, and the gaps of its nodes.",
@@ -174,13 +214,28 @@ func podCommand(s *cli.Settings) *cobra.Command {
 	}
 	cli.Var(cmd.Flags(), &o.since, "since", "", "begin with what was stored this `duration` ago", cli.Duration)
 	cli.Output(cmd, &o.output, jsonUsage)
+	o.complete(cmd)
 	return cmd
 }
 
-func topCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s, since: 7 * 24 * time.Hour, by: "workload", count: 20}
+func topCommand(p *program) *cobra.Command {
+	o := &options{program: p, since: 7 * 24 * time.Hour, by: "workload", count: 20}
 	cmd := &cobra.Command{
-		Use: "top", Short: "Show which workloads, pods, namespaces or nodes are killed most", RunE: o.run(top),
+		Use: "top", Short: "Show which workloads, pods, namespaces or nodes are killed most",
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			switch {
+			case o.allNamespaces:
+				o.namespace = ""
+			case o.cluster != nil && o.namespace == "" && (o.by == "workload" || o.by == "pod"):
+				if o.namespace, err = o.cluster.Namespace(); err != nil {
+					return err
+				}
+				if o.namespace != "" {
+					fmt.Fprintf(cmd.ErrOrStderr(), "%s: only namespace %s, that of the kubeconfig's context (-A: all)\n", o.name, o.namespace)
+				}
+			}
+			return o.run(top)(cmd, args)
+		},
 		PreRunE: func(*cobra.Command, []string) error {
 			o.advice = o.output == "wide"
 			switch {
@@ -196,15 +251,21 @@ func topCommand(s *cli.Settings) *cobra.Command {
 	cli.Var(flags, &o.since, "since", "", "count what was stored up to this `duration` ago", cli.Duration)
 	cli.Enum(cmd, &o.by, "by", "", "count by `kind`: workload, pod, namespace or node", "workload", "pod", "namespace", "node")
 	cli.Var(flags, &o.namespace, "namespace", "n", "only pods of this `namespace`", namespace)
+	all := "all namespaces, and what is in no pod (default)"
+	if p.cluster != nil {
+		all = "all namespaces, and what is in no pod (default, unless the kubeconfig's context names a namespace)"
+	}
+	flags.BoolVarP(&o.allNamespaces, "all-namespaces", "A", false, all)
 	cli.Var(flags, &o.node, "node", "", "only this `node`", cli.Node)
 	flags.IntVar(&o.count, "count", o.count, "show the first `N`; 0: all")
 	o.output = "text"
 	cli.Enum(cmd, &o.output, "output", "o", "the `format`: text, wide: with what to do about it, or json: one object a line", "text", "wide", "json")
+	o.complete(cmd)
 	return cmd
 }
 
-func adviseCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s, since: 7 * 24 * time.Hour, by: "workload", advice: true, output: "text"}
+func adviseCommand(p *program) *cobra.Command {
+	o := &options{program: p, since: 7 * 24 * time.Hour, by: "workload", advice: true, output: "text"}
 	cmd := &cobra.Command{
 		Use: "advise", Short: "Show what to do about the workloads that were killed",
 		Long: `Show what to do about the workloads that were killed, in one sentence each, with the figures that it rests on. It only reads.
@@ -222,12 +283,13 @@ With -o patch: a strategic-merge patch of each workload that one can help. Try i
 	flags.StringVar(&o.workload, "workload", "", "only this `workload`, such as Deployment/cart")
 	cli.Var(flags, &o.node, "node", "", "only kills on this `node`", cli.Node)
 	cli.Enum(cmd, &o.output, "output", "o", "the `format`: text, json: one object a line, or patch: a YAML document for each workload", "text", "json", "patch")
+	o.complete(cmd)
 	return cmd
 }
 
-func reportCommand(s *cli.Settings) *cobra.Command {
+func reportCommand(p *program) *cobra.Command {
 	now := time.Now()
-	o := &options{Settings: s, by: "workload", advice: true}
+	o := &options{program: p, by: "workload", advice: true}
 	cmd := &cobra.Command{
 		Use: "report", Short: "Write one HTML file about the kills of a time, for a post-mortem", RunE: o.run(writeReport),
 		Long: `Write one HTML file about the kills of a time to standard output, for a post-mortem: when which node and namespace had kills, where kills may
@@ -254,6 +316,7 @@ be missing, which workloads were killed most, and what happened in each incident
 	for _, other := range []string{"since", "until", "namespace", "node"} {
 		cmd.MarkFlagsMutuallyExclusive("incident", other)
 	}
+	o.complete(cmd)
 	return cmd
 }
 
@@ -270,8 +333,8 @@ func moment(now time.Time) func(string) (time.Time, error) {
 	}
 }
 
-func nodesCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s}
+func nodesCommand(p *program) *cobra.Command {
+	o := &options{program: p}
 	cmd := &cobra.Command{
 		Use: "nodes", Short: "Show which nodes are watched, which are quiet, which have gaps", RunE: o.run(nodes),
 		Annotations: map[string]string{cli.ExitHelp(cli.ExitFailure): "failed, or --fail-on found something"},
@@ -282,15 +345,15 @@ func nodesCommand(s *cli.Settings) *cobra.Command {
 	return cmd
 }
 
-func statusCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s}
+func statusCommand(p *program) *cobra.Command {
+	o := &options{program: p}
 	cmd := &cobra.Command{Use: "status", Short: "Show whether pods are marked, and what is left of the budgets", RunE: o.run(status)}
 	cli.Output(cmd, &o.output, "the `format`: text or json")
 	return cmd
 }
 
-func pauseCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s}
+func pauseCommand(p *program) *cobra.Command {
+	o := &options{program: p, user: "operator"}
 	cmd := &cobra.Command{Use: "pause", Short: "Stop all marking, by every replica, at once", RunE: o.run(pause)}
 	cli.Var(cmd.Flags(), &o.reason, "reason", "", "why, in a `sentence`; the outcome of every kill shows it", func(s string) (string, error) {
 		if strings.TrimSpace(s) == "" || len(s) > maxReason {
@@ -303,20 +366,20 @@ func pauseCommand(s *cli.Settings) *cobra.Command {
 	return cmd
 }
 
-func resumeCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s}
+func resumeCommand(p *program) *cobra.Command {
+	o := &options{program: p, user: "operator"}
 	return &cobra.Command{Use: "resume", Short: "Resume marking", RunE: o.run(resume)}
 }
 
-func restoreCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s}
+func restoreCommand(p *program) *cobra.Command {
+	o := &options{program: p, user: "owner"}
 	cmd := &cobra.Command{Use: "restore", Short: "Replace an invalid state of budgets and pause by its newest valid revision", RunE: o.run(restore)}
 	cmd.Flags().BoolVar(&o.empty, "empty", false, "if no revision is valid: start with no pause and no budget used")
 	return cmd
 }
 
-func setupCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s}
+func setupCommand(p *program) *cobra.Command {
+	o := &options{program: p}
 	return &cobra.Command{
 		Use: "setup", Short: "Create or update the streams and the bucket on the NATS of the config",
 		RunE: o.run(func(ctx context.Context, conn *bus.Conn, o options, stdout, _ io.Writer) error {
@@ -346,8 +409,8 @@ func keysCommand() *cobra.Command {
 	}
 }
 
-func awaitCommand(s *cli.Settings) *cobra.Command {
-	o := &options{Settings: s, since: 10 * time.Minute, timeout: 2 * time.Minute}
+func awaitCommand(p *program) *cobra.Command {
+	o := &options{program: p, since: 10 * time.Minute, timeout: 2 * time.Minute}
 	cmd := &cobra.Command{
 		Use: "await", Short: "Wait until a kill of the pod with --pod-uid is published", RunE: o.run(await),
 		Annotations: map[string]string{cli.ExitHelp(cli.ExitFailure): "failed, or the kill (with --outcome, its outcome) was not published in time"},
@@ -392,17 +455,47 @@ func namespaceFlags(cmd *cobra.Command, o *options, one, all string) func() erro
 	flags := cmd.Flags()
 	cli.Var(flags, &o.namespace, "namespace", "n", one+" (default: that of the kubeconfig's context)", namespace)
 	flags.BoolVarP(&o.allNamespaces, "all-namespaces", "A", false, all)
-	flags.StringVar(&context, "context", "", "the kubeconfig's `context` (default: its current one)")
-	flags.StringVar(&kubeconfig, "kubeconfig", "", "the kubeconfig `file` (default: KUBECONFIG, ~/.kube/config)")
-	cli.File(flags, "kubeconfig")
+	if o.cluster == nil { // which has more of these
+		flags.StringVar(&context, "context", "", "the kubeconfig's `context` (default: its current one)")
+		flags.StringVar(&kubeconfig, "kubeconfig", "", "the kubeconfig `file` (default: KUBECONFIG, ~/.kube/config)")
+		cli.File(flags, "kubeconfig")
+	}
 	return func() (err error) {
 		switch {
 		case o.allNamespaces:
 			o.namespace = ""
+		case o.namespace == "" && o.cluster != nil:
+			o.namespace, err = o.cluster.Namespace()
+			o.namespace = cmp.Or(o.namespace, "default")
 		case o.namespace == "":
 			o.namespace, err = kubeNamespace(kubeconfig, context)
 		}
 		return err
+	}
+}
+
+// complete completes the flags that name a node, a namespace or a pod, and the argument that does, where there is a cluster to ask.
+func (o *options) complete(cmd *cobra.Command) {
+	if o.cluster == nil {
+		return
+	}
+	names := func(resource string) cobra.CompletionFunc {
+		return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			of := o.namespace
+			if of == "" && !o.allNamespaces {
+				of, _ = o.cluster.Namespace() // without it: of all
+				of = cmp.Or(of, "default")
+			}
+			return o.cluster.Names(cmd.Context(), resource, of), cobra.ShellCompDirectiveNoFileComp
+		}
+	}
+	for flag, resource := range map[string]string{"node": "nodes", "namespace": "namespaces", "pod": "pods"} {
+		if cmd.Flags().Lookup(flag) != nil {
+			cli.Complete(cmd, flag, names(resource))
+		}
+	}
+	if cmd.Name() == "pod" {
+		cmd.ValidArgsFunction = names("pods")
 	}
 }
 

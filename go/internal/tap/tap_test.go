@@ -71,7 +71,7 @@ func TestCancel(t *testing.T) {
 			return len(p), nil
 		})
 		var stderr strings.Builder
-		if status := cli.Run(ctx, Command("oom-tap"), append(tt.args, "--config", s.config), stdout, &stderr); status != tt.status || stderr.String() != tt.stderr {
+		if status := cli.Run(ctx, Command("oom-tap", nil), append(tt.args, "--config", s.config), stdout, &stderr); status != tt.status || stderr.String() != tt.stderr {
 			t.Errorf("%q: status %d, want %d; stderr %q, want %q", tt.args, status, tt.status, stderr.String(), tt.stderr)
 		}
 		if lines == 0 || lines == n {
@@ -95,7 +95,7 @@ func TestWriteErrors(t *testing.T) {
 	} {
 		var stderr strings.Builder
 		stdout := writerFunc(func([]byte) (int, error) { return 0, tt.err })
-		status := cli.Run(t.Context(), Command("oom-tap"), []string{"--config", s.config, "--since", "1h"}, stdout, &stderr)
+		status := cli.Run(t.Context(), Command("oom-tap", nil), []string{"--config", s.config, "--since", "1h"}, stdout, &stderr)
 		if status != tt.status || stderr.String() != tt.stderr {
 			t.Errorf("%v: status %d, stderr %q", tt.err, status, stderr.String())
 		}
@@ -168,7 +168,7 @@ func TestTerminal(t *testing.T) {
 				screen, stdout = openTerminal(t)
 			}
 			var stderr strings.Builder
-			status := cli.Run(t.Context(), Command("oom-tap"), append([]string{"--config", s.config, "--since", "1h", "--no-follow"}, tt.args...), stdout, &stderr)
+			status := cli.Run(t.Context(), Command("oom-tap", nil), append([]string{"--config", s.config, "--since", "1h", "--no-follow"}, tt.args...), stdout, &stderr)
 			stdout.Close()
 			shown, err := io.ReadAll(screen)
 			if err != nil && !errors.Is(err, syscall.EIO) { // EIO is how a terminal ends
