@@ -163,6 +163,11 @@ password could be guessed from a hash. */ -}}
 {{- end }}
 {{- end }}
 
+{{- /* The Secret that readers may read: without the other passwords, and without the key of NATS. Empty where there is none. */ -}}
+{{- define "oom.readersSecret" -}}
+{{- .Values.readers.secret | default (ternary "oom-tracer-readers" "" (and (not (empty .Values.readers.subjects)) (not .Values.nats.passwordSecret))) }}
+{{- end }}
+
 {{- /* How tracers say who they are. */ -}}
 {{- define "oom.tracers" -}}
 {{- .Values.nats.tracers | default (ternary "tokens" "shared" (eq .Values.nats.mode "cluster")) }}

@@ -16,11 +16,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/util/httpstream"
 	core "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/transport/spdy"
+	"k8s.io/streaming/pkg/httpstream"
 )
 
 // forwarder connects to the NATS of a release as kubectl port-forward does. It opens no port: what is read and written goes to the
@@ -38,7 +38,7 @@ func (f *forwarder) forward(ctx context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	conn, err := f.dial(ctx, pod, port)
-	if apierrors.IsForbidden(err) {
+	if err != nil && strings.Contains(err.Error(), " is forbidden: ") { // the dialers keep no more of the answer
 		err = fmt.Errorf("%w (%s)", err, readersRemedy)
 	}
 	if err != nil {
@@ -100,11 +100,11 @@ func (f *forwarder) dial(ctx context.Context, pod string, port int32) (net.Conn,
 	if err != nil {
 		return nil, err
 	}
-	tunnel, err := portforward.NewSPDYOverWebsocketDialer(url, f.rest)
+	tunnel, err := portforward.NewSPDYOverWebsocketDialerForStreaming(url, f.rest)
 	if err != nil {
 		return nil, err
 	}
-	dialer := portforward.NewFallbackDialer(tunnel, spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, url), func(err error) bool {
+	dialer := portforward.NewFallbackDialerForStreaming(tunnel, spdy.NewDialerForStreaming(upgrader, &http.Client{Transport: transport}, http.MethodPost, url), func(err error) bool {
 		return httpstream.IsUpgradeFailure(err) || httpstream.IsHTTPSProxyError(err)
 	})
 	type result struct {

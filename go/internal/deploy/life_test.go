@@ -93,6 +93,7 @@ var others = map[string]any{
 	"secret":                       "other",
 	"user":                         "other",
 	"metrics.podMonitor.interval":  "1m",
+	"readers.subjects":             []any{map[string]any{"kind": "Group", "name": "readers"}},
 	"networkPolicy.natsClients":    []any{map[string]any{"podSelector": map[string]any{}}},
 	"networkPolicy.metricsClients": []any{map[string]any{"podSelector": map[string]any{}}},
 }
@@ -105,6 +106,8 @@ var with = map[string]string{
 	"config.annotator.qps=50":              `{config: {annotator: {burst: 100}}}`,
 	"config.annotator.burst=100":           `{config: {annotator: {qps: 50}}}`,
 	"nats.routesTLSSecret":                 `{nats: {tlsSecret: a}}`,
+	"readers.subjects":                     `{readers: {secret: a}}`,
+	"readers.secret":                       `{readers: {subjects: [{kind: Group, name: readers}]}}`,
 	"tracer.seccompProfile.type=Localhost": `{tracer: {seccompProfile: {localhostProfile: a.json}}}`,
 }
 

@@ -435,6 +435,8 @@ func TestRefused(t *testing.T) {
 		"descheduler.interval=0s":                                              "/descheduler/interval",
 		"descheduler.policy.profils=x":                                         "/descheduler/policy",
 		"descheduler.enabled=true,config.policy.annotation=":                   "descheduler.enabled: config.policy.annotation is empty",
+		"readers.subjects[0].kind=Group,readers.subjects[0].name=x":            "readers.subjects: the Secret oom-tracer-nats (nats.passwordSecret) has the passwords of all users",
+		"readers.subjects[0].kind=Grp,readers.subjects[0].name=x":              "/readers/subjects/0/kind",
 		"descheduler.enabled=true,nats.mode=embedded":                          "descheduler.enabled: with nats.mode embedded there is no annotator",
 		"notify.enabled=true":                                                  "notify.enabled: no receiver: set config.notify.slack.url_file",
 		"notify.enabled=true,nats.mode=embedded":                               "notify.enabled: with nats.mode embedded each node keeps its own kills",
