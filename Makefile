@@ -160,7 +160,7 @@ image-index: ## build the images for amd64 and arm64, both under one name, NAME:
 
 RELEASE_DIR ?= build/release-$(VERSION)
 .PHONY: release
-release: ## the last commit: images as OCI archives, chart, manifests, oom-tap for each system, SBOMs, provenance, checksums (RELEASE_DIR=, IMAGES=none)
+release: ## the last commit: images as OCI archives, chart, manifests, oom-tap and kubectl-oom for each system, krew manifest, SBOMs, provenance, checksums (RELEASE_DIR=, IMAGES=none)
 	$(Q)$(image_env) IMAGES='$(IMAGES)' OBS=$(obs) tools/release.sh $(RELEASE_DIR)
 
 .PHONY: check-btf
@@ -177,7 +177,7 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 ##@ Test
 
 .PHONY: test-parts
-test-parts: build build/hog build/nats-server build/nats build/alertmanager build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
+test-parts: build build/hog build/nats-server build/nats build/krew build/alertmanager build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
 	@tools/install-deps.sh $(LIBBPF) chromium
 
 # A tracer sees every kill of the machine, and the tests count: packages with kills wait for each other (oomtest.Alone).
@@ -357,6 +357,11 @@ build/alertmanager: tools/alertmanager/go.mod tools/alertmanager/build.sh
 	@mkdir -p build
 	$(Q)binary=$$(tools/alertmanager/build.sh) && ln -sfn "$$binary" $@
 
+# Installs the plugin from its manifest.
+build/krew: tools/krew/go.mod tools/build-module.sh
+	@mkdir -p build
+	$(Q)binary=$$(tools/build-module.sh tools/krew sigs.k8s.io/krew cmd/krew) && ln -sfn "$$binary" $@
+
 # The unmodified one, for the tests.
 build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
 	@mkdir -p build
@@ -391,7 +396,7 @@ build/deploy: tools/deploy/go.mod tools/deploy/build.sh
 	$(Q)dir=$$(tools/deploy/build.sh) && ln -sfnT "$$dir" $@ && touch $@
 
 .PHONY: test-deploy
-test-deploy: build build/hog build/nats-server build/nats build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
+test-deploy: build build/hog build/nats-server build/nats build/krew build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname --jsonfile build/test-deploy.json -- -race -count=1 ./go/internal/deploy
 	$(Q)tools/no-skips.sh build/test-deploy.json
 

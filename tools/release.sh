@@ -6,7 +6,8 @@
 #   images/NAME.tar         each image for amd64 and arm64, as an OCI archive; images.txt: their names and digests
 #   oom-tracer-VERSION.tgz  the chart, with its own version or that of a tag vX.Y.Z; its appVersion is the tag of the images
 #   manifests.tar.gz        the chart as make manifests renders it, with these images
-#   oom-tap_OS_ARCH.tar.gz  oom-tap, also as kubectl-oom, and kubectl_complete-oom (zip for Windows, without it)
+#   oom-tap_OS_ARCH.tar.gz  oom-tap, kubectl-oom and kubectl_complete-oom (zip for Windows, without the last)
+#   oom.yaml                kubectl-oom as a plugin of krew: these archives with their digests
 #   sbom/NAME.spdx.json     what is in each image: the Go modules with their hashes, C libraries, certificates (SPDX 2.3)
 #   provenance.json         what was built from which commit, with what (in-toto, SLSA v1)
 #   SHA256SUMS              of all of these
@@ -49,22 +50,53 @@ SET="image.tag=$TAG" tools/deploy/manifests.sh "$work/manifests"
 archive=(--sort=name --owner=0 --group=0 --numeric-owner "--mtime=@$SOURCE_DATE_EPOCH")
 tar -C "$work" "${archive[@]}" -czf "$out/manifests.tar.gz" manifests
 
+# A version of a plugin is a semantic one.
+plugin=$VERSION
+[[ $plugin =~ ^v[0-9]+\.[0-9]+\.[0-9]+ ]] || plugin=v0.0.0-g$VERSION
+cat >"$out/oom.yaml" <<-END
+	apiVersion: krew.googlecontainertools.github.com/v1alpha2
+	kind: Plugin
+	metadata:
+	  name: oom
+	spec:
+	  version: $plugin
+	  homepage: https://github.com/oom-tracer/oom-tracer
+	  shortDescription: Show which pods the OOM killer hits, and why
+	  description: |
+	    Shows the OOM kills that OOM Tracer records: which workloads are killed most, what happened to one
+	    pod, what to do about it, which nodes are watched. It needs a release of OOM Tracer in the cluster,
+	    and finds it by the kubeconfig: no port-forward by hand, and no config.
+	  caveats: |
+	    For completion, link kubectl_complete-oom, which is beside the plugin in the store of krew, into a
+	    directory of your PATH.
+	  platforms:
+END
 for target in ${TARGETS:-linux/amd64 linux/arm64 darwin/amd64 darwin/arm64 windows/amd64 windows/arm64}; do
-	os=${target%/*} arch=${target#*/} suffix=''
-	[[ $os != windows ]] || suffix=.exe
+	os=${target%/*} arch=${target#*/} suffix='' type=tar.gz
+	files=(LICENSE kubectl-oom kubectl_complete-oom oom-tap)
+	[[ $os != windows ]] || { suffix=.exe type=zip files=(LICENSE kubectl-oom.exe oom-tap.exe); }
 	name=oom-tap_${os}_$arch
 	mkdir "$work/$name"
 	echo "==> $name"
-	CGO_ENABLED=0 GOOS=$os GOARCH=$arch "$GO" build -trimpath -ldflags "-s -w -X $OBS.version=$VERSION -X $OBS.revision=$REVISION" \
-		-o "$work/$name/oom-tap$suffix" ./go/cmd/oom-tap
-	cp "$work/$name/oom-tap$suffix" "$work/$name/kubectl-oom$suffix"
-	[[ $os == windows ]] || cp tools/kubectl_complete-oom "$work/$name"
+	for program in oom-tap kubectl-oom; do
+		CGO_ENABLED=0 GOOS=$os GOARCH=$arch "$GO" build -trimpath -ldflags "-s -w -X $OBS.version=$VERSION -X $OBS.revision=$REVISION" \
+			-o "$work/$name/$program$suffix" ./go/cmd/$program
+	done
+	cp LICENSE tools/kubectl_complete-oom "$work/$name"
 	touch -d "@$SOURCE_DATE_EPOCH" "$work/$name"/*
 	if [[ $os == windows ]]; then
-		(cd "$work/$name" && zip -qX "$out/$name.zip" kubectl-oom.exe oom-tap.exe)
+		(cd "$work/$name" && zip -qX "$out/$name.zip" "${files[@]}")
 	else
-		tar -C "$work/$name" "${archive[@]}" -czf "$out/$name.tar.gz" kubectl-oom kubectl_complete-oom oom-tap
+		tar -C "$work/$name" "${archive[@]}" -czf "$out/$name.tar.gz" "${files[@]}"
 	fi
+	sum=$(sha256sum "$out/$name.$type")
+	cat >>"$out/oom.yaml" <<-END
+		  - selector:
+		      matchLabels: {os: $os, arch: $arch}
+		    uri: https://github.com/oom-tracer/oom-tracer/releases/download/$VERSION/$name.$type
+		    sha256: ${sum%% *}
+		    bin: kubectl-oom$suffix
+	END
 done
 
 # modules PROGRAM prints the Go modules in it: name, version, hash. They are the same for every system and architecture.
@@ -77,7 +109,7 @@ modules() {
 		sed "s|^\.\./\.\. .*|github.com/oom-tracer/oom-tracer $VERSION|" | LC_ALL=C sort -u
 }
 created=$(date -u -d "@$SOURCE_DATE_EPOCH" +%FT%TZ)
-for program in oom-tracer oom-annotator oom-auth oom-notify oom-tap oom-descheduler; do
+for program in oom-tracer oom-annotator oom-auth oom-notify oom-tap kubectl-oom oom-descheduler; do
 	below=go/
 	[[ $program != oom-descheduler ]] || below=''
 	modules "$program" "$below" | jq -Rn --arg name "$program" --arg version "$VERSION" --arg time "$created" --arg revision "$REVISION" --arg go "$("$GO" env GOVERSION)" '

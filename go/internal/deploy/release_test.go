@@ -22,6 +22,7 @@ import (
 	"testing"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // run runs a command in a directory and returns what it prints.
@@ -113,15 +114,13 @@ func TestRelease(t *testing.T) {
 
 	// The programs are those of the system, and of the commit.
 	linux := untar(t, filepath.Join(out, "oom-tap_linux_amd64.tar.gz"))
-	if names := slices.Sorted(maps.Keys(linux)); !slices.Equal(names, []string{"kubectl-oom", "kubectl_complete-oom", "oom-tap"}) {
+	if names := slices.Sorted(maps.Keys(linux)); !slices.Equal(names, []string{"LICENSE", "kubectl-oom", "kubectl_complete-oom", "oom-tap"}) {
 		t.Errorf("for Linux: %q", names)
 	}
-	program, err := elf.NewFile(bytes.NewReader(linux["oom-tap"]))
-	if err != nil || program.Machine != elf.EM_X86_64 || !bytes.Equal(linux["oom-tap"], linux["kubectl-oom"]) {
-		t.Errorf("oom-tap for Linux: %v", err)
-	}
-	if !bytes.Contains(linux["oom-tap"], []byte(commit)) {
-		t.Errorf("oom-tap does not name %s", commit)
+	for _, name := range []string{"oom-tap", "kubectl-oom"} {
+		if program, err := elf.NewFile(bytes.NewReader(linux[name])); err != nil || program.Machine != elf.EM_X86_64 || !bytes.Contains(linux[name], []byte(commit)) {
+			t.Errorf("%s for Linux: %v", name, err)
+		}
 	}
 	windows, err := zip.OpenReader(filepath.Join(out, "oom-tap_windows_arm64.zip"))
 	if err != nil {
@@ -139,38 +138,56 @@ func TestRelease(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if p, err := pe.NewFile(bytes.NewReader(data)); err != nil || p.Machine != pe.IMAGE_FILE_MACHINE_ARM64 {
+		if p, err := pe.NewFile(bytes.NewReader(data)); f.Name != "LICENSE" && (err != nil || p.Machine != pe.IMAGE_FILE_MACHINE_ARM64) {
 			t.Errorf("%s: %v", f.Name, err)
 		}
 	}
-	if !slices.Equal(names, []string{"kubectl-oom.exe", "oom-tap.exe"}) {
+	if !slices.Equal(names, []string{"LICENSE", "kubectl-oom.exe", "oom-tap.exe"}) {
 		t.Errorf("for Windows: %q", names)
 	}
 
-	// The list of modules is that of the program.
-	info, err := buildinfo.Read(bytes.NewReader(linux["oom-tap"]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var want, got []string
-	for _, m := range info.Deps {
-		want = append(want, m.Path+" "+m.Version+" Go module hash "+m.Sum)
-	}
-	var sbom struct {
-		Packages []struct{ Name, VersionInfo, Comment string }
-	}
-	if err := json.Unmarshal([]byte(readFile(t, filepath.Join(out, "sbom/oom-tap.spdx.json"))), &sbom); err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range sbom.Packages {
-		if p.Comment != "" {
-			got = append(got, p.Name+" "+p.VersionInfo+" "+p.Comment)
+	// krew checks the manifest, the digest and what is in the archive.
+	for platform, archive := range map[string]string{"linux/amd64": "oom-tap_linux_amd64.tar.gz", "windows/arm64": "oom-tap_windows_arm64.zip"} {
+		os, arch, _ := strings.Cut(platform, "/")
+		home := t.TempDir()
+		cmd := exec.CommandContext(t.Context(), oomtest.Program(t, "krew"), "install", "--manifest", filepath.Join(out, "oom.yaml"), "--archive", filepath.Join(out, archive))
+		cmd.Env = []string{"HOME=" + home, "KREW_ROOT=" + home, "KREW_OS=" + os, "KREW_ARCH=" + arch, "KREW_NO_UPGRADE_CHECK=1", "PATH=" + filepath.Join(home, "bin")}
+		if said, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("krew install for %s: %v\n%s", platform, err, said)
+		} else if os == "linux" && !strings.Contains(run(t, home, filepath.Join(home, "bin/kubectl-oom"), "--version"), commit) {
+			t.Error("the installed plugin is of another commit")
+		}
+		if manifest := readFile(t, filepath.Join(out, "oom.yaml")); !strings.Contains(manifest, "/"+archive+"\n    sha256: "+sums[archive]+"\n") {
+			t.Errorf("the manifest of krew does not have the digest of %s:\n%s", archive, manifest)
 		}
 	}
-	slices.Sort(want)
-	slices.Sort(got)
-	if !slices.Equal(got, want) || len(got) < 10 {
-		t.Errorf("the SBOM has %q,\nthe program %q", got, want)
+
+	// The list of modules is that of the program.
+	for _, name := range []string{"oom-tap", "kubectl-oom"} {
+		info, err := buildinfo.Read(bytes.NewReader(linux[name]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want, got []string
+		for _, m := range info.Deps {
+			want = append(want, m.Path+" "+m.Version+" Go module hash "+m.Sum)
+		}
+		var sbom struct {
+			Packages []struct{ Name, VersionInfo, Comment string }
+		}
+		if err := json.Unmarshal([]byte(readFile(t, filepath.Join(out, "sbom", name+".spdx.json"))), &sbom); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range sbom.Packages {
+			if p.Comment != "" {
+				got = append(got, p.Name+" "+p.VersionInfo+" "+p.Comment)
+			}
+		}
+		slices.Sort(want)
+		slices.Sort(got)
+		if !slices.Equal(got, want) || len(got) < 10 {
+			t.Errorf("the SBOM of %s has %q,\nthe program %q", name, got, want)
+		}
 	}
 
 	// Chart and manifests install these images.
