@@ -292,7 +292,7 @@ test-vm-annotate: build build/static/oom-tracer build/hog build/nats-server buil
 	$(Q)tools/no-skips.sh build/test-vm-annotate.json
 
 node_deps = debootstrap /usr/share/containers/seccomp.json=golang-github-containers-common ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
-node_parts = build/kube build/kube-node build/deploy build/nats-server build/coredns build/pod build/node build/oom-tap
+node_parts = build/kube build/kube-node build/deploy build/nats-server build/coredns build/pod build/node build/oom-tap build/kubectl-oom
 
 node_env = OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_TAG='$(IMAGE_TAG)' CGO_ENABLED=0
 # The test runs in a new network namespace: servers on loopback, and the address of the node.

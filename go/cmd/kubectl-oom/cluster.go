@@ -25,20 +25,26 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 )
 
-// Of the chart: deploy/chart/templates/config.yaml and nats.yaml.
+// What the chart makes: deploy/chart/templates/config.yaml and nats.yaml.
 const (
-	partOf        = "app.kubernetes.io/part-of=oom-tracer"
-	natsPods      = partOf + ",app.kubernetes.io/name=oom-tracer-nats"
-	configMap     = "oom-tracer"
-	usualRelease  = "oom-tracer"                                           // the namespace that the documents use
-	passwords     = "oom-tracer.alpha.kubernetes.io/passwords"             // annotations of the ConfigMap: the Secret with the passwords of all users
-	tapPassword   = "oom-tracer.alpha.kubernetes.io/tap-password"          // the Secret with that of tap
-	authority     = "oom-tracer.alpha.kubernetes.io/certificate-authority" // the Secret with ca.crt, if NATS has TLS
-	findTimeout   = 30 * time.Second                                       // with a program of the kubeconfig that asks somewhere for a token
-	renewTimeout  = 10 * time.Second                                       // to forward again
-	namesTimeout  = 5 * time.Second                                        // for completion
-	maxNames      = 1000
+	configMap = "oom-tracer"
+	partOf    = "app.kubernetes.io/part-of=oom-tracer"
+	natsPods  = partOf + ",app.kubernetes.io/name=oom-tracer-nats"
+
+	// Annotations of the ConfigMap. Each names a Secret.
+	passwords   = "oom-tracer.alpha.kubernetes.io/passwords"             // of all users
+	tapPassword = "oom-tracer.alpha.kubernetes.io/tap-password"          // of the one who reads
+	authority   = "oom-tracer.alpha.kubernetes.io/certificate-authority" // ca.crt, if NATS has TLS
+
+	usualRelease  = "oom-tracer" // the namespace of the documents
 	readersRemedy = "the chart's value readers gives this right: deploy/docs/install.md"
+)
+
+const (
+	findTimeout  = 30 * time.Second // a program that the kubeconfig names may ask somebody for a token
+	renewTimeout = 10 * time.Second // for a new forward, or a new login
+	namesTimeout = 5 * time.Second  // for completion
+	maxNames     = 1000
 )
 
 // cluster is what a kubeconfig and its flags name.

@@ -275,6 +275,19 @@ func TestParseOdd(t *testing.T) {
 	}
 }
 
+// TestParseKnown: the config of another version is read as far as this one knows it.
+func TestParseKnown(t *testing.T) {
+	got, err := ParseKnown([]byte("newer: {a: 1}\nnats: {url: nats://a:4222, newer: 1}\npolicy: {max_event_age: soon, annotation: a=b}\n"))
+	want := Default()
+	want.NATS.URL, want.Policy.Annotation = "nats://a:4222", "a=b"
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+		t.Errorf("%v\n%s", err, diff)
+	}
+	if _, err := ParseKnown([]byte("{")); err == nil {
+		t.Error("takes what is no YAML")
+	}
+}
+
 func TestLoadUnreadable(t *testing.T) {
 	dir := t.TempDir()
 	if _, err := Load(filepath.Join(dir, "none.yaml")); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "none.yaml") {

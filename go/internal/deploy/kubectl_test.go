@@ -395,6 +395,8 @@ func TestKubectl(t *testing.T) {
 			"pod --context shop ": "cart-0\n:4\n",
 			"pod ":                ":4\n",
 			"--node ":             "node-1\n:4\n",
+			"pod -n shop x ":      ":4\n",
+			"--release ":          "bank\ndefault\nkube-node-lease\nkube-public\nkube-system\noom-tracer\nshop\n:4\n",
 			"--context ":          "bank\nnone\nshop\n:4\n",
 		} {
 			if out, err := admin.command(append([]string{"__complete"}, strings.Split(args, " ")...)...).Output(); err != nil || string(out) != want {

@@ -5,6 +5,8 @@ package nodetest
 import (
 	"errors"
 	"fmt"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // outcomeTime is how long an outcome may take after a kill: a node out of memory thrashes.
@@ -37,6 +40,7 @@ func TestNode(t *testing.T) {
 	t.Run("Confined", func(t *testing.T) { l.in(t).testConfined(t) })
 	t.Run("Doctor", func(t *testing.T) { l.in(t).testDoctor(t) })
 	t.Run("Kills", func(t *testing.T) { l.in(t).testKills(t, r) })
+	t.Run("Laptop", func(t *testing.T) { l.in(t).testLaptop(t) })
 	t.Run("Life", func(t *testing.T) { l.in(t).testLife(t, r) })
 	t.Run("Memory", func(t *testing.T) { l.in(t).memory() })
 	t.Run("Uninstall", func(t *testing.T) { l.in(t).testUninstall(t) })
@@ -69,6 +73,19 @@ func (l *Lab) testDoctor(t *testing.T) {
 	}
 	if strings.Contains(out, "fail ") {
 		t.Error("doctor says that something fails")
+	}
+}
+
+// testLaptop: kubectl oom needs nothing but a kubeconfig, with kubectl itself and a kubelet that forwards the port.
+func (l *Lab) testLaptop(t *testing.T) {
+	for command, want := range map[string]string{"nodes": nodeName, "top": "shop/"} {
+		cmd := exec.CommandContext(t.Context(), l.kubectlPath(), "oom", command)
+		cmd.Env = []string{"KUBECONFIG=" + l.kubeconfig, "HOME=" + t.TempDir(), "PATH=" + filepath.Dir(oomtest.Program(t, "kubectl-oom"))}
+		out, err := cmd.CombinedOutput()
+		t.Logf("kubectl oom %s:\n%s", command, out)
+		if err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("kubectl oom %s does not show %s: %v", command, want, err)
+		}
 	}
 }
 

@@ -480,7 +480,7 @@ func (o *options) complete(cmd *cobra.Command) {
 		return
 	}
 	names := func(resource string) cobra.CompletionFunc {
-		return func(cmd *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		return func(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
 			of := o.namespace
 			if of == "" && !o.allNamespaces {
 				of, _ = o.cluster.Namespace() // without it: of all
@@ -495,7 +495,13 @@ func (o *options) complete(cmd *cobra.Command) {
 		}
 	}
 	if cmd.Name() == "pod" {
-		cmd.ValidArgsFunction = names("pods")
+		pods := names("pods")
+		cmd.ValidArgsFunction = func(cmd *cobra.Command, args []string, toComplete string) ([]cobra.Completion, cobra.ShellCompDirective) {
+			if len(args) > 0 {
+				return nil, cobra.ShellCompDirectiveNoFileComp
+			}
+			return pods(cmd, args, toComplete)
+		}
 	}
 }
 
