@@ -87,7 +87,7 @@ func restore(ctx context.Context, conn *bus.Conn, o options, stdout, _ io.Writer
 	case o.empty:
 		fmt.Fprintln(stdout, "the state is empty: marking is not paused, and no budget is used")
 	default:
-		fmt.Fprintf(stdout, "restored the state of %s; oom-tap status shows it\n", from.Time.UTC().Format(time.RFC3339))
+		fmt.Fprintf(stdout, "restored the state of %s; %s status shows it\n", from.Time.UTC().Format(time.RFC3339), o.name)
 	}
 	return nil
 }

@@ -84,7 +84,7 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 		if !oldest.IsZero() {
 			first = oldest.UTC().Format(time.RFC3339)
 		}
-		defer fmt.Fprintf(stderr, "oom-tap: the stream may begin later than --since (first message: %s)\n", first)
+		defer fmt.Fprintf(stderr, "%s: the stream may begin later than --since (first message: %s)\n", o.name, first)
 	}
 	if s.kills > 0 || len(s.results) > 0 {
 		if o.output != "json" {
@@ -177,7 +177,7 @@ func (s *story) unknown() error {
 		why = append(why, fmt.Sprintf("%d kills in pods have no outcome (check that oom-annotator is running)", n))
 	}
 	if s.gaps > 0 {
-		why = append(why, fmt.Sprintf("OOM kills may not have been recorded (%d gaps, see oom-tap nodes)", s.gaps))
+		why = append(why, fmt.Sprintf("OOM kills may not have been recorded (%d gaps, see %s nodes)", s.gaps, s.o.name))
 	}
 	if why == nil {
 		return nil

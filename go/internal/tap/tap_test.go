@@ -193,7 +193,7 @@ func TestBounded(t *testing.T) {
 		return len(p), nil
 	})
 	j := &joiner{out: &printer{out: stdout}, seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
-	s := &story{o: options{namespace: "shop", pod: "cart-0"}, results: map[string]event.Result{}, waiting: map[string]bool{}}
+	s := &story{o: options{program: &program{name: "oom-tap"}, namespace: "shop", pod: "cart-0"}, results: map[string]event.Result{}, waiting: map[string]bool{}}
 	for i := range kills {
 		e := event.Event{Schema: event.Schema, ID: fmt.Sprint("k-", i), Node: event.Node{Name: "node-1"}, Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled,
 			Seq: uint64(i + 1), BoottimeNS: 1, Victim: event.Victim{PID: 1, TID: 1, Comm: "java"}, Time: time.Unix(1000, 0).UTC(), Container: &event.Container{PodUID: fmt.Sprint(i)}}

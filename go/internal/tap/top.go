@@ -163,10 +163,10 @@ func (c *counter) rest() {
 // unseen reports what is not known. Neither is an all-clear.
 func (c *counter) unseen(stderr io.Writer) {
 	if c.unknown > 0 {
-		fmt.Fprintf(stderr, "oom-tap: %d kills in pods have no outcome, so their pods are not known: does oom-annotator run?\n", c.unknown)
+		fmt.Fprintf(stderr, "%s: %d kills in pods have no outcome, so their pods are not known: does oom-annotator run?\n", c.o.name, c.unknown)
 	}
 	if len(c.gaps) > 0 {
-		fmt.Fprintf(stderr, "oom-tap: kills may be missing (gaps) on: %s; see oom-tap nodes\n", text.Printable(strings.Join(slices.Sorted(maps.Keys(c.gaps)), ", ")))
+		fmt.Fprintf(stderr, "%s: kills may be missing (gaps) on: %s; see %[1]s nodes\n", c.o.name, text.Printable(strings.Join(slices.Sorted(maps.Keys(c.gaps)), ", ")))
 	}
 }
 
