@@ -127,71 +127,63 @@ func (c *cluster) Names(ctx context.Context, resource, namespace string) []strin
 
 // Connect finds the release, and how to reach its NATS as a user. The first forward is made here, where its error is seen: nats.go
 // hides what looks like a refused connection.
-func (c *cluster) Connect(ctx context.Context, user string) (config.Config, bus.Options, error) {
-	found, cancel := context.WithTimeout(ctx, findTimeout)
+func (c *cluster) Connect(ctx context.Context, user string) (cfg config.Config, options bus.Options, err error) {
+	within, cancel := context.WithTimeout(ctx, findTimeout)
 	defer cancel()
 	client, rest, err := c.client()
 	if err != nil {
-		return config.Config{}, bus.Options{}, err
+		return cfg, options, err
 	}
-	object, err := c.find(found, client)
+	object, err := c.find(within, client)
 	if err != nil {
-		return config.Config{}, bus.Options{}, fmt.Errorf("find the release: %w", err)
+		return cfg, options, fmt.Errorf("find the release: %w", err)
 	}
-	cfg, err := readConfig(object)
-	if err != nil {
-		return config.Config{}, bus.Options{}, err
+	if cfg, err = readConfig(object); err != nil {
+		return cfg, options, err
 	}
 	cfg.NATS.User = "oom-" + user
 
-	namespace := object.Namespace
-	name, key := object.Annotations[passwords], user
+	// read reads a key of a Secret that the release names. A running command asks again at each login.
+	read := func(ctx context.Context, annotation, key string) ([]byte, error) {
+		ctx, cancel := context.WithTimeout(ctx, renewTimeout)
+		defer cancel()
+		return secret(ctx, client, object.Namespace, object.Annotations[annotation], key)
+	}
+	from := passwords
 	if user == "tap" {
-		name = object.Annotations[tapPassword]
+		from = tapPassword
 	}
-	password := func(ctx context.Context) (string, error) {
-		value, err := secret(ctx, client, namespace, name, key)
-		return string(value), err
+	if _, err := read(within, from, user); err != nil {
+		return cfg, options, err
 	}
-	if _, err := password(found); err != nil {
-		return config.Config{}, bus.Options{}, err
+	options.Password = func() (string, error) {
+		password, err := read(ctx, from, user)
+		return string(password), err
 	}
-	options := bus.Options{
-		Password: func() (string, error) {
-			ctx, cancel := context.WithTimeout(ctx, renewTimeout)
-			defer cancel()
-			return password(ctx)
-		},
-	}
-	if of := object.Annotations[authority]; of != "" {
+	if object.Annotations[authority] != "" {
 		options.RootCAs = func() (*x509.CertPool, error) {
-			ctx, cancel := context.WithTimeout(ctx, renewTimeout)
-			defer cancel()
-			pem, err := secret(ctx, client, namespace, of, "ca.crt")
-			if err != nil {
-				return nil, err
-			}
+			pem, err := read(ctx, authority, "ca.crt")
 			pool := x509.NewCertPool()
-			if !pool.AppendCertsFromPEM(pem) {
-				return nil, fmt.Errorf("Secret %s in namespace %s: ca.crt has no certificate", of, namespace)
+			if err == nil && !pool.AppendCertsFromPEM(pem) {
+				err = fmt.Errorf("Secret %s in namespace %s: ca.crt has no certificate", object.Annotations[authority], object.Namespace)
 			}
-			return pool, nil
+			return pool, err
 		}
 	}
 
-	f := &forwarder{client: client, rest: rest, namespace: namespace}
-	first, err := f.forward(found)
+	f := &forwarder{client: client, rest: rest, namespace: object.Namespace}
+	first, err := f.forward(within)
 	if err != nil {
-		return config.Config{}, bus.Options{}, err
+		return cfg, options, err
 	}
 	options.Dial = func() (net.Conn, error) {
 		if conn := first; conn != nil {
 			first = nil
 			return conn, nil
 		}
-		ctx, cancel := context.WithTimeout(ctx, renewTimeout)
+		within, cancel := context.WithTimeout(ctx, renewTimeout)
 		defer cancel()
-		return f.forward(ctx)
+		return f.forward(within)
 	}
 	return cfg, options, nil
 }
