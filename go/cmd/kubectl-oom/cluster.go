@@ -165,7 +165,7 @@ func (c *cluster) Connect(ctx context.Context, user string) (cfg config.Config, 
 			pem, err := read(ctx, authority, "ca.crt")
 			pool := x509.NewCertPool()
 			if err == nil && !pool.AppendCertsFromPEM(pem) {
-				err = fmt.Errorf("Secret %s in namespace %s: ca.crt has no certificate", object.Annotations[authority], object.Namespace)
+				err = fmt.Errorf("the Secret %s in namespace %s: ca.crt has no certificate", object.Annotations[authority], object.Namespace)
 			}
 			return pool, err
 		}
@@ -257,7 +257,7 @@ func secret(ctx context.Context, client core.CoreV1Interface, namespace, name, k
 	case err != nil:
 		return nil, fmt.Errorf("read Secret %s in namespace %s: %w", name, namespace, err)
 	case len(object.Data[key]) == 0:
-		return nil, fmt.Errorf("Secret %s in namespace %s has no key %s: deploy/docs/install.md says which it needs", name, namespace, key)
+		return nil, fmt.Errorf("the Secret %s in namespace %s has no key %s: deploy/docs/install.md says which it needs", name, namespace, key)
 	}
 	return object.Data[key], nil
 }

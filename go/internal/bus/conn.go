@@ -174,6 +174,8 @@ func hint(err error, cfg config.NATS, o Options) string {
 		return " (nobody listens there)"
 	case errors.Is(err, nats.ErrSecureConnWanted):
 		return " (nats.url or nats.tls requires TLS and the server does not offer it)"
+	case errors.Is(err, nats.ErrTLS) && o.RootCAs != nil:
+		return " (does the server's certificate have this name, and is it signed by the authority in the Secret?)"
 	case errors.Is(err, nats.ErrTLS):
 		return " (check nats.tls, and whether the server wants a client certificate)"
 	case lateLogin(err):
