@@ -136,7 +136,7 @@ func (o *options) find(ctx context.Context, conn *bus.Conn, now time.Time) error
 }
 
 func (o *options) notFound() error {
-	return fmt.Errorf("no kill or incident with the ID %q is in the stream: oom-tap --since 24h --no-follow --kills -o json shows the IDs", o.incident)
+	return fmt.Errorf("no kill or incident with the ID %q is in the stream: %s --since 24h --no-follow --kills -o json shows the IDs", o.incident, o.name)
 }
 
 // lines counts the lines that it passes on.
