@@ -5,6 +5,10 @@
 /*
  * Every difference between kernels that the program meets: one inline helper each, with the kernel
  * commit above it. The choice is always made from the running kernel's BTF, never from a version.
+ *
+ * Where a kernel has one of two types, they are named T___since_X and T___before_X. The program asks
+ * for the first with bpf_core_field_exists(), and reads the second if that is absent. doctor --btf
+ * (go/internal/loader/match.go) knows by these names what a kernel may lack.
  */
 
 #include "vmlinux.h"
@@ -73,7 +77,7 @@ struct mm_struct___since_v62 {
 
 static __always_inline bool rss_is_percpu(void)
 {
-	return !bpf_core_field_exists(((struct mm_rss_stat___before_v62 *)0)->count);
+	return bpf_core_field_exists(((struct mm_struct___since_v62 *)0)->rss_stat);
 }
 
 /*

@@ -119,7 +119,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	}
 	o.symbols, o.stackErr = findStackSymbols("/proc")
 	if opts.Tier == TierAuto || opts.Tier == TierFentry {
-		o.fentryErr = checkFentry()
+		o.fentryErr = checkFentry(kernel)
 	}
 	o.kprobeMulti, o.kprobeErr = kprobeWay("/sys", kernel, perfErr)
 	for i, t := range tiers {

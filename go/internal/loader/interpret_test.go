@@ -22,7 +22,8 @@ import (
 
 // interpreter runs one program.
 type interpreter struct {
-	program
+	insns   asm.Instructions
+	poison  map[int]string
 	t       *testing.T
 	kernel  *btf.Spec
 	index   map[asm.RawInstructionOffset]int
@@ -50,8 +51,8 @@ func newInterpreter(t *testing.T, name string, kernel *btf.Spec, constants map[s
 		t: t, kernel: kernel, specs: collection.Maps, index: map[asm.RawInstructionOffset]int{}, entry: map[string]int{},
 		values: map[string]uint64{}, handles: map[string]uint64{},
 	}
-	m.insns = slices.Clone(collection.Programs[name].Instructions)
-	if _, err := m.relocate(kernel, collection.ByteOrder, collection.Types); err != nil {
+	m.insns = collection.Programs[name].Instructions
+	if _, m.poison, err = relocate(m.insns, kernel, collection); err != nil {
 		t.Fatal(err)
 	}
 	m.offset = make([]asm.RawInstructionOffset, len(m.insns))

@@ -1,6 +1,7 @@
 package loader
 
 // #include <stdlib.h>
+// #include <bpf/bpf.h>
 // #include <bpf/btf.h>
 import "C"
 
@@ -16,6 +17,7 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
 )
 
 // Prototype is what the running kernel's mark_victim tracepoint hands over.
@@ -57,6 +59,28 @@ func MarkVictimPrototype(kernel *btf.Spec) (Prototype, error) {
 		}
 	}
 	return "", fmt.Errorf("%s has an unknown prototype %v", name, proto)
+}
+
+// checkFentry reports whether the kernel takes programs for fentry: nil, or why not. It loads one that does nothing. The
+// attempt with all hooks costs much more, for libbpf first reads all of the kernel's types.
+func checkFentry(kernel *btf.Spec) error {
+	var function *btf.Func
+	if err := kernel.TypeByName(hookFunctions[0], &function); err != nil {
+		return fmt.Errorf("find %s in the kernel's BTF: %w", hookFunctions[0], err)
+	}
+	id, err := kernel.TypeID(function)
+	if err != nil {
+		return fmt.Errorf("find %s in the kernel's BTF: %w", hookFunctions[0], err)
+	}
+	opts := C.struct_bpf_prog_load_opts{sz: C.sizeof_struct_bpf_prog_load_opts, expected_attach_type: C.BPF_TRACE_FENTRY, attach_btf_id: C.__u32(id)}
+	nothing := [...]C.struct_bpf_insn{{code: C.BPF_ALU64 | C.BPF_MOV | C.BPF_K}, {code: C.BPF_JMP | C.BPF_EXIT}} // r0 = 0; exit
+	license := C.CString("GPL")
+	defer C.free(unsafe.Pointer(license))
+	fd := C.bpf_prog_load(C.BPF_PROG_TYPE_TRACING, nil, license, &nothing[0], C.size_t(len(nothing)), &opts)
+	if fd < 0 {
+		return fmt.Errorf("load a program for fentry: %w", unix.Errno(-fd))
+	}
+	return unix.Close(int(fd))
 }
 
 // frame mirrors enum oom_frame: what a function on the kernel stack proves.

@@ -13,7 +13,6 @@ import (
 
 	"github.com/aquasecurity/libbpfgo"
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/perf"
 	"github.com/cilium/ebpf/ringbuf"
@@ -225,23 +224,6 @@ func (n *notifier) close() {
 	if n.m != nil {
 		_ = n.m.Close()
 	}
-}
-
-// checkFentry reports whether the kernel takes programs for fentry: nil, or why not. It loads one that does nothing. The
-// attempt with all hooks costs much more, for libbpf first reads all of the kernel's types.
-func checkFentry() error {
-	p, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.Tracing, AttachType: ebpf.AttachTraceFEntry, AttachTo: hookFunctions[0], License: "GPL",
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()},
-	})
-	var errno unix.Errno
-	if errors.As(err, &errno) { // what the library adds is about locked memory, which libbpf sees to
-		return fmt.Errorf("load a program for fentry: %w", errno)
-	}
-	if err != nil {
-		return fmt.Errorf("load a program for fentry: %w", err)
-	}
-	return p.Close()
 }
 
 // kprobeWay says how kprobes can be attached: by a perf event each, or by a kprobe.multi link (v5.18, commit
