@@ -50,7 +50,7 @@ func New(registerer prometheus.Registerer, keep time.Duration, log *slog.Logger)
 	p := &Publisher{Keep: keep, Log: log, Now: time.Now, uids: map[string]struct{}{}, added: make(chan struct{}, 1)}
 	p.results = promauto.With(registerer).NewCounterVec(prometheus.CounterOpts{
 		Name: "oom_tracer_kubelet_evictions_total",
-		Help: "Number of pods that the kubelet evicted because their node ran low on memory, by result: published, repeated (it was published before), expired (too old), failed (an attempt, another one follows), dropped.",
+		Help: "Number of pods that the kubelet evicted because their node ran low on memory, by result: published, repeated (it was published before), expired (too old), failed (an attempt; another one follows), dropped.",
 	}, []string{"result"})
 	for _, result := range []string{"published", "repeated", "expired", "failed", "dropped"} {
 		p.results.WithLabelValues(result)
