@@ -249,7 +249,9 @@ func (a *authority) sign(serial int64, change func(*x509.Certificate)) (*x509.Ce
 // write writes a Secret of TLS for the servers of this machine into a directory.
 func (a *authority) write(dir string, serial int64) {
 	a.t.Helper()
-	cert, key := a.sign(serial, func(c *x509.Certificate) { c.IPAddresses, c.DNSNames = []net.IP{net.IPv4(127, 0, 0, 1)}, []string{"localhost"} })
+	cert, key := a.sign(serial, func(c *x509.Certificate) {
+		c.IPAddresses, c.DNSNames = []net.IP{net.IPv4(127, 0, 0, 1)}, []string{"localhost"}
+	})
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		a.t.Fatal(err)
