@@ -1,4 +1,4 @@
-package main // prints a line for each OOM kill, and goes on where it ended
+package main // prints a line for each OOM kill, and continues where it ended
 
 import (
 	"cmp"

@@ -1,4 +1,4 @@
-// Prints a line for each OOM kill, and goes on where it ended.
+// Prints a line for each OOM kill, and continues where it ended.
 import { AckPolicy, jetstream, jetstreamManager } from "@nats-io/jetstream";
 import { connect } from "@nats-io/transport-node";
 

@@ -1,4 +1,4 @@
-"""Prints a line for each OOM kill, and goes on where it ended. Without a library, to show the protocol; there is nats-py."""
+"""Prints a line for each OOM kill, and continues where it ended. Without a library, to show the protocol; there is nats-py."""
 import json, os, socket, ssl, sys, urllib.parse
 
 url = urllib.parse.urlsplit(os.environ["NATS_URL"])
