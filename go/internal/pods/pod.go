@@ -105,6 +105,7 @@ func (p *Pod) Workload() string {
 type Container struct {
 	ID       ContainerID
 	Name     string
+	Image    string
 	Restarts uint32
 }
 
@@ -265,7 +266,7 @@ func (p *Pod) addContainer(s *corev1.ContainerStatus, id string) {
 			return
 		}
 	}
-	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(s.Name).Value(), Restarts: uint32(max(s.RestartCount, 0))})
+	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(s.Name).Value(), Image: unique.Make(s.Image).Value(), Restarts: uint32(max(s.RestartCount, 0))})
 }
 
 // containerKey parses an ID of 64 hexadecimal digits.

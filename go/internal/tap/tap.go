@@ -194,7 +194,7 @@ func topCommand(s *cli.Settings) *cobra.Command {
 	}
 	flags := cmd.Flags()
 	cli.Var(flags, &o.since, "since", "", "count what was stored up to this `duration` ago", cli.Duration)
-	cli.Enum(cmd, &o.by, "by", "", "count by `kind`: workload, pod, namespace or node", "workload", "pod", "namespace", "node")
+	cli.Enum(cmd, &o.by, "by", "", "count by `kind`: workload, pod, namespace, node or image", "workload", "pod", "namespace", "node", "image")
 	cli.Var(flags, &o.namespace, "namespace", "n", "only pods of this `namespace`", namespace)
 	cli.Var(flags, &o.node, "node", "", "only this `node`", cli.Node)
 	flags.IntVar(&o.count, "count", o.count, "show the first `N`; 0: all")
