@@ -23,14 +23,14 @@ func TestAuditMirror(t *testing.T) {
 	doc := readFile(t, root+"/deploy/docs/events.md")
 	s := newServers(t, func(files map[string]string) {
 		accounts := files["accounts.conf"]
-		const api, ack = `    {service: "$JS.API.>", response: stream, accounts: [OOM_ANNOTATOR, OOM_TAPS, OOM_OPERATOR]}`, `    {service: "$JS.ACK.OOM.oom-annotator.>", accounts: [OOM_ANNOTATOR]}`
+		const api, ack = `    {service: "$JS.API.>", response: stream, accounts: [OOM_ANNOTATOR, OOM_NOTIFY, OOM_TAPS, OOM_OPERATOR]}`, `    {service: "$JS.ACK.OOM.oom-annotator.>", accounts: [OOM_ANNOTATOR]}`
 		documented := func(line string) string {
 			if !strings.Contains(doc, "   "+line+"\n") {
 				t.Fatalf("events.md does not say %s", line)
 			}
 			return "    " + line + "\n"
 		}
-		accounts = replaced(t, true, accounts, api+"\n", documented(`{service: "$JS.API.>", response: stream, accounts: [OOM_ANNOTATOR, OOM_TAPS, OOM_OPERATOR, OOM_AUDIT]}`))
+		accounts = replaced(t, true, accounts, api+"\n", documented(`{service: "$JS.API.>", response: stream, accounts: [OOM_ANNOTATOR, OOM_NOTIFY, OOM_TAPS, OOM_OPERATOR, OOM_AUDIT]}`))
 		files["accounts.conf"] = replaced(t, true, accounts, ack+"\n", ack+"\n"+documented(`{service: "$JS.FC.OOM.>", accounts: [OOM_AUDIT]}`)+documented(`{stream: "oom.audit.deliver.>", accounts: [OOM_AUDIT]}`))
 		files["audit.conf"] = strings.NewReplacer("$OOM_AUDIT_OWNER_PASSWORD", "owner-of-audit", "$OOM_AUDITOR_PASSWORD", "auditor").Replace(readFile(t, root+"/deploy/examples/audit/audit.conf"))
 		files["nats.conf"] = replaced(t, true, files["nats.conf"], "accounts { include accounts.conf }", "accounts {\n  include accounts.conf\n  include audit.conf\n}")
