@@ -177,7 +177,7 @@ test-image: build/hog base-image image ## run the images on this kernel, with th
 ##@ Test
 
 .PHONY: test-parts
-test-parts: build build/hog build/nats-server build/nats build/krew build/alertmanager build/kube build/deploy build/oom-descheduler build/descheduler # what the tests run
+test-parts: build build/hog build/nats-server build/nats build/krew build/alertmanager build/kube build/deploy build/oom-descheduler build/descheduler build/consumers # what the tests run
 	@tools/install-deps.sh $(LIBBPF) chromium
 
 # A tracer sees every kill of the machine, and the tests count: packages with kills wait for each other (oomtest.Alone).
@@ -361,6 +361,14 @@ build/alertmanager: tools/alertmanager/go.mod tools/alertmanager/build.sh
 build/krew: tools/krew/go.mod tools/build-module.sh
 	@mkdir -p build
 	$(Q)binary=$$(tools/build-module.sh tools/krew sigs.k8s.io/krew cmd/krew) && ln -sfn "$$binary" $@
+
+# The examples of consumers: the one in Go, and the npm packages of the one in Node.js.
+build/consumers: $(wildcard deploy/examples/consumers/*) tools/consumers.sh $(GO_FILES)
+	@tools/install-deps.sh $(LIBBPF) node=nodejs npm python3=python3
+	@mkdir -p build/consumers
+	$(Q)packages=$$(tools/consumers.sh) && ln -sfn "$$packages/node_modules" $@/node_modules
+	$(Q)CGO_ENABLED=0 $(GO) build -trimpath -o $@/consumer ./deploy/examples/consumers
+	@touch $@
 
 # The unmodified one, for the tests.
 build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh

@@ -131,6 +131,8 @@ type Outcome struct {
 	Pod *PodRef `json:"pod,omitempty"`
 	// Container is the name of the container in the pod, where its status names it.
 	Container string `json:"container,omitempty"`
+	// Image is the image of that container, as its status names it.
+	Image string `json:"image,omitempty"`
 	// Restarts is how often the kubelet had restarted that container: restartCount of its status, which changes seconds after a
 	// kill. Absent where the status does not name the container.
 	Restarts *uint32 `json:"restarts,omitempty"`

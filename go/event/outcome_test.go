@@ -19,7 +19,7 @@ func fullOutcome() event.Outcome {
 		Time:   time.Date(2026, 11, 23, 2, 3, 5, 7, time.UTC),
 		Result: event.ResultAnnotated, Reason: event.ReasonMarked, Detail: "told by a test", Node: "worker-1.example.com",
 		Pod:       &event.PodRef{Namespace: "shop", Name: "cart-0", UID: "5b1a7a5e-1c1d-4b6f-8a55-2b7f0c9d1e2f"},
-		Container: "cart", Restarts: new(uint32(4)), Annotation: "oom-tracer.alpha.kubernetes.io/evict-me=true",
+		Container: "cart", Image: "registry.example.com/shop/cart:1.2", Restarts: new(uint32(4)), Annotation: "oom-tracer.alpha.kubernetes.io/evict-me=true",
 	}
 }
 

@@ -16,7 +16,10 @@ import (
 )
 
 // messages are what is published, by the name of their schema's file.
-var messages = map[string]any{"event": event.Event{}, "gap": event.Gap{}, "node-status": event.NodeStatus{}, "outcome": event.Outcome{}, "neighbours": event.Neighbours{}}
+var messages = map[string]any{
+	"event": event.Event{}, "gap": event.Gap{}, "node-status": event.NodeStatus{}, "outcome": event.Outcome{}, "neighbours": event.Neighbours{},
+	"eviction": event.Eviction{},
+}
 
 // TestSchema holds the JSON Schemas beside this package against its types and their comments, and the golden
 // messages against the schemas.
@@ -55,6 +58,7 @@ func TestSchema(t *testing.T) {
 		"gap-full": "gap", "gap-bare": "gap", "status-full": "node-status", "status-bare": "node-status",
 		"outcome-full": "outcome", "outcome-bare": "outcome",
 		"neighbours-full": "neighbours", "neighbours-bare": "neighbours",
+		"eviction": "eviction",
 	} {
 		schema, err := compiler.Compile(filepath.Join("schema", name+".schema.json"))
 		if err != nil {

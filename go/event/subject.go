@@ -8,15 +8,16 @@ import (
 // Kind is the third token of a subject.
 type Kind string
 
-// The kinds that tracers publish, and the annotator's.
+// The kinds: those that tracers publish, and last the two of the annotator.
 const (
 	KindKill    Kind = "kill"    // class: the scope
 	KindExiting Kind = "exiting" // class: the scope
 	KindGap     Kind = "gap"     // class: the cause
 	// KindNeighbours has the class of its kill: the scope.
 	KindNeighbours Kind = "neighbours"
-	KindNode       Kind = "node"    // class: status
-	KindOutcome    Kind = "outcome" // class: the kill and the stage; of versions before: the result
+	KindNode       Kind = "node"     // class: status
+	KindOutcome    Kind = "outcome"  // class: the kill and the stage; of versions before: the result
+	KindEviction   Kind = "eviction" // class: the pod's UID
 )
 
 // subjectRoot opens every subject. The v1 is the schema's.
@@ -33,7 +34,10 @@ const (
 // StreamSubjects are the subjects of the stream StreamName. Kinds that are published by later
 // versions are bound from the start, so that an older stream already takes them.
 func StreamSubjects() []string {
-	return []string{subjectRoot + ".kill.>", subjectRoot + ".exiting.>", subjectRoot + ".outcome.>", subjectRoot + ".gap.>", subjectRoot + ".neighbours.>"}
+	return []string{
+		subjectRoot + ".kill.>", subjectRoot + ".exiting.>", subjectRoot + ".outcome.>", subjectRoot + ".gap.>", subjectRoot + ".neighbours.>",
+		subjectRoot + ".eviction.>",
+	}
 }
 
 // NodesStreamSubjects are the subjects of the stream NodesStreamName.

@@ -144,7 +144,7 @@ func TestStreamSubjects(t *testing.T) {
 	if event.StreamName != "OOM" {
 		t.Errorf("the stream is %s", event.StreamName)
 	}
-	want := []string{"oom.v1.kill.>", "oom.v1.exiting.>", "oom.v1.outcome.>", "oom.v1.gap.>", "oom.v1.neighbours.>"}
+	want := []string{"oom.v1.kill.>", "oom.v1.exiting.>", "oom.v1.outcome.>", "oom.v1.gap.>", "oom.v1.neighbours.>", "oom.v1.eviction.>"}
 	if got := event.StreamSubjects(); !slices.Equal(got, want) {
 		t.Errorf("subjects %q, want %q", got, want)
 	}

@@ -350,11 +350,11 @@ two may be equal, which one file cannot say. */}}
 
 {{- /* A user of NATS for each node, which may publish for that node alone. On one line: a ConfigMap has 1 MiB. */ -}}
 {{- define "oom.nodeUsers" -}}
-# A user for each node: kills, gaps and the status of its own node; outcomes are the annotator's. And whether that was stored.
+# A user for each node: kills, gaps and the status of its own node; outcomes and evictions are the annotator's. And whether that was stored.
 users: [
 {{- range $node, $key := .Values.nats.nodeKeys }}
 {{- $token := replace "." "_" $node }}
-  {nkey: {{ $key }}, permissions: {publish: {allow: "oom.v1.*.*.{{ $token }}", deny: "oom.v1.outcome.>"}, subscribe: "_INBOX_oom-tracer.{{ $token }}.>"}}
+  {nkey: {{ $key }}, permissions: {publish: {allow: "oom.v1.*.*.{{ $token }}", deny: ["oom.v1.outcome.>", "oom.v1.eviction.>"]}, subscribe: "_INBOX_oom-tracer.{{ $token }}.>"}}
 {{- end }}
 ]
 {{- end }}

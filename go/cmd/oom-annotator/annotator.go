@@ -21,6 +21,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/decide"
+	"github.com/oom-tracer/oom-tracer/go/internal/evictions"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubeevents"
 	"github.com/oom-tracer/oom-tracer/go/internal/lifecycle"
 	"github.com/oom-tracer/oom-tracer/go/internal/mark"
@@ -62,8 +63,10 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	registry := obs.NewRegistry(name)
 	counters := annotate.NewMetrics(registry, cfg.Annotator.WorkloadMetrics)
 	events := kubeevents.NewRecorder(client, hostname(), log, registry)
+	evicted := evictions.New(registry, cfg.NATS.Stream.MaxAge, log)
+	store.OnLowMemory = evicted.Add
 	w := &worker{
-		log: log, watcher: watcher, tracker: tracker, registry: registry,
+		log: log, watcher: watcher, tracker: tracker, evictions: evicted, registry: registry,
 		annotator: &annotate.Annotator{
 			Policy: cfg.Policy, Wait: cfg.Annotator.WaitForPod, Finder: store, Stale: watcher.Failing, InFlight: annotate.NewInFlight(cfg.Annotator.Workers),
 			Marker: marker, Outcomes: &annotate.Outcomes{Metrics: counters, Log: log}, Metrics: counters, Log: log, Now: time.Now,
@@ -196,6 +199,7 @@ type worker struct {
 	log       *slog.Logger
 	watcher   *pods.Watcher
 	tracker   *lifecycle.Tracker
+	evictions *evictions.Publisher
 	registry  prometheus.Registerer
 	annotator *annotate.Annotator
 	events    *kubeevents.Recorder // nil: no Events are written
@@ -277,6 +281,8 @@ func (w *worker) run(ctx context.Context, cfg config.Config) error {
 	published := make(chan error, 1)
 	go func() { published <- publisher.Run(downstream) }()
 	var tracking, enriching sync.WaitGroup
+	w.evictions.Store = conn.PublishOnce
+	tracking.Go(func() { w.evictions.Run(ctx) })
 	w.tracker.Annotated, w.tracker.Publish = a.Outcomes.Find, a.Outcomes.Publish
 	tracking.Go(func() { w.tracker.Run(ctx, conn.Outcomes) })
 	if w.events != nil {

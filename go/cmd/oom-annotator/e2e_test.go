@@ -60,7 +60,7 @@ func TestEndToEnd(t *testing.T) {
 		"Faults": testFaults, "Watch": testWatch, "Group": testGroup, "Verbs": testVerbs, "Denied": testDenied,
 		"NATS": testNATS, "Run": testRun, "Replicas": testReplicas, "Permissions": testPermissions,
 		"Accounts":   testAccounts,
-		"Containers": testContainers, "Hung": testHung, "Requests": testRequests, "Clocks": testClocks,
+		"Containers": testContainers, "Hung": testHung, "Requests": testRequests, "Clocks": testClocks, "Evictions": testEvictions,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, c.In(t), account) })
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/rest"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -127,7 +129,7 @@ func testPermissions(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		}
 	}
 	permissions["subscribe"] = strings.ReplaceAll(string(shipped), "_INBOX_oom-annotator.>", "_INBOX_another.>")
-	if len(permissions) != 10 {
+	if len(permissions) != 11 {
 		t.Fatalf("%d cases", len(permissions))
 	}
 	for missing, conf := range permissions {
@@ -159,7 +161,17 @@ func testPermissions(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 			e.Incident = &event.Incident{ID: name}
 			r.publish(e)
 			r.neighbours(e, event.PodMemory{PodUID: e.Container.PodUID, Usage: 1 << 30})
+			evicted := c.Pod("shop", name+"-evicted", node)
+			evict(c, evicted, func(*corev1.PodStatus) {})
+			defer c.DeletePod("shop", evicted.Name) // annotators of other tests would publish it too
+			isPublished := func(e event.Eviction) bool { return e.Pod.UID == string(evicted.UID) }
 			if missing == "all" {
+				eventually(t, "the eviction is published", func() error {
+					if !slices.ContainsFunc(r.evicted(), isPublished) {
+						return errors.New("it is not")
+					}
+					return nil
+				})
 				r.want(e.ID, "annotated/marked")
 				if o := r.others(); o.Kill != e.ID {
 					t.Errorf("outcome %+v", o)
@@ -192,6 +204,13 @@ func testPermissions(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 			})
 			time.Sleep(2 * time.Second) // for what works to have worked
 			consumer, err := r.conn.JetStream().Consumer(t.Context(), event.StreamName, "oom-annotator")
+			if missing == "oom.v1.eviction.>" {
+				if slices.ContainsFunc(r.evicted(), isPublished) {
+					t.Error("the eviction is published without the permission")
+				}
+				r.want(e.ID, "annotated/marked") // all the same
+				return
+			}
 			if len(r.outcomes) > 0 && err == nil && consumer.CachedInfo().NumAckPending == 0 && consumer.CachedInfo().NumPending == 0 {
 				t.Errorf("it works without %s: %+v", missing, <-r.outcomes)
 			}

@@ -283,12 +283,12 @@ func TestHandleMarks(t *testing.T) {
 	e := kill()
 	e.Container.ContainerID = strings.Repeat("1", 64)
 	e.Limit.Max, e.Limit.Usage = new(uint64(100)), new(uint64(99))
-	w.pod.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "main", RestartCount: 7, ContainerID: "containerd://" + e.Container.ContainerID}}
+	w.pod.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "main", Image: "example.com/main:1", RestartCount: 7, ContainerID: "containerd://" + e.Container.ContainerID}}
 	o := w.handle(t, e)
 	w.want(t, o, "annotated/marked", "ack")
 	want := event.Outcome{
 		Schema: event.Schema, ID: "boot-1-2/annotate", Kill: "boot-1-2", Stage: "annotate", Time: w.now.UTC(), Result: "annotated", Reason: "marked",
-		Node: "node-1", Pod: &event.PodRef{Namespace: "shop", Name: "cart", UID: "uid-1"}, Container: "main", Restarts: new(uint32(7)), Annotation: key + "=true",
+		Node: "node-1", Pod: &event.PodRef{Namespace: "shop", Name: "cart", UID: "uid-1"}, Container: "main", Image: "example.com/main:1", Restarts: new(uint32(7)), Annotation: key + "=true",
 	}
 	if diff := cmp.Diff(want, *o); diff != "" {
 		t.Errorf("outcome (-want +got):\n%s", diff)

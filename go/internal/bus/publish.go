@@ -435,6 +435,23 @@ const (
 	codeHeaderExceedsLimit jetstream.ErrorCode = 10097
 )
 
+// PublishOnce stores m, unless the stream holds a message on m's subject, which must be m's alone. It waits for a connection until ctx
+// ends, and makes one attempt. After an error, m may have been stored.
+func (c *Conn) PublishOnce(ctx context.Context, m Msg) (duplicate bool, err error) {
+	var stored *jetstream.PubAck
+	err = c.call(ctx, m.Subject, func(ctx context.Context) (err error) {
+		stored, err = c.js.PublishMsg(ctx, m.NATS(), jetstream.WithExpectLastSequencePerSubject(0), jetstream.WithRetryAttempts(0))
+		return err
+	})
+	switch {
+	case err == nil:
+		return stored.Duplicate, nil
+	case taken(err):
+		return true, nil
+	}
+	return false, fmt.Errorf("publish %s: %w", m.Subject, err)
+}
+
 // taken tells whether the server refused a message because the stream holds one on its subject. It answers with that one's
 // sequence. 0 means that it could not look; and a replicated stream names none where another publisher's message on the subject
 // is not stored yet, and may never be.

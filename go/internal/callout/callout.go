@@ -197,7 +197,7 @@ func (k *Keys) user(key, token string, who Identity) (string, error) {
 	u.Expires = who.Expires.Unix()
 	u.AllowedConnectionTypes.Add(jwt.ConnectionTypeStandard)
 	u.Pub.Allow.Add("oom.v1.*.*." + token)
-	u.Pub.Deny.Add("oom.v1.outcome.>")
+	u.Pub.Deny.Add("oom.v1.outcome.>", "oom.v1.eviction.>")
 	u.Sub.Allow.Add("_INBOX_oom-tracer." + token + ".>")
 	text, err := u.Encode(k.issuer)
 	if err != nil {

@@ -196,7 +196,7 @@ func TestNodeTokens(t *testing.T) {
 			c.stores("oom.v1." + subject + "." + node)
 			c.mayNot("oom.v1." + subject + "." + other)
 		}
-		c.mayNot("oom.v1.outcome.annotated."+node, "oom.v1.kill.global."+node+".x", "oom.v2.kill.global."+node, "anything", "$SYS.REQ.USER.AUTH")
+		c.mayNot("oom.v1.outcome.annotated."+node, "oom.v1.eviction.x."+node, "oom.v1.kill.global."+node+".x", "oom.v2.kill.global."+node, "anything", "$SYS.REQ.USER.AUTH")
 		c.mayNot(streamsOf...)
 		c.mayNotHear("oom.v1.>", ">", "_INBOX_oom-tracer."+other+".>", "_INBOX_oom-tracer.>", "_INBOX_oom-annotator.>", "$JS.EVENT.>", "$SYS.>")
 	}
@@ -267,7 +267,7 @@ func TestNodeTokens(t *testing.T) {
 	// oom-auth itself answers, and does nothing else: not even of its own accord.
 	service := s.connect("oom-auth", nats.UserInfo("oom-auth", s.passwords["auth"]))
 	service.mayNot(streamsOf...)
-	service.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1", "$SYS.REQ.USER.AUTH", "$SYS._INBOX.x")
+	service.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1", "oom.v1.eviction.x.node-1", "$SYS.REQ.USER.AUTH", "$SYS._INBOX.x")
 	service.mayNotHear("oom.v1.>", ">", "$SYS.>", "$SYS.REQ.USER.AUTH")
 	service.nc.Close()
 	client, err := kubernetes.NewForConfig(s.c.ServiceAccount(namespace, "oom-auth"))

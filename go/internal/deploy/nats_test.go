@@ -354,7 +354,7 @@ func TestNodeKeys(t *testing.T) {
 			c.stores("oom.v1." + subject + "." + node)
 			c.mayNot("oom.v1." + subject + "." + other)
 		}
-		c.mayNot("oom.v1.outcome.annotated."+node, "oom.v1.kill.global."+node+".x", "oom.v2.kill.global."+node, "anything")
+		c.mayNot("oom.v1.outcome.annotated."+node, "oom.v1.eviction.x."+node, "oom.v1.kill.global."+node+".x", "oom.v2.kill.global."+node, "anything")
 		c.mayNot(streamsOf...)
 		c.mayNotHear("oom.v1.>", ">", "_INBOX_oom-tracer."+other+".>", "_INBOX_oom-tracer.>", "_INBOX_oom-annotator.>", "$JS.EVENT.>", "$SYS.>")
 	}
@@ -432,7 +432,7 @@ func TestSharedTracer(t *testing.T) {
 		for _, subject := range []string{"kill.global.node-1", "exiting.cgroup.node-2", "gap.restart.node-1", "node.status.node-1"} {
 			c.stores("oom.v1." + subject)
 		}
-		c.mayNot("oom.v1.outcome.annotated."+node, "oom.v1.kill.global.a.b", "anything")
+		c.mayNot("oom.v1.outcome.annotated."+node, "oom.v1.eviction.x."+node, "oom.v1.kill.global.a.b", "anything")
 		c.mayNot(streamsOf...)
 		c.mayNotHear("oom.v1.>", ">", "_INBOX_oom-annotator.>", "_INBOX_oom-tap.>", "$JS.EVENT.>", "$SYS.>")
 	}
@@ -479,11 +479,11 @@ func TestSharedTracer(t *testing.T) {
 		t.Errorf("oom-tap await: %v\n%s", err, out)
 	}
 	tap := s.connect("oom-tap", nats.UserInfo("oom-tap", s.passwords["tap"]))
-	tap.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1", "$JS.API.STREAM.DELETE.OOM", "$JS.API.STREAM.PURGE.OOM", "$JS.API.STREAM.UPDATE.OOM",
+	tap.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1", "oom.v1.eviction.x.node-1", "$JS.API.STREAM.DELETE.OOM", "$JS.API.STREAM.PURGE.OOM", "$JS.API.STREAM.UPDATE.OOM",
 		"$JS.API.STREAM.MSG.DELETE.OOM", "$JS.API.CONSUMER.DELETE.OOM.oom-annotator", "$JS.API.CONSUMER.CREATE.OOM.oom-annotator",
 		"$JS.API.CONSUMER.CREATE.OOM.oom-annotator.oom.v1.kill.>", "$JS.API.CONSUMER.MSG.NEXT.OOM.oom-annotator", "$JS.ACK.OOM.oom-annotator.1.1.1.1.1", "$KV.OOM_ANNOTATOR.state")
 	owner := s.connect("oom-tap", nats.UserInfo("oom-owner", s.passwords["owner"]))
-	owner.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1")
+	owner.mayNot("oom.v1.kill.global.node-1", "oom.v1.outcome.annotated.node-1", "oom.v1.eviction.x.node-1")
 	operator := s.connect("oom-tap", nats.UserInfo("oom-operator", s.passwords["operator"]))
 	operator.mayNot("oom.v1.kill.global.node-1", "$JS.API.STREAM.DELETE.OOM", "$JS.API.STREAM.INFO.OOM", "$JS.API.CONSUMER.CREATE.OOM.x", "$KV.OOM_ANNOTATOR.other")
 	for _, try := range []struct {

@@ -213,6 +213,7 @@ func newAuthority(t *testing.T) *authority {
 	t.Helper()
 	a := &authority{t: t}
 	a.cert, a.key = a.sign(1, func(c *x509.Certificate) {
+		c.Subject.CommonName = "CA" // for OpenSSL a certificate whose issuer has its own name is self-signed
 		c.IsCA, c.BasicConstraintsValid, c.KeyUsage = true, true, x509.KeyUsageCertSign
 	})
 	return a
@@ -249,7 +250,7 @@ func (a *authority) sign(serial int64, change func(*x509.Certificate)) (*x509.Ce
 func (a *authority) write(dir string, serial int64) {
 	a.t.Helper()
 	cert, key := a.sign(serial, func(c *x509.Certificate) {
-		c.IPAddresses, c.DNSNames = []net.IP{net.IPv4(127, 0, 0, 1)}, []string{"oom-tracer-nats." + namespace + ".svc"}
+		c.IPAddresses, c.DNSNames = []net.IP{net.IPv4(127, 0, 0, 1)}, []string{"localhost", "oom-tracer-nats." + namespace + ".svc"}
 	})
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {

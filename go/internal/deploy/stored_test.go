@@ -27,6 +27,11 @@ type attacker struct {
 	may   func(subject string) bool
 }
 
+// ofAnnotator tells the subjects that the annotator publishes from those of the tracers.
+func ofAnnotator(subject string) bool {
+	return strings.HasPrefix(subject, "oom.v1.outcome.") || strings.HasPrefix(subject, "oom.v1.eviction.")
+}
+
 // attackers are the users of the chart, but for the owner, who may do everything.
 func (s *servers) attackers() []attacker {
 	state := "$KV." + bus.BucketName + ".state"
@@ -34,12 +39,12 @@ func (s *servers) attackers() []attacker {
 		return nats.UserInfo(user, s.passwords[strings.TrimPrefix(user, "oom-")])
 	}
 	tracer := attacker{"oom-tracer", "oom-tracer.node-1", s.tracerLogin("node-1"), func(subject string) bool {
-		return strings.HasPrefix(subject, "oom.v1.") && !strings.HasPrefix(subject, "oom.v1.outcome.") && (s.seeds == "" && s.token == nil || strings.HasSuffix(subject, ".node-1"))
+		return strings.HasPrefix(subject, "oom.v1.") && !ofAnnotator(subject) && (s.seeds == "" && s.token == nil || strings.HasSuffix(subject, ".node-1"))
 	}}
 	all := []attacker{
 		tracer,
 		{"oom-annotator", "oom-annotator", password("oom-annotator"), func(subject string) bool {
-			return strings.HasPrefix(subject, "oom.v1.outcome.") || subject == state
+			return ofAnnotator(subject) || subject == state
 		}},
 		{"oom-tap", "oom-tap", password("oom-tap"), func(string) bool { return false }},
 		{"oom-operator", "oom-tap", password("oom-operator"), func(subject string) bool { return subject == state }},
@@ -96,7 +101,7 @@ func (s *servers) attack(u attacker) (stored []string) {
 			}
 		}
 	}
-	if len(targets) != 14 {
+	if len(targets) != 16 {
 		s.t.Fatalf("%d subjects: %v", len(targets), targets)
 	}
 	const victim = "audit" // a consumer of somebody else

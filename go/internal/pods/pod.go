@@ -26,6 +26,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	resourcehelper "k8s.io/component-helpers/resource"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
 // Annotations of the kubelet (pkg/kubelet/types/pod_update.go): on a mirror pod both hold the UID of its
@@ -54,6 +56,8 @@ type Pod struct {
 	Request int64
 	// Mark is the summary of the kill that the pod was marked for; nil: none.
 	Mark *Mark
+	// LowMemory is set if the kubelet evicted the pod because its node ran low on memory.
+	LowMemory *LowMemory
 	// Condition is the ID of the event in the condition of the policy, empty if the condition is not true.
 	Condition string
 
@@ -73,6 +77,12 @@ type Mark struct {
 	Time time.Time
 	// Annotation is the key of the annotation that was set with it, empty if the pod no longer has that.
 	Annotation string
+}
+
+// LowMemory is what the kubelet says of a pod that it evicted because its node ran low on memory.
+type LowMemory struct {
+	Time    time.Time // in seconds
+	Message string
 }
 
 // Kill is the ID of the event that the pod was marked for, empty if there is none.
@@ -95,6 +105,7 @@ func (p *Pod) Workload() string {
 type Container struct {
 	ID       ContainerID
 	Name     string
+	Image    string
 	Restarts uint32
 }
 
@@ -183,6 +194,9 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 		if c.Type == t.Condition && c.Status == corev1.ConditionTrue && t.Condition != "" {
 			p.Condition = c.Message
 		}
+		if c.Type == corev1.DisruptionTarget && c.Status == corev1.ConditionTrue && c.Reason == corev1.PodReasonTerminationByKubelet && lowMemory(&in.Status) {
+			p.LowMemory = &LowMemory{Time: c.LastTransitionTime.Time, Message: text.Truncate(in.Status.Message, maxMessage)}
+		}
 	}
 	for _, statuses := range [][]corev1.ContainerStatus{
 		in.Status.InitContainerStatuses, in.Status.ContainerStatuses, in.Status.EphemeralContainerStatuses,
@@ -202,6 +216,16 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 		}
 	}
 	return p
+}
+
+// maxMessage bounds the kubelet's message about an eviction, in bytes.
+const maxMessage = 2000
+
+// lowMemory reports whether the kubelet evicted a pod because its node ran low on memory (evictPod and evictionMessage in
+// pkg/kubelet/eviction). The reason alone would not do: the kubelet also writes it for disks and PIDs, for a volume above its limit, and
+// on pods that it rejects.
+func lowMemory(s *corev1.PodStatus) bool {
+	return s.Phase == corev1.PodFailed && s.Reason == "Evicted" && strings.HasPrefix(s.Message, "The node was low on resource: memory. ")
 }
 
 // topOwner is the owner of an owner that is created for each change or run. It is derived from names: reading the owner's owner
@@ -242,7 +266,7 @@ func (p *Pod) addContainer(s *corev1.ContainerStatus, id string) {
 			return
 		}
 	}
-	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(s.Name).Value(), Restarts: uint32(max(s.RestartCount, 0))})
+	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(s.Name).Value(), Image: unique.Make(s.Image).Value(), Restarts: uint32(max(s.RestartCount, 0))})
 }
 
 // containerKey parses an ID of 64 hexadecimal digits.

@@ -24,6 +24,8 @@ type Store struct {
 	// OnLeave is called with marked pods that are being deleted, were deleted, or have ended; more than once. It must not
 	// block or call the Store.
 	OnLeave func(p *Pod)
+	// OnLowMemory is called with pods that have LowMemory, as OnLeave is.
+	OnLowMemory func(p *Pod)
 
 	keep time.Duration // how long deleted pods are kept
 	now  func() time.Time
@@ -111,6 +113,9 @@ func (s *Store) Retain(uids map[string]struct{}) {
 func (s *Store) leaves(p *Pod) {
 	if s.OnLeave != nil && p.Mark != nil {
 		s.OnLeave(p)
+	}
+	if s.OnLowMemory != nil && p.LowMemory != nil {
+		s.OnLowMemory(p)
 	}
 }
 

@@ -52,13 +52,13 @@ func TestRead(t *testing.T) {
 				}},
 				{Name: "waits"}, {Name: "odd", ContainerID: id("4")}, {Name: "short", ContainerID: "docker://12"}, {Name: "letters", ContainerID: "docker://" + id("x")},
 			},
-			EphemeralContainerStatuses: []corev1.ContainerStatus{{Name: "debug", ContainerID: "docker://" + id("5")}},
+			EphemeralContainerStatuses: []corev1.ContainerStatus{{Name: "debug", Image: "tools:1", ContainerID: "docker://" + id("5")}},
 		},
 	}
 	got := terms.Read(in)
 	want := &Pod{
 		Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
-		Containers: []Container{{key(t, id("1")), "init", 0}, {key(t, id("2")), "cart", 4}, {key(t, id("3")), "cart", 4}, {key(t, id("5")), "debug", 0}},
+		Containers: []Container{{key(t, id("1")), "init", "", 0}, {key(t, id("2")), "cart", "", 4}, {key(t, id("3")), "cart", "", 4}, {key(t, id("5")), "debug", "tools:1", 0}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

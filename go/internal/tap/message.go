@@ -22,6 +22,7 @@ type message struct {
 	outcome    *event.Outcome
 	gap        *event.Gap
 	neighbours *event.Neighbours
+	eviction   *event.Eviction
 	status     *event.NodeStatus
 }
 
@@ -43,6 +44,9 @@ func read(m bus.Stored) (message, error) {
 	case event.KindNeighbours:
 		n, wrong := event.ParseNeighbours(m.Data)
 		r.neighbours, r.id, named, err = &n, n.ID, n.Node.Name, wrong
+	case event.KindEviction:
+		e, wrong := event.ParseEviction(m.Data)
+		r.eviction, r.id, named, err = &e, e.ID, e.Node, wrong
 	case event.KindNode:
 		s, wrong := event.ParseNodeStatus(m.Data)
 		r.status, r.id, named, err = &s, s.ID, s.Node.Name, wrong
@@ -67,6 +71,8 @@ func (m *message) line(table *text.Table) string {
 		return table.GapLine(m.gap)
 	case m.neighbours != nil:
 		return table.NeighboursLine(m.neighbours)
+	case m.eviction != nil:
+		return table.EvictionLine(m.eviction)
 	}
 	return table.Line(m.kill)
 }

@@ -54,6 +54,8 @@ func (j *joiner) take(m bus.Stored, r message) error {
 		return nil
 	case r.kill != nil:
 		return j.wait(r.id, &killed{event: r.kill, raw: m.Data, stored: m.Time})
+	case r.eviction != nil && !j.wanted(&r.eviction.Pod):
+		return nil
 	case r.outcome == nil:
 		return j.out.print(r.line(&j.out.table), m.Data)
 	}
@@ -67,7 +69,7 @@ func (j *joiner) take(m bus.Stored, r message) error {
 	}
 	e, raw := k.event, k.raw
 	k.event, k.raw = nil, nil
-	if !j.wanted(r.outcome) {
+	if !j.wanted(r.outcome.Pod) {
 		return nil
 	}
 	return j.print(e, r.outcome, raw, m.Data)
@@ -137,9 +139,9 @@ func (j *joiner) without(k *killed) error {
 	return j.print(k.event, nil, k.raw, nil)
 }
 
-// wanted reports whether the flags select an outcome.
-func (j *joiner) wanted(o *event.Outcome) bool {
-	return !j.o.ofPods() || o.Pod != nil && (j.o.namespace == "" || o.Pod.Namespace == j.o.namespace) && (j.o.pod == "" || o.Pod.Name == j.o.pod)
+// wanted reports whether the flags select a pod. nil is one that was not found.
+func (j *joiner) wanted(p *event.PodRef) bool {
+	return !j.o.ofPods() || p != nil && (j.o.namespace == "" || p.Namespace == j.o.namespace) && (j.o.pod == "" || p.Name == j.o.pod)
 }
 
 // print writes a kill and its outcome as one line. Either may be unknown.

@@ -35,13 +35,14 @@ type story struct {
 	forgotten int
 }
 
-// pod prints the story of one pod: its kills, what the memory was used for then, their outcomes, and the gaps of its nodes.
+// pod prints the story of one pod: its kills, what the memory was used for then, their outcomes, its evictions by the kubelet, and the
+// gaps of its nodes.
 // The outcome of a kill names the pod. A kill without an outcome is matched by the UID.
 //
 // The stream is read twice, first for the outcomes, which tell the kills of the pod from others. So nothing of other pods is kept.
 func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writer) error {
 	pattern := map[event.Kind]string{}
-	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap, event.KindNeighbours} {
+	for _, kind := range []event.Kind{event.KindKill, event.KindOutcome, event.KindGap, event.KindNeighbours, event.KindEviction} {
 		var err error
 		if pattern[kind], err = event.Filter(kind, "", ""); err != nil {
 			return err
@@ -53,7 +54,7 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 
 	// What cannot be read is reported by the second reading.
 	err := each(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, io.Discard, func(m bus.Stored, r message) error {
-		if s.isOurs(r.outcome) {
+		if r.outcome != nil && s.isOurs(r.outcome.Pod) {
 			s.results[r.outcome.Kill] = r.outcome.Result
 			s.uids[r.outcome.Pod.UID], s.nodes[r.node] = true, true
 			if time.Since(m.Time) < time.Hour {
@@ -104,9 +105,9 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 // podName is the pod with its namespace; "*" stands for all.
 func (o *options) podName() string { return text.Printable(cmp.Or(o.namespace, "*") + "/" + o.pod) }
 
-// isOurs tells whether an outcome is of the pod.
-func (s *story) isOurs(o *event.Outcome) bool {
-	return o != nil && o.Pod != nil && o.Pod.Name == s.o.pod && (s.o.allNamespaces || o.Pod.Namespace == s.o.namespace)
+// isOurs tells whether p is the pod.
+func (s *story) isOurs(p *event.PodRef) bool {
+	return p != nil && p.Name == s.o.pod && (s.o.allNamespaces || p.Namespace == s.o.namespace)
 }
 
 // restarted notes how often a container was restarted when a process in it was killed.
@@ -127,7 +128,7 @@ func (s *story) take(r *message) bool {
 	switch {
 	case r.outcome != nil:
 		delete(s.waiting, r.outcome.Kill)
-		if !s.isOurs(r.outcome) {
+		if !s.isOurs(r.outcome.Pod) {
 			return false
 		}
 		if r.outcome.Result == event.ResultAnnotated {
@@ -141,6 +142,8 @@ func (s *story) take(r *message) bool {
 		return s.nodes[r.node]
 	case r.neighbours != nil:
 		return s.ours[r.neighbours.Kill]
+	case r.eviction != nil:
+		return s.isOurs(&r.eviction.Pod)
 	}
 	_, ours := s.results[r.id]
 	if c := r.kill.Container; c != nil {

@@ -48,6 +48,13 @@ func subjects(o options) ([]string, error) {
 		}
 		patterns = append(patterns, pattern)
 	}
+	if !o.kills && len(o.scopes) == 0 {
+		pattern, err := event.Filter(event.KindEviction, "", o.node)
+		if err != nil {
+			return nil, err
+		}
+		patterns = append(patterns, pattern)
+	}
 	slices.Sort(patterns)
 	return slices.Compact(patterns), nil
 }

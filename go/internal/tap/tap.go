@@ -185,7 +185,7 @@ func tailCommand(p *program) *cobra.Command {
 	}
 	cli.Enums(cmd, &o.scopes, "scope", "only these `scopes`, separated by commas: "+strings.Join(scopes, ", "), scopes...)
 	cli.Var(flags, &o.node, "node", "", "only this `node`", cli.Node)
-	flags.BoolVar(&o.kills, "kills", false, "only kills: no tasks that were already exiting, no memory usage of other pods, no gaps")
+	flags.BoolVar(&o.kills, "kills", false, "only kills: no tasks that were already exiting, no memory usage of other pods, no gaps, no evictions")
 	flags.BoolVar(&o.outcomes, "outcomes", false, "each kill with its outcome, on one line, when that is known, or after 5s without;\nno tasks that were already exiting")
 	cli.Var(flags, &o.namespace, "namespace", "n", "only pods of this `namespace`, with --outcomes", namespace)
 	flags.BoolVarP(&o.allNamespaces, "all-namespaces", "A", false, "only pods, of all namespaces, with --outcomes")
@@ -201,7 +201,7 @@ func podCommand(p *program) *cobra.Command {
 	o := &options{program: p, since: 7 * 24 * time.Hour, color: "auto"}
 	cmd := &cobra.Command{
 		Use: "pod NAME", Short: "Show all that happened to one pod",
-		Long:        "Show all that happened to one pod: its kills, their outcomes, and the gaps of its nodes.",
+		Long:        "Show all that happened to one pod: its kills, their outcomes, its evictions by the kubelet, and the gaps of its nodes.",
 		Annotations: map[string]string{cli.ExitHelp(exitUnknown): "no kill in the pod is known, but there may have been some: kills without an outcome, or gaps"},
 	}
 	setNamespace := namespaceFlags(cmd, o, "the pod's `namespace`", "the pods of that name in all namespaces")
@@ -249,7 +249,7 @@ func topCommand(p *program) *cobra.Command {
 	}
 	flags := cmd.Flags()
 	cli.Var(flags, &o.since, "since", "", "count what was stored up to this `duration` ago", cli.Duration)
-	cli.Enum(cmd, &o.by, "by", "", "count by `kind`: workload, pod, namespace or node", "workload", "pod", "namespace", "node")
+	cli.Enum(cmd, &o.by, "by", "", "count by `kind`: workload, pod, namespace, node or image", "workload", "pod", "namespace", "node", "image")
 	cli.Var(flags, &o.namespace, "namespace", "n", "only pods of this `namespace`", namespace)
 	all := "all namespaces, and what is in no pod (default)"
 	if p.cluster != nil {

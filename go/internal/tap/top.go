@@ -19,7 +19,7 @@ import (
 )
 
 const (
-	// maxRows bounds the workloads, pods, namespaces or nodes that are counted apart.
+	// maxRows bounds the workloads, pods, namespaces, nodes or images that are counted apart.
 	maxRows = 10_000
 	// maxWaiting bounds the kills whose outcomes are waited for. An outcome follows its kill within seconds.
 	maxWaiting = 10_000
@@ -28,7 +28,7 @@ const (
 // others is the name of the row that counts what is one too many.
 const others = "(others)"
 
-// row is what top shows of one workload, pod, namespace or node.
+// row is what top shows of one workload, pod, namespace, node or image.
 type row struct {
 	Name    string           `json:"name"`
 	Kills   int              `json:"kills"`
@@ -226,6 +226,8 @@ func (c *counter) outcome(o *event.Outcome) {
 	case p == nil, c.o.namespace != "" && p.Namespace != c.o.namespace:
 	case c.o.by == "node":
 		c.add(k.event.Node.Name, k.event, o, k.stored)
+	case c.o.by == "image":
+		c.add(cmp.Or(o.Image, "(image not known)"), k.event, o, k.stored)
 	case c.o.by == "namespace":
 		c.add(p.Namespace, k.event, o, k.stored)
 	case c.o.by == "workload" && p.Owner != "":

@@ -91,8 +91,6 @@ func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
 	case event.ResultFailed:
 		color = boldRed
 	}
-	// With spaces in it a name could pretend to be what follows.
-	word := func(s string) string { return strings.ReplaceAll(Printable(s), " ", `\x20`) }
 	said := word(string(o.Result)) + " (" + word(string(o.Reason)) + ")"
 	if p := o.Pod; p != nil {
 		said += " " + word(p.Namespace) + "/" + word(p.Name)
@@ -141,6 +139,19 @@ func Gap(g *event.Gap) string {
 		line += fmt.Sprintf(", from %s to %s", g.Since.UTC().Format(timeLayout), g.Until.UTC().Format(timeLayout))
 	}
 	return line
+}
+
+// EvictionLine is an eviction by the kubelet without a newline.
+func (t *Table) EvictionLine(e *event.Eviction) string {
+	node := Printable(e.Node)
+	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
+	return strings.Join([]string{
+		t.paint(dim, e.Time.UTC().Format(timeLayout)),
+		pad(node, t.nodeWidth),
+		t.paint(yellow, pad("evicted", outcomeWidth)),
+		pad("kubelet", scopeWidth),
+		"pod " + word(e.Pod.Namespace) + "/" + word(e.Pod.Name) + ": " + strings.TrimSpace(Printable(e.Message)),
+	}, "  ")
 }
 
 // GapLine is the gap as the only line of a table.
@@ -230,8 +241,7 @@ func where(e *event.Event) string {
 	case parts != nil:
 		return strings.Join(parts, " ")
 	case e.Victim.Cgroup != nil && e.Victim.Cgroup.Path != "":
-		// With its spaces a path could pretend to be the columns that follow.
-		return strings.ReplaceAll(Printable(e.Victim.Cgroup.Path), " ", `\x20`)
+		return word(e.Victim.Cgroup.Path)
 	default:
 		return "-"
 	}
@@ -272,6 +282,9 @@ func Printable(s string) string {
 	quoted := strconv.QuoteToASCII(s)
 	return unescape.Replace(quoted[1 : len(quoted)-1])
 }
+
+// word is s without spaces: with them it could pretend to be what follows.
+func word(s string) string { return strings.ReplaceAll(Printable(s), " ", `\x20`) }
 
 // JSON returns valid JSON as the same value on one line of ASCII, for JSON allows what a terminal may
 // act on: U+007F, U+0080 to U+009F, and bytes that are not UTF-8.
