@@ -1013,6 +1013,7 @@ func TestWorkloads(t *testing.T) {
 	w.handle(t, e)
 	w.stored[w.out[0].Subject] = string(w.out[0].Data)
 	w.handle(t, e) // delivered again
+	e.Limit.Max = new(uint64(64 << 20))
 	for i, level := range []event.LimitLevel{event.LevelPod, event.LevelContainer, event.LevelQoS} {
 		e.ID, e.Limit.Level = fmt.Sprint("boot-1-", 3+i), level
 		w.handle(t, e)
@@ -1032,6 +1033,14 @@ oom_tracer_workload_kills_total{container="",level="pod",namespace="shop",owner=
 oom_tracer_workload_kills_total{container="other",level="other",namespace="other",owner="other",owner_kind="other"} 3
 `
 	if err := testutil.CollectAndCompare(w.Metrics.workloads, strings.NewReader(want)); err != nil {
+		t.Error(err)
+	}
+	const limit = `
+# HELP oom_tracer_workload_limit_bytes Memory limit that was hit at the last OOM kill in the workload, in bytes.
+# TYPE oom_tracer_workload_limit_bytes gauge
+oom_tracer_workload_limit_bytes{container="",level="pod",namespace="shop",owner="cart",owner_kind="Pod"} 6.7108864e+07
+`
+	if err := testutil.CollectAndCompare(w.Metrics.limits, strings.NewReader(limit)); err != nil {
 		t.Error(err)
 	}
 	var m dto.Metric

@@ -22,6 +22,7 @@ type Metrics struct {
 	latency prometheus.Histogram
 
 	workloads    *prometheus.CounterVec // nil: not wanted
+	limits       *prometheus.GaugeVec   // with it
 	maxWorkloads int
 	mu           sync.Mutex
 	known        map[[5]string]struct{} // series of workloads, at most maxWorkloads
@@ -56,10 +57,15 @@ func NewMetrics(registerer prometheus.Registerer, maxWorkloads int) *Metrics {
 	}
 	if m.maxWorkloads = maxWorkloads; maxWorkloads > 0 {
 		m.known = map[[5]string]struct{}{}
+		labels := []string{"namespace", "owner_kind", "owner", "container", "level"}
 		m.workloads = register.NewCounterVec(prometheus.CounterOpts{
 			Subsystem: subsystem, Name: "workload_kills_total",
 			Help: "Number of OOM kills in pods, by the workload that would replace the pod and by the level of the limit that was hit.",
-		}, []string{"namespace", "owner_kind", "owner", "container", "level"})
+		}, labels)
+		m.limits = register.NewGaugeVec(prometheus.GaugeOpts{
+			Subsystem: subsystem, Name: "workload_limit_bytes",
+			Help: "Memory limit that was hit at the last OOM kill in the workload, in bytes.",
+		}, labels)
 		m.workloads.WithLabelValues(other, other, other, other, other)
 	}
 	for stage, reasons := range map[string][]string{
@@ -134,12 +140,16 @@ func (m *Metrics) workload(o *event.Outcome, e *event.Event) {
 	}
 	series := [5]string{o.Pod.Namespace, kind, owner, o.Container, level}
 	m.mu.Lock()
-	if _, known := m.known[series]; !known && len(m.known) < m.maxWorkloads {
-		m.known[series] = struct{}{}
-	} else if !known {
-		series = [5]string{other, other, other, other, other}
+	_, known := m.known[series]
+	if !known && len(m.known) < m.maxWorkloads {
+		m.known[series], known = struct{}{}, true
 	}
 	m.mu.Unlock()
+	if !known {
+		series = [5]string{other, other, other, other, other}
+	} else if e.Limit != nil && e.Limit.Max != nil {
+		m.limits.WithLabelValues(series[:]...).Set(float64(*e.Limit.Max))
+	}
 	counter := m.workloads.WithLabelValues(series[:]...)
 	if utf8.RuneCountInString(o.Kill) > prometheus.ExemplarMaxRunes-len("kill") {
 		counter.Inc() // not an ID of ours
