@@ -1039,6 +1039,7 @@ oom_tracer_workload_kills_total{container="other",level="other",namespace="other
 # HELP oom_tracer_workload_limit_bytes Memory limit that was hit at the last OOM kill in the workload, in bytes.
 # TYPE oom_tracer_workload_limit_bytes gauge
 oom_tracer_workload_limit_bytes{container="",level="pod",namespace="shop",owner="cart",owner_kind="Pod"} 6.7108864e+07
+oom_tracer_workload_limit_bytes{container="other",level="other",namespace="other",owner="other",owner_kind="other"} NaN
 `
 	if err := testutil.CollectAndCompare(w.Metrics.limits, strings.NewReader(limit)); err != nil {
 		t.Error(err)

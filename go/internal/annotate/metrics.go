@@ -2,6 +2,7 @@ package annotate
 
 import (
 	"errors"
+	"math"
 	"strings"
 	"sync"
 	"time"
@@ -67,6 +68,7 @@ func NewMetrics(registerer prometheus.Registerer, maxWorkloads int) *Metrics {
 			Help: "Memory limit that was hit at the last OOM kill in the workload, in bytes.",
 		}, labels)
 		m.workloads.WithLabelValues(other, other, other, other, other)
+		m.limits.WithLabelValues(other, other, other, other, other).Set(math.NaN()) // they have many
 	}
 	for stage, reasons := range map[string][]string{
 		"observed":   {"kill"},
