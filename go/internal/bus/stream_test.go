@@ -76,10 +76,10 @@ func TestEnsureStream(t *testing.T) {
 	_, err = c.JetStream().UpdateStream(ctx, operators)
 	check(t, err)
 	check(t, bus.EnsureStreams(ctx, c, other))
-	if got, want := config().Subjects, []string{"oom.v1.outcome.>", "oom.v1.exiting.>", "oom.v1.kill.>", "oom.v1.gap.>", "oom.v1.neighbours.>"}; !slices.Equal(got, want) {
+	if got, want := config().Subjects, []string{"oom.v1.outcome.>", "oom.v1.exiting.>", "oom.v1.kill.>", "oom.v1.gap.>", "oom.v1.neighbours.>", "oom.v1.eviction.>"}; !slices.Equal(got, want) {
 		t.Errorf("subjects are %q, want %q", got, want)
 	}
-	operators.Subjects = []string{"oom.*.kill.>", "oom.*.exiting.>", "oom.*.outcome.>", "oom.*.gap.>", "oom.*.neighbours.>"}
+	operators.Subjects = []string{"oom.*.kill.>", "oom.*.exiting.>", "oom.*.outcome.>", "oom.*.gap.>", "oom.*.neighbours.>", "oom.*.eviction.>"}
 	_, err = c.JetStream().UpdateStream(ctx, operators)
 	check(t, err)
 	check(t, bus.EnsureStreams(ctx, c, other))
