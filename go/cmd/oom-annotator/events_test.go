@@ -249,8 +249,8 @@ func testEventExitCode(t *testing.T, c *kubetest.Cluster, account *rest.Config) 
 	if o.Container != "main" || summary(t, c.GetPod("shop", "exited")).Scope != "global" {
 		t.Errorf("outcome %+v", o)
 	}
-	wantEvents(t, c, string(pod.UID), fmt.Sprintf("1 OOM killer killed java[%d] in container main: the node is out of memory; marked for eviction", e.Victim.PID))
-	wantEvents(t, c, onNode(t), fmt.Sprintf("1 OOM killer killed java[%d] in container main of pod shop/exited: the node is out of memory; marked for eviction", e.Victim.PID))
+	wantEvents(t, c, string(pod.UID), fmt.Sprintf("1 OOM killer killed java[%d] in container main (1 restart): the node is out of memory; marked for eviction", e.Victim.PID))
+	wantEvents(t, c, onNode(t), fmt.Sprintf("1 OOM killer killed java[%d] in container main (1 restart) of pod shop/exited: the node is out of memory; marked for eviction", e.Victim.PID))
 }
 
 // testEventLatency: from a node's kill to the Event on its pod, without what the other pods used.

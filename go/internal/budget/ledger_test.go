@@ -121,12 +121,15 @@ func TestLedgerRelease(t *testing.T) {
 	claim("fourth", "cluster: 1 of 1 within 1h0m0s")
 }
 
+// A pause gets through while eight workers of two replicas claim some 250 marks a second, and nothing is granted after it.
 func TestLedgerPause(t *testing.T) {
 	all := ledgers(t, 3, config.Budgets{Window: time.Hour, Cluster: 1000})
 	var paused atomic.Bool
 	var after, before atomic.Int32
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
 	for w := range 8 {
 		wg.Go(func() {
 			for i := 0; ctx.Err() == nil; i++ {
@@ -141,6 +144,7 @@ func TestLedgerPause(t *testing.T) {
 				case v.Granted():
 					before.Add(1)
 				}
+				time.Sleep(30 * time.Millisecond)
 			}
 		})
 	}

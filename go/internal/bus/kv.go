@@ -18,8 +18,8 @@ import (
 const BucketName = "OOM_ANNOTATOR"
 
 const (
-	kvHistory   = 64  // revisions of each entry that the bucket keeps, for oom-tap restore
-	updateTries = 100 // of Update, while others change the entry at the same time
+	kvHistory   = 64   // revisions of each entry that the bucket keeps, for oom-tap restore
+	updateTries = 1000 // of Update, while others change the entry at the same time. What they store is bounded by the budgets
 )
 
 // KVEntry is one entry of the bucket, changed by compare-and-set. Its methods may be called from any goroutine.

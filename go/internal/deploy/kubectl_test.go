@@ -112,7 +112,10 @@ func (k *kubelet) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			defer failure.Close()
 			defer data.Close()
 			to := path[3] + ":" + data.Headers().Get(corev1.PortHeader)
-			server, err := net.Dial("tcp", k.ports[to])
+			k.mu.Lock()
+			address := k.ports[to]
+			k.mu.Unlock()
+			server, err := net.Dial("tcp", address)
 			if err != nil {
 				fmt.Fprintf(failure, "failed to connect to %s inside the pod: connection refused", to)
 				return
@@ -512,7 +515,9 @@ func TestKubectl(t *testing.T) {
 			t.Fatal(err)
 		}
 
+		k.mu.Lock()
 		k.ports = nil
+		k.mu.Unlock()
 		admin.fails([]string{"top"}, "the forwarded port was closed: failed to connect to oom-tracer-nats-0:4222 inside the pod: connection refused")
 		k.server.Close()
 		admin.fails([]string{"top"}, "forward port 4222 of pod oom-tracer-nats-0 in namespace oom-tracer: ", "connection refused")

@@ -75,7 +75,7 @@ func want(t *testing.T, got map[string]int, want string) {
 func TestResults(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &stream{stored: map[string]bool{"oom.v1.eviction.uid-again.node-1": true}}
-		got, _ := run(t, s, time.Minute, func(p *Publisher) {
+		got, _ := run(t, s, time.Minute-time.Millisecond, func(p *Publisher) {
 			for _, pod := range []*pods.Pod{evicted("new", "node-1", 0), evicted("again", "node-1", keep/2), evicted("old", "node-1", keep+time.Second), evicted("odd", "NODE", 0)} {
 				p.Add(pod)
 				p.Add(pod) // waits already
