@@ -1,4 +1,4 @@
-// The Alertmanager that the tests of oom-notify send to, built by tools/alertmanager/build.sh. A module of its own: nothing that we
+// The Alertmanager that the tests of oom-notify send to, built by tools/alertmanager/build.sh. A separate module: nothing that we
 // ship needs any of it.
 module github.com/oom-tracer/oom-tracer/tools/alertmanager
 

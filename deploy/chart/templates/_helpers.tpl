@@ -350,7 +350,7 @@ two may be equal, which one file cannot say. */}}
 
 {{- /* A user of NATS for each node, which may publish for that node alone. On one line: a ConfigMap has 1 MiB. */ -}}
 {{- define "oom.nodeUsers" -}}
-# A user for each node: kills, gaps and the status of its own node; outcomes and evictions are the annotator's. And whether that was stored.
+# A user for each node. It publishes the kills, gaps and status of that node, and receives the acks. The annotator publishes outcomes and evictions.
 users: [
 {{- range $node, $key := .Values.nats.nodeKeys }}
 {{- $token := replace "." "_" $node }}
