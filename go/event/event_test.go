@@ -238,7 +238,7 @@ func TestParseRefuses(t *testing.T) {
 		"":                  "unexpected EOF",
 		"null":              "schema is missing",
 		"{}":                "schema is missing",
-		"[]":                "cannot unmarshal JSON array",
+		"[]":                "unmarshal JSON array",
 		"\x1b[2J":           `invalid character '\x1b'`,
 		"{} {}":             "after top-level value",
 		`{"schema":`:        `unexpected EOF within "/schema"`,

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"os/exec"
 	"slices"
@@ -127,7 +128,7 @@ func (s *inState) write(alerts []string) map[string]any {
 			if i == len(scrapes)-1 {
 				times = 300
 			}
-			if value, ok := scrape[name]; ok {
+			if value, ok := scrape[name]; ok && !math.IsNaN(value) { // promtool cannot write NaN, which no alert is about
 				values += fmt.Sprintf("%sx%d ", strconv.FormatFloat(value, 'f', -1, 64), times)
 			} else {
 				values += fmt.Sprintf("_x%d ", times+1)
