@@ -44,6 +44,11 @@ REVISION := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 DATE := $(shell git show -s --format=%cd --date=format:%Y%m%d 2>/dev/null || echo 00000000)
 CONFIG ?= config.yaml
 
+# All programs and tools are compiled in one way, so that Go's build cache has each package once: paths do not count, and
+# net and os/user are the same with and without cgo. A -tags of a command replaces this one.
+tags := netgo,osusergo
+export GOFLAGS := $(strip $(GOFLAGS) -trimpath -tags=$(tags))
+
 # libbpf, libelf and zlib are linked statically: the binary needs glibc and nothing else.
 export CGO_CFLAGS := -I$(LIBBPF)/usr/include
 # The linker flags name a directory that is there only after the set-up, so they are found late.
@@ -52,7 +57,7 @@ obs := github.com/oom-tracer/oom-tracer/go/internal/obs
 go_tool = $(GO) tool -modfile=tools/go.mod
 # The headers of Linux 7 have members of the kind that -fms-extensions is for.
 clang_bpf = $(CLANG) -g -O2 -Wall -Werror -target bpf -mcpu=v2 -fms-extensions -Wno-microsoft-anon-tag -D__TARGET_ARCH_$(TARGET_$(ARCH)) -Ivmlinux/$(ARCH) -isystem $(LIBBPF)/usr/include
-go_build = CGO_LDFLAGS='$(link_flags)' $(GO) build -trimpath -ldflags '-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION)'
+go_build = CGO_LDFLAGS='$(link_flags)' $(GO) build -ldflags '-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION)'
 
 GO_FILES := $(wildcard go/internal/*/*.html) $(shell find go -name '*.go' -not -name '*_test.go' -not -path 'go/descheduler/*') go.mod go.sum
 # A module of its own; see its go.mod.
@@ -74,7 +79,7 @@ demo: build ## cause one contained OOM kill and see it come back out of NATS (ne
 
 .PHONY: demo-cluster
 demo-cluster: build build/hog build/kube build/oom-descheduler ## one contained OOM kill on a cluster of its own, from the kernel to the eviction, with times (needs root)
-	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(GO) test -tags demo -count=1 -timeout 5m -run '^TestDemoCluster$$' -v ./go/cmd/oom-annotator
+	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(GO) test -tags demo,$(tags) -count=1 -timeout 5m -run '^TestDemoCluster$$' -v ./go/cmd/oom-annotator
 
 .PHONY: doctor
 doctor: build ## what this kernel and this user can do
@@ -129,7 +134,7 @@ build/oom-descheduler: $(GO_FILES) $(DESCHEDULER_FILES)
 	@mkdir -p build
 	$(say) GO $@
 	$(Q)cd go/descheduler && upstream=$$($(GO) list -m -f '{{.Version}}' sigs.k8s.io/descheduler) && \
-		CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION) \
+		CGO_ENABLED=0 $(GO) build -ldflags "-s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISION) \
 		-X sigs.k8s.io/descheduler/pkg/version.version=v$(DATE)-$$upstream" -o $(CURDIR)/$@ ./cmd/oom-descheduler
 
 build/hog: tools/hog.c build/.deps
@@ -219,7 +224,7 @@ $(before): build/.deps
 .PHONY: test-upgrade
 test-upgrade: build build/hog build/nats-server $(before) ## a tracer takes over from one of before, and that one from it (needs root and the history of git)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_BEFORE=$(before) \
-		$(GO) test -tags upgrade -count=1 -timeout 5m -run '^TestUpgrade$$' -v ./go/internal/agent
+		$(GO) test -tags upgrade,$(tags) -count=1 -timeout 5m -run '^TestUpgrade$$' -v ./go/internal/agent
 
 # A build for the tests: the program with the faults of src/faults.bpf.h in it, in the place of the real
 # one.
@@ -232,7 +237,7 @@ build/faults/oom.bpf.o: $(BPF_FILES) build/.deps
 
 build/faults/oom-tracer: $(GO_FILES) $(OBJECT) build/faults/oom.bpf.o
 	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) build -tags faults -overlay build/faults/overlay.json -o $@ ./go/cmd/oom-tracer
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) build -tags faults,$(tags) -overlay build/faults/overlay.json -o $@ ./go/cmd/oom-tracer
 
 # Static builds run in a machine that has nothing else. The tests of the tag vm are for such machines only.
 static_flags = -L$(shell echo $(LIBBPF)/usr/lib/*-linux-gnu) -lbpf -lelf -lz
@@ -240,18 +245,18 @@ static_ldflags = -s -w -X $(obs).version=$(VERSION) -X $(obs).revision=$(REVISIO
 
 build/static/oom-tracer: $(GO_FILES) $(OBJECT)
 	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) build -trimpath -tags 'netgo osusergo' -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) build -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
 
 build/static/vm.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT)
 	@mkdir -p $(@D)
 	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -trimpath -tags 'vm netgo osusergo' -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -tags vm,$(tags) -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
 
 # The tests that put faults into the program have a build with that program.
 build/static/vm-faults.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT) build/faults/oom.bpf.o
 	@mkdir -p $(@D)
 	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -trimpath -tags 'vm faults netgo osusergo' -overlay build/faults/overlay.json -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -tags vm,faults,$(tags) -overlay build/faults/overlay.json -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
 
 # oom-tap and hog are static as they are.
 VM_TEST_BINARY ?= build/static/vm.test
@@ -288,7 +293,7 @@ test-vm-ci: vm-parts ## a part of it: 5.10 and the newest only, without test-vm-
 test-vm-annotate: build build/static/oom-tracer build/hog build/nats-server build/kube ## a part of test-vm: kills in QEMU, global ones too, mark the pods of a real API server
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 	$(Q)kernels=$$(CACHE=$(CACHE) tools/vm/kernels.sh) && OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_KERNELS="$$kernels" \
-		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm -count=1 -timeout 20m -run '^TestVM' ./go/cmd/oom-annotator
+		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm,$(tags) -count=1 -timeout 20m -run '^TestVM' ./go/cmd/oom-annotator
 	$(Q)tools/no-skips.sh build/test-vm-annotate.json
 
 node_deps = debootstrap /usr/share/containers/seccomp.json=golang-github-containers-common ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
@@ -307,21 +312,21 @@ node-images: $(node_parts) base-image image
 
 .PHONY: test-node
 test-node: node-images ## a cluster of one real node (QEMU, containerd, kubelet) with the chart: from real kills to the pods that replace their victims (needs root)
-	$(Q)$(node_env) $(go_tool) gotestsum --format standard-verbose --jsonfile build/test-node.json -- -tags node $(node_flags) -timeout 40m ./go/internal/nodetest
+	$(Q)$(node_env) $(go_tool) gotestsum --format standard-verbose --jsonfile build/test-node.json -- -tags node,$(tags) $(node_flags) -timeout 40m ./go/internal/nodetest
 	$(Q)tools/no-skips.sh build/test-node.json
 
 .PHONY: bench-node
 bench-node: node-images ## the same cluster: 20 kills of each kind, from the kernel to the replacement, as a table (needs root)
-	$(Q)$(node_env) $(GO) test -tags 'node bench' $(node_flags) -timeout 3h -run '^TestBench$$' -v ./go/internal/nodetest
+	$(Q)$(node_env) $(GO) test -tags node,bench,$(tags) $(node_flags) -timeout 3h -run '^TestBench$$' -v ./go/internal/nodetest
 
 .PHONY: demo-node
 demo-node: node-images ## the same cluster for people: one kill as it happens, then a look around until Ctrl-C (needs root)
-	$(Q)$(node_env) $(GO) test -tags 'node demo' $(node_flags) -timeout 12h -run '^TestDemo$$' -v ./go/internal/nodetest
+	$(Q)$(node_env) $(GO) test -tags node,demo,$(tags) $(node_flags) -timeout 12h -run '^TestDemo$$' -v ./go/internal/nodetest
 
 .PHONY: bench
 bench: build build/hog ## latency, loss and cost over at least 1,000 real kills (needs root)
 	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build \
-		$(GO) test -tags bench -count=1 -p 1 -timeout 20m -run TestBench -v ./go/internal/loader ./go/internal/agent
+		$(GO) test -tags bench,$(tags) -count=1 -p 1 -timeout 20m -run TestBench -v ./go/internal/loader ./go/internal/agent
 
 .PHONY: chaos
 chaos: build build/hog build/nats-server build/kube ## real kills while all parts fail at random: SEEDS=10 times KILLS=10000 (SEED=first, FAULTS=a,b; needs root)
@@ -332,16 +337,16 @@ chaos: build build/hog build/nats-server build/kube ## real kills while all part
 .PHONY: bench-annotate
 bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, CPU time of a kill and of an idle minute, decisions a second, memory at 150,000 pods and at 10,000 real ones (needs root)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
-		$(GO) test -tags bench -count=1 -timeout 20m -run 'TestBench(Memory|Latency|CPU|Idle|RealPods)' -v ./go/cmd/oom-annotator
+		$(GO) test -tags bench,$(tags) -count=1 -timeout 20m -run 'TestBench(Memory|Latency|CPU|Idle|RealPods)' -v ./go/cmd/oom-annotator
 
 .PHONY: bench-top
 bench-top: ## oom-tap top and report over 1,000,000 stored messages: time, CPU, memory (takes 2 GiB of disk)
-	$(Q)$(GO) test -tags bench -count=1 -timeout 30m -run TestTopMillion -v ./go/internal/tap
+	$(Q)$(GO) test -tags bench,$(tags) -count=1 -timeout 30m -run TestTopMillion -v ./go/internal/tap
 
 .PHONY: bench-loop
 bench-loop: build build/hog build/kube build/oom-descheduler ## from real kills to the eviction, with the descheduler's interval out and in (needs root)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
-		$(GO) test -tags bench -count=1 -timeout 20m -run TestBenchLoop -v ./go/cmd/oom-annotator
+		$(GO) test -tags bench,$(tags) -count=1 -timeout 20m -run TestBenchLoop -v ./go/cmd/oom-annotator
 
 build/nats-server: go.mod tools/build-module.sh
 	@mkdir -p build
@@ -367,7 +372,7 @@ build/consumers: $(wildcard deploy/examples/consumers/*) tools/consumers.sh $(GO
 	@tools/install-deps.sh $(LIBBPF) node=nodejs npm python3=python3
 	@mkdir -p build/consumers
 	$(Q)packages=$$(tools/consumers.sh) && ln -sfn "$$packages/node_modules" $@/node_modules
-	$(Q)CGO_ENABLED=0 $(GO) build -trimpath -o $@/consumer ./deploy/examples/consumers
+	$(Q)CGO_ENABLED=0 $(GO) build -o $@/consumer ./deploy/examples/consumers
 	@touch $@
 
 # The unmodified one, for the tests.
@@ -408,22 +413,20 @@ test-deploy: build build/hog build/nats-server build/nats build/krew build/kube 
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname --jsonfile build/test-deploy.json -- -race -count=1 ./go/internal/deploy
 	$(Q)tools/no-skips.sh build/test-deploy.json
 
+# Those of tests that a machine or a cluster is made for.
+all_tags := bench,demo,node,upgrade,vm,$(tags)
 .PHONY: lint
 lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	@tools/install-deps.sh $(LIBBPF) clang-format shellcheck
 	$(say) LINT gofmt
 	$(Q)unformatted=$$($(shell $(GO) env GOROOT)/bin/gofmt -l go tools); test -z "$$unformatted" || { echo "$$unformatted" >&2; exit 1; }
 	$(say) LINT 'go vet'
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet ./...
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'bench demo upgrade' ./...
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags 'vm faults' ./...
-	$(Q)$(GO) vet -tags 'node demo bench' ./go/internal/nodetest
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags $(all_tags) ./...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(GO) vet -tags faults,$(tags) ./go/internal/loader
 	$(Q)cd go/descheduler && CGO_ENABLED=0 $(GO) vet ./...
 	$(say) LINT staticcheck
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck ./...
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags 'bench demo upgrade' ./...
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags 'vm faults' ./...
-	$(Q)$(go_tool) staticcheck -tags 'node demo bench' ./go/internal/nodetest
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags $(all_tags) ./...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(go_tool) staticcheck -tags faults,$(tags) ./go/internal/loader
 	$(Q)cd go/descheduler && CGO_ENABLED=0 $(GO) tool -modfile=$(CURDIR)/tools/go.mod staticcheck ./...
 	$(say) LINT 'go generate'
 	$(Q)cd go/descheduler/removeannotated && $(GO) tool deepcopy-gen --output-file ../../../build/_deepcopy.go . && \
@@ -443,10 +446,8 @@ build/golangci-lint: tools/golangci/go.mod tools/build-module.sh
 golangci = $(CURDIR)/build/golangci-lint run --config $(CURDIR)/.golangci.yml
 .PHONY: golangci
 golangci: $(OBJECT) build/golangci-lint ## golangci-lint with the linters of .golangci.yml (some minutes to build, once)
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) ./go/...
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) --build-tags 'bench demo upgrade' ./go/...
-	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) --build-tags 'vm faults' ./go/...
-	$(Q)$(golangci) --build-tags 'node demo bench' ./go/internal/nodetest
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) --build-tags $(all_tags) ./go/...
+	$(Q)CGO_LDFLAGS='$(link_flags)' $(golangci) --build-tags faults,$(tags) ./go/internal/loader
 	$(Q)cd go/descheduler && CGO_ENABLED=0 $(golangci) ./...
 
 .PHONY: strings

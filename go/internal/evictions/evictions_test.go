@@ -118,7 +118,7 @@ func TestRetry(t *testing.T) {
 func TestBounds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &stream{stored: map[string]bool{}}
-		got, _ := run(t, s, time.Minute, func(p *Publisher) {
+		got, _ := run(t, s, time.Minute-interval/2, func(p *Publisher) { // not at the end of an interval
 			for i := range maxWaiting + 5 {
 				p.Add(evicted(fmt.Sprint(i), "node-1", 0))
 			}
