@@ -47,7 +47,7 @@ CONFIG ?= config.yaml
 # All programs and tools are compiled in one way, so that Go's build cache has each package once: paths do not count, and
 # net and os/user are the same with and without cgo. A -tags of a command replaces this one.
 tags := netgo,osusergo
-export GOFLAGS := $(strip $(GOFLAGS) -trimpath -tags=$(tags))
+export GOFLAGS := $(filter-out -trimpath -tags=%,$(shell $(GO) env GOFLAGS)) -trimpath -tags=$(tags)
 
 # libbpf, libelf and zlib are linked statically: the binary needs glibc and nothing else.
 export CGO_CFLAGS := -I$(LIBBPF)/usr/include
