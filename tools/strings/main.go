@@ -35,7 +35,7 @@ var calls = map[string]struct {
 }{
 	"Debug": {"log", 0}, "Info": {"log", 0}, "Warn": {"log", 0}, "Error": {"log", 0}, "Log": {"log", 2}, "once": {"log", 2},
 	"New": {"error", 0}, "Errorf": {"error", 0}, "Usagef": {"error", 0}, "bad": {"error", 1}, "clash": {"error", 2},
-	"NewDesc": {"metric", 1}, "desc": {"metric", 1}, "counter": {"metric", 1},
+	"NewDesc": {"metric", 1}, "desc": {"metric", 1}, "counter": {"metric", 1}, "gauge": {"metric", 1},
 	"StringVar": {"flag", 3}, "BoolVar": {"flag", 3}, "IntVar": {"flag", 3}, "DurationVar": {"flag", 3}, "Var": {"flag", 2},
 	"StringVarP": {"flag", 4}, "BoolVarP": {"flag", 4}, "IntVarP": {"flag", 4}, "DurationVarP": {"flag", 4}, "VarP": {"flag", 3},
 }

@@ -63,15 +63,14 @@ type ackTag struct {
 func Run(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) error {
 	cli.Protect(log)
 	t, err := start(ctx, cfg, node, stdout, log)
-	if err != nil && ctx.Err() != nil {
-		// Told to end while it waited for something: that is no failure.
+	switch {
+	case err == nil:
+		return t.run(ctx)
+	case ctx.Err() != nil: // a stop while it waited for something is no failure
 		log.Info("stopped before it had begun", "while", err)
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	return t.run(ctx)
+	return err
 }
 
 // start brings everything up. Recording begins first: whatever the rest waits for, the journal keeps the kills
@@ -81,17 +80,9 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	if err != nil {
 		return nil, err
 	}
-	t := &tracer{
-		cfg: cfg,
-		log: log,
-		converter: wire.Converter{
-			Node:       self,
-			CgroupRoot: cfg.Node.CgroupRoot,
-			PageSize:   uint64(os.Getpagesize()),
-			GFPFlags:   loader.GFPFlags(),
-			Now:        now,
-		},
-	}
+	t := &tracer{cfg: cfg, log: log, converter: wire.Converter{
+		Node: self, CgroupRoot: cfg.Node.CgroupRoot, PageSize: uint64(os.Getpagesize()), GFPFlags: loader.GFPFlags(), Now: now,
+	}}
 	defer func() {
 		if err != nil {
 			t.close(time.Now().Add(stopTime))
@@ -151,10 +142,7 @@ func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer
 	registry.MustRegister(t.metrics, obs.NewOOMKillCollector("/proc"))
 	t.http, err = obs.Listen(cfg.Metrics.Listen, registry, obs.Checks{
 		Health: map[string]obs.Check{"reader": t.loader.Alive, "jetstream": t.natsHealthy},
-		Ready: map[string]obs.Check{
-			"reader": t.loader.Alive,
-			"nats":   t.natsReady,
-		},
+		Ready:  map[string]obs.Check{"reader": t.loader.Alive, "nats": t.natsReady},
 	}, log)
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
@@ -206,20 +194,15 @@ func (t *tracer) run(ctx context.Context) error {
 	downstream, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	var last, first sync.WaitGroup // to end
-	last.Go(func() {
-		if err := t.publisher.Run(downstream); err != nil {
-			cancel(err)
-		}
-	})
-	last.Go(func() {
-		if err := t.http.Serve(downstream); err != nil {
-			cancel(err)
-		}
-	})
-	if t.server != nil {
-		first.Go(func() {
-			t.server.Supervise(ctx, t.storeStarted, t.publisher.Failing)
+	for _, run := range []func(context.Context) error{t.publisher.Run, t.http.Serve} {
+		last.Go(func() {
+			if err := run(downstream); err != nil {
+				cancel(err)
+			}
 		})
+	}
+	if t.server != nil {
+		first.Go(func() { t.server.Supervise(ctx, t.storeStarted, t.publisher.Failing) })
 	}
 	first.Go(func() { t.neighbours.run(ctx, t.publishNeighbours) })
 	first.Go(func() { t.keepState(ctx) })
@@ -255,9 +238,8 @@ func (t *tracer) run(ctx context.Context) error {
 	t.save(bounded, true)
 	stop()
 	wait(bounded, last.Wait)
-	pinned := t.loader.Pinned()
 	err = errors.Join(err, t.close(deadline))
-	if pinned {
+	if t.loader.Pinned() {
 		t.log.Info("stopped; the kernel keeps recording for the next start (to end it: oom-tracer unload)")
 	} else {
 		t.log.Info("stopped")
@@ -280,7 +262,6 @@ func wait(ctx context.Context, something func()) {
 
 // close releases what start took, in the order of the flow. It may find a half-started tracer.
 func (t *tracer) close(deadline time.Time) error {
-	var err error
 	if t.loader != nil {
 		t.loader.Close()
 	}
@@ -292,12 +273,10 @@ func (t *tracer) close(deadline time.Time) error {
 	if t.conn != nil {
 		wait(ctx, t.conn.Close) // which may wait for a server that does not answer
 	}
-	if t.server != nil {
-		if stopErr := t.server.Shutdown(ctx); stopErr != nil {
-			err = fmt.Errorf("stop the embedded nats: %w", stopErr)
-		}
+	if t.server == nil {
+		return nil
 	}
-	return err
+	return t.server.Shutdown(ctx)
 }
 
 // record takes one record the whole way to the publisher. It returns false when as many are on their way to NATS as may

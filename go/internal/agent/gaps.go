@@ -37,9 +37,8 @@ func (t *tracer) stable() (counts loader.Counts, kernel uint64, err error) {
 // begin reports what happened while nobody recorded, and writes the state file for the first time.
 func (t *tracer) begin() error {
 	counts, kernel, err := t.stable()
-	known := err == nil
 	now, boottime := now()
-	booted := now.Add(-time.Duration(boottime)).UTC()
+	known, booted := err == nil, now.Add(-time.Duration(boottime)).UTC()
 	before, lost := t.state.previous, t.state.lost
 	sameBoot := before != nil && before.BootID == t.converter.Node.BootID
 
@@ -145,13 +144,11 @@ func seqGap(cause event.GapCause, seq, count uint64) event.Gap {
 // gap fills in, publishes, counts and logs one gap. It returns false when the publisher has no room.
 func (t *tracer) gap(g event.Gap) bool {
 	tag := t.complete(&g)
-	if err := t.publish(g, tag); errors.Is(err, bus.ErrFull) {
+	err := t.publish(g, tag)
+	if errors.Is(err, bus.ErrFull) {
 		return false
-	} else if err != nil {
-		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
-		t.ack(tag)
 	}
-	t.reportGap(&g)
+	t.reportGap(&g, tag, err)
 	return true
 }
 
@@ -183,17 +180,19 @@ func (t *tracer) dropped(tag ackTag) *bus.Msg {
 	g := seqGap(event.GapDropped, tag.first, 1)
 	tag = t.complete(&g)
 	m, err := message(g.ID, &g, tag)
+	t.reportGap(&g, tag, err)
 	if err != nil {
-		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
-		t.ack(tag)
 		return nil
 	}
-	t.reportGap(&g)
 	return &m
 }
 
-// reportGap counts and logs a gap, unless nothing is missing.
-func (t *tracer) reportGap(g *event.Gap) {
+// reportGap counts and logs a gap, unless nothing is missing. One that cannot be published is in the log alone.
+func (t *tracer) reportGap(g *event.Gap, tag ackTag, err error) {
+	if err != nil {
+		t.log.Error("cannot publish a gap", "id", g.ID, "error", err)
+		t.ack(tag)
+	}
 	if !g.Missing() {
 		return
 	}
@@ -263,8 +262,8 @@ func (t *tracer) unseen(ctx context.Context) {
 	t.reconciled.advance(counts, kernel, atLeast)
 }
 
-// checkStore compares what the embedded NATS holds with what it held at the last reading, which may be that of an earlier tracer. What
-// it has lost is a gap.
+// checkStore compares what the embedded NATS holds with what it held at the last reading, which may be that of an earlier
+// tracer. What it has lost is a gap. The caller holds stateFile.writing.
 func (t *tracer) checkStore(ctx context.Context) {
 	if t.server == nil || t.server.Ready() != nil {
 		return // once it works, the file is written
@@ -273,18 +272,13 @@ func (t *tracer) checkStore(ctx context.Context) {
 	if err != nil {
 		return
 	}
-	t.state.mu.Lock()
-	before := t.state.held
-	t.state.mu.Unlock()
-	if before != nil {
-		if lost := before.Lost(held, t.cfg.NATS.Stream, time.Now()); lost > 0 &&
-			!t.gap(event.Gap{Cause: event.GapStoreLost, Since: &before.FirstTime, Until: &before.LastTime, CountMax: &lost}) {
+	if before := t.state.held; before != nil {
+		lost := before.Lost(held, t.cfg.NATS.Stream, time.Now())
+		if lost > 0 && !t.gap(event.Gap{Cause: event.GapStoreLost, Since: &before.FirstTime, Until: &before.LastTime, CountMax: &lost}) {
 			return
 		}
 	}
-	t.state.mu.Lock()
 	t.state.held = &held
-	t.state.mu.Unlock()
 }
 
 // reconciled holds the program's counts against the kernel's. What is uncertain (Counts.Unseen) since the last

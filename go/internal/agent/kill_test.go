@@ -445,12 +445,13 @@ func TestNested(t *testing.T) {
 	if e.Container == nil || *e.Container != want {
 		t.Errorf("container %+v, want %+v", e.Container, want)
 	}
-	printed, err := console.Read(func(k []kmsg.Kill) bool { return lastOf(k, killed[0]) != nil }, 5*time.Second)
-	k := lastOf(printed, killed[0])
-	if err != nil || k == nil {
+	isKilled := func(k kmsg.Kill) bool { return k.PID == killed[0] }
+	printed, err := console.Read(func(k []kmsg.Kill) bool { return slices.ContainsFunc(k, isKilled) }, 5*time.Second)
+	i := slices.IndexFunc(printed, isKilled)
+	if err != nil || i < 0 {
 		t.Fatalf("the console says %v, %v", printed, err)
 	}
-	compareWithConsole(t, &e, k)
+	compareWithConsole(t, &e, &printed[i])
 }
 
 // TestDeepPath: a path that does not fit is cut where it says so, and names no pod.

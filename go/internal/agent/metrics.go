@@ -39,22 +39,6 @@ type kernelSide interface {
 	Counts() loader.Counts
 }
 
-var (
-	tierDesc      = desc("tier_info", "Tier, notification and prototype of mark_victim in use; always 1.", "tier", "notify", "prototype")
-	recordsDesc   = desc("records_total", "Number of records that the kernel program has written since it was loaded.")
-	notifiedDesc  = desc("notifications_total", "Number of notifications that the kernel program has tried to send since it was loaded, by result.", "result")
-	receivedDesc  = desc("notifications_received_total", "Number of notifications that the tracer has read.")
-	unnotedDesc   = desc("unnotified_records_total", "Number of records that the tracer has read without a notification.")
-	seqDesc       = desc("seq", "Sequence number of the last record in the journal.")
-	journalDesc   = desc("journal_records", "Number of records in the journal that JetStream has not acknowledged.")
-	lostDesc      = desc("lost_records_total", "Number of records that were overwritten in the journal before they were read.")
-	unseenMinDesc = desc("unseen_kills_min", "Minimum number of OOM kills that the kernel counted and the tracer did not see.")
-	unseenMaxDesc = desc("unseen_kills_max", "Maximum number of OOM kills that the kernel counted and the tracer did not see.")
-	connectedDesc = desc("nats_connected", "Whether the tracer is connected to NATS.")
-	pendingDesc   = desc("publish_pending", "Number of events that wait for an acknowledgement by JetStream.")
-	ackedDesc     = desc("publish_acked_total", "Number of events that JetStream has acknowledged.")
-)
-
 func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc(prometheus.BuildFQName("", subsystem, name), help, labels, nil)
 }
@@ -109,19 +93,16 @@ const unknownLevel = "unknown"
 
 // levels lists the levels of the limits that kills of a scope can hit.
 func levels(scope event.Scope) []string {
-	switch scope {
-	case event.ScopeGlobal:
+	if scope == event.ScopeGlobal {
 		return []string{string(event.LevelNode)}
-	case event.ScopeCgroup:
-		all := []string{unknownLevel}
-		for _, level := range event.LimitLevels() {
-			if level != event.LevelNode {
-				all = append(all, string(level))
-			}
-		}
-		return all
 	}
-	return []string{unknownLevel}
+	all := []string{unknownLevel}
+	for _, level := range event.LimitLevels() {
+		if scope == event.ScopeCgroup && level != event.LevelNode {
+			all = append(all, string(level))
+		}
+	}
+	return all
 }
 
 func (m *metrics) observe(e *event.Event) {
@@ -133,14 +114,13 @@ func (m *metrics) observe(e *event.Event) {
 		}
 		m.kills.WithLabelValues(string(e.Scope), level).Inc()
 	}
-	switch {
-	case e.Container == nil:
-		m.events.WithLabelValues("identified", "host").Inc()
-	case e.Container.PodUID == "":
-		m.events.WithLabelValues("identified", "container").Inc()
-	default:
-		m.events.WithLabelValues("identified", "pod").Inc()
+	identified := "pod"
+	if e.Container == nil {
+		identified = "host"
+	} else if e.Container.PodUID == "" {
+		identified = "container"
 	}
+	m.events.WithLabelValues("identified", identified).Inc()
 }
 
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
@@ -151,34 +131,38 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published, m.stateErrors} {
 		c.Collect(ch)
 	}
-	ch <- prometheus.MustNewConstMetric(tierDesc, prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Notify()), string(m.kernel.Prototype()))
+	ch <- prometheus.MustNewConstMetric(
+		desc("tier_info", "Tier, notification and prototype of mark_victim in use; always 1.", "tier", "notify", "prototype"),
+		prometheus.GaugeValue, 1, string(m.kernel.Tier()), string(m.kernel.Notify()), string(m.kernel.Prototype()))
+	gauge := func(name, help string, value uint64) {
+		ch <- prometheus.MustNewConstMetric(desc(name, help), prometheus.GaugeValue, float64(value))
+	}
+	counter := func(name, help string, value uint64) {
+		ch <- prometheus.MustNewConstMetric(desc(name, help), prometheus.CounterValue, float64(value))
+	}
 	// Received before sent: a notification that arrives between the two reads must not look like one too many.
-	received := m.kernel.Received()
-	stats, err := m.kernel.Stats()
-	if err != nil {
-		ch <- prometheus.NewInvalidMetric(recordsDesc, err)
+	counter("notifications_received_total", "Number of notifications that the tracer has read.", m.kernel.Received())
+	tried := desc("notifications_total", "Number of notifications that the kernel program has tried to send since it was loaded, by result.", "result")
+	if stats, err := m.kernel.Stats(); err != nil {
+		ch <- prometheus.NewInvalidMetric(tried, err)
 	} else {
-		ch <- prometheus.MustNewConstMetric(recordsDesc, prometheus.CounterValue, float64(stats.Seen))
-		ch <- prometheus.MustNewConstMetric(notifiedDesc, prometheus.CounterValue, float64(stats.Sent), "sent")
-		ch <- prometheus.MustNewConstMetric(notifiedDesc, prometheus.CounterValue, float64(stats.Refused), "refused")
+		counter("records_total", "Number of records that the kernel program has written since it was loaded.", stats.Seen)
+		ch <- prometheus.MustNewConstMetric(tried, prometheus.CounterValue, float64(stats.Sent), "sent")
+		ch <- prometheus.MustNewConstMetric(tried, prometheus.CounterValue, float64(stats.Refused), "refused")
 	}
-	ch <- prometheus.MustNewConstMetric(receivedDesc, prometheus.CounterValue, float64(received))
-	ch <- prometheus.MustNewConstMetric(unnotedDesc, prometheus.CounterValue, float64(m.kernel.CaughtUp()))
+	counter("unnotified_records_total", "Number of records that the tracer has read without a notification.", m.kernel.CaughtUp())
 	counts := m.kernel.Counts()
-	ch <- prometheus.MustNewConstMetric(seqDesc, prometheus.GaugeValue, float64(counts.Head))
-	ch <- prometheus.MustNewConstMetric(journalDesc, prometheus.GaugeValue, float64(counts.Head-min(counts.Head, counts.Acked)))
-	ch <- prometheus.MustNewConstMetric(lostDesc, prometheus.CounterValue, float64(counts.Lost))
+	gauge("seq", "Sequence number of the last record in the journal.", counts.Head)
+	gauge("journal_records", "Number of records in the journal that JetStream has not acknowledged.", counts.Head-min(counts.Head, counts.Acked))
+	counter("lost_records_total", "Number of records that were overwritten in the journal before they were read.", counts.Lost)
+	unseenMin := desc("unseen_kills_min", "Minimum number of OOM kills that the kernel counted and the tracer did not see.")
 	if atLeast, atMost, err := m.unseen(); err != nil {
-		ch <- prometheus.NewInvalidMetric(unseenMinDesc, err)
+		ch <- prometheus.NewInvalidMetric(unseenMin, err)
 	} else {
-		ch <- prometheus.MustNewConstMetric(unseenMinDesc, prometheus.GaugeValue, float64(atLeast))
-		ch <- prometheus.MustNewConstMetric(unseenMaxDesc, prometheus.GaugeValue, float64(atMost))
+		ch <- prometheus.MustNewConstMetric(unseenMin, prometheus.GaugeValue, float64(atLeast))
+		gauge("unseen_kills_max", "Maximum number of OOM kills that the kernel counted and the tracer did not see.", atMost)
 	}
-	connected := 0.0
-	if m.conn.Connected() {
-		connected = 1
-	}
-	ch <- prometheus.MustNewConstMetric(connectedDesc, prometheus.GaugeValue, connected)
-	ch <- prometheus.MustNewConstMetric(pendingDesc, prometheus.GaugeValue, float64(m.publisher.Pending()))
-	ch <- prometheus.MustNewConstMetric(ackedDesc, prometheus.CounterValue, float64(m.publisher.Acked()))
+	gauge("nats_connected", "Whether the tracer is connected to NATS.", map[bool]uint64{true: 1}[m.conn.Connected()])
+	gauge("publish_pending", "Number of events that wait for an acknowledgement by JetStream.", uint64(m.publisher.Pending()))
+	counter("publish_acked_total", "Number of events that JetStream has acknowledged.", m.publisher.Acked())
 }

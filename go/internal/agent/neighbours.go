@@ -2,9 +2,7 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -13,7 +11,6 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
-	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/usage"
@@ -59,31 +56,34 @@ type reading struct {
 	pods      bool        // read the pods
 
 	mu      sync.Mutex
-	victims map[string]struct{} // UIDs of the pods in which a process was killed
-	killed  map[uint32]struct{} // PIDs
+	victims map[string]bool // UIDs of the pods in which a process was killed
+	killed  map[uint32]bool // PIDs
+
+	// Only run uses these.
+	message *event.Neighbours
+	failed  error // why some of it could not be read
 }
 
 func (r *reading) add(e *event.Event) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.killed[e.Victim.PID] = struct{}{}
+	r.killed[e.Victim.PID] = true
 	if e.Container != nil && e.Container.PodUID != "" {
-		r.victims[e.Container.PodUID] = struct{}{}
+		r.victims[e.Container.PodUID] = true
 	}
 }
 
-// mark marks those of the pods and processes that are victims.
-func (r *reading) mark(n *event.Neighbours) {
+// mark marks those of the pods and processes in the message that are victims.
+func (r *reading) mark() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for i := range n.Pods {
-		_, n.Pods[i].Victim = r.victims[n.Pods[i].PodUID]
+	for i, pod := range r.message.Pods {
+		r.message.Pods[i].Victim = r.victims[pod.PodUID]
 	}
-	if n.Breakdown == nil {
-		return
-	}
-	for i := range n.Breakdown.Processes {
-		_, n.Breakdown.Processes[i].Victim = r.killed[n.Breakdown.Processes[i].PID]
+	if b := r.message.Breakdown; b != nil {
+		for i, process := range b.Processes {
+			b.Processes[i].Victim = r.killed[process.PID]
+		}
 	}
 }
 
@@ -107,7 +107,7 @@ func (l *neighbourReader) observe(e *event.Event) {
 		l.latest.add(e)
 		return
 	}
-	r := &reading{kill: *e, victims: map[string]struct{}{}, killed: map[uint32]struct{}{}}
+	r := &reading{kill: *e, victims: map[string]bool{}, killed: map[uint32]bool{}}
 	r.add(e)
 	l.latest = r
 	now := time.Now()
@@ -149,43 +149,38 @@ func (l *neighbourReader) due(e *event.Event, now time.Time) bool {
 // run reads until ctx ends, and hands on what it has read. What is read of the pods comes later than the rest.
 func (l *neighbourReader) run(ctx context.Context, publish func(*event.Neighbours) error) {
 	var late *reading // its pods are to be read
-	var message *event.Neighbours
-	var failed error
-	end := func(err error) {
-		if late != nil {
-			l.end(late, message, errors.Join(failed, err), publish)
+	end := func(r *reading, err error) {
+		if r != nil {
+			l.end(r, errors.Join(r.failed, err), publish)
 		}
-		late = nil
 	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
 		select {
 		case r := <-l.wanted:
-			n, err := l.begin(ctx, r)
+			r.failed = l.begin(ctx, r)
 			if !r.pods {
-				l.end(r, n, err, publish)
+				end(r, nil)
 				continue
 			}
-			end(errLate)
-			late, message, failed = r, n, err
+			end(late, errors.New("the pods were not read in time")) // before the next incident
+			late = r
 			timer.Reset(time.Until(r.kill.Time.Add(readDelay)))
 		case <-timer.C:
 			if late != nil {
-				end(l.readPods(ctx, message))
+				end(late, l.readPods(ctx, late.message))
 			}
+			late = nil
 		case <-ctx.Done():
-			end(context.Cause(ctx))
+			end(late, context.Cause(ctx))
 			return
 		}
 	}
 }
 
-// errLate means that the node was too slow to read the pods before the next incident.
-var errLate = errors.New("the pods were not read in time")
-
 // begin reads what the memory is used for.
-func (l *neighbourReader) begin(ctx context.Context, r *reading) (*event.Neighbours, error) {
+func (l *neighbourReader) begin(ctx context.Context, r *reading) error {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	e := &r.kill
@@ -194,15 +189,16 @@ func (l *neighbourReader) begin(ctx context.Context, r *reading) (*event.Neighbo
 		Schema: event.Schema, ID: event.NeighboursID(e.Incident.ID), Incident: e.Incident.ID, Kill: e.ID,
 		Time: began.UTC(), Node: e.Node, Scope: e.Scope,
 	}
+	r.message = n
 	if e.Limit != nil {
 		n.Level = e.Limit.Level
 	}
 	if !r.breakdown {
-		return n, nil
+		return nil
 	}
 	tree, err := l.tree()
 	if err != nil {
-		return n, err
+		return err
 	}
 	var limit *event.Limit
 	if e.Scope == event.ScopeCgroup {
@@ -210,14 +206,14 @@ func (l *neighbourReader) begin(ctx context.Context, r *reading) (*event.Neighbo
 	}
 	b, errs, err := tree.Breakdown(ctx, "/proc", limit)
 	if err != nil {
-		return n, err
+		return err
 	}
 	for _, err := range errs {
 		l.log.Warn("cannot read a part of what the memory is used for", "kill", e.ID, "error", err)
 	}
 	b.AfterNS = boottime - min(e.BoottimeNS, boottime)
 	n.Breakdown, n.ReadNS = b, uint64(time.Since(began))
-	return n, nil
+	return nil
 }
 
 // readPods reads the largest pods.
@@ -250,10 +246,10 @@ func (l *neighbourReader) tree() (*usage.Tree, error) {
 }
 
 // end publishes what was read, and counts. failed is why some of it could not be read.
-func (l *neighbourReader) end(r *reading, n *event.Neighbours, failed error, publish func(*event.Neighbours) error) {
-	if n.Breakdown != nil || n.Pods != nil {
-		r.mark(n)
-		failed = errors.Join(failed, publish(n))
+func (l *neighbourReader) end(r *reading, failed error, publish func(*event.Neighbours) error) {
+	if r.message.Breakdown != nil || r.message.Pods != nil {
+		r.mark()
+		failed = errors.Join(failed, publish(r.message))
 	}
 	if failed != nil {
 		l.count.WithLabelValues("failed").Inc()
@@ -265,14 +261,10 @@ func (l *neighbourReader) end(r *reading, n *event.Neighbours, failed error, pub
 
 // publishNeighbours publishes what was read.
 func (t *tracer) publishNeighbours(n *event.Neighbours) error {
-	subject, err := n.Subject()
+	m, err := message(n.ID, n, ackTag{})
 	if err != nil {
 		return err
 	}
-	data, err := json.Marshal(n)
-	if err != nil {
-		return fmt.Errorf("write %s as json: %w", n.ID, err)
-	}
-	// A stream of another version may not take it: it must not be in the way of kills for ever.
-	return t.publisher.Enqueue(bus.Msg{ID: n.ID, Subject: subject, Data: data, Tag: ackTag{}, Expires: time.Now().Add(readExpires)})
+	m.Expires = time.Now().Add(readExpires) // a stream of another version may not take it: it must not be in the way of kills for ever
+	return t.publisher.Enqueue(m)
 }

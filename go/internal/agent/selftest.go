@@ -187,7 +187,11 @@ func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err e
 		return nil, fmt.Errorf("start the victim: it said %q: %w", line+complaints.String(), err)
 	}
 	pid := victim.Process.Pid
-	stat, err := processStat(pid)
+	process, err := procfs.NewProc(pid)
+	if err != nil {
+		return nil, err
+	}
+	stat, err := process.Stat()
 	if err != nil {
 		return nil, err
 	}
@@ -211,31 +215,18 @@ func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err e
 	} else if n != 1 {
 		return nil, fmt.Errorf("the scratch cgroup counts %d kills, not 1", n)
 	}
-	if consoleErr == nil {
-		kills, err := console.Read(func(kills []kmsg.Kill) bool { return lastOf(kills, pid) != nil }, 2*time.Second)
-		if err != nil {
-			return nil, err
+	if consoleErr != nil {
+		return want, nil
+	}
+	_, err = console.Read(func(kills []kmsg.Kill) bool {
+		for _, kill := range kills {
+			if kill.PID == pid {
+				want.console = &kill
+			}
 		}
-		want.console = lastOf(kills, pid)
-	}
-	return want, nil
-}
-
-func lastOf(kills []kmsg.Kill, pid int) *kmsg.Kill {
-	for i := len(kills) - 1; i >= 0; i-- {
-		if kills[i].PID == pid {
-			return &kills[i]
-		}
-	}
-	return nil
-}
-
-func processStat(pid int) (procfs.ProcStat, error) {
-	p, err := procfs.NewProc(pid)
-	if err != nil {
-		return procfs.ProcStat{}, err
-	}
-	return p.Stat()
+		return want.console != nil
+	}, 2*time.Second)
+	return want, err
 }
 
 // awaitEvent waits for the victim's event on the stream.
@@ -247,31 +238,24 @@ func awaitEvent(ctx context.Context, conn *bus.Conn, want *expectation) (event.E
 	if err != nil {
 		return event.Event{}, err
 	}
-	subjects := make([]string, 2)
-	for i, kind := range []event.Kind{event.KindKill, event.KindExiting} {
-		if subjects[i], err = event.Filter(kind, "", ""); err != nil {
-			return event.Event{}, err
-		}
-	}
-	var found *event.Event
+	var e event.Event
 	errFound := errors.New("found")
 	err = bus.Tail(ctx, conn, bus.TailOptions{
-		Subjects: subjects, Since: time.Now().Add(-time.Minute), Follow: true,
-	}, func(m bus.Stored) error {
-		e, err := event.Parse(m.Data)
-		if err != nil || e.Node.BootID != self.BootID {
+		Subjects: []string{"oom.v1." + string(event.KindKill) + ".>", "oom.v1." + string(event.KindExiting) + ".>"},
+		Since:    time.Now().Add(-time.Minute), Follow: true,
+	}, func(m bus.Stored) (err error) {
+		if e, err = event.Parse(m.Data); err != nil || e.Node.BootID != self.BootID {
 			return nil // somebody else's message
 		}
 		// By the cgroup as well, so that an event with a wrong victim is compared and not waited for.
 		if int(e.Victim.PID) == want.pid || e.Victim.Cgroup != nil && e.Victim.Cgroup.ID == want.id {
-			found = &e
 			return errFound
 		}
 		return nil
 	})
 	switch {
-	case found != nil:
-		return *found, nil
+	case errors.Is(err, errFound):
+		return e, nil
 	case err != nil && !errors.Is(err, context.DeadlineExceeded):
 		return event.Event{}, fmt.Errorf("wait for the event: %w", err)
 	default:
@@ -298,8 +282,12 @@ func (want *expectation) compare(e *event.Event) []string {
 			wrong = append(wrong, fmt.Sprintf("%s: %d, want %d give or take %d", field, got, want, slack))
 		}
 	}
-	check("outcome", e.Outcome, map[bool]event.KillOutcome{true: event.OutcomeUnknown, false: event.OutcomeKilled}[e.Node.Tier == "none"])
-	check("scope", e.Scope, map[bool]event.Scope{true: event.ScopeUnknown, false: event.ScopeCgroup}[e.Node.Tier == "none"])
+	outcome, scope := event.OutcomeKilled, event.ScopeCgroup
+	if e.Node.Tier == "none" {
+		outcome, scope = event.OutcomeUnknown, event.ScopeUnknown
+	}
+	check("outcome", e.Outcome, outcome)
+	check("scope", e.Scope, scope)
 	check("victim.pid", int(e.Victim.PID), want.pid)
 	check("victim.tid", int(e.Victim.TID), want.pid)
 	check("victim.comm", e.Victim.Comm, want.comm)
@@ -362,20 +350,18 @@ func Victim(size string) error {
 		return fmt.Errorf("%s: %q is not 1..1024 MiB", VictimCommand, size)
 	}
 	debug.SetGCPercent(-1)
-	// With selftest gone nobody would clean up.
-	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
-		return fmt.Errorf("%s: %w", VictimCommand, err)
-	}
-	// Should anything else run out of memory now, this process goes first.
-	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0); err != nil {
-		return fmt.Errorf("%s: %w", VictimCommand, err)
-	}
-	if err := os.WriteFile("/proc/self/comm", []byte(victimComm), 0); err != nil {
+	if err := errors.Join(
+		// With selftest gone nobody would clean up.
+		unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0),
+		// Should anything else run out of memory now, this process goes first.
+		os.WriteFile("/proc/self/oom_score_adj", []byte("1000"), 0),
+		os.WriteFile("/proc/self/comm", []byte(victimComm), 0),
+	); err != nil {
 		return fmt.Errorf("%s: %w", VictimCommand, err)
 	}
 	fmt.Println("ready")
 	if n, _ := os.Stdin.Read(make([]byte, 1)); n != 1 {
-		return errors.New(strings.TrimSpace(VictimCommand + ": no word to start"))
+		return errors.New(VictimCommand + ": no word to start")
 	}
 	bytes := mib << 20
 	memory, err := unix.Mmap(-1, 0, bytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_NORESERVE)

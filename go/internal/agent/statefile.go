@@ -46,12 +46,12 @@ type stateFile struct {
 
 	writing sync.Mutex // what is newer is written later; guards what follows
 	retries int        // failed writes in a row
+	held    *bus.Held  // of the last reading, at the start of the one in the file
 
 	mu          sync.Mutex // guards what follows
 	last        loader.Counts
 	unpublished []event.Gap
-	held        *bus.Held // of the last reading, at the start of the one in the file
-	stale       bool      // the file has to be written, whatever the counts are
+	stale       bool // the file has to be written, whatever the counts are
 }
 
 // maxState bounds what is read. Each gap takes less than 1 KiB.
@@ -77,9 +77,7 @@ func openStateFile(path string, log *slog.Logger) *stateFile {
 	s.lost = true
 	keptAs := ""
 	if dir != nil {
-		if bad, asideErr := dir.SetAside(filepath.Base(path)); asideErr == nil {
-			keptAs = bad
-		}
+		keptAs, _ = dir.SetAside(filepath.Base(path))
 	}
 	log.Error("cannot use the state file: kills that an earlier tracer did not publish are not known", "error", err, "kept_as", keptAs)
 	return s
@@ -207,11 +205,8 @@ func (t *tracer) save(ctx context.Context, clean bool) bool {
 	s.writing.Lock()
 	defer s.writing.Unlock()
 	t.checkStore(ctx)
-	err := s.write(t.savedState(clean))
-	if err != nil {
-		s.mu.Lock()
-		s.stale = true
-		s.mu.Unlock()
+	if err := s.write(t.savedState(clean)); err != nil {
+		s.expire()
 		t.metrics.stateErrors.Inc()
 		if s.retries == 0 {
 			t.log.Warn("cannot write state file, will retry: a restart or a reboot now may leave kills unreported", "error", err)
@@ -232,18 +227,16 @@ func (t *tracer) keepState(ctx context.Context) {
 	if t.state.path == "" {
 		return
 	}
-	for {
+	for ctx.Err() == nil {
 		select {
 		case <-t.state.changed:
 		case <-ctx.Done():
-			return
 		}
 		// A storm is written once a second.
-		for pause := saveTime; t.state.outdated(t.loader.Counts()); {
+		for pause := saveTime; ctx.Err() == nil && t.state.outdated(t.loader.Counts()); {
 			select {
 			case <-time.After(pause):
 			case <-ctx.Done():
-				return
 			}
 			if pause = min(2*pause, maxRetryTime); t.save(ctx, false) {
 				pause = saveTime

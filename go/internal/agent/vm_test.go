@@ -29,6 +29,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
@@ -415,7 +416,11 @@ func mixedHog(t *testing.T, group *cgroupfs.Cgroup, size int) *mixedVictim {
 	}
 	t.Cleanup(func() { os.Remove(file) })
 	hog, begin := waitingHog(t, oomtest.Program(t, "hog"), group, mixedAdj, "0", fmt.Sprint(size), "mixed", file)
-	stat, err := processStat(hog.Process.Pid)
+	process, err := procfs.NewProc(hog.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stat, err := process.Stat()
 	if err != nil {
 		t.Fatal(err)
 	}

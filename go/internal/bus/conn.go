@@ -8,8 +8,6 @@ import (
 	"log/slog"
 	"maps"
 	"net"
-	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -87,10 +85,10 @@ type Conn struct {
 	mu       sync.Mutex
 	link     context.Context // lives as long as the present connection; nil when there is none
 	cut      context.CancelCauseFunc
-	up       chan struct{}              // closed while there is a link
-	said     map[string]struct{}        // what was logged since the state last changed
-	noInbox  error                      // why replies cannot arrive on this link
-	watchers map[*func(denial)]struct{} // called for each permission violation
+	up       chan struct{}          // closed while there is a link
+	said     map[string]bool        // what was logged since the state last changed
+	noInbox  error                  // why replies cannot arrive on this link
+	watchers map[*func(denial)]bool // called for each permission violation
 }
 
 // denial is one refusal by the server, which comes without any tie to the call that caused it.
@@ -109,19 +107,14 @@ type denial struct {
 // must keep its public half.
 func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) (*Conn, error) {
 	c := &Conn{
-		log:      log,
-		inbox:    InboxPrefix(o.Name),
-		closed:   make(chan struct{}),
-		up:       make(chan struct{}),
-		said:     map[string]struct{}{},
-		watchers: map[*func(denial)]struct{}{},
+		log: log, inbox: InboxPrefix(o.Name), closed: make(chan struct{}), up: make(chan struct{}),
+		said: map[string]bool{}, watchers: map[*func(denial)]bool{},
 	}
-	servers, options, err := c.configure(cfg, o)
+	server, options, err := c.configure(cfg, o)
 	if err != nil {
 		return nil, fmt.Errorf("connect to nats: %w", err)
 	}
-	c.server = strings.Join(servers, ",")
-
+	c.server = server
 	// nats.Connect knows no context. A connection that comes too late is closed again.
 	tried := make(chan error, 1)
 	go func() {
@@ -189,8 +182,8 @@ const lateHint = " (the server did not decide on this login in time: is oom-auth
 
 func lateLogin(err error) bool { return strings.HasSuffix(err.Error(), "expected 'PONG', got 'PING'") }
 
-// configure turns the configuration into nats.go's.
-func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options []nats.Option, err error) {
+// configure turns the configuration into nats.go's: the servers' URLs, with commas between, and the options.
+func (c *Conn) configure(cfg config.NATS, o Options) (servers string, options []nats.Option, err error) {
 	// The retry loop may call back before nats.Connect has returned.
 	var early atomic.Pointer[nats.Conn]
 	options = []nats.Option{
@@ -231,61 +224,50 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 		}),
 	}
 
-	if cfg.URL == "" {
-		server := "nats://in-process"
-		if o.InProcess != nil {
-			options = append(options, nats.InProcessServer(o.InProcess))
-		} else {
-			addr, err := embeddedAddress(cfg.Embedded)
-			if err != nil {
-				return nil, nil, err
-			}
-			server = "nats://" + addr
-		}
-		password := func() (string, error) { return ReadEmbeddedPassword(cfg.Embedded.Dir) }
-		// With a server of its own there is one when that is up.
-		if _, err := password(); err != nil && o.InProcess == nil {
-			return nil, nil, fmt.Errorf("%w (is oom-tracer running on this node, with its embedded server?)", err)
-		}
-		login := nats.UserInfoHandler(func() (string, string) { return EmbeddedUser, c.secret(password) })
-		return []string{server}, append(options, login), nil
+	login := func(user string, password func() (string, error)) nats.Option {
+		return nats.UserInfoHandler(func() (string, string) { return user, c.secret(password) })
 	}
-
-	if servers, err = splitURLs(cfg.URL); err != nil {
-		return nil, nil, err
+	if cfg.URL == "" {
+		password := func() (string, error) { return ReadEmbeddedPassword(cfg.Embedded.Dir) }
+		options = append(options, login(EmbeddedUser, password))
+		if o.InProcess != nil { // the password is there when the server is up
+			return "nats://in-process", append(options, nats.InProcessServer(o.InProcess)), nil
+		}
+		addr, err := embeddedAddress(cfg.Embedded)
+		if err != nil {
+			return "", nil, err
+		}
+		if _, err := password(); err != nil {
+			return "", nil, fmt.Errorf("%w (is oom-tracer running on this node, with its embedded server?)", err)
+		}
+		return "nats://" + addr, options, nil
 	}
 	if o.Dial != nil {
-		options = append(options, nats.SetCustomDialer(dialer(o.Dial)), nats.UserInfoHandler(func() (string, string) { return cfg.User, c.secret(o.Password) }))
+		options = append(options, nats.SetCustomDialer(dialer(o.Dial)), login(cfg.User, o.Password))
 		if o.RootCAs != nil {
 			options = append(options, nats.ClientTLSConfig(nil, o.RootCAs))
 		}
-		return servers, options, nil
+		return cfg.URL, options, nil
 	}
+	// A file that cannot be read fails here: nats.go would only notice at the first login, and then for ever.
 	switch {
 	case cfg.CredsFile != "":
-		// nats.go would only notice at the first login, and then for ever.
-		if _, err := os.ReadFile(cfg.CredsFile); err != nil {
-			return nil, nil, fmt.Errorf("read nats.creds_file: %w", err)
-		}
+		_, err = readSecretFile("nats.creds_file", cfg.CredsFile)
 		options = append(options, nats.UserCredentials(cfg.CredsFile))
 	case cfg.NKeyFile != "":
-		nkey, err := nats.NkeyOptionFromSeed(cfg.NKeyFile)
-		if err != nil {
-			return nil, nil, fmt.Errorf("read nats.nkey_file: %w", err)
+		nkey, seedErr := nats.NkeyOptionFromSeed(cfg.NKeyFile)
+		if seedErr != nil {
+			err = fmt.Errorf("read nats.nkey_file: %w", seedErr)
 		}
 		options = append(options, nkey)
 	case cfg.TokenFile != "":
 		token := func() (string, error) { return readSecretFile("nats.token_file", cfg.TokenFile) }
-		if _, err := token(); err != nil {
-			return nil, nil, err
-		}
+		_, err = token()
 		options = append(options, nats.TokenHandler(func() string { return c.secret(token) }))
 	case cfg.User != "":
 		password := func() (string, error) { return readSecretFile("nats.password_file", cfg.PasswordFile) }
-		if _, err := password(); err != nil {
-			return nil, nil, err
-		}
-		options = append(options, nats.UserInfoHandler(func() (string, string) { return cfg.User, c.secret(password) }))
+		_, err = password()
+		options = append(options, login(cfg.User, password))
 	}
 	if cfg.TLS.CAFile != "" {
 		options = append(options, nats.RootCAs(cfg.TLS.CAFile))
@@ -293,7 +275,7 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers []string, options 
 	if cfg.TLS.CertFile != "" || cfg.TLS.KeyFile != "" {
 		options = append(options, nats.ClientCert(cfg.TLS.CertFile, cfg.TLS.KeyFile))
 	}
-	return servers, options, nil
+	return cfg.URL, options, err
 }
 
 // secret reads a password or a token for a login.
@@ -301,26 +283,6 @@ func (c *Conn) secret(read func() (string, error)) string {
 	secret, err := read()
 	c.attemptFailed(err)
 	return secret
-}
-
-// splitURLs takes nats.url apart. Its errors do not repeat it, because of what people put into URLs.
-func splitURLs(list string) ([]string, error) {
-	var servers []string
-	for i, s := range strings.Split(list, ",") {
-		s = strings.TrimSpace(s)
-		u, err := url.Parse(s)
-		if err != nil || u.Host == "" || (u.Scheme != "nats" && u.Scheme != "tls") {
-			return nil, fmt.Errorf("nats.url: server %d is not nats://host:port or tls://host:port", i+1)
-		}
-		if u.User != nil {
-			return nil, fmt.Errorf("nats.url: server %d contains a user or password: use nats.user and nats.password_file", i+1)
-		}
-		if u.Port() == "" {
-			s = u.Scheme + "://" + net.JoinHostPort(u.Hostname(), "4222")
-		}
-		servers = append(servers, s)
-	}
-	return servers, nil
 }
 
 func (c *Conn) linkUp(nc *nats.Conn) {
@@ -383,10 +345,9 @@ func (c *Conn) attemptFailed(err error) {
 // carry port numbers.
 func (c *Conn) once(level slog.Level, key, msg string, args ...any) {
 	c.mu.Lock()
-	_, again := c.said[key]
-	again = again || len(c.said) >= 32
+	again := c.said[key] || len(c.said) >= 32
 	if !again {
-		c.said[key] = struct{}{}
+		c.said[key] = true
 	}
 	c.mu.Unlock()
 	if !again {
@@ -417,11 +378,10 @@ func (c *Conn) asyncError(sub *nats.Subscription, err error) {
 		c.attemptFailed(err)
 		return
 	}
-	subject := ""
-	if sub != nil {
-		subject = sub.Subject
+	if sub == nil {
+		sub = &nats.Subscription{}
 	}
-	c.once(slog.LevelWarn, subject+err.Error(), "nats reports an error", "server", c.server, "subject", subject, "error", err)
+	c.once(slog.LevelWarn, sub.Subject+err.Error(), "nats reports an error", "server", c.server, "subject", sub.Subject, "error", err)
 }
 
 // parseDenial reads the server's text: Permissions Violation for Publish to "subject" (server/client.go,
@@ -443,7 +403,7 @@ func (c *Conn) isInbox(d denial) bool {
 func (c *Conn) watch(tell func(denial)) (stop func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.watchers[&tell] = struct{}{}
+	c.watchers[&tell] = true
 	return func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -519,7 +479,7 @@ func (c *Conn) call(ctx context.Context, subject string, request func(context.Co
 	defer cancel()
 	err = c.guarded(bounded, link, subject, request)
 	if denied := c.inboxDenied(); err != nil && denied != nil && ctx.Err() == nil {
-		return denied // which the server told whoever was first to ask
+		return denied // the server reported it to whoever asked first
 	}
 	return plain(err)
 }
@@ -542,16 +502,14 @@ func (c *Conn) guarded(ctx, link context.Context, subject string, do func(contex
 	return err
 }
 
-// plain has the several errors with which nats.go says that it is not connected wrap ErrDisconnected. With
-// its buffer switched off it speaks of the buffer.
+// disconnected are the errors with which nats.go says that it is not connected. With its buffer switched off it speaks of the buffer.
+var disconnected = []error{nats.ErrReconnectBufExceeded, nats.ErrDisconnected, nats.ErrConnectionReconnecting, nats.ErrConnectionClosed}
+
+// plain has those errors wrap ErrDisconnected.
 func plain(err error) error {
-	if errors.Is(err, ErrDisconnected) {
+	is := func(e error) bool { return errors.Is(err, e) }
+	if is(ErrDisconnected) || !slices.ContainsFunc(disconnected, is) {
 		return err
 	}
-	for _, e := range []error{nats.ErrReconnectBufExceeded, nats.ErrDisconnected, nats.ErrConnectionReconnecting, nats.ErrConnectionClosed} {
-		if errors.Is(err, e) {
-			return fmt.Errorf("%w: %w", ErrDisconnected, err)
-		}
-	}
-	return err
+	return fmt.Errorf("%w: %w", ErrDisconnected, err)
 }

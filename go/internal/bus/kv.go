@@ -166,17 +166,14 @@ func ensureBucket(ctx context.Context, c *Conn, cfg config.Stream) error {
 			_, err := c.js.CreateKeyValue(ctx, jetstream.KeyValueConfig{
 				Bucket: BucketName, Description: "OOM Tracer: budgets and pause of the annotators", History: kvHistory, Storage: jetstream.FileStorage, Replicas: cfg.Replicas,
 			})
-			if errors.Is(err, jetstream.ErrBucketExists) {
-				return nil // by somebody else
-			}
 			return err
 		})
-		if err == nil {
+		if err == nil || errors.Is(err, jetstream.ErrBucketExists) { // made by somebody else
 			s, err = c.stream(ctx, name)
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("ensure bucket %s: %w", BucketName, err)
+		return err
 	}
 	want, changed := s.CachedInfo().Config, false
 	set(&want.Replicas, cfg.Replicas, &changed)
@@ -187,16 +184,13 @@ func ensureBucket(ctx context.Context, c *Conn, cfg config.Stream) error {
 			return err
 		})
 	}
-	if err == nil && s.CachedInfo().State.LastSeq == 0 {
-		err = c.KVEntry(budget.Key).Update(ctx, func(data []byte) ([]byte, error) {
-			if data != nil {
-				return nil, nil // by somebody else
-			}
-			return budget.Initial(), nil
-		})
+	if err != nil || s.CachedInfo().State.LastSeq > 0 {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("ensure bucket %s: %w", BucketName, err)
-	}
-	return nil
+	return c.KVEntry(budget.Key).Update(ctx, func(data []byte) ([]byte, error) {
+		if data != nil {
+			return nil, nil // by somebody else
+		}
+		return budget.Initial(), nil
+	})
 }

@@ -136,7 +136,7 @@ func TestBucketReplicas(t *testing.T) {
 	keepAccount(ctx, t, c)
 	three := streamConfig
 	three.Replicas = 3
-	wantError(t, bus.EnsureBucket(ctx, c, three), "ensure bucket OOM_ANNOTATOR", "replicas")
+	wantError(t, bus.EnsureBucket(ctx, c, three), "replicas")
 	check(t, bus.EnsureBucket(ctx, c, streamConfig))
 	if data, err := c.KVEntry("k").Load(ctx); err != nil || string(data) != "v" {
 		t.Errorf("afterwards: %q, %v", data, err)

@@ -51,20 +51,18 @@ func ReadEmbeddedPassword(dir string) (string, error) {
 
 // ReadPassword is ReadEmbeddedPassword for a directory that is open.
 func ReadPassword(d *statedir.Dir) (string, error) {
-	const again = "restart oom-tracer to generate a new one"
 	data, err := d.ReadSecret(PasswordName, maxSecret)
-	if errors.Is(err, fs.ErrNotExist) {
+	password := string(bytes.TrimSuffix(data, []byte("\n")))
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // whoever asks knows why
 		return "", fmt.Errorf("read password of the embedded nats-server: %w", err)
+	case err == nil && password == "":
+		err = fmt.Errorf("%s is empty", d.Path(PasswordName))
+	case err == nil && !generatedPassword.MatchString(password):
+		err = fmt.Errorf("%s does not hold a generated password", d.Path(PasswordName))
 	}
 	if err != nil {
-		return "", fmt.Errorf("read password of the embedded nats-server: %w (%s)", err, again)
-	}
-	password := string(bytes.TrimSuffix(data, []byte("\n")))
-	if password == "" {
-		return "", fmt.Errorf("read password of the embedded nats-server: %s is empty: %s", d.Path(PasswordName), again)
-	}
-	if !generatedPassword.MatchString(password) {
-		return "", fmt.Errorf("read password of the embedded nats-server: %s does not hold a generated password: %s", d.Path(PasswordName), again)
+		return "", fmt.Errorf("read password of the embedded nats-server: %w (restart oom-tracer to generate a new one)", err)
 	}
 	return password, nil
 }
@@ -101,11 +99,11 @@ func embeddedAddress(cfg config.Embedded) (string, error) {
 		defer dir.Close()
 		data, err = dir.ReadFile(AddressName, maxSecret)
 	}
-	if errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case err == nil:
+		return string(bytes.TrimSpace(data)), nil
+	case errors.Is(err, fs.ErrNotExist):
 		return "", fmt.Errorf("nats.embedded.listen is %s, and %s, where a running oom-tracer writes its port, does not exist: %w", cfg.Listen, AddressFile(cfg.Dir), err)
 	}
-	if err != nil {
-		return "", fmt.Errorf("find the port of the embedded nats-server: %w", err)
-	}
-	return string(bytes.TrimSpace(data)), nil
+	return "", fmt.Errorf("find the port of the embedded nats-server: %w", err)
 }

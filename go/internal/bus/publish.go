@@ -79,7 +79,7 @@ type Publisher struct {
 	hooks    Hooks
 	log      *slog.Logger
 
-	running chan struct{} // holds a token while nobody runs the loop
+	running chan struct{} // holds a token while somebody runs the loop
 	wake    chan struct{} // holds a token when there is something new to see
 
 	mu         sync.Mutex
@@ -109,19 +109,11 @@ func NewPublisher(c *Conn, capacity int, hooks Hooks, log *slog.Logger) (*Publis
 	if err != nil {
 		return nil, fmt.Errorf("make publisher: %w", err)
 	}
-	p := &Publisher{
-		conn:     c,
-		js:       js,
-		capacity: capacity,
-		hooks:    hooks,
-		log:      log,
-		running:  make(chan struct{}, 1),
-		wake:     make(chan struct{}, 1),
-		window:   Window,
-		patience: refusedTime,
-	}
-	p.running <- struct{}{}
-	return p, nil
+	return &Publisher{
+		conn: c, js: js, capacity: capacity, hooks: hooks, log: log,
+		running: make(chan struct{}, 1), wake: make(chan struct{}, 1),
+		window: Window, patience: refusedTime,
+	}, nil
 }
 
 // Enqueue takes a message over. It never blocks. It fails with ErrFull when the buffer is full; with ErrClosed after
@@ -171,12 +163,6 @@ func (p *Publisher) Failing() error {
 // Run publishes until ctx ends or Drain is called, and then returns nil. It fails only when the
 // connection is closed for good. What was not acknowledged then stays for Drain, or for another Run.
 func (p *Publisher) Run(ctx context.Context) error {
-	select {
-	case <-p.running:
-	case <-ctx.Done():
-		return nil
-	}
-	defer func() { p.running <- struct{}{} }()
 	if err := p.loop(ctx); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("publish: %w", err)
 	}
@@ -191,25 +177,21 @@ func (p *Publisher) Drain(ctx context.Context) (left int, err error) {
 	p.closing = true
 	p.mu.Unlock()
 	p.signal()
-	select {
-	case <-p.running:
-	case <-ctx.Done():
-		return p.left(context.Cause(ctx))
-	}
-	defer func() { p.running <- struct{}{} }()
-	return p.left(p.loop(ctx))
-}
-
-func (p *Publisher) left(err error) (int, error) {
-	n := p.Pending()
-	if n == 0 {
+	err = p.loop(ctx)
+	if left = p.Pending(); left == 0 {
 		return 0, nil
 	}
-	return n, fmt.Errorf("drain publisher: %d messages left: %w", n, err)
+	return left, fmt.Errorf("drain publisher: %d messages left: %w", left, err)
 }
 
-// loop publishes until there is nothing left to come, ctx ends or the connection is closed.
+// loop publishes, once no other does, until there is nothing left to come, ctx ends or the connection is closed.
 func (p *Publisher) loop(ctx context.Context) error {
+	select {
+	case p.running <- struct{}{}:
+		defer func() { <-p.running }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	failures := 0
 	for {
 		batch, finished := p.batch()
@@ -234,7 +216,7 @@ func (p *Publisher) loop(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		p.note(err)
-		if err == nil || progress {
+		if progress {
 			failures = 0
 		}
 		if err == nil {
@@ -293,10 +275,10 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 
 	// settle makes room at once: a slow one in the same round must not cost others their place.
 	settle := func(m *Msg) {
-		m.settled, progress = true, true
 		p.mu.Lock()
+		defer p.mu.Unlock()
+		m.settled, progress = true, true
 		p.pending--
-		p.mu.Unlock()
 	}
 	ack := func(m *Msg, duplicate bool) {
 		settle(m)
@@ -308,20 +290,22 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 	}
 	drop := func(m *Msg, err error) {
 		p.log.Error("message dropped: nats can never store it", "id", m.ID, "subject", m.Subject, "bytes", len(m.Data), "error", err)
+		var instead *Msg
 		if p.hooks.OnDrop != nil {
-			if instead := p.hooks.OnDrop(*m, err); instead != nil {
-				*m, progress = *instead, true
-				return
-			}
+			instead = p.hooks.OnDrop(*m, err)
 		}
-		settle(m)
-	}
-	retry := func(m *Msg, err error) {
-		if !m.Expires.IsZero() && time.Now().After(m.Expires) && !errors.Is(err, ErrDisconnected) {
-			drop(m, fmt.Errorf("expired: %w", err))
+		if instead == nil {
+			settle(m)
 			return
 		}
-		if p.hopeless(m, err) {
+		*m, progress = *instead, true
+	}
+	retry := func(m *Msg, err error) {
+		switch {
+		case !m.Expires.IsZero() && time.Now().After(m.Expires) && !errors.Is(err, ErrDisconnected):
+			drop(m, fmt.Errorf("expired: %w", err))
+			return
+		case p.hopeless(m, err):
 			drop(m, fmt.Errorf("refused for %s: %w", p.patience, err))
 			return
 		}
@@ -340,16 +324,14 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 			options = append(options, jetstream.WithExpectLastSequencePerSubject(0))
 		}
 		future, err := p.js.PublishMsgAsync(m.NATS(), options...)
-		if err != nil && permanent(err) {
+		if err == nil {
+			futures[i] = future
+		} else if permanent(err) {
 			drop(m, err)
-			continue
-		}
-		if err != nil {
-			// The rest would fail alike, or, worse, overtake this one.
+		} else {
 			retry(m, plain(err))
-			break
+			break // the rest would fail alike, or, worse, overtake this one
 		}
-		futures[i] = future
 	}
 	// await returns what the stream says of a message, or why it says nothing.
 	await := func(m *Msg, future jetstream.PubAckFuture) (*jetstream.PubAck, error) {

@@ -38,7 +38,10 @@ func EnsureStreams(ctx context.Context, c *Conn, cfg config.Stream) error {
 			return fmt.Errorf("ensure stream %s: %w", s.name, err)
 		}
 	}
-	return ensureBucket(ctx, c, cfg)
+	if err := ensureBucket(ctx, c, cfg); err != nil {
+		return fmt.Errorf("ensure bucket %s: %w", BucketName, err)
+	}
+	return nil
 }
 
 // streamWanted is how a stream ought to be.
@@ -216,25 +219,22 @@ func (c *Conn) get(ctx context.Context, query map[string]any) (Stored, error) {
 // checkStream refuses what an update cannot mend.
 func checkStream(have jetstream.StreamConfig) error {
 	var wrong []string
-	if have.Storage != jetstream.FileStorage {
-		wrong = append(wrong, fmt.Sprintf("its storage is %s, not file", have.Storage))
+	refuse := func(is bool, format string, args ...any) {
+		if is {
+			wrong = append(wrong, fmt.Sprintf(format, args...))
+		}
 	}
-	if have.Retention != jetstream.LimitsPolicy {
-		wrong = append(wrong, fmt.Sprintf("its retention is %s, not limits", have.Retention))
-	}
+	refuse(have.Storage != jetstream.FileStorage, "its storage is %s, not file", have.Storage)
+	refuse(have.Retention != jetstream.LimitsPolicy, "its retention is %s, not limits", have.Retention)
 	if have.Mirror != nil {
-		wrong = append(wrong, "it is a mirror of "+have.Mirror.Name)
+		refuse(true, "it is a mirror of %s", have.Mirror.Name)
 	}
-	if have.Sealed {
-		wrong = append(wrong, "it is sealed")
+	refuse(have.Sealed, "it is sealed")
+	refuse(have.NoAck, "its no_ack is true")
+	if wrong == nil {
+		return nil
 	}
-	if have.NoAck {
-		wrong = append(wrong, "its no_ack is true")
-	}
-	if wrong != nil {
-		return fmt.Errorf("the existing stream cannot be used, back it up and delete it: %s", strings.Join(wrong, ", "))
-	}
-	return nil
+	return fmt.Errorf("the existing stream cannot be used, back it up and delete it: %s", strings.Join(wrong, ", "))
 }
 
 // configure writes what is wanted over have and tells whether anything changed.

@@ -69,10 +69,8 @@ type opening struct {
 	generation uint64    // of this load
 
 	symbols     []symbol
-	stackErr    error
-	fentryErr   error
 	kprobeMulti bool
-	kprobeErr   error
+	refused     map[Tier]error // why a tier is not available, as far as that is known
 }
 
 // Open loads and attaches the program, with the best tier that works here unless opts names one. From
@@ -90,7 +88,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the kernel's BTF: %w", err)
 	}
-	o := &opening{opts: opts, generation: 1}
+	o := &opening{opts: opts, generation: 1, refused: map[Tier]error{}}
 	if o.prototype, err = MarkVictimPrototype(kernel); err != nil {
 		return nil, err
 	}
@@ -117,11 +115,11 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 		}
 		opts.Log.Log(ctx, level, "perf buffer not available for notifications, using another way", "notify", string(o.notifier.way), "reason", why)
 	}
-	o.symbols, o.stackErr = findStackSymbols("/proc")
+	o.symbols, o.refused[TierStack] = findStackSymbols("/proc")
 	if opts.Tier == TierAuto || opts.Tier == TierFentry {
-		o.fentryErr = checkFentry(kernel)
+		o.refused[TierFentry] = checkFentry(kernel)
 	}
-	o.kprobeMulti, o.kprobeErr = kprobeWay("/sys", kernel, perfErr)
+	o.kprobeMulti, o.refused[TierKprobe] = kprobeWay("/sys", kernel, perfErr)
 	for i, t := range tiers {
 		if opts.Tier != TierAuto && opts.Tier != t.tier {
 			continue
@@ -129,7 +127,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 		l, err := o.tier(i)
 		if err == nil {
 			if opts.Tier == TierAuto && t.tier == TierNone {
-				opts.Log.Warn("no context for kills: scope, outcome and limit will be unknown", "reason", o.stackErr)
+				opts.Log.Warn("no context for kills: scope, outcome and limit will be unknown", "reason", o.refused[TierStack])
 			}
 			if err := l.takeOver(o.other); err != nil {
 				l.Close()
@@ -173,14 +171,8 @@ func (o *opening) findPinned(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	m, ours, err := o.pins.openState()
-	if err != nil {
+	if o.state, o.other, err = o.pins.openState(); err != nil {
 		return err
-	}
-	if ours {
-		o.state = m
-	} else {
-		o.other = m
 	}
 	generations, err := o.pins.generations()
 	if err != nil {
@@ -215,27 +207,21 @@ func (o *opening) findPinned(ctx context.Context) (err error) {
 
 // tier opens one of tiers, with as many hooks as it can.
 func (o *opening) tier(i int) (*Loader, error) {
-	switch t := tiers[i]; {
-	case t.tier == TierStack && o.stackErr != nil:
-		return nil, o.stackErr
-	case t.tier == TierFentry && o.fentryErr != nil:
-		return nil, o.fentryErr
-	case t.tier == TierKprobe && o.kprobeErr != nil:
-		return nil, o.kprobeErr
-	case t.hooks == "":
-		return o.load(i, nil)
+	t := tiers[i]
+	if err := o.refused[t.tier]; err != nil {
+		return nil, err
 	}
 	l, err := o.load(i, hookFunctions)
 	// Fewer hooks help where a function is missing, and not where hooks are forbidden.
-	if err == nil || errors.Is(err, fs.ErrPermission) {
+	if err == nil || t.hooks == "" || errors.Is(err, fs.ErrPermission) {
 		return l, err
 	}
 	fewer, fewerErr := o.load(i, fallbackFunctions)
-	if fewerErr == nil {
-		o.opts.Log.Warn("not all hooks available: the outcome of kills comes from the stack", "tier", string(tiers[i].tier), "reason", err)
-		return fewer, nil
+	if fewerErr != nil {
+		return nil, err
 	}
-	return nil, err
+	o.opts.Log.Warn("not all hooks available: the outcome of kills comes from the stack", "tier", string(t.tier), "reason", err)
+	return fewer, nil
 }
 
 // load loads and attaches what one tier needs, and nothing else. The program is silent as yet.
@@ -243,17 +229,10 @@ func (o *opening) load(tier int, functions []string) (_ *Loader, err error) {
 	t, opts := tiers[tier], o.opts
 	bridgeLog(opts.Log, opts.Tier == TierAuto && t.tier != TierNone)
 	l := &Loader{
-		log:        opts.Log,
-		maps:       map[string]*libbpfgo.BPFMap{},
-		tier:       t.tier,
-		prototype:  o.prototype,
-		notifier:   o.notifier,
-		idleTime:   idleTime,
-		stuckTime:  stuckTime,
-		opened:     time.Now(),
-		pins:       o.pins,
-		fresh:      o.state == nil,
-		generation: o.generation,
+		log: opts.Log, maps: map[string]*libbpfgo.BPFMap{},
+		tier: t.tier, prototype: o.prototype, notifier: o.notifier,
+		idleTime: idleTime, stuckTime: stuckTime, opened: time.Now(),
+		pins: o.pins, fresh: o.state == nil, generation: o.generation,
 	}
 	// The limit is raised by libbpf where the kernel still accounts BPF memory to it (before v5.11).
 	l.module, err = libbpfgo.NewModuleFromBufferArgs(libbpfgo.NewModuleArgs{
@@ -456,18 +435,14 @@ func (l *Loader) takeOver(other *ebpf.Map) error {
 		return nil
 	}
 	generations, err := l.pins.generations()
-	if err != nil {
+	if err != nil || len(generations) == 1 {
 		return err
-	}
-	if len(generations) == 1 {
-		return nil
 	}
 	time.Sleep(takeOverTime)
 	if !strongOrder {
 		_ = barrier()
 	}
-	head := atomic.LoadUint64(&l.state.Head)
-	acked := atomic.LoadUint64(&l.state.Acked)
+	head, acked := atomic.LoadUint64(&l.state.Head), atomic.LoadUint64(&l.state.Acked)
 	ownInfo, err := libbpfgo.GetMapInfoByFD(l.maps[journalMap].FileDescriptor())
 	if err != nil {
 		return fmt.Errorf("inspect map %s: %w", journalMap, err)
@@ -541,8 +516,7 @@ func (l *Loader) keepOlder(generation uint64, own uint32, acked, head uint64) (k
 
 // chooseHooks switches off every program that the tier does not need, and returns the names of its
 // hooks. kprobeMulti says how its kprobes will be attached.
-func (l *Loader) chooseHooks(prefix string, functions []string, kprobeMulti bool) ([]string, error) {
-	var wanted []string
+func (l *Loader) chooseHooks(prefix string, functions []string, kprobeMulti bool) (wanted []string, err error) {
 	for _, kind := range []string{fentryPrefix, kprobePrefix} {
 		for _, function := range hookFunctions {
 			name := kind + function
@@ -552,10 +526,8 @@ func (l *Loader) chooseHooks(prefix string, functions []string, kprobeMulti bool
 				return nil, fmt.Errorf("hook %s: a fault of the tests", function)
 			}
 			program, err := l.module.GetProgram(name)
-			if err != nil {
-				return nil, fmt.Errorf("find program %s: %w", name, err)
-			}
 			switch {
+			case err != nil:
 			case !use:
 				err = program.SetAutoload(false)
 			case kind == kprobePrefix && kprobeMulti:

@@ -1,5 +1,6 @@
 package loader
 
+// #include <malloc.h>
 // #include <stdlib.h>
 // #include <bpf/bpf.h>
 // #include <bpf/btf.h>
@@ -12,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"unsafe"
@@ -39,36 +41,34 @@ func MarkVictimPrototype(kernel *btf.Spec) (Prototype, error) {
 	if err := kernel.TypeByName(name, &typedef); err != nil {
 		return "", fmt.Errorf("find %s in the kernel's BTF: %w", name, err)
 	}
-	ptr, ok := btf.As[*btf.Pointer](typedef)
-	if !ok {
-		return "", fmt.Errorf("%s is not a pointer but %v", name, typedef.Type)
+	var proto *btf.FuncProto
+	if ptr, ok := btf.As[*btf.Pointer](typedef); ok {
+		proto, _ = btf.As[*btf.FuncProto](ptr.Target)
 	}
-	proto, ok := btf.As[*btf.FuncProto](ptr.Target)
-	// The first parameter is the tracepoint's private data.
-	if !ok || len(proto.Params) < 2 {
-		return "", fmt.Errorf("%s has an unknown prototype %v", name, ptr.Target)
-	}
-	switch arg := btf.UnderlyingType(proto.Params[1].Type).(type) {
-	case *btf.Pointer:
-		if s, ok := btf.As[*btf.Struct](arg.Target); ok && s.Name == "task_struct" {
-			return PrototypeTask, nil
-		}
-	case *btf.Int:
-		if len(proto.Params) == 2 {
-			return PrototypePID, nil
+	if proto != nil && len(proto.Params) > 1 { // the first is the tracepoint's private data
+		switch arg := btf.UnderlyingType(proto.Params[1].Type).(type) {
+		case *btf.Pointer:
+			if s, ok := btf.As[*btf.Struct](arg.Target); ok && s.Name == "task_struct" {
+				return PrototypeTask, nil
+			}
+		case *btf.Int:
+			if len(proto.Params) == 2 {
+				return PrototypePID, nil
+			}
 		}
 	}
-	return "", fmt.Errorf("%s has an unknown prototype %v", name, proto)
+	return "", fmt.Errorf("%s has an unknown prototype %v", name, typedef.Type)
 }
 
 // checkFentry reports whether the kernel takes programs for fentry: nil, or why not. It loads one that does nothing. The
 // attempt with all hooks costs much more, for libbpf first reads all of the kernel's types.
 func checkFentry(kernel *btf.Spec) error {
 	var function *btf.Func
-	if err := kernel.TypeByName(hookFunctions[0], &function); err != nil {
-		return fmt.Errorf("find %s in the kernel's BTF: %w", hookFunctions[0], err)
+	err := kernel.TypeByName(hookFunctions[0], &function)
+	var id btf.TypeID
+	if err == nil {
+		id, err = kernel.TypeID(function)
 	}
-	id, err := kernel.TypeID(function)
 	if err != nil {
 		return fmt.Errorf("find %s in the kernel's BTF: %w", hookFunctions[0], err)
 	}
@@ -157,12 +157,11 @@ var stackFunctions = []stackFunction{
 }
 
 // choose returns the symbols of a function, none where kallsyms has none of its names.
-func (f *stackFunction) choose(found map[string][]symbol) (chosen []symbol) {
+func (f *stackFunction) choose(found map[string][]*symbol) (chosen []symbol) {
 	for _, row := range f.rows {
 		for _, name := range row.names {
 			for _, s := range found[name] {
-				s.Frame = row.frame
-				chosen = append(chosen, s)
+				chosen = append(chosen, symbol{Start: s.Start, End: s.End, Frame: row.frame})
 			}
 		}
 		if len(chosen) > 0 {
@@ -185,20 +184,15 @@ var (
 // The kernel's own symbols come first and in the order of their addresses (scripts/kallsyms.c), so a function ends
 // where the next one begins. There are some 200,000 lines.
 func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
-	type part struct {
-		name string
-		symbol
-	}
-	var parts []part
-	open := 0 // index in parts of the first one whose end is not known yet
-	names := map[string]bool{}
+	found := map[string][]*symbol{} // of each name that stackFunctions has
 	for _, f := range stackFunctions {
 		for _, row := range f.rows {
 			for _, name := range row.names {
-				names[name] = true
+				found[name] = nil
 			}
 		}
 	}
+	var open []*symbol // whose end is not known yet
 	scan := bufio.NewScanner(kallsyms)
 	for scan.Scan() {
 		// address type name, and behind a tab [module].
@@ -214,28 +208,26 @@ func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read kallsyms: %w", err)
 		}
-		for open < len(parts) && parts[open].Start < address {
-			parts[open].End = address
-			open++
+		for len(open) > 0 && open[0].Start < address {
+			open[0].End = address
+			open = open[1:]
 		}
 		name, _, _ = bytes.Cut(name, []byte("."))
-		if !names[string(name)] {
+		parts, ok := found[string(name)]
+		if !ok {
 			continue
 		}
 		if address == 0 {
 			return nil, ErrHidden
 		}
-		parts = append(parts, part{string(name), symbol{Start: address}})
+		s := &symbol{Start: address}
+		found[string(name)], open = append(parts, s), append(open, s)
 	}
 	if err := scan.Err(); err != nil {
 		return nil, fmt.Errorf("read kallsyms: %w", err)
 	}
-	if open < len(parts) {
-		return nil, fmt.Errorf("%w: no end of the function at %#x", ErrNoStack, parts[open].Start)
-	}
-	found := map[string][]symbol{}
-	for _, p := range parts {
-		found[p.name] = append(found[p.name], p.symbol)
+	if len(open) > 0 {
+		return nil, fmt.Errorf("%w: no end of the function at %#x", ErrNoStack, open[0].Start)
 	}
 	var symbols []symbol
 	var missing []string
@@ -308,4 +300,22 @@ func gfpFlags(file string) map[int]string {
 		return flags
 	}
 	return nil
+}
+
+// libbpf reads all of the kernel's types, 5 to 10 MB, and glibc keeps what libbpf has freed.
+
+// limitHeap lets glibc unmap big blocks when they are freed. Without it the first one that is freed raises the
+// threshold to its size (mallopt(3)).
+func limitHeap() {
+	C.mallopt(C.M_ARENA_MAX, 1)
+	C.mallopt(C.M_MMAP_THRESHOLD, 128<<10)
+}
+
+// trimHeap gives the kernel back what glibc keeps.
+func trimHeap() { C.malloc_trim(0) }
+
+// giveBack does the same, and with the garbage that the start has left in Go's heap.
+func giveBack() {
+	trimHeap()
+	debug.FreeOSMemory()
 }

@@ -85,8 +85,7 @@ func relocate(program asm.Instructions, kernel *btf.Spec, collection *ebpf.Colle
 	var at []int
 	for i := range program {
 		if r := btf.CORERelocationMetadata(&program[i]); r != nil {
-			relocations = append(relocations, r)
-			at = append(at, i)
+			relocations, at = append(relocations, r), append(at, i)
 		}
 	}
 	fixups, err := btf.CORERelocate(relocations, []*btf.Spec{kernel}, collection.ByteOrder, collection.Types.TypeID)
@@ -118,32 +117,25 @@ func relocated(r *btf.CORERelocation, local *btf.Spec) string {
 	if m == nil {
 		return said
 	}
-	id, err := strconv.ParseUint(m[4], 10, 32)
-	if err != nil {
-		return said
-	}
+	id, _ := strconv.ParseUint(m[4], 10, 32) // digits alone
 	typ, err := local.TypeByID(btf.TypeID(id))
 	if err != nil {
 		return said
 	}
-	var name strings.Builder
-	name.WriteString(strings.ToLower(m[1]) + " " + m[2])
+	name := strings.ToLower(m[1]) + " " + m[2]
 	for i, step := range strings.Split(m[3], ":") {
-		n, err := strconv.Atoi(step)
-		if err != nil {
-			return said
-		}
+		n, _ := strconv.Atoi(step)
 		var members []btf.Member
 		switch t := btf.UnderlyingType(typ).(type) {
 		case *btf.Enum:
 			if n < len(t.Values) {
-				name.WriteString("." + t.Values[n].Name)
+				name += "." + t.Values[n].Name
 			}
-			return name.String()
+			return name
 		case *btf.Array:
 			if i > 0 {
 				typ = t.Type
-				fmt.Fprintf(&name, "[%d]", n)
+				name += fmt.Sprintf("[%d]", n)
 			}
 			continue
 		case *btf.Struct:
@@ -158,9 +150,9 @@ func relocated(r *btf.CORERelocation, local *btf.Spec) string {
 			return said
 		}
 		if members[n].Name != "" {
-			name.WriteString("." + members[n].Name)
+			name += "." + members[n].Name
 		}
 		typ = members[n].Type
 	}
-	return name.String()
+	return name
 }

@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -175,33 +176,30 @@ func removePins(dir string, prefixes []string) error {
 	return nil
 }
 
-// openState opens the pinned state, if there is one, and tells whether it is of this version. It fails on what is no state.
-func (p *pins) openState() (_ *ebpf.Map, ours bool, err error) {
+// openState opens the pinned state, if there is one: of this version, or of another. It fails on what is no state.
+func (p *pins) openState() (ours, other *ebpf.Map, err error) {
 	path := p.path(statePin)
 	m, err := ebpf.LoadPinnedMap(path, nil)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, false, nil
+		return nil, nil, nil
 	}
 	if err != nil {
-		return nil, false, fmt.Errorf("open the pinned state %s: %w", path, err)
-	}
-	defer func() {
-		if err != nil {
-			m.Close()
-		}
-	}()
-	const remedy = "discard it with: oom-tracer unload --force"
-	if !mappable(m, statePrefix) || m.MaxEntries() != 1 {
-		return nil, false, fmt.Errorf("%s is not the state of an oom-tracer: it is %v; %s", path, m, remedy)
+		return nil, nil, fmt.Errorf("open the pinned state %s: %w", path, err)
 	}
 	value := make([]byte, m.ValueSize())
-	if err := m.Lookup(uint32(0), value); err != nil {
-		return nil, false, fmt.Errorf("read the pinned state: %w", err)
+	if !mappable(m, statePrefix) || m.MaxEntries() != 1 {
+		err = fmt.Errorf("it is %v", m)
+	} else if err = m.Lookup(uint32(0), value); err == nil && binary.NativeEndian.Uint32(value) != stateMagic {
+		err = fmt.Errorf("it begins with %#x", binary.NativeEndian.Uint32(value))
 	}
-	if magic := binary.NativeEndian.Uint32(value); magic != stateMagic {
-		return nil, false, fmt.Errorf("%s is not the state of an oom-tracer: it begins with %#x; %s", path, magic, remedy)
+	switch {
+	case err != nil:
+		m.Close()
+		return nil, nil, fmt.Errorf("%s is not the state of an oom-tracer: %w; discard it with: oom-tracer unload --force", path, err)
+	case binary.NativeEndian.Uint32(value[4:]) == stateVersion && uintptr(len(value)) == unsafe.Sizeof(state{}):
+		return m, nil, nil
 	}
-	return m, binary.NativeEndian.Uint32(value[4:]) == stateVersion && uintptr(len(value)) == unsafe.Sizeof(state{}), nil
+	return nil, m, nil
 }
 
 // mappable reports whether a map is an array that can be mapped into memory, of values with so many bytes or more.
@@ -216,23 +214,19 @@ func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err err
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, false, fmt.Errorf("read the pinned generation: %w", err)
 	}
-	for _, entry := range entries {
-		version, ok := strings.CutPrefix(entry.Name(), journalPin)
-		if !ok {
-			continue
-		}
-		path := filepath.Join(p.generation(generation), entry.Name())
-		m, err := ebpf.LoadPinnedMap(path, nil)
-		if err != nil {
-			return nil, false, fmt.Errorf("open the pinned journal %s: %w", path, err)
-		}
-		if n := m.MaxEntries(); !mappable(m, recordPrefix) || n&(n-1) != 0 {
-			m.Close()
-			return nil, false, fmt.Errorf("%s is not the journal of an oom-tracer: %v", path, m)
-		}
-		return m, version == journalVersion, nil
+	i := slices.IndexFunc(entries, func(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), journalPin) })
+	if i < 0 {
+		return nil, false, nil
 	}
-	return nil, false, nil
+	path := filepath.Join(p.generation(generation), entries[i].Name())
+	if m, err = ebpf.LoadPinnedMap(path, nil); err != nil {
+		return nil, false, fmt.Errorf("open the pinned journal %s: %w", path, err)
+	}
+	if n := m.MaxEntries(); !mappable(m, recordPrefix) || n&(n-1) != 0 {
+		m.Close()
+		return nil, false, fmt.Errorf("%s is not the journal of an oom-tracer: %v", path, m)
+	}
+	return m, filepath.Base(path) == journalPin+journalVersion, nil
 }
 
 // Unload detaches and removes everything that is pinned in dir, and reports how many records nobody has
@@ -247,11 +241,11 @@ func Unload(ctx context.Context, dir string, force bool) (unpublished uint64, er
 		return 0, err
 	}
 	defer p.close()
-	m, _, err := p.openState()
-	switch {
-	case err != nil && !force:
+	ours, other, err := p.openState()
+	if err != nil && !force {
 		return 0, err
-	case err == nil && m != nil:
+	}
+	if m := cmp.Or(ours, other); m != nil {
 		defer m.Close()
 		memory, s, err := mapState(m.FD())
 		if err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"math"
+	"math/bits"
 	"strings"
 	"time"
 
@@ -58,6 +59,7 @@ func (c *Converter) Event(r *Record) event.Event {
 		Scope:      scopes[r.Scope],
 		Outcome:    outcomes[r.Outcome],
 		Victim:     c.victim(r),
+		Container:  cgroup.Parse(c.CgroupRoot, r.Paths[roleVictim]),
 		Trigger: &event.Trigger{
 			PID:    r.Trigger.TGID,
 			TID:    r.Trigger.TID,
@@ -66,8 +68,7 @@ func (c *Converter) Event(r *Record) event.Event {
 		},
 		Limit: c.limit(r),
 	}
-	e.Node.Tier = tiers[r.Tier]
-	e.ID = c.id(r)
+	e.Node.Tier, e.ID = tiers[r.Tier], c.id(r)
 	if r.Flags&flagIncident != 0 {
 		e.Incident = &event.Incident{
 			ID:    event.IncidentID(c.Node.BootID, r.Incident.BoottimeNS),
@@ -83,7 +84,6 @@ func (c *Converter) Event(r *Record) event.Event {
 			TotalPages: r.Alloc.TotalPages,
 		}
 	}
-	e.Container = cgroup.Parse(c.CgroupRoot, r.Paths[roleVictim])
 	return e
 }
 
@@ -103,12 +103,8 @@ func (c *Converter) victim(r *Record) event.Victim {
 	if r.Flags&flagVictim == 0 {
 		return v
 	}
-	v.PID = r.Victim.TGID
-	v.NSPID = r.Victim.NSTGID
-	v.Comm = comm(r.Victim.Comm)
-	v.UID = &r.Victim.UID
-	v.OOMScoreAdj = &r.Victim.OOMScoreAdj
-	v.StartBoottimeNS = r.Victim.StartBoottimeNS
+	v.PID, v.NSPID, v.Comm, v.UID = r.Victim.TGID, r.Victim.NSTGID, comm(r.Victim.Comm), &r.Victim.UID
+	v.OOMScoreAdj, v.StartBoottimeNS = &r.Victim.OOMScoreAdj, r.Victim.StartBoottimeNS
 	v.Cgroup = r.cgroup(roleVictim)
 	if memcg := r.cgroup(roleVictimMemcg); memcg != nil && (v.Cgroup == nil || memcg.ID != v.Cgroup.ID) {
 		v.Memcg = memcg
@@ -157,11 +153,8 @@ func (c *Converter) limit(r *Record) *event.Limit {
 // gfpFlags names the bits of a mask, lowest first; nil unless every one of them has a name.
 func (c *Converter) gfpFlags(mask uint32) []string {
 	var names []string
-	for bit := range 32 {
-		if mask&(1<<bit) == 0 {
-			continue
-		}
-		name, ok := c.GFPFlags[bit]
+	for ; mask != 0; mask &= mask - 1 {
+		name, ok := c.GFPFlags[bits.TrailingZeros32(mask)]
 		if !ok {
 			return nil
 		}
@@ -170,9 +163,7 @@ func (c *Converter) gfpFlags(mask uint32) []string {
 	return names
 }
 
-func (c *Converter) bytes(pages uint64) *uint64 {
-	return new(pages * c.PageSize)
-}
+func (c *Converter) bytes(pages uint64) *uint64 { return new(pages * c.PageSize) }
 
 // bounded is nil where the limit is none: PAGE_COUNTER_MAX pages or more (include/linux/page_counter.h).
 func (c *Converter) bounded(pages uint64) *uint64 {

@@ -10,6 +10,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -142,84 +143,77 @@ type Record struct {
 // Decode reads one record of the journal. It fails, naming the field, on anything that src/oom.bpf.c does not write.
 func Decode(sample []byte) (*Record, error) {
 	var r Record
-	if len(sample) < HeaderSize {
-		return nil, fmt.Errorf("%w: %d bytes, a header has %d", ErrSample, len(sample), HeaderSize)
-	}
-	if v := binary.NativeEndian.Uint16(sample); v != ABIVersion {
-		return nil, fmt.Errorf("%w: abi_version %d, this build reads %d", ErrSample, v, ABIVersion)
-	}
-	if _, err := binary.Decode(sample, binary.NativeEndian, &r.Header); err != nil {
+	if err := r.decode(sample); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrSample, err)
 	}
-	if r.HeaderSize != HeaderSize {
-		return nil, fmt.Errorf("%w: header_size %d, want %d", ErrSample, r.HeaderSize, HeaderSize)
+	return &r, nil
+}
+
+func (r *Record) decode(sample []byte) (err error) {
+	if len(sample) < HeaderSize {
+		return fmt.Errorf("%d bytes, a header has %d", len(sample), HeaderSize)
 	}
-	if r.Size < HeaderSize || r.Size > MaxSize {
-		return nil, fmt.Errorf("%w: size %d is not in %d..%d", ErrSample, r.Size, HeaderSize, MaxSize)
+	if v := binary.NativeEndian.Uint16(sample); v != ABIVersion {
+		return fmt.Errorf("abi_version %d, this build reads %d", v, ABIVersion)
 	}
-	if n := uint32(len(sample)); n != r.Size {
-		return nil, fmt.Errorf("%w: size %d in a sample of %d bytes", ErrSample, r.Size, n)
+	if _, err := binary.Decode(sample, binary.NativeEndian, &r.Header); err != nil {
+		return err
 	}
-	if r.Seq == 0 {
-		return nil, fmt.Errorf("%w: seq 0", ErrSample)
+	switch {
+	case r.HeaderSize != HeaderSize:
+		return fmt.Errorf("header_size %d, want %d", r.HeaderSize, HeaderSize)
+	case r.Size < HeaderSize || r.Size > MaxSize:
+		return fmt.Errorf("size %d is not in %d..%d", r.Size, HeaderSize, MaxSize)
+	case int(r.Size) != len(sample):
+		return fmt.Errorf("size %d in a sample of %d bytes", r.Size, len(sample))
+	case r.Seq == 0:
+		return errors.New("seq 0")
+	case r.Victim.TID == 0:
+		return errors.New("victim.tid 0")
+	case int(r.Tier) >= len(tiers):
+		return fmt.Errorf("tier %d is unknown", r.Tier)
+	case int(r.Scope) >= len(scopes):
+		return fmt.Errorf("scope %d is unknown", r.Scope)
+	case int(r.Outcome) >= len(outcomes):
+		return fmt.Errorf("outcome %d is unknown", r.Outcome)
 	}
-	if r.Victim.TID == 0 {
-		return nil, fmt.Errorf("%w: victim.tid 0", ErrSample)
-	}
-	for _, e := range []struct {
-		name  string
-		value uint8
-		known int
-	}{
-		{"tier", r.Tier, len(tiers)},
-		{"scope", r.Scope, len(scopes)},
-		{"outcome", r.Outcome, len(outcomes)},
-	} {
-		if int(e.value) >= e.known {
-			return nil, fmt.Errorf("%w: %s %d is unknown", ErrSample, e.name, e.value)
-		}
-	}
-	data := sample[HeaderSize:r.Size]
-	for role := range r.CgroupRoles {
-		c := &r.CgroupRoles[role]
+	data := sample[HeaderSize:]
+	for role, c := range r.CgroupRoles {
 		if c.Flags&cgroupPresent == 0 {
 			continue
 		}
 		end := int(c.Off) + int(c.Len)
 		if end > len(data) {
-			return nil, fmt.Errorf("%w: cgroup[%d] ends at %d of %d bytes", ErrSample, role, end, len(data))
+			return fmt.Errorf("cgroup[%d] ends at %d of %d bytes", role, end, len(data))
 		}
-		path, err := joinNames(data[c.Off:end], c.Flags&cgroupTruncated != 0)
-		if err != nil {
-			return nil, fmt.Errorf("%w: cgroup[%d]: %w", ErrSample, role, err)
+		if r.Paths[role], err = joinNames(data[c.Off:end], c.Flags&cgroupTruncated != 0); err != nil {
+			return fmt.Errorf("cgroup[%d]: %w", role, err)
 		}
-		r.Paths[role] = path
 	}
-	return &r, nil
+	return nil
 }
 
 // joinNames builds a path of names that stand leaf first, each ended by a NUL.
 func joinNames(names []byte, truncated bool) (string, error) {
+	root := ""
+	if truncated {
+		root = "..."
+	}
 	if len(names) == 0 {
-		if truncated {
-			return ".../", nil
-		}
-		return "/", nil
+		return root + "/", nil
 	}
 	if names[len(names)-1] != 0 {
 		return "", errors.New("the last name is not terminated")
 	}
 	var path strings.Builder
-	if truncated {
-		path.WriteString("...")
-	}
+	path.WriteString(root)
 	parts := bytes.Split(names[:len(names)-1], []byte{0})
-	for i := len(parts) - 1; i >= 0; i-- {
-		if len(parts[i]) == 0 || bytes.IndexByte(parts[i], '/') >= 0 {
-			return "", fmt.Errorf("%q is not the name of a cgroup", parts[i])
+	for _, name := range slices.Backward(parts) {
+		if len(name) == 0 || bytes.IndexByte(name, '/') >= 0 {
+			return "", fmt.Errorf("%q is not the name of a cgroup", name)
 		}
 		path.WriteByte('/')
-		path.Write(parts[i])
+		path.Write(name)
 	}
 	return path.String(), nil
 }

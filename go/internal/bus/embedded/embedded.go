@@ -77,13 +77,13 @@ func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 			err = fmt.Errorf("start embedded nats-server: %w", err)
 		}
 	}()
-	listen, err := loopback(cfg.Listen)
-	if err != nil {
-		return nil, err
+	if listen, err := netip.ParseAddrPort(cfg.Listen); err != nil || !listen.Addr().IsLoopback() {
+		return nil, fmt.Errorf("nats.embedded.listen: %q is not a loopback address and a port: the embedded server serves this machine only; "+
+			"for other machines set nats.url", cfg.Listen)
 	}
-	listener, err := net.Listen("tcp", listen.String())
+	listener, err := net.Listen("tcp", cfg.Listen)
 	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("address %s is in use: is another oom-tracer running? (%w)", listen, err)
+		return nil, fmt.Errorf("address %s is in use: is another oom-tracer running? (%w)", cfg.Listen, err)
 	} else if err != nil {
 		return nil, err
 	}
@@ -104,17 +104,19 @@ func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 }
 
 func (s *Server) start() (err error) {
-	dir, err := openDir(s.cfg.Dir)
+	dir, err := statedir.Make(s.cfg.Dir)
 	if err != nil {
 		return fmt.Errorf("nats.embedded.dir: %w", err)
 	}
-	lock, err := lockDir(dir)
+	var lock *os.File
+	if err = secure(dir); err == nil {
+		lock, err = lockDir(dir)
+	}
 	if err != nil {
 		dir.Close()
 		return fmt.Errorf("nats.embedded.dir: %w", err)
 	}
-	_, port, _ := net.SplitHostPort(s.cfg.Listen)
-	pickedPort := port == "0" // then a file says which
+	pickedPort := strings.HasSuffix(s.cfg.Listen, ":0") // then a file says which
 	i := &instance{release: func() {
 		if pickedPort {
 			_ = dir.Remove(bus.AddressName)
@@ -284,63 +286,34 @@ func (password onlyUser) Check(c server.ClientAuthentication) bool {
 	return o.Username == bus.EmbeddedUser && subtle.ConstantTimeCompare([]byte(o.Password), []byte(password)) == 1
 }
 
-func loopback(listen string) (netip.AddrPort, error) {
-	host, port, err := net.SplitHostPort(listen)
-	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("nats.embedded.listen: %w", err)
-	}
-	if host == "localhost" {
-		host = "127.0.0.1"
-	}
-	addr, err := netip.ParseAddr(host)
-	if err != nil || !addr.IsLoopback() {
-		return netip.AddrPort{}, fmt.Errorf("nats.embedded.listen: %q is not a loopback address: the embedded server serves this machine only; for other machines set nats.url", host)
-	}
-	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("nats.embedded.listen: %q is not a port, 0..65535", port)
-	}
-	return netip.AddrPortFrom(addr, uint16(n)), nil
-}
-
 // Files of ours in the directory, beside jetstream/, bus.PasswordName and bus.AddressName.
 const lockName = "lock"
 
-// openDir opens the directory, and makes it if need be. One that is empty, or that was ours before, is closed to
-// others; any other is refused rather than changed, for it may be /tmp.
-func openDir(path string) (_ *statedir.Dir, err error) {
-	dir, err := statedir.Make(path)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			dir.Close()
-		}
-	}()
+// secure checks the directory. One that is empty, or that was ours before, is closed to others; any other is refused rather
+// than changed, for it may be /tmp.
+func secure(dir *statedir.Dir) error {
 	// nats-server knows nothing of statedir.
 	if err := dir.CheckContents(); err != nil {
-		return nil, err
+		return err
 	}
-	if dir.Private() == nil {
-		return dir, nil
+	open := dir.Private()
+	if open == nil {
+		return nil
 	}
 	entries, err := fs.ReadDir(dir.FS(), ".")
 	if err != nil {
-		return nil, err
+		return err
 	}
 	foreign := slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() != "lost+found" })
-	ours := !foreign || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == lockName })
-	if !ours {
-		return nil, fmt.Errorf("%w; or set nats.embedded.dir to another directory: this one holds other files", dir.Private())
+	if foreign && !slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return e.Name() == lockName }) {
+		return fmt.Errorf("%w; or set nats.embedded.dir to another directory: this one holds other files", open)
 	}
-	return dir, dir.Chmod(".", 0o700)
+	return dir.Chmod(".", 0o700)
 }
 
 // lockDir makes sure that no other process uses the directory: two servers would write over each other.
 // The lock ends with the process, whatever ends it.
 func lockDir(dir *statedir.Dir) (*os.File, error) {
-	path := dir.Path(lockName)
 	f, err := dir.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -352,7 +325,7 @@ func lockDir(dir *statedir.Dir) (*os.File, error) {
 			n, _ := f.Read(pid[:])
 			return nil, fmt.Errorf("%s is in use by process %s: is another oom-tracer running? (%w)", dir.Path("."), strings.TrimSpace(string(pid[:n])), err)
 		}
-		return nil, fmt.Errorf("lock %s: %w", path, err)
+		return nil, fmt.Errorf("lock %s: %w", dir.Path(lockName), err)
 	}
 	// The pid is for the message above alone: a full disk may leave it out.
 	if err := f.Truncate(0); err == nil {
