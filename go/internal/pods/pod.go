@@ -101,13 +101,15 @@ func (p *Pod) Workload() string {
 	return p.Namespace + "/" + p.Owner
 }
 
-// Container is a container ID in a pod's status, the name of its container, and how often the kubelet has restarted that.
+// Container is a container ID in a pod's status, its container, and how often the kubelet has restarted that.
 type Container struct {
 	ID       ContainerID
-	Name     string
-	Image    string
+	Spec     unique.Handle[ContainerSpec] // many pods have the same
 	Restarts uint32
 }
+
+// ContainerSpec is a container of a pod.
+type ContainerSpec struct{ Name, Image string }
 
 // ContainerID is the first half of an ID. IDs are random, and 16 bytes are as unique as a UID.
 type ContainerID [16]byte
@@ -266,7 +268,7 @@ func (p *Pod) addContainer(s *corev1.ContainerStatus, id string) {
 			return
 		}
 	}
-	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(s.Name).Value(), Image: unique.Make(s.Image).Value(), Restarts: uint32(max(s.RestartCount, 0))})
+	p.Containers = append(p.Containers, Container{ID: key, Spec: unique.Make(ContainerSpec{s.Name, s.Image}), Restarts: uint32(max(s.RestartCount, 0))})
 }
 
 // containerKey parses an ID of 64 hexadecimal digits.

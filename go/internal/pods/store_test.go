@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unique"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
@@ -56,17 +57,18 @@ func TestRead(t *testing.T) {
 		},
 	}
 	got := terms.Read(in)
+	init, cart, debug := unique.Make(ContainerSpec{Name: "init"}), unique.Make(ContainerSpec{Name: "cart"}), unique.Make(ContainerSpec{"debug", "tools:1"})
 	want := &Pod{
 		Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
-		Containers: []Container{{key(t, id("1")), "init", "", 0}, {key(t, id("2")), "cart", "", 4}, {key(t, id("3")), "cart", "", 4}, {key(t, id("5")), "debug", "tools:1", 0}},
+		Containers: []Container{{key(t, id("1")), init, 0}, {key(t, id("2")), cart, 4}, {key(t, id("3")), cart, 4}, {key(t, id("5")), debug, 0}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b unique.Handle[ContainerSpec]) bool { return a == b })); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	for digit, name := range map[string]string{"1": "init", "2": "cart", "3": "cart", "4": "", "5": "debug"} {
 		got := got.Container(id(digit))
-		if (got != nil) != (name != "") || got != nil && got.Name != name {
+		if (got != nil) != (name != "") || got != nil && got.Spec.Value().Name != name {
 			t.Errorf("container %s is %+v, want %q", digit, got, name)
 		}
 	}
@@ -177,7 +179,7 @@ func TestFind(t *testing.T) {
 	s.now = func() time.Time { return now }
 	with := func(p Pod, digits ...string) *Pod {
 		for _, d := range digits {
-			p.Containers = append(p.Containers, Container{ID: key(t, id(d)), Name: "c" + d})
+			p.Containers = append(p.Containers, Container{ID: key(t, id(d)), Spec: unique.Make(ContainerSpec{Name: "c" + d})})
 		}
 		return &p
 	}
@@ -296,7 +298,7 @@ func FuzzRead(f *testing.F) {
 		if p.OptOut != (key == terms.OptOut && value != "false") || p.DaemonSet != (kind == "DaemonSet") || !strings.Contains(p.Owner, "/") {
 			t.Errorf("read %+v", p)
 		}
-		if c := p.Container(strings.TrimPrefix(id, "containerd://")); c != nil && c.Name != "main" || len(p.Containers) > 1 {
+		if c := p.Container(strings.TrimPrefix(id, "containerd://")); c != nil && c.Spec.Value().Name != "main" || len(p.Containers) > 1 {
 			t.Errorf("containers %+v", p.Containers)
 		}
 	})
