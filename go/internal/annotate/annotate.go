@@ -324,7 +324,8 @@ func setPod(o *event.Outcome, k *decide.Kill) {
 	p := k.Found.Pod
 	o.Pod = &event.PodRef{Namespace: p.Namespace, Name: p.Name, UID: p.UID, Owner: p.Owner}
 	if c := p.Container(k.Event.Container.ContainerID); c != nil {
-		o.Container, o.Image, o.Restarts = c.Name, c.Image, &c.Restarts
+		spec := c.Spec.Value()
+		o.Container, o.Image, o.Restarts = spec.Name, spec.Image, &c.Restarts
 	}
 }
 

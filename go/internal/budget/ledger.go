@@ -25,6 +25,8 @@ type Entry interface {
 	// Update calls change with the newest value until the result is stored. If change returns nil or an error, nothing is
 	// stored.
 	Update(ctx context.Context, change func([]byte) ([]byte, error)) error
+	// UpdateFirst is Update before all others, however often they change the entry.
+	UpdateFirst(ctx context.Context, change func([]byte) ([]byte, error)) error
 }
 
 // Ledger reads and changes the shared state. Its methods may be called from any goroutine.
@@ -140,9 +142,9 @@ func (l *Ledger) State(ctx context.Context) (State, error) {
 	return Parse(data)
 }
 
-// SetPause sets the pause; nil removes it. It returns the previous one.
+// SetPause sets the pause; nil removes it. It returns the previous one. Claims wait for it.
 func (l *Ledger) SetPause(ctx context.Context, p *Pause) (before *Pause, err error) {
-	err = l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
+	err = l.Entry.UpdateFirst(ctx, func(data []byte) ([]byte, error) {
 		s, err := Parse(data)
 		if err != nil {
 			return nil, err

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/budget"
@@ -18,8 +19,11 @@ import (
 const BucketName = "OOM_ANNOTATOR"
 
 const (
-	kvHistory   = 64   // revisions of each entry that the bucket keeps, for oom-tap restore
-	updateTries = 1000 // of Update, while others change the entry at the same time. What they store is bounded by the budgets
+	kvHistory   = 64              // revisions of each entry that the bucket keeps, for oom-tap restore
+	updateTries = 1000            // of Update, while others change the entry at the same time
+	giveWay     = 2 * time.Second // how long Update waits for an UpdateFirst
+	// firstKey is the key of what UpdateFirst announces. Its values mean nothing: what counts is that they are newer than the entry.
+	firstKey = "pausing"
 )
 
 // KVEntry is one entry of the bucket, changed by compare-and-set. Its methods may be called from any goroutine.
@@ -83,9 +87,21 @@ func (e *KVEntry) load(ctx context.Context) (*revision, error) {
 //
 // After any other error, the value may have been stored.
 func (e *KVEntry) Update(ctx context.Context, change func([]byte) ([]byte, error)) error {
+	return e.update(ctx, false, change)
+}
+
+// UpdateFirst is Update that goes before others. If the entry was changed meanwhile, it announces itself: then Update stores nothing in
+// any process until UpdateFirst has, or for giveWay. So it does not matter how often others change the entry, and how slow this
+// connection is. A client that may not publish to firstKey competes with the others.
+func (e *KVEntry) UpdateFirst(ctx context.Context, change func([]byte) ([]byte, error)) error {
+	return e.update(ctx, true, change)
+}
+
+func (e *KVEntry) update(ctx context.Context, first bool, change func([]byte) ([]byte, error)) error {
 	e.mu.Lock()
 	now := e.known
 	e.mu.Unlock()
+	begun := time.Now()
 	for try := 1; ; try++ {
 		read := now == nil || try > 1
 		if read {
@@ -103,15 +119,21 @@ func (e *KVEntry) Update(ctx context.Context, change func([]byte) ([]byte, error
 			return err
 		}
 		next := &revision{data: value, kv: now.kv}
-		err = e.conn.call(ctx, "$KV."+BucketName+".", func(ctx context.Context) (err error) {
-			if now.number == 0 {
+		if now.number == 0 {
+			err = e.conn.call(ctx, "$KV."+BucketName+".", func(ctx context.Context) (err error) {
 				next.number, err = now.kv.Create(ctx, e.key, value)
-			} else {
-				next.number, err = now.kv.Update(ctx, e.key, value, now.number)
+				return err
+			})
+		} else {
+			options := []jetstream.PublishOpt{jetstream.WithExpectLastSequencePerSubject(now.number)}
+			if !first && time.Since(begun) < giveWay {
+				options = append(options, jetstream.WithExpectLastSequence(now.number)) // no announcement since then either
 			}
-			return err
-		})
-		changed := errors.Is(err, jetstream.ErrKeyExists) || errors.Is(err, jetstream.ErrKeyRevisionMismatch)
+			next.number, err = e.publish(ctx, e.key, value, options...)
+		}
+		var api *jetstream.APIError
+		changed := errors.Is(err, jetstream.ErrKeyExists) ||
+			errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant)
 		switch {
 		case err == nil:
 			e.know(next)
@@ -119,11 +141,27 @@ func (e *KVEntry) Update(ctx context.Context, change func([]byte) ([]byte, error
 		case !changed || try == updateTries:
 			e.know(nil)
 			return fmt.Errorf("write %s of bucket %s: %w", e.key, BucketName, err)
+		case first:
+			_, _ = e.publish(ctx, firstKey, nil, jetstream.WithRetryAttempts(0))
+			continue
 		case !read:
 			continue
 		}
 		sleep(ctx, rand.N(time.Duration(min(try, 20))*time.Millisecond))
 	}
+}
+
+// publish stores a value of a key, and returns its revision.
+func (e *KVEntry) publish(ctx context.Context, key string, value []byte, options ...jetstream.PublishOpt) (number uint64, err error) {
+	m := &nats.Msg{Subject: "$KV." + BucketName + "." + key, Data: value}
+	err = e.conn.call(ctx, m.Subject, func(ctx context.Context) error {
+		ack, err := e.conn.js.PublishMsg(ctx, m, options...)
+		if err == nil {
+			number = ack.Sequence
+		}
+		return err
+	})
+	return number, err
 }
 
 func (e *KVEntry) know(r *revision) {

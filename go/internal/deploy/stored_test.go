@@ -47,7 +47,7 @@ func (s *servers) attackers() []attacker {
 			return ofAnnotator(subject) || subject == state
 		}},
 		{"oom-tap", "oom-tap", password("oom-tap"), func(string) bool { return false }},
-		{"oom-operator", "oom-tap", password("oom-operator"), func(subject string) bool { return subject == state }},
+		{"oom-operator", "oom-tap", password("oom-operator"), func(subject string) bool { return subject == state || subject == "$KV."+bus.BucketName+".pausing" }},
 	}
 	if get[appsv1.Deployment](s.t, s.objects, "Deployment", "oom-notify") != nil {
 		all = append(all, attacker{"oom-notify", "oom-notify", password("oom-notify"), func(string) bool { return false }})
@@ -93,7 +93,7 @@ func (s *servers) attack(u attacker) (stored []string) {
 				s.t.Fatalf("stream %s stores %s", name, pattern)
 			}
 			if strings.HasPrefix(root, "$KV.") {
-				targets = append(targets, root+".state", root+".other")
+				targets = append(targets, root+".state", root+".pausing", root+".other")
 				continue
 			}
 			for _, node := range []string{"node-1", "node-2"} {
@@ -101,7 +101,7 @@ func (s *servers) attack(u attacker) (stored []string) {
 			}
 		}
 	}
-	if len(targets) != 16 {
+	if len(targets) != 17 {
 		s.t.Fatalf("%d subjects: %v", len(targets), targets)
 	}
 	const victim = "audit" // a consumer of somebody else

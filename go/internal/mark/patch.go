@@ -29,7 +29,7 @@ func (m *Marker) annotationPatch(e *event.Event, p *pods.Pod) ([]byte, error) {
 		Victim:    text.Truncate(e.Victim.Comm, maxComm), PID: e.Victim.PID, Usage: e.Limit.Usage, Limit: e.Limit.Max, Node: e.Node.Name,
 	}
 	if c := p.Container(e.Container.ContainerID); c != nil {
-		s.Container = c.Name
+		s.Container = c.Spec.Value().Name
 	}
 	summary, err := json.Marshal(s)
 	if err != nil {

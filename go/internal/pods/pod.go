@@ -69,7 +69,12 @@ type Pod struct {
 	Marked    bool // carries the annotation of the policy
 	OptOut    bool // carries the annotation that protects it
 	Selected  bool // has the labels of the policy
+
+	of unique.Handle[workload] // keeps the text of Namespace and Owner, which many pods share
 }
+
+// workload is what the pods of a workload have in common.
+type workload struct{ namespace, owner string }
 
 // Mark is the content of a pod's summary.
 type Mark struct {
@@ -101,13 +106,15 @@ func (p *Pod) Workload() string {
 	return p.Namespace + "/" + p.Owner
 }
 
-// Container is a container ID in a pod's status, the name of its container, and how often the kubelet has restarted that.
+// Container is a container ID in a pod's status, its container, and how often the kubelet has restarted that.
 type Container struct {
 	ID       ContainerID
-	Name     string
-	Image    string
+	Spec     unique.Handle[ContainerSpec] // many pods have the same
 	Restarts uint32
 }
+
+// ContainerSpec is a container of a pod.
+type ContainerSpec struct{ Name, Image string }
 
 // ContainerID is the first half of an ID. IDs are random, and 16 bytes are as unique as a UID.
 type ContainerID [16]byte
@@ -145,11 +152,10 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	all := in.Name + string(in.UID) + in.ResourceVersion // one allocation for each of 150,000 pods
 	uid, version := len(in.Name), len(in.Name)+len(in.UID)
 	p := &Pod{
-		Namespace:       unique.Make(in.Namespace).Value(), // many pods have the same
 		Name:            all[:uid],
 		UID:             all[uid:version],
 		ResourceVersion: all[version:],
-		Node:            unique.Make(in.Spec.NodeName).Value(),
+		Node:            in.Spec.NodeName,
 		Critical:        in.Spec.Priority != nil && *in.Spec.Priority >= systemCriticalPriority,
 		Finished:        in.DeletionTimestamp != nil || in.Status.Phase == corev1.PodSucceeded || in.Status.Phase == corev1.PodFailed,
 		Selected:        true,
@@ -163,8 +169,10 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 	}
 	if owner := metav1.GetControllerOfNoCopy(in); owner != nil {
 		p.DaemonSet = owner.Kind == "DaemonSet" && strings.HasPrefix(owner.APIVersion, "apps/")
-		p.Owner = unique.Make(topOwner(owner, in.Labels)).Value()
+		p.Owner = topOwner(owner, in.Labels)
 	}
+	p.of = unique.Make(workload{in.Namespace, p.Owner})
+	p.Namespace, p.Owner = p.of.Value().namespace, p.of.Value().owner
 	requests := resourcehelper.PodRequests(in, resourcehelper.PodResourcesOptions{})
 	p.Request = requests.Memory().Value()
 	if t.Mark != "" {
@@ -183,7 +191,7 @@ func (t *Terms) Read(in *corev1.Pod) *Pod {
 		if json.Unmarshal([]byte(text), &s) == nil && s.Event != "" { // else no annotator wrote it
 			p.Mark = &Mark{Kill: s.Event, Time: s.Time}
 			if _, ok := in.Annotations[s.Annotation]; ok {
-				p.Mark.Annotation = unique.Make(s.Annotation).Value()
+				p.Mark.Annotation = s.Annotation
 			}
 		}
 	}
@@ -266,7 +274,7 @@ func (p *Pod) addContainer(s *corev1.ContainerStatus, id string) {
 			return
 		}
 	}
-	p.Containers = append(p.Containers, Container{ID: key, Name: unique.Make(s.Name).Value(), Image: unique.Make(s.Image).Value(), Restarts: uint32(max(s.RestartCount, 0))})
+	p.Containers = append(p.Containers, Container{ID: key, Spec: unique.Make(ContainerSpec{s.Name, s.Image}), Restarts: uint32(max(s.RestartCount, 0))})
 }
 
 // containerKey parses an ID of 64 hexadecimal digits.

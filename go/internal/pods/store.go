@@ -57,10 +57,13 @@ func (s *Store) Len() int {
 	return len(s.byUID)
 }
 
-// Set adds or replaces a pod.
+// Set adds or replaces a pod, which becomes the Store's.
 func (s *Store) Set(p *Pod) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if on := s.byNode[p.Node]; len(on) > 0 {
+		p.Node = on[0].Node // the pods of a node share its text
+	}
 	if p.Finished {
 		s.leaves(p)
 	}

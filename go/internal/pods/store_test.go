@@ -4,14 +4,19 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
+	"unique"
+	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // id is a container's ID of one digit.
@@ -56,18 +61,46 @@ func TestRead(t *testing.T) {
 		},
 	}
 	got := terms.Read(in)
+	init, cart, debug := unique.Make(ContainerSpec{Name: "init"}), unique.Make(ContainerSpec{Name: "cart"}), unique.Make(ContainerSpec{"debug", "tools:1"})
 	want := &Pod{
 		Namespace: "shop", Name: "cart", UID: "uid-1", ResourceVersion: "5", Node: "node-1", Hash: hash, Owner: "DaemonSet/ds", Mark: &Mark{Kill: "boot-1-2", Annotation: "a/mark"},
-		Containers: []Container{{key(t, id("1")), "init", "", 0}, {key(t, id("2")), "cart", "", 4}, {key(t, id("3")), "cart", "", 4}, {key(t, id("5")), "debug", "tools:1", 0}},
+		Containers: []Container{{key(t, id("1")), init, 0}, {key(t, id("2")), cart, 4}, {key(t, id("3")), cart, 4}, {key(t, id("5")), debug, 0}},
 		Mirror:     true, DaemonSet: true, Critical: true, Finished: true, Marked: true, OptOut: true, Selected: true,
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
+	if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Pod{}), cmp.Comparer(func(a, b unique.Handle[ContainerSpec]) bool { return a == b })); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
 	}
 	for digit, name := range map[string]string{"1": "init", "2": "cart", "3": "cart", "4": "", "5": "debug"} {
 		got := got.Container(id(digit))
-		if (got != nil) != (name != "") || got != nil && got.Name != name {
+		if (got != nil) != (name != "") || got != nil && got.Spec.Value().Name != name {
 			t.Errorf("container %s is %+v, want %q", digit, got, name)
+		}
+	}
+}
+
+// TestShared: the pods of a workload share the text of its names, and those of a node the node's name, however often garbage was
+// collected between one pod and the next.
+func TestShared(t *testing.T) {
+	s := NewStore(0)
+	var all []*Pod
+	for i := range 3 {
+		p := terms.Read(&corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{
+				Namespace: strings.Clone("shop"), UID: types.UID(fmt.Sprint("uid-", i)),
+				OwnerReferences: []metav1.OwnerReference{{Kind: "StatefulSet", Name: "cart", Controller: new(true)}},
+			},
+			Spec: corev1.PodSpec{NodeName: strings.Clone("node-1")},
+		})
+		s.Set(p)
+		all = append(all, p)
+		runtime.GC()
+		runtime.GC()
+	}
+	for _, p := range all {
+		for text, first := range map[string]string{p.Namespace: all[0].Namespace, p.Owner: all[0].Owner, p.Node: all[0].Node} {
+			if unsafe.StringData(text) != unsafe.StringData(first) {
+				t.Errorf("pod %s has a text of its own: %q", p.UID, text)
+			}
 		}
 	}
 }
@@ -153,7 +186,7 @@ func TestReadNot(t *testing.T) {
 		"a broken summary": pod(func(p *corev1.Pod) { p.Annotations["a/kill"] = "{" }),
 		"running":          pod(func(p *corev1.Pod) { p.Status.Phase = corev1.PodRunning }),
 	} {
-		if diff := cmp.Diff(&Pod{Selected: true}, p); diff != "" {
+		if diff := cmp.Diff(&Pod{Selected: true}, p, cmpopts.IgnoreUnexported(Pod{})); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
 	}
@@ -177,7 +210,7 @@ func TestFind(t *testing.T) {
 	s.now = func() time.Time { return now }
 	with := func(p Pod, digits ...string) *Pod {
 		for _, d := range digits {
-			p.Containers = append(p.Containers, Container{ID: key(t, id(d)), Name: "c" + d})
+			p.Containers = append(p.Containers, Container{ID: key(t, id(d)), Spec: unique.Make(ContainerSpec{Name: "c" + d})})
 		}
 		return &p
 	}
@@ -296,7 +329,7 @@ func FuzzRead(f *testing.F) {
 		if p.OptOut != (key == terms.OptOut && value != "false") || p.DaemonSet != (kind == "DaemonSet") || !strings.Contains(p.Owner, "/") {
 			t.Errorf("read %+v", p)
 		}
-		if c := p.Container(strings.TrimPrefix(id, "containerd://")); c != nil && c.Name != "main" || len(p.Containers) > 1 {
+		if c := p.Container(strings.TrimPrefix(id, "containerd://")); c != nil && c.Spec.Value().Name != "main" || len(p.Containers) > 1 {
 			t.Errorf("containers %+v", p.Containers)
 		}
 	})
