@@ -447,6 +447,7 @@ func TestTakeOver(t *testing.T) {
 // TestForeignPins: in a bpffs that everybody can write to, as mount -t bpf makes it, another user leads the tracer
 // nowhere: it deletes nothing, pins nothing there, and watches all the same.
 func TestForeignPins(t *testing.T) {
+	oomtest.Slow(t)
 	sharedBPFFS := func(t *testing.T) string {
 		dir := oomtest.SharedDir(t)
 		if err := unix.Mount("bpf", dir, "bpf", 0, "mode=1777"); err != nil {
