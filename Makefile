@@ -199,7 +199,7 @@ test: test-parts verify-goldens ## every test, with real OOM kills in cgroups th
 # Those that need no API server and no browser.
 .PHONY: quick
 quick: build build/hog build/nats-server build/alertmanager ## unit tests and contained kills, without Kubernetes: the loop for a change (needs root)
-	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname -- -short -count=1 -p 2 -timeout 10m \
+	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build $(go_tool) gotestsum --format pkgname -- -short -count=1 -p 4 -timeout 10m \
 		$$($(GO) list -f '{{.ImportPath}} {{.TestImports}} {{.XTestImports}}' ./go/... | grep -v '/internal/kubetest\|/internal/nodetest' | cut -d' ' -f1)
 
 .PHONY: test-descheduler

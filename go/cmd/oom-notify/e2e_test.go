@@ -261,6 +261,7 @@ func (h *hook) kills(group string) (count int) {
 
 // TestKilled: oom-notify is killed when the receiver has the message and before the stream has the ack. The next one sends it once more.
 func TestKilled(t *testing.T) {
+	oomtest.Slow(t) // takes as long as the server waits for an acknowledgement: 30 s
 	h := newHook(t)
 	r := newRig(t, fmt.Sprintf("webhook: {url: 'http://%s'}, group_wait: 100ms", h.addr))
 	h.before = func(*notify.Notification) {

@@ -535,18 +535,18 @@ func TestMalformedSamples(t *testing.T) {
 	publishing, published := context.WithCancel(t.Context())
 	ran := make(chan error, 1)
 	go func() { ran <- tr.publisher.Run(publishing) }()
-	const lengths = 4200
-	for n := range lengths {
-		until(t, "it is taken", func() bool { return tr.record(uint64(1_000_000+n), bytes.Repeat([]byte{0xff}, n)) })
+	const samples = 600
+	for n := range samples { // of up to 4,193 bytes
+		until(t, "it is taken", func() bool { return tr.record(uint64(1_000_000+n), bytes.Repeat([]byte{0xff}, 7*n)) })
 	}
 	published()
 	if err := <-ran; err != nil {
 		t.Error(err)
 	}
-	if got := testutil.ToFloat64(tr.metrics.events.WithLabelValues("error", "decode")); got != lengths {
-		t.Errorf("%v of %d bad samples are counted", got, lengths)
+	if got := testutil.ToFloat64(tr.metrics.events.WithLabelValues("error", "decode")); got != samples {
+		t.Errorf("%v of %d bad samples are counted", got, samples)
 	}
-	if strings.Count(log.String(), "cannot decode a record") != lengths {
+	if strings.Count(log.String(), "cannot decode a record") != samples {
 		t.Error("not every bad sample is logged")
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -649,8 +649,8 @@ func TestRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	tr, stop := runTracer(t, cfg, io.Discard)
-	group := oomtest.New(t, 8*mib)
-	oomtest.Storm(t, group, bus.Window+50, 16, "plain") // more than may be on their way
+	group := oomtest.New(t, 4*mib)
+	oomtest.Storm(t, group, bus.Window+50, 8, "plain") // more than may be on their way
 	until(t, "everything is acknowledged", func() bool { return tr.loader.Counts().Acked == tr.loader.Counts().Head })
 	head := tr.loader.Counts().Head
 	if err := stop(); err != nil {

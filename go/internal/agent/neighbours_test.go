@@ -110,7 +110,7 @@ func TestNeighbours(t *testing.T) {
 	until(t, "it is counted", func() bool { return count("read") == 2 && count("skipped") == 0 && count("failed") == 0 })
 
 	// In a storm the pods are read now and then.
-	const storm = 100
+	const storm = 30
 	if killed := oomtest.Storm(t, victim, storm, 64, "plain"); len(killed) != storm {
 		t.Fatalf("%d were killed", len(killed))
 	}

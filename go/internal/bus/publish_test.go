@@ -96,7 +96,7 @@ func TestPublishOnce(t *testing.T) {
 	px := startProxy(t, d.listen)
 	log, _ := newLog(t)
 	short := streamConfig
-	short.DedupWindow = time.Second
+	short.DedupWindow = 200 * time.Millisecond
 	c := connect(ctx, t, d.owner(), bus.Options{}, log)
 	check(t, bus.EnsureStreams(ctx, c, short))
 	m := bus.Msg{ID: "boot-1-2/annotate", Subject: "oom.v1.outcome.boot-1-2_annotate.node-1", Data: []byte("first"), Once: true}
@@ -119,7 +119,7 @@ func TestPublishOnce(t *testing.T) {
 	px.gate.Lock()
 	late := send(stopped, "late")
 	send(c, "first")(false)
-	time.Sleep(3 * time.Second) // the server forgets IDs once a window
+	time.Sleep(3 * short.DedupWindow) // the server forgets IDs once a window
 	px.gate.Unlock()
 	late(true)
 	d.kill()
@@ -133,7 +133,7 @@ func TestPublishOnce(t *testing.T) {
 	s, err := c.JetStream().Stream(ctx, event.StreamName)
 	check(t, err)
 	check(t, s.DeleteMsg(ctx, 1))
-	time.Sleep(3 * time.Second)
+	time.Sleep(3 * short.DedupWindow)
 	send(c, "of a later age")(false)
 }
 

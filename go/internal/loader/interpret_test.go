@@ -393,19 +393,13 @@ func (m *interpreter) help(f asm.BuiltinFunc, r [5]uint64) (uint64, error) {
 	return 0, fmt.Errorf("%v is not known", f)
 }
 
-// edited is this machine's kernel with its types changed.
-func edited(t *testing.T, change func(*btf.Spec, btf.Type)) *btf.Spec {
+// structOf is a struct of a kernel, to be changed in place.
+func structOf(t *testing.T, kernel *btf.Spec, name string) (s *btf.Struct) {
 	t.Helper()
-	var types []btf.Type
-	machine := machineBTF(t)
-	for typ, err := range machine.All() {
-		if err != nil {
-			t.Fatal(err)
-		}
-		change(machine, typ)
-		types = append(types, typ)
+	if err := kernel.TypeByName(name, &s); err != nil {
+		t.Fatal(err)
 	}
-	return rebuilt(t, types)
+	return s
 }
 
 // behind moves the members of a struct from a first one on, so that it becomes larger.
@@ -421,47 +415,39 @@ func behind(s *btf.Struct, first string, bytes uint32) {
 
 // Arrays of kernel structs are walked by the size that their elements have in the kernel that runs, not in vmlinux.h.
 func TestArraysOfOtherSizes(t *testing.T) {
-	const before62 = "mm_rss_stat" // of src/core_fixes.bpf.h
 	for _, test := range []struct {
 		name   string
-		change func(*btf.Spec, btf.Type)
+		change func(*btf.Spec)
+		old    bool
 	}{
-		{"this machine's", func(*btf.Spec, btf.Type) {}},
-		{"larger, as with DEBUG_SPINLOCK", func(_ *btf.Spec, typ btf.Type) {
-			if s, ok := typ.(*btf.Struct); ok && s.Name == "percpu_counter" {
-				behind(s, "count", 24)
-			}
-		}},
-		{"smaller, as without HOTPLUG_CPU", func(_ *btf.Spec, typ btf.Type) {
-			if s, ok := typ.(*btf.Struct); ok && s.Name == "percpu_counter" {
-				s.Members = slices.DeleteFunc(s.Members, func(m btf.Member) bool { return m.Name == "list" })
-				for i := range s.Members {
-					if s.Members[i].Name == "counters" {
-						s.Members[i].Offset = 16 * 8
-					}
+		{"this machine's", func(*btf.Spec) {}, false},
+		{"larger, as with DEBUG_SPINLOCK", func(kernel *btf.Spec) {
+			behind(structOf(t, kernel, "percpu_counter"), "count", 24)
+		}, false},
+		{"smaller, as without HOTPLUG_CPU", func(kernel *btf.Spec) {
+			s := structOf(t, kernel, "percpu_counter")
+			s.Members = slices.DeleteFunc(s.Members, func(m btf.Member) bool { return m.Name == "list" })
+			for i := range s.Members {
+				if s.Members[i].Name == "counters" {
+					s.Members[i].Offset = 16 * 8
 				}
-				s.Size = 24
 			}
-		}},
-		{"larger upid", func(_ *btf.Spec, typ btf.Type) {
-			if s, ok := typ.(*btf.Struct); ok && s.Name == "upid" {
-				behind(s, "nr", 8)
+			s.Size = 24
+		}, false},
+		{"larger upid", func(kernel *btf.Spec) { behind(structOf(t, kernel, "upid"), "nr", 8) }, false},
+		{"before v6.2", func(kernel *btf.Spec) {
+			var long *btf.Typedef
+			if err := kernel.TypeByName("atomic_long_t", &long); err != nil {
+				t.Fatal(err)
 			}
-		}},
-		{"before v6.2", func(machine *btf.Spec, typ btf.Type) {
-			if s, ok := typ.(*btf.Struct); ok && s.Name == "mm_struct" {
-				var long *btf.Typedef
-				if err := machine.TypeByName("atomic_long_t", &long); err != nil {
-					t.Fatal(err)
-				}
-				replaceMember(s, "rss_stat", &btf.Struct{Name: before62, Size: 32, Members: []btf.Member{{
-					Name: "count", Type: &btf.Array{Type: long, Index: &btf.Int{Name: "int", Size: 4}, Nelems: 4},
-				}}})
-			}
-		}},
+			replaceMember(structOf(t, kernel, "mm_struct"), "rss_stat", &btf.Struct{Name: "mm_rss_stat", Size: 32, Members: []btf.Member{{
+				Name: "count", Type: &btf.Array{Type: long, Index: &btf.Int{Name: "int", Size: 4}, Nelems: 4},
+			}}})
+		}, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			kernel := edited(t, test.change)
+			kernel := machineBTF(t)
+			test.change(kernel)
 			m := newInterpreter(t, programName, kernel, map[string]any{"oom_nr_cpus": uint32(2), "oom_segments": uint32(2)})
 			task, pid, mm := m.object("task_struct"), m.object("pid"), m.object("mm_struct")
 			m.current = m.object("task_struct")
@@ -475,10 +461,8 @@ func TestArraysOfOtherSizes(t *testing.T) {
 			}
 			var want [4]uint64
 			counters := m.values["oom_percpu"] + 64
-			var before *btf.Struct
-			old := kernel.TypeByName(before62, &before) == nil
 			for i := range want {
-				if want[i] = 1000 * uint64(i+1); old {
+				if want[i] = 1000 * uint64(i+1); test.old {
 					m.put(mm+m.at("mm_struct", "rss_stat.count")+uint64(i*m.size("atomic_long_t")), want[i])
 					continue
 				}
@@ -486,7 +470,7 @@ func TestArraysOfOtherSizes(t *testing.T) {
 				m.set(counter, "percpu_counter", "count", want[i])
 				m.set(counter, "percpu_counter", "counters", counters+uint64(4*i))
 			}
-			if !old {
+			if !test.old {
 				for i := range want {
 					for cpu := range 2 {
 						part := uint32(10*i + cpu + 1)
@@ -505,7 +489,7 @@ func TestArraysOfOtherSizes(t *testing.T) {
 			if header.Seq != 1 || header.Victim.NSTGID != 7002 || header.Memory.RSS != want {
 				t.Errorf("seq %d, PID in its namespace %d, RSS %v; want 1, 7002, %v", header.Seq, header.Victim.NSTGID, header.Memory.RSS, want)
 			}
-			if exact := header.Flags&(1<<2) != 0; exact == old {
+			if exact := header.Flags&(1<<2) != 0; exact == test.old {
 				t.Errorf("exact: %t", exact)
 			}
 		})

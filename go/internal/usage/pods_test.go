@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 const uid = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f"
@@ -158,6 +159,7 @@ func TestPodsRubbish(t *testing.T) {
 
 // It ends, whatever is there.
 func TestPodsBounds(t *testing.T) {
+	oomtest.Slow(t) // makes many thousand directories
 	all := map[string]string{}
 	for i := range maxPods + 10 {
 		all[fmt.Sprintf("kubepods/besteffort/pod%s%08x/memory.current", uid[:28], i)] = fmt.Sprintln(i)
