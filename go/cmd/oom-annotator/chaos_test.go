@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/rest"
 
@@ -66,10 +67,13 @@ func TestChaos(t *testing.T) {
 
 // program is one of ours that is ended and started again.
 type program struct {
-	path string
-	args []string
-	out  *oomtest.Output
-	cmd  *exec.Cmd
+	path  string
+	cfg   config.Config
+	args  []string
+	out   *oomtest.Output
+	cmd   *exec.Cmd
+	links []*link // to each NATS server
+	delay atomic.Int64
 }
 
 // pipeline is all parts as they ship, and what can be done to them.
@@ -77,12 +81,27 @@ type pipeline struct {
 	t        *testing.T
 	c        *kubetest.Cluster
 	random   *rand.Rand
-	nats     *natsd
+	nats     []*natsd
+	stores   []disk
+	state    disk // of the tracer's state file
+	conn     *bus.Conn
 	tracer   *program
 	before   string // the other version of the tracer, if there is one
 	pins     string // the tracer's pin directory
 	replicas []*program
 	refuses  atomic.Bool // the API server, every other time
+}
+
+// disk is one that can be filled.
+type disk struct {
+	dir        string
+	fill, free func()
+}
+
+func newDisk(t *testing.T, size string) (d disk) {
+	t.Helper()
+	d.dir, d.fill, d.free = oomtest.SmallDisk(t, size)
+	return d
 }
 
 type fault struct {
@@ -101,16 +120,150 @@ func (p *pipeline) faults() []fault {
 		{"annotator-killed", func() { p.killed(replica()) }},
 		{"annotator-stopped", func() { p.stopped(replica().cmd) }},
 		{"annotator-ended", func() { p.ended(replica()) }},
-		{"nats-killed", func() { p.nats.kill(); p.wait(2500); p.nats.start() }},
-		{"nats-stopped", func() { p.stopped(p.nats.cmd) }},
+		{"nats-killed", func() { p.natsKilled(p.servers()) }},
+		{"nats-stopped", func() { p.natsStopped(p.servers()) }},
+		{"nats-full", p.natsFull},
+		{"nats-cut", func() { some := p.some(); cut(some, true); p.wait(3000); cut(some, false) }},
+		{"nats-slow", func() { some := p.some(); slow(some, 200*time.Millisecond); p.wait(3000); slow(some, 0) }},
+		{"state-full", func() { p.state.fill(); p.wait(1500); p.killed(p.tracer); p.wait(1500); p.state.free() }},
 		{"api-ended", func() { p.c.Stop(); p.wait(2000); p.c.Start() }},
 		{"api-stopped", func() { thaw := p.c.Freeze(); p.wait(3000); thaw() }},
 		{"api-refuses", func() { p.refuses.Store(true); p.wait(3000); p.refuses.Store(false) }},
+	}
+	if len(p.nats) > 1 {
+		all = append(all, fault{"nats-wiped", p.natsWiped})
 	}
 	if p.before != "" {
 		all = append(all, fault{"tracer-replaced", p.replaced})
 	}
 	return all
+}
+
+// servers are one of the NATS servers or all.
+func (p *pipeline) servers() []*natsd {
+	if p.random.IntN(2) == 0 {
+		return p.nats
+	}
+	return []*natsd{p.nats[p.random.IntN(len(p.nats))]}
+}
+
+// some are those of our programs whose way to NATS is in trouble.
+func (p *pipeline) some() []*program {
+	all := append([]*program{p.tracer}, p.replicas...)
+	p.random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	return all[:1+p.random.IntN(len(all))]
+}
+
+func cut(some []*program, down bool) {
+	for _, one := range some {
+		for _, l := range one.links {
+			l.set(down)
+		}
+	}
+}
+
+func slow(some []*program, delay time.Duration) {
+	for _, one := range some {
+		one.delay.Store(int64(delay))
+	}
+}
+
+// way makes a program's links to the servers, and returns its nats.url.
+func (p *pipeline) way(one *program) string {
+	p.t.Helper()
+	var urls []string
+	for _, server := range p.nats {
+		l := newLink(p.t, server.listen, func(bool) { time.Sleep(time.Duration(one.delay.Load())) })
+		one.links = append(one.links, l)
+		urls = append(urls, "nats://"+l.listen)
+	}
+	return strings.Join(urls, ",")
+}
+
+func (p *pipeline) natsKilled(servers []*natsd) {
+	for _, one := range servers {
+		one.kill()
+	}
+	p.wait(2500)
+	for _, one := range servers {
+		one.start()
+	}
+}
+
+func (p *pipeline) natsStopped(servers []*natsd) {
+	for _, one := range servers {
+		p.signal(one.cmd, syscall.SIGSTOP)
+	}
+	p.wait(3000)
+	for _, one := range servers {
+		p.signal(one.cmd, syscall.SIGCONT)
+	}
+}
+
+// natsFull fills a server's disk. Such a server stores nothing until it is restarted, as the kubelet does (TestNATSDiskFull).
+func (p *pipeline) natsFull() {
+	i := p.random.IntN(len(p.nats))
+	p.stores[i].fill()
+	p.wait(3000)
+	p.stores[i].free()
+	p.natsKilled(p.nats[i : i+1])
+}
+
+// natsWiped takes all that it has stored from one server. It gets it back from the others, if they have it all.
+func (p *pipeline) natsWiped() {
+	p.replicated()
+	one := p.nats[p.random.IntN(len(p.nats))]
+	one.kill()
+	if err := os.RemoveAll(filepath.Join(one.store, "jetstream")); err != nil {
+		p.t.Fatal(err)
+	}
+	p.wait(1000)
+	one.start()
+	p.replicated()
+}
+
+// replicated waits until every server has everything.
+func (p *pipeline) replicated() {
+	p.t.Helper()
+	current := func(what string, c *jetstream.ClusterInfo) error {
+		if c == nil || c.Leader == "" || len(c.Replicas) != len(p.nats)-1 {
+			return fmt.Errorf("%s: %+v", what, c)
+		}
+		for _, r := range c.Replicas {
+			if !r.Current || r.Offline || r.Lag > 0 {
+				return fmt.Errorf("%s: %+v", what, r)
+			}
+		}
+		return nil
+	}
+	eventually(p.t, "all NATS servers have everything", func() error {
+		ctx, cancel := context.WithTimeout(p.t.Context(), 5*time.Second)
+		defer cancel()
+		js := p.conn.JetStream()
+		streams := js.ListStreams(ctx)
+		for info := range streams.Info() {
+			if err := current(info.Config.Name, info.Cluster); err != nil {
+				return err
+			}
+			stream, err := js.Stream(ctx, info.Config.Name)
+			if err != nil {
+				return err
+			}
+			consumers := stream.ListConsumers(ctx)
+			for info := range consumers.Info() {
+				if info.Config.Durable == "" { // of a reader
+					continue
+				}
+				if err := current(info.Name, info.Cluster); err != nil {
+					return err
+				}
+			}
+			if err := consumers.Err(); err != nil {
+				return err
+			}
+		}
+		return streams.Err()
+	})
 }
 
 // wait waits for at most so many milliseconds.
@@ -219,31 +372,42 @@ func chaos(t *testing.T, seed uint64, kills int, only []string) {
 	c := kubetest.Start(t)
 	c.Node(node)
 	c.Namespace("shop")
-	p := &pipeline{t: t, c: c, random: rand.New(rand.NewPCG(seed, 0)), nats: newNATS(t), before: os.Getenv("OOM_TEST_BEFORE"), pins: filepath.Join(oomtest.BPFFS(t), "oom-tracer")}
-	r := &rig{t: t}
-	state := filepath.Join(t.TempDir(), "state.json")
-	root := oomtest.New(t, 512<<20)
-	configure := func(cfg *config.Config) {
-		cfg.NATS.URL, cfg.NATS.Stream.DedupWindow = "nats://"+p.nats.listen, time.Second
-		cfg.Node.Name, cfg.Node.CgroupRoot, cfg.Node.StateFile, cfg.Kernel.PinDir = node, root.Path(), state, p.pins
-		cfg.Policy.InferredLimits = true // not every machine that runs the tests permits hooks
-		cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Owner: 1, Cluster: cluster}
+	p := &pipeline{
+		t: t, c: c, random: rand.New(rand.NewPCG(seed, 0)),
+		before: os.Getenv("OOM_TEST_BEFORE"), pins: filepath.Join(oomtest.BPFFS(t), "oom-tracer"), state: newDisk(t, "1m"),
 	}
-	r.cfg, r.configPath = newConfig(t, func(cfg *config.Config) {
-		configure(cfg)
-		cfg.Metrics.Listen = freePort(t)
-	})
-	p.nats.start()
-	r.connect()
-	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
-		t.Fatal(err)
+	var urls, stores []string
+	for range 1 + 2*(seed%2) {
+		p.stores = append(p.stores, newDisk(t, "512m"))
+		stores = append(stores, p.stores[len(p.stores)-1].dir)
+	}
+	p.nats = newCluster(t, stores...)
+	for _, one := range p.nats {
+		one.start()
+		urls = append(urls, "nats://"+one.listen)
+	}
+	root := oomtest.New(t, 512<<20)
+	prepare := func(one *program, change func(*config.Config)) *program {
+		cfg, path := newConfig(t, func(cfg *config.Config) {
+			cfg.NATS.URL, cfg.NATS.Stream.DedupWindow, cfg.NATS.Stream.Replicas = p.way(one), time.Second, len(p.nats)
+			cfg.Node.Name, cfg.Node.CgroupRoot, cfg.Node.StateFile, cfg.Kernel.PinDir = node, root.Path(), filepath.Join(p.state.dir, "state.json"), p.pins
+			cfg.Policy.InferredLimits = true // not every machine that runs the tests permits hooks
+			cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Owner: 1, Cluster: cluster}
+			change(cfg)
+		})
+		one.cfg, one.out, one.args = cfg, &oomtest.Output{}, append([]string{"--config", path}, one.args...)
+		return one
 	}
 	kubeconfig := c.Kubeconfig(p.proxy(c.Annotator()))
-	p.tracer = &program{path: oomtest.Program(t, "oom-tracer"), args: []string{"--config", r.configPath}, out: &oomtest.Output{}}
+	p.tracer = prepare(&program{path: oomtest.Program(t, "oom-tracer")}, func(cfg *config.Config) { cfg.Metrics.Listen = freePort(t) })
 	for range replicas {
-		_, path := newConfig(t, configure)
-		p.replicas = append(p.replicas, &program{path: oomtest.Program(t, "oom-annotator"), args: []string{"--config", path, "--kubeconfig", kubeconfig}, out: &oomtest.Output{}})
+		p.replicas = append(p.replicas, prepare(&program{path: oomtest.Program(t, "oom-annotator"), args: []string{"--kubeconfig", kubeconfig}}, keep))
 	}
+	r := &rig{t: t, cfg: p.tracer.cfg}
+	r.cfg.NATS.URL = strings.Join(urls, ",")
+	r.connect()
+	p.conn = r.conn
+	eventually(t, "streams", func() error { return bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream) })
 	for _, one := range append(p.replicas, p.tracer) {
 		p.run(one)
 		t.Cleanup(func() {
@@ -288,7 +452,7 @@ func chaos(t *testing.T, seed uint64, kills int, only []string) {
 	if len(only) > 0 {
 		all = slices.DeleteFunc(all, func(f fault) bool { return !slices.Contains(only, f.name) })
 		if len(all) != len(only) {
-			t.Fatalf("not all of these are faults: %q", only)
+			t.Fatalf("not all of %q are faults here: nats-wiped needs an odd seed, with which there are three NATS servers, and tracer-replaced OOM_TEST_BEFORE", only)
 		}
 	}
 	for going := true; going; {
