@@ -3,13 +3,9 @@ package main
 import (
 	"encoding/json"
 	"fmt"
-	"io"
-	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -439,7 +435,12 @@ func testLate(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		}
 	}
 	var gate sync.Mutex // while it is locked, what the replica says waits
-	r.cfg, r.configPath = newConfig(t, through("nats://"+forward(t, nats.listen, &gate)))
+	r.cfg, r.configPath = newConfig(t, through("nats://"+newLink(t, nats.listen, func(fromClient bool) {
+		if fromClient {
+			gate.Lock()
+			defer gate.Unlock()
+		}
+	}).listen))
 	r.cfg.NATS.URL = "nats://" + nats.listen
 	r.connect()
 	if err := bus.EnsureStreams(t.Context(), r.conn, r.cfg.NATS.Stream); err != nil {
@@ -480,90 +481,4 @@ func testLate(t *testing.T, c *kubetest.Cluster, account *rest.Config) {
 		t.Errorf("one more outcome: %+v", o)
 	case <-time.After(7 * time.Second): // longer than an attempt to publish
 	}
-}
-
-// forward stands between a client and a server. What the client says it passes on while it can lock gate.
-func forward(t *testing.T, to string, gate *sync.Mutex) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			client, err := l.Accept()
-			if err != nil {
-				return
-			}
-			server, err := net.Dial("tcp", to)
-			if err != nil {
-				client.Close()
-				continue
-			}
-			go func() {
-				defer client.Close()
-				_, _ = io.Copy(client, server)
-			}()
-			go func() {
-				defer server.Close()
-				buf := make([]byte, 32<<10)
-				for {
-					n, err := client.Read(buf)
-					if err != nil {
-						return
-					}
-					gate.Lock()
-					_, err = server.Write(buf[:n])
-					gate.Unlock()
-					if err != nil {
-						return
-					}
-				}
-			}()
-		}
-	}()
-	return l.Addr().String()
-}
-
-// natsd is a nats-server that can be killed.
-type natsd struct {
-	t            *testing.T
-	listen, conf string
-	cmd          *exec.Cmd
-}
-
-func newNATS(t *testing.T) *natsd {
-	t.Helper()
-	d := &natsd{t: t, listen: freePort(t), conf: filepath.Join(t.TempDir(), "nats.conf")}
-	conf, err := json.Marshal(map[string]any{"listen": d.listen, "jetstream": map[string]any{"store_dir": t.TempDir()}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(d.conf, conf, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { d.kill() })
-	return d
-}
-
-func (d *natsd) start() {
-	d.t.Helper()
-	d.cmd = exec.Command(oomtest.Program(d.t, "nats-server"), "-c", d.conf)
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := d.cmd.Start(); err != nil {
-		d.t.Fatal(err)
-	}
-	eventually(d.t, "nats takes connections", func() error {
-		c, err := bus.Connect(d.t.Context(), config.NATS{URL: "nats://" + d.listen}, bus.Options{Name: "probe"}, slog.New(slog.DiscardHandler))
-		if err == nil {
-			c.Close()
-		}
-		return err
-	})
-}
-
-func (d *natsd) kill() {
-	_ = d.cmd.Process.Kill()
-	_ = d.cmd.Wait()
 }

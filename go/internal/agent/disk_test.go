@@ -3,41 +3,15 @@ package agent
 import (
 	"io"
 	"net/http"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
-
-// smallDisk is a disk that a test can fill.
-func smallDisk(t *testing.T, size string) (dir string, fill, free func()) {
-	t.Helper()
-	dir = t.TempDir()
-	oomtest.Mount(t, "tmpfs", dir, 0)
-	must(t, unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size="+size))
-	must(t, os.Chmod(dir, 0o700))
-	filler := filepath.Join(dir, "filler")
-	fill = func() {
-		t.Helper()
-		f, err := os.Create(filler)
-		must(t, err)
-		defer f.Close()
-		for _, size := range []int{1 << 16, 1 << 12, 1} {
-			for err == nil {
-				_, err = f.Write(make([]byte, size))
-			}
-			err = nil
-		}
-	}
-	return dir, fill, func() { must(t, os.Remove(filler)) }
-}
 
 // probe asks a probe's URL.
 func probe(t *testing.T, addr, path string) (ok bool, body string) {
@@ -57,7 +31,7 @@ func TestDiskFull(t *testing.T) {
 	oomtest.Slow(t)
 	for name, atStart := range map[string]bool{"later": false, "at the start": true} {
 		t.Run(name, func(t *testing.T) {
-			disk, fill, free := smallDisk(t, "12m")
+			disk, fill, free := oomtest.SmallDisk(t, "12m")
 			cfg := withListen(t, pinnedConfig(t))
 			cfg.NATS.Embedded.Dir = filepath.Join(disk, "nats")
 			cfg.Node.StateFile = filepath.Join(disk, "state.json")

@@ -61,6 +61,35 @@ func Mount(t testing.TB, fstype, dir string, flags uintptr) {
 	})
 }
 
+// SmallDisk mounts a disk that a test can fill.
+func SmallDisk(t testing.TB, size string) (dir string, fill, free func()) {
+	t.Helper()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir = t.TempDir()
+	Mount(t, "tmpfs", dir, 0)
+	must(unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size="+size))
+	must(os.Chmod(dir, 0o700))
+	filler := filepath.Join(dir, "filler")
+	fill = func() {
+		t.Helper()
+		f, err := os.Create(filler)
+		must(err)
+		defer f.Close()
+		for _, size := range []int{1 << 16, 1 << 12, 1} {
+			for err == nil {
+				_, err = f.Write(make([]byte, size))
+			}
+			err = nil
+		}
+	}
+	return dir, fill, func() { must(os.Remove(filler)) }
+}
+
 // Golden compares got with a file of testdata, or writes it.
 func Golden(t testing.TB, name, got string, update bool) {
 	t.Helper()
