@@ -31,6 +31,7 @@ type Kill struct {
 	Comm   string `json:"comm,omitempty"`
 	Cgroup string `json:"cgroup,omitempty"` // of the victim
 	Limit  string `json:"limit,omitempty"`  // the cgroup whose limit was reached
+	Count  bool   `json:"count,omitempty"`  // it is counted by a metric
 }
 
 func main() {
@@ -66,7 +67,7 @@ func cadvisor() error {
 	go parser.StreamOoms(kills)
 	for k := range kills {
 		// The names of the fields are the wrong way round: ContainerName is task_memcg.
-		if err := report(Kill{k.Pid, k.ProcessName, k.ContainerName, k.VictimContainerName}); err != nil {
+		if err := report(Kill{PID: k.Pid, Comm: k.ProcessName, Cgroup: k.ContainerName, Limit: k.VictimContainerName}); err != nil {
 			return err
 		}
 	}
@@ -87,7 +88,8 @@ func kubelet() error {
 	select {}
 }
 
-// nodeProblemDetector is its monitor of the kernel's log with its own file of rules. Its exporter makes Events of the node.
+// nodeProblemDetector is its monitor of the kernel's log with its own file of rules, which counts in a metric. Its exporter makes Events
+// of the node.
 func nodeProblemDetector(config string) error {
 	broadcaster := record.NewBroadcaster()
 	broadcaster.StartRecordingToSink(sink{})
@@ -98,6 +100,9 @@ func nodeProblemDetector(config string) error {
 	}
 	for status := range statuses {
 		for _, e := range status.Events {
+			if err := report(Kill{Count: true}); err != nil {
+				return err
+			}
 			recorder.Eventf(node, corev1.EventTypeWarning, e.Reason, "%s", e.Message)
 		}
 	}

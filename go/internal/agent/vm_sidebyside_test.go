@@ -91,7 +91,10 @@ func contenders(t *testing.T) []*contender {
 			name: name,
 			start: func(t *testing.T) []*exec.Cmd {
 				cmd := exec.Command(oomtest.Program(t, "sidebyside"), args...)
-				cmd.Stderr = os.Stderr
+				log, err := os.OpenFile(filepath.Join("/tmp", name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+				must(t, err)
+				t.Cleanup(func() { log.Close() })
+				cmd.Stderr = log
 				return []*exec.Cmd{cmd}
 			},
 			parse: func(line []byte) (r reported, ok bool) {
@@ -141,6 +144,7 @@ type kill struct {
 type kind struct {
 	name  string
 	cause func(t *testing.T, all []*contender) []kill
+	quiet time.Duration // with nothing reported: then it is over
 }
 
 // hogs runs children that are killed, and waits for them. Their parent is in the cgroup outside.
@@ -164,68 +168,73 @@ func hogs(t *testing.T, group, outside *cgroupfs.Cgroup, limit string, args ...s
 	return kills
 }
 
-// up is a cgroup that encloses another.
-func up(group *cgroupfs.Cgroup, levels int) *cgroupfs.Cgroup {
-	above := *group
-	for range levels {
-		above.Dir = filepath.Dir(above.Dir)
+// outside is a cgroup beside the pods of another.
+func outside(t *testing.T, group *cgroupfs.Cgroup) *cgroupfs.Cgroup {
+	t.Helper()
+	root := *group
+	for filepath.Dir(root.Path()) != "/" {
+		root.Dir = filepath.Dir(root.Dir)
 	}
-	return &above
+	return oomtest.Child(t, &root, "outside", cgroupfs.Unlimited)
 }
+
+// kinds are in this order because client-go lets 25 Events about a node through, and then one in five minutes.
+// silence is longer than the time in which the kernel says why of ten kills (oom_kill_process()).
+const silence = 6 * time.Second
 
 func kinds(version int) []kind {
 	all := []kind{
 		{"container limit", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, 256*mib, 64*mib, 16*mib)
-			return hogs(t, group, up(group, 4), group.Path(), "1", "64")
-		}},
+			return hogs(t, group, outside(t, group), group.Path(), "1", "64")
+		}, silence},
 		{"pod limit", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, 256*mib, 16*mib, 64*mib)
-			return hogs(t, group, up(group, 4), up(group, 1).Path(), "1", "64")
-		}},
+			return hogs(t, group, outside(t, group), filepath.Dir(group.Path()), "1", "64")
+		}, silence},
 		{"child of a container's process, which lives on", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, 256*mib, 64*mib, 16*mib)
 			return hogs(t, group, group, group.Path(), "1", "64")
-		}},
+		}, silence},
 		{"thread, its process's first has ended", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, 256*mib, 64*mib, 16*mib)
-			return hogs(t, group, up(group, 4), group.Path(), "1", "64", "threaded")
-		}},
+			return hogs(t, group, outside(t, group), group.Path(), "1", "64", "threaded")
+		}, silence},
 		{"service of the host", func(t *testing.T, _ []*contender) []kill {
 			root := oomtest.New(t, cgroupfs.Unlimited)
 			group := oomtest.Child(t, oomtest.Child(t, root, "system.slice", cgroupfs.Unlimited), "database.service", 16*mib)
-			return hogs(t, group, root, group.Path(), "1", "64")
-		}},
+			return hogs(t, group, outside(t, group), group.Path(), "1", "64")
+		}, silence},
 		{"ten cgroups below the container", func(t *testing.T, _ []*contender) []kill {
 			container := kubelet(t, 256*mib, 64*mib, 16*mib)
 			leaf := container
 			for i := range 10 {
 				leaf = oomtest.Child(t, leaf, fmt.Sprintf("level-%d", i), cgroupfs.Unlimited)
 			}
-			return hogs(t, leaf, up(container, 4), container.Path(), "1", "64")
-		}},
+			return hogs(t, leaf, outside(t, leaf), container.Path(), "1", "64")
+		}, silence},
 		{"node out of memory", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, cgroupfs.Unlimited, cgroupfs.Unlimited, cgroupfs.Unlimited)
-			return hogs(t, group, up(group, 4), "", "1", fmt.Sprint(tooMuch))
-		}},
+			return hogs(t, group, outside(t, group), "", "1", fmt.Sprint(tooMuch))
+		}, silence},
 		{"storm of 1,000", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, 256*mib, 64*mib, 4*mib)
-			return hogs(t, group, up(group, 4), group.Path(), "1000", "8")
-		}},
+			return hogs(t, group, outside(t, group), group.Path(), "1000", "8")
+		}, silence},
 		{"agent down meanwhile, 20", func(t *testing.T, all []*contender) []kill {
 			for _, c := range all {
 				c.kill()
 			}
 			group := kubelet(t, 256*mib, 64*mib, 4*mib)
-			kills := hogs(t, group, up(group, 4), group.Path(), "20", "8")
+			kills := hogs(t, group, outside(t, group), group.Path(), "20", "8")
 			for _, c := range all {
 				c.run(t)
 			}
 			return kills
-		}},
+		}, 30 * time.Second}, // they take their time to start
 	}
 	if version == 2 {
-		all = slices.Insert(all, 2, kind{"group of 20 (memory.oom.group)", func(t *testing.T, _ []*contender) []kill {
+		all = slices.Insert(all, 7, kind{"group of 20 (memory.oom.group)", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, 256*mib, 128*mib, 64*mib)
 			setGroupKill(t, group)
 			var kills []kill
@@ -236,7 +245,7 @@ func kinds(version int) []kind {
 			_ = hog.Wait()
 			until(t, "all are killed", func() bool { return !slices.ContainsFunc(kills, func(k kill) bool { return alive(k.pid) }) })
 			return append(kills, kill{hog.Process.Pid, group.Path(), group.Path()})
-		}})
+		}, silence})
 	}
 	return all
 }
@@ -294,6 +303,26 @@ func watchConsole(t *testing.T) *console {
 	return c
 }
 
+func count(all []*contender) (n int) {
+	for _, c := range all {
+		n += len(c.seen())
+	}
+	return n
+}
+
+// warmUp waits until each tool has reported a kill, but for the kubelet: it reports some kinds only.
+func warmUp(t *testing.T, all []*contender) {
+	t.Helper()
+	group := kubelet(t, 256*mib, 64*mib, 16*mib)
+	besides := outside(t, group)
+	for deadline := time.Now().Add(3 * time.Minute); slices.ContainsFunc(all, func(c *contender) bool { return c.name != "kubelet" && len(c.seen()) == 0 }); time.Sleep(15 * time.Second) {
+		if time.Now().After(deadline) {
+			t.Fatal("not all tools report a kill")
+		}
+		hogs(t, group, besides, group.Path(), "1", "64")
+	}
+}
+
 // TestVMSideBySide causes each kind of kill while OOM Tracer and what a user would pick instead run on the same machine, and
 // prints what each of them reported, as Markdown.
 func TestVMSideBySide(t *testing.T) {
@@ -306,6 +335,7 @@ func TestVMSideBySide(t *testing.T) {
 		c.run(t)
 		t.Cleanup(c.kill)
 	}
+	warmUp(t, all)
 	heading, rule := "| kind of kill ", "|---"
 	for _, c := range all {
 		heading, rule = heading+"| "+c.name+" ", rule+"|---"
@@ -313,29 +343,20 @@ func TestVMSideBySide(t *testing.T) {
 	fmt.Printf("SIDE ### Linux %s, cgroup v%d\nSIDE \nSIDE %s|\nSIDE %s|\n", self.Kernel, h.Version, heading, rule)
 	for _, kind := range kinds(h.Version) {
 		t.Run(kind.name, func(t *testing.T) {
-			time.Sleep(6 * time.Second) // the kernel's limit of headers is ten in five
 			console := watchConsole(t)
 			before := map[*contender]int{}
 			for _, c := range all {
 				before[c] = len(c.seen())
 			}
-			begin := monotonic()
 			kills := kind.cause(t, all)
-			// Until nobody has reported more for some seconds.
-			count := func() (n int) {
-				for _, c := range all {
-					n += len(c.seen())
-				}
-				return n
-			}
-			for n, since := count(), time.Now(); time.Since(since) < 8*time.Second; time.Sleep(100 * time.Millisecond) {
-				if now := count(); now != n {
+			for n, since := count(all), time.Now(); time.Since(since) < kind.quiet; time.Sleep(100 * time.Millisecond) {
+				if now := count(all); now != n {
 					n, since = now, time.Now()
 				}
 			}
 			line := "| " + kind.name
 			for i, c := range all {
-				j := c.judge(kills, console, begin, before[c])
+				j := c.judge(kills, console, before[c])
 				line += " | " + j.String()
 				// Those it has: the others' figures are theirs.
 				if i == 0 && (j.named != len(kills) || j.limits != len(kills)) {
@@ -351,21 +372,32 @@ func TestVMSideBySide(t *testing.T) {
 type judgement struct {
 	of, reported, pids, named, limits int // kills: reported at all, with their PID, with their cgroup, with the cgroup of the limit
 	again                             int // reports of a kill that it had reported
+	counted                           int // by a metric
 	median, last                      time.Duration
 }
 
 func (j judgement) String() string {
-	if j.reported == 0 {
+	if j.reported == 0 && j.counted == 0 {
 		return "–"
 	}
 	text := fmt.Sprintf("%d of %d", j.reported, j.of)
+	if j.counted > 0 {
+		text += fmt.Sprintf(" (its metric: %d)", j.counted)
+	}
+	if j.reported == 0 {
+		return text
+	}
 	for _, part := range []struct {
 		what string
 		n    int
 	}{{"PID", j.pids}, {"cgroup", j.named}, {"limit", j.limits}} {
 		switch part.n {
 		case 0:
-			text += ", no " + part.what
+			if part.what == "PID" {
+				text += ", another PID"
+			} else {
+				text += ", no " + part.what
+			}
 		case j.reported:
 			text += ", " + part.what
 		default:
@@ -379,12 +411,12 @@ func (j judgement) String() string {
 		}
 	}
 	if j.again > 0 {
-		text += fmt.Sprintf("; %d older again", j.again)
+		text += fmt.Sprintf("; %d again", j.again)
 	}
 	return text
 }
 
-func (c *contender) judge(kills []kill, console *console, begin time.Duration, before int) judgement {
+func (c *contender) judge(kills []kill, console *console, before int) judgement {
 	console.mu.Lock()
 	defer console.mu.Unlock()
 	lines := c.seen()
@@ -396,6 +428,10 @@ func (c *contender) judge(kills []kill, console *console, begin time.Duration, b
 		done[r.PID] = true
 	}
 	for _, r := range lines[before:] {
+		if r.Count {
+			j.counted++
+			continue
+		}
 		at := slices.IndexFunc(kills, func(k kill) bool { return k.pid == r.PID })
 		switch {
 		case done[r.PID]:
