@@ -274,6 +274,24 @@ test-vm: vm-parts ## the tests of the tag vm on stock Debian kernels in QEMU (KE
 	$(Q)CACHE=$(CACHE) ARCH=$(ARCH) tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
 	$(Q)$(if $(KERNEL)$(emulator),,$(MAKE) --no-print-directory test-vm-annotate)
 
+build/static/vm-sidebyside.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT)
+	@mkdir -p $(@D)
+	$(say) GO $@
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -tags vm,sidebyside,$(tags) -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
+
+build/sidebyside/sidebyside: $(wildcard tools/sidebyside/*) vmlinux/$(ARCH)/vmlinux.h build/.deps
+	@mkdir -p $(@D)
+	$(say) GO $@
+	$(Q)tools/sidebyside/build.sh $(@D) $(clang_bpf)
+
+# One machine at a time, for the delays. The kernel's log has the size that it has on a stock node.
+.PHONY: side-by-side
+side-by-side: build/static/vm-sidebyside.test build/static/oom-tracer build/oom-tap build/hog build/sidebyside/sidebyside ## the same kills seen by OOM Tracer and by what else there is, in QEMU, into deploy/docs/comparison.md (KERNELS="6.1 6.12")
+	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
+	$(Q)CACHE=$(CACHE) OUT=build/side-by-side KERNELS='$(or $(KERNELS),6.1 6.12)' BOOTS='v2 v1' JOBS=1 LOG_BUF=128K TIMEOUT=$(or $(TIMEOUT),1800) RUN='^TestVMSideBySide$$' \
+		tools/vm/test-vm.sh build/static/vm-sidebyside.test build/static/oom-tracer build/oom-tap build/hog $(addprefix build/sidebyside/,sidebyside kernel-monitor.json trace_oomkill.bpf.o)
+	$(Q)table=$$(cat build/side-by-side/*/*/output.log | sed -n 's/^SIDE //p') && sed -i '/^<!-- /q' deploy/docs/comparison.md && printf '\n%s\n' "$$table" >>deploy/docs/comparison.md
+
 # Of two runs of the same boot the later directory counts.
 KERNEL_RESULTS ?= build/vm
 .PHONY: kernels

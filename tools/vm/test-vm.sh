@@ -24,6 +24,7 @@
 #   FRESH=1              look for newer packages now (else once a week)
 #   JOBS=2 TIMEOUT=720 (arm64: 1440) SMP=1 MEMORY=512 ACCEL=tcg,thread=multi      machines at once; seconds per boot;
 #                        CPUs and MiB of a machine; what runs it
+#   LOG_BUF=4M           size of the kernel's log
 #   CACHE, OUT           where packages are kept; where results go (build/vm)
 #
 # A failed test, a row that says FAIL and a boot in which no test ran are failures. So are a panic, a
@@ -62,6 +63,7 @@ ARCH=${ARCH:-$(dpkg --print-architecture)}
 JOBS=${JOBS:-2}
 SMP=${SMP:-1}
 MEMORY=${MEMORY:-512}
+LOG_BUF=${LOG_BUF:-4M}
 ACCEL=${ACCEL:-tcg,thread=multi}
 # What QEMU is to be, and the machine's second serial port, which is not cut in two by the kernel's messages.
 case $ARCH in
@@ -188,7 +190,7 @@ run_machine() {
 	faults) initramfs+=.faults run='^TestVM(Faults|MissedHook)' skip= ;;
 	v1) cgroup=v1 ;;
 	esac
-	local append=("${ports[@]}" loglevel=4 log_buf_len=4M panic=-1 oops=panic mitigations=off
+	local append=("${ports[@]}" loglevel=4 "log_buf_len=$LOG_BUF" panic=-1 oops=panic mitigations=off
 		"oom.cgroup=$cgroup" "oom.nodes=$nodes"
 		"oom.run=${RUN:-$run}" "oom.skip=$skip" "oom.timeout=$((TIMEOUT > 60 ? TIMEOUT - 40 : TIMEOUT))s")
 	if [[ $ARCH == arm64 ]]; then # it has one port
