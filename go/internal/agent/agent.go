@@ -73,8 +73,7 @@ func Run(ctx context.Context, cfg config.Config, node string, stdout io.Writer, 
 	return err
 }
 
-// start brings everything up. Recording begins first: whatever the rest waits for, the journal keeps the kills
-// meanwhile. NATS itself may be away.
+// start brings everything up. Recording begins first: the journal keeps the kills while the rest waits, as for NATS.
 func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) (_ *tracer, err error) {
 	self, err := thisNode(node)
 	if err != nil {
@@ -279,8 +278,7 @@ func (t *tracer) close(deadline time.Time) error {
 	return t.server.Shutdown(ctx)
 }
 
-// record takes one record the whole way to the publisher. It returns false when as many are on their way to NATS as may
-// be: the journal keeps the others.
+// record publishes one record. It returns false while the publisher is full: the journal keeps the others.
 func (t *tracer) record(seq uint64, sample []byte) bool {
 	record, err := wire.Decode(sample)
 	if err != nil {
@@ -404,8 +402,7 @@ func now() (time.Time, uint64) {
 	return time.Now(), uint64(boot.Nano())
 }
 
-// printer writes kills and gaps to standard output, as log.kills says. It never holds up its caller: standard output may
-// be a pipe that nobody reads.
+// printer writes kills and gaps to standard output, as log.kills says. It never waits for whoever reads that.
 type printer struct {
 	format  string
 	lines   chan string

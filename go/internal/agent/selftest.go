@@ -342,8 +342,7 @@ const VictimCommand = "selftest-victim"
 // victimComm is the victim's name, at most 15 bytes.
 const victimComm = "oom-selftest"
 
-// Victim allocates MIB MiB once a byte comes on standard input, as the caller's victim. It ends with an
-// error if nobody kills it.
+// Victim allocates MIB MiB once a byte comes on standard input. It fails if nobody kills it.
 func Victim(size string) error {
 	mib, err := strconv.Atoi(size)
 	if err != nil || mib < 1 || mib > 1024 {

@@ -15,8 +15,7 @@ import (
 
 const (
 	outcomeSubjects = "oom.v1." + string(event.KindOutcome) + ".>"
-	// outcomeReaders is how many requests are in flight, and readerBatch how many sequences of the stream each reader has before
-	// what they read is handed over.
+	// outcomeReaders read at once, each readerBatch sequences of the stream, before what they read is handed over.
 	outcomeReaders, readerBatch = 16, 256
 )
 

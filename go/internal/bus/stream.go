@@ -149,8 +149,7 @@ func (before Held) Lost(now Held, cfg config.Stream, at time.Time) uint64 {
 // ErrNoMessage is wrapped by Last's error where the stream holds no message on the subject.
 var ErrNoMessage error = jetstream.ErrMsgNotFound
 
-// Last reads the last message on a subject of the stream [event.StreamName], from the stream's leader. It does not wait for a
-// connection, and takes at most 5 s.
+// Last reads the last message on a subject from the leader of the stream [event.StreamName], within 5 s, if connected.
 func (c *Conn) Last(ctx context.Context, subject string) ([]byte, error) {
 	m, err := c.getNow(ctx, map[string]any{"last_by_subj": subject})
 	if err != nil {

@@ -35,8 +35,7 @@ type kernelType struct {
 	Loads bool   `json:"loads"`
 	// Victim is what mark_victim hands over: task or pid.
 	Victim loader.Prototype `json:"victim,omitempty"`
-	// Tier is hooks where the types have all that fentry and kprobe hook, else unknown: fentry cannot hook what they lack,
-	// and kprobe goes by kallsyms.
+	// Tier is hooks where the types have all that fentry and kprobe hook, else unknown: kprobe goes by kallsyms.
 	Tier string `json:"tier,omitempty"`
 	// Missing is what it lacks; it may load all the same.
 	Missing string `json:"missing,omitempty"`

@@ -202,8 +202,7 @@ type loaded struct {
 	notify loader.Notify
 }
 
-// examine makes all checks: first what the kernel program needs, each before what depends on it, then
-// that program itself, then what is around it.
+// examine makes all checks: what the kernel program needs, each before what depends on it; that program; what is around it.
 func (x *checker) examine(ctx context.Context) []Finding {
 	x.look(ctx)
 	findings := []Finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.bpf(), x.notify(), x.memlock(), x.btf(), x.markVictim()}
@@ -267,8 +266,7 @@ func (x *checker) sysctl(name string, otherwise int) int {
 	return values[0]
 }
 
-// has reports whether this process has a capability, in the only user namespace where the kernel asks
-// for those of a tracer.
+// has reports whether this process has a capability in the initial user namespace, where the kernel asks for it.
 func (x *checker) has(bit uint) bool {
 	return x.processErr == nil && x.foreignNamespace("user") == "" && x.process.CapEff&(1<<bit) != 0
 }
@@ -410,8 +408,7 @@ func (x *checker) filtered() bool {
 	})
 }
 
-// refusal says why the kernel refuses a system call to this process, and what to do about it. The call takes a
-// capability, or CAP_SYS_ADMIN.
+// refusal says why the kernel refuses a system call that takes a capability, or CAP_SYS_ADMIN, and what to do about it.
 func (x *checker) refusal(call, capability string, bit uint, err error) (cause, remedy string) {
 	admin := x.has(unix.CAP_SYS_ADMIN)
 	switch paranoid := x.sysctl("kernel/perf_event_paranoid", 2); {
@@ -559,8 +556,7 @@ func (x *checker) markVictim() Finding {
 	return ok(check, "hands over the task")
 }
 
-// hooks says whether the functions of the OOM killer can be hooked, which proves the context of every
-// kill. earlier are the checks that have failed.
+// hooks says whether the OOM killer's functions can be hooked, which proves the context. earlier are the failed checks.
 func (x *checker) hooks(earlier []string) Finding {
 	const check = "hooks"
 	switch why := strings.Join(x.unhooked, "; "); {
@@ -584,8 +580,7 @@ func (x *checker) hooks(earlier []string) Finding {
 	}
 }
 
-// degraded is what stands in the way of a tier: with kernel.tier auto there is less, with that tier
-// demanded the tracer does not start.
+// degraded is why a tier is not available: with kernel.tier auto there is less, else the tracer does not start.
 func (x *checker) degraded(check, detail, remedy string) Finding {
 	if x.wants(loader.TierAuto) {
 		return warn(check, detail, remedy)
@@ -601,8 +596,7 @@ func (x *checker) unneeded(check string) Finding {
 	return ok(check, "not used: kernel.tier is %s", x.cfg.Kernel.Tier)
 }
 
-// kallsyms says whether addresses are shown, by the rule of kallsyms_show_value() in
-// kernel/ksyms_common.c.
+// kallsyms says whether addresses are shown: see kallsyms_show_value() in kernel/ksyms_common.c.
 func (x *checker) kallsyms() Finding {
 	const check = "kallsyms"
 	restrict, paranoid := x.sysctl("kernel/kptr_restrict", 0), x.sysctl("kernel/perf_event_paranoid", 2)
@@ -776,8 +770,7 @@ func (x *checker) bpffs() Finding {
 	return ok(check, "mounted at %s: the kernel will record in %s, also while no tracer runs", filepath.Dir(dir), filepath.Base(dir))
 }
 
-// tracer says whether one runs on this node already and how it is, or whether its metrics could be
-// served.
+// tracer says whether a tracer runs on this node and is ready, or whether its metrics could be served.
 func (x *checker) tracer(ctx context.Context) Finding {
 	const check = "tracer"
 	addr := x.cfg.Metrics.Listen
@@ -847,8 +840,7 @@ func (x *checker) jetstream(enabled bool, err error) Finding {
 	}
 }
 
-// embedded says what became of the embedded server, which could not be reached for the reason given, or
-// whether it could start.
+// embedded says why the embedded server was not reached (reason), or whether it could start.
 func (x *checker) embedded(reason error) Finding {
 	const check = "nats"
 	cfg := x.cfg.NATS.Embedded

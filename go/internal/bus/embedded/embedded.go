@@ -311,8 +311,7 @@ func secure(dir *statedir.Dir) error {
 	return dir.Chmod(".", 0o700)
 }
 
-// lockDir makes sure that no other process uses the directory: two servers would write over each other.
-// The lock ends with the process, whatever ends it.
+// lockDir keeps other processes out: two servers would write over each other. The lock ends with the process.
 func lockDir(dir *statedir.Dir) (*os.File, error) {
 	f, err := dir.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
