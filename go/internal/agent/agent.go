@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strings"
@@ -246,7 +247,6 @@ func (t *tracer) run(ctx context.Context) error {
 	return err
 }
 
-// wait waits until something has returned, or ctx ends.
 func wait(ctx context.Context, something func()) {
 	done := make(chan struct{})
 	go func() {
@@ -363,7 +363,6 @@ func (t *tracer) hooks() bus.Hooks {
 	}
 }
 
-// ack frees what a message was kept for.
 func (t *tracer) ack(tag ackTag) {
 	defer t.state.touch()
 	if tag.last > 0 {
@@ -449,4 +448,25 @@ func (p *printer) close() {
 	case <-p.done:
 	case <-time.After(200 * time.Millisecond):
 	}
+}
+
+// Unload ends the recording that continues in the kernel.
+func Unload(ctx context.Context, dir string, force bool, stdout io.Writer) error {
+	if dir == "" {
+		fmt.Fprintln(stdout, "nothing is pinned: kernel.pin_dir is empty")
+		return nil
+	}
+	unpublished, err := loader.Unload(ctx, dir, force)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, loader.ErrNoBPFFS):
+		fmt.Fprintf(stdout, "nothing is pinned in %s\n", dir)
+		return nil
+	case err != nil:
+		return fmt.Errorf("unload: %w", err)
+	case unpublished > 0:
+		fmt.Fprintf(stdout, "unloaded; %d records that were not published are gone\n", unpublished)
+	default:
+		fmt.Fprintln(stdout, "unloaded: nothing records kills now")
+	}
+	return nil
 }

@@ -135,7 +135,6 @@ func (t *tracer) startBase() {
 	}
 }
 
-// seqGap is a gap of one record of the journal.
 func seqGap(cause event.GapCause, seq, count uint64) event.Gap {
 	return event.Gap{Cause: cause, FirstSeq: seq, LastSeq: seq, Count: &count}
 }

@@ -27,7 +27,6 @@ type metrics struct {
 	unseen func() (atLeast, atMost uint64, err error) // see Counts.Unseen
 }
 
-// kernelSide is what is shown of a loader.Loader.
 type kernelSide interface {
 	Tier() loader.Tier
 	Notify() loader.Notify

@@ -229,7 +229,6 @@ func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err e
 	return want, err
 }
 
-// awaitEvent waits for the victim's event on the stream.
 func awaitEvent(ctx context.Context, conn *bus.Conn, want *expectation) (event.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, selftestWait)
 	defer cancel()
@@ -263,7 +262,6 @@ func awaitEvent(ctx context.Context, conn *bus.Conn, want *expectation) (event.E
 	}
 }
 
-// compare lists what of the event is not as it should be.
 func (want *expectation) compare(e *event.Event) []string {
 	var wrong []string
 	check := func(field string, got, want any) {

@@ -46,7 +46,6 @@ type Options struct {
 	RootCAs  func() (*x509.CertPool, error)
 }
 
-// dialer is Options.Dial for nats.go.
 type dialer func() (net.Conn, error)
 
 // Dial returns a new connection, whatever the address.
@@ -275,7 +274,6 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers string, options []
 	return cfg.URL, options, err
 }
 
-// secret reads a password or a token for a login.
 func (c *Conn) secret(read func() (string, error)) string {
 	secret, err := read()
 	c.attemptFailed(err)
@@ -406,7 +404,6 @@ func (c *Conn) watch(tell func(denial)) (stop func()) {
 	}
 }
 
-// inboxDenied says why no reply can arrive on the present link, if so.
 func (c *Conn) inboxDenied() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -29,7 +29,6 @@ type fleet struct {
 	Kernels []kernelType `json:"kernels"`
 }
 
-// kernelType is what a kernel's types say.
 type kernelType struct {
 	File  string `json:"file"` // below the directory
 	Loads bool   `json:"loads"`
@@ -105,7 +104,6 @@ func hasTypes(path string) bool {
 	return bytes.HasPrefix(magic[:], little) || bytes.HasPrefix(magic[:], big) || string(magic[:]) == "\x7fELF"
 }
 
-// examineTypes checks the program against one kernel's types.
 func examineTypes(path string) (k kernelType) {
 	kernel, err := btf.LoadSpec(path)
 	if err != nil {
@@ -133,7 +131,6 @@ func examineTypes(path string) (k kernelType) {
 	return k
 }
 
-// architecture is the one that a kernel was built for.
 func architecture(kernel *btf.Spec) string {
 	var regs *btf.Struct
 	if kernel.TypeByName("user_pt_regs", &regs) == nil { // arch/arm64/include/uapi/asm/ptrace.h

@@ -32,7 +32,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// status is how a finding stands.
+// Status is how a finding stands.
 type Status string
 
 const (
@@ -94,7 +94,6 @@ func RunBTF(file, output string, stdout io.Writer) error {
 	return printFindings(findings, "", "there", output, stdout)
 }
 
-// relocations says whether the kernel's types have all that the program reads.
 func (x *checker) relocations() Finding {
 	const check = "relocations"
 	if x.kernelErr != nil {
@@ -107,7 +106,6 @@ func (x *checker) relocations() Finding {
 	return ok(check, "all %d resolve, except those that the program checks for before it uses them", n)
 }
 
-// functions says whether what the best tiers hook is there.
 func (x *checker) functions() Finding {
 	const check = "functions"
 	if x.kernelErr != nil {
@@ -196,7 +194,6 @@ type checker struct {
 	needsPerf  bool        // that of kprobe is that perf events are refused
 }
 
-// loaded is what a load of the program came to use.
 type loaded struct {
 	tier   loader.Tier
 	notify loader.Notify
@@ -250,7 +247,6 @@ func (x *checker) needsStack() bool {
 	return x.wants(loader.TierStack) || x.wants(loader.TierAuto) && x.hook == ""
 }
 
-// tryTier loads and attaches what a run with that tier would.
 func (x *checker) tryTier(tier loader.Tier, said *warnings) (loaded, error) {
 	return x.load(loader.Options{
 		Tier: tier, Notify: loader.Notify(x.cfg.Kernel.Notify), JournalSize: uint64(x.cfg.Kernel.JournalSize), Log: slog.New(said),
@@ -588,7 +584,6 @@ func (x *checker) degraded(check, detail, remedy string) Finding {
 	return fail(check, detail, remedy+"; or set kernel.tier to auto")
 }
 
-// unneeded says why the stack is not asked.
 func (x *checker) unneeded(check string) Finding {
 	if x.hook != "" {
 		return ok(check, "not needed beside the hooks")
@@ -617,7 +612,6 @@ func (x *checker) kallsyms() Finding {
 	}
 }
 
-// stack says whether the stack tier is there, and what it cannot tell.
 func (x *checker) stack() Finding {
 	const check = "stack"
 	if !x.needsStack() {

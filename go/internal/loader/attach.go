@@ -49,7 +49,6 @@ var hookFunctions = []string{"out_of_memory", "oom_kill_process", "__oom_kill_pr
 // fallbackFunctions do where a compiler has inlined the others, which are static. Only the stack then proves a kill.
 var fallbackFunctions = []string{"out_of_memory", "mark_oom_victim"}
 
-// segments is how many of them the journal has.
 func (o Options) segments() uint32 { return uint32(o.JournalSize / SegmentSize) }
 
 // opening is what Open finds before it tries the tiers.
@@ -318,7 +317,6 @@ func attach(program *libbpfgo.BPFProg, multi bool, function string) (bpfLink, er
 	return kprobeMultiLink{multiLink}, nil
 }
 
-// kprobeMultiLink is one of cilium's as one of libbpfgo's.
 type kprobeMultiLink struct{ ebpflink.Link }
 
 func (l kprobeMultiLink) Destroy() error { return l.Close() }
@@ -371,7 +369,6 @@ func (l *Loader) mapMemory(opts Options) (err error) {
 	return nil
 }
 
-// pinMaps pins the state, if it is new, and the journal.
 func (l *Loader) pinMaps() error {
 	if l.pins == nil {
 		return nil
@@ -543,7 +540,6 @@ func CheckStack(procfs string) (outcome bool, err error) {
 	return slices.ContainsFunc(symbols, func(s symbol) bool { return s.Frame == frameKill }), err
 }
 
-// findStackSymbols finds what the stack tier needs in procfs, or says why there is none.
 func findStackSymbols(procfs string) ([]symbol, error) {
 	kallsyms, err := os.Open(procfs + "/kallsyms")
 	if err != nil {

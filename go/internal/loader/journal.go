@@ -93,7 +93,6 @@ const (
 	SegmentSize = 32 << 10
 )
 
-// journal is the kernel's ring of the last records.
 type journal struct {
 	memory []byte
 	slots  uint64 // segments; records in one of journal-v1

@@ -308,7 +308,6 @@ func limitHeap() {
 	C.mallopt(C.M_MMAP_THRESHOLD, 128<<10)
 }
 
-// trimHeap gives the kernel back what glibc keeps.
 func trimHeap() { C.malloc_trim(0) }
 
 // giveBack does the same, and with the garbage that the start has left in Go's heap.

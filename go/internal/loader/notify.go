@@ -77,7 +77,6 @@ func CheckPerfEvents() error {
 	return unix.Close(fd)
 }
 
-// notifier waits for notifications.
 type notifier struct {
 	way    Notify
 	m      *ebpf.Map   // nil: the program sends none
@@ -204,7 +203,6 @@ func (n *notifier) wait(ctx context.Context, deadline time.Time, unread func() b
 // polls reports whether wait is only a timer.
 func (n *notifier) polls() bool { return n.reader == nil || n.failed.Load() }
 
-// interrupt ends wait.
 func (n *notifier) interrupt() {
 	if n.reader != nil {
 		_ = n.reader.Flush()

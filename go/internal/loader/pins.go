@@ -41,13 +41,11 @@ const (
 // ErrNoBPFFS means that nothing can be pinned, because the directory is not in a bpffs.
 var ErrNoBPFFS = errors.New("no bpffs is mounted there")
 
-// errLocked means that somebody else holds the pin directory.
 var errLocked = errors.New("is in use: is another oom-tracer running?")
 
 // lockWait is how long a tracer waits for another one to end, as at an update of a DaemonSet.
 const lockWait = 10 * time.Second
 
-// pins is a locked pin directory.
 type pins struct {
 	dir  string
 	lock *os.File
