@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strings"
@@ -73,8 +74,7 @@ func Run(ctx context.Context, cfg config.Config, node string, stdout io.Writer, 
 	return err
 }
 
-// start brings everything up. Recording begins first: whatever the rest waits for, the journal keeps the kills
-// meanwhile. NATS itself may be away.
+// start brings everything up. Recording begins first: the journal keeps the kills while the rest waits, as for NATS.
 func start(ctx context.Context, cfg config.Config, node string, stdout io.Writer, log *slog.Logger) (_ *tracer, err error) {
 	self, err := thisNode(node)
 	if err != nil {
@@ -247,7 +247,6 @@ func (t *tracer) run(ctx context.Context) error {
 	return err
 }
 
-// wait waits until something has returned, or ctx ends.
 func wait(ctx context.Context, something func()) {
 	done := make(chan struct{})
 	go func() {
@@ -279,8 +278,7 @@ func (t *tracer) close(deadline time.Time) error {
 	return t.server.Shutdown(ctx)
 }
 
-// record takes one record the whole way to the publisher. It returns false when as many are on their way to NATS as may
-// be: the journal keeps the others.
+// record publishes one record. It returns false while the publisher is full: the journal keeps the others.
 func (t *tracer) record(seq uint64, sample []byte) bool {
 	record, err := wire.Decode(sample)
 	if err != nil {
@@ -365,7 +363,6 @@ func (t *tracer) hooks() bus.Hooks {
 	}
 }
 
-// ack frees what a message was kept for.
 func (t *tracer) ack(tag ackTag) {
 	defer t.state.touch()
 	if tag.last > 0 {
@@ -404,8 +401,7 @@ func now() (time.Time, uint64) {
 	return time.Now(), uint64(boot.Nano())
 }
 
-// printer writes kills and gaps to standard output, as log.kills says. It never holds up its caller: standard output may
-// be a pipe that nobody reads.
+// printer writes kills and gaps to standard output, as log.kills says. It never waits for whoever reads that.
 type printer struct {
 	format  string
 	lines   chan string
@@ -452,4 +448,25 @@ func (p *printer) close() {
 	case <-p.done:
 	case <-time.After(200 * time.Millisecond):
 	}
+}
+
+// Unload ends the recording that continues in the kernel.
+func Unload(ctx context.Context, dir string, force bool, stdout io.Writer) error {
+	if dir == "" {
+		fmt.Fprintln(stdout, "nothing is pinned: kernel.pin_dir is empty")
+		return nil
+	}
+	unpublished, err := loader.Unload(ctx, dir, force)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, loader.ErrNoBPFFS):
+		fmt.Fprintf(stdout, "nothing is pinned in %s\n", dir)
+		return nil
+	case err != nil:
+		return fmt.Errorf("unload: %w", err)
+	case unpublished > 0:
+		fmt.Fprintf(stdout, "unloaded; %d records that were not published are gone\n", unpublished)
+	default:
+		fmt.Fprintln(stdout, "unloaded: nothing records kills now")
+	}
+	return nil
 }

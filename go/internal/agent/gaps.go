@@ -14,8 +14,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// What is missing, and how that is known: from holes in the seqs, from the kernel's own count of kills,
-// and, over restarts and reboots, from the state file.
+// What is missing: known from holes in the seqs, the kernel's own count of kills and, over restarts, the state file.
 
 // stable reads the program's counts and the kernel's own at one moment: the kernel counts a kill some
 // microseconds before it marks the victim. It fails where the kernel does not count.
@@ -136,7 +135,6 @@ func (t *tracer) startBase() {
 	}
 }
 
-// seqGap is a gap of one record of the journal.
 func seqGap(cause event.GapCause, seq, count uint64) event.Gap {
 	return event.Gap{Cause: cause, FirstSeq: seq, LastSeq: seq, Count: &count}
 }
@@ -152,8 +150,7 @@ func (t *tracer) gap(g event.Gap) bool {
 	return true
 }
 
-// complete fills in what every gap has, and returns what its acknowledgement frees: records of the journal, or the gap itself, which
-// is in no journal.
+// complete fills in what every gap has. It returns what its acknowledgement frees: records, or the gap in the state file.
 func (t *tracer) complete(g *event.Gap) ackTag {
 	g.Schema, g.Node, g.Time = event.Schema, t.converter.Node, time.Now().UTC()
 	g.Node.Tier = string(t.loader.Tier())

@@ -9,8 +9,7 @@ import (
 
 const subsystem = "oom_tracer"
 
-// metrics are the tracer's own. Those that something else counts (the kernel program, the publisher)
-// are read where they are counted, at the scrape.
+// metrics are the tracer's own. What the kernel program or the publisher counts is read from it at the scrape.
 type metrics struct {
 	events      *prometheus.CounterVec
 	kills       *prometheus.CounterVec
@@ -28,7 +27,6 @@ type metrics struct {
 	unseen func() (atLeast, atMost uint64, err error) // see Counts.Unseen
 }
 
-// kernelSide is what is shown of a loader.Loader.
 type kernelSide interface {
 	Tier() loader.Tier
 	Notify() loader.Notify

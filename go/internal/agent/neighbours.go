@@ -179,7 +179,6 @@ func (l *neighbourReader) run(ctx context.Context, publish func(*event.Neighbour
 	}
 }
 
-// begin reads what the memory is used for.
 func (l *neighbourReader) begin(ctx context.Context, r *reading) error {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
@@ -216,7 +215,6 @@ func (l *neighbourReader) begin(ctx context.Context, r *reading) error {
 	return nil
 }
 
-// readPods reads the largest pods.
 func (l *neighbourReader) readPods(ctx context.Context, n *event.Neighbours) error {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
@@ -259,7 +257,6 @@ func (l *neighbourReader) end(r *reading, failed error, publish func(*event.Neig
 	l.count.WithLabelValues("read").Inc()
 }
 
-// publishNeighbours publishes what was read.
 func (t *tracer) publishNeighbours(n *event.Neighbours) error {
 	m, err := message(n.ID, n, ackTag{})
 	if err != nil {

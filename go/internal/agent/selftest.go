@@ -229,7 +229,6 @@ func causeKill(ctx context.Context, h cgroupfs.Hierarchy) (_ *expectation, err e
 	return want, err
 }
 
-// awaitEvent waits for the victim's event on the stream.
 func awaitEvent(ctx context.Context, conn *bus.Conn, want *expectation) (event.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, selftestWait)
 	defer cancel()
@@ -263,7 +262,6 @@ func awaitEvent(ctx context.Context, conn *bus.Conn, want *expectation) (event.E
 	}
 }
 
-// compare lists what of the event is not as it should be.
 func (want *expectation) compare(e *event.Event) []string {
 	var wrong []string
 	check := func(field string, got, want any) {
@@ -342,8 +340,7 @@ const VictimCommand = "selftest-victim"
 // victimComm is the victim's name, at most 15 bytes.
 const victimComm = "oom-selftest"
 
-// Victim allocates MIB MiB once a byte comes on standard input, as the caller's victim. It ends with an
-// error if nobody kills it.
+// Victim allocates MIB MiB once a byte comes on standard input. It fails if nobody kills it.
 func Victim(size string) error {
 	mib, err := strconv.Atoi(size)
 	if err != nil || mib < 1 || mib > 1024 {

@@ -55,7 +55,6 @@ func (t *tracer) publishStatus(ctx context.Context, phase event.Phase) error {
 	return nil
 }
 
-// status is what can be said of this node now.
 func (t *tracer) status(phase event.Phase) event.NodeStatus {
 	counts, kernel, err := t.stable()
 	wall, boottime := now()

@@ -37,8 +37,7 @@ type Options struct {
 	// Background lets Connect succeed while NATS is away, and goes on trying. Otherwise the first
 	// connection must succeed. In both cases a connection that was lost is sought for ever.
 	Background bool
-	// InProcess is the embedded server of this process, to which nothing need be dialled then. It does not count with an
-	// external one.
+	// InProcess is the embedded server of this process, to which nothing is dialled. Ignored with an external one.
 	InProcess nats.InProcessConnProvider
 	// Dial reaches the servers where their addresses lead nowhere, as through a port-forward. Password and RootCAs then are those of
 	// nats.user and of a tls:// URL, and are asked for at each login.
@@ -47,7 +46,6 @@ type Options struct {
 	RootCAs  func() (*x509.CertPool, error)
 }
 
-// dialer is Options.Dial for nats.go.
 type dialer func() (net.Conn, error)
 
 // Dial returns a new connection, whatever the address.
@@ -199,12 +197,10 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers string, options []
 		nats.RetryOnFailedConnect(o.Background),
 		// Secrets may be exchanged while we run: a refusal today is not one for ever.
 		nats.IgnoreAuthErrorAbort(),
-		// No buffer: what is written while disconnected would be sent later, behind the back of the
-		// publisher, which by then has sent it again.
+		// No buffer: it would send later, behind the back of the publisher, what that has sent again meanwhile.
 		nats.ReconnectBufSize(-1),
 		nats.CustomReconnectDelay(func(attempts int) time.Duration {
-			// Neither a failed login nor a failed handshake is reported by a callback while the
-			// first connection is sought.
+			// No callback reports a failed login or handshake while the first connection is sought.
 			if nc := early.Load(); nc != nil {
 				c.attemptFailed(nc.LastError())
 			}
@@ -278,7 +274,6 @@ func (c *Conn) configure(cfg config.NATS, o Options) (servers string, options []
 	return cfg.URL, options, err
 }
 
-// secret reads a password or a token for a login.
 func (c *Conn) secret(read func() (string, error)) string {
 	secret, err := read()
 	c.attemptFailed(err)
@@ -341,8 +336,7 @@ func (c *Conn) attemptFailed(err error) {
 	c.once(slog.LevelWarn, key, "cannot connect to nats, will retry", "server", c.server, "error", err)
 }
 
-// once logs unless key was used since the connection's state changed, and no more than a few different ones: error texts
-// carry port numbers.
+// once logs a key once until the connection's state changes, and at most 32 keys: error texts carry port numbers.
 func (c *Conn) once(level slog.Level, key, msg string, args ...any) {
 	c.mu.Lock()
 	again := c.said[key] || len(c.said) >= 32
@@ -384,8 +378,7 @@ func (c *Conn) asyncError(sub *nats.Subscription, err error) {
 	c.once(slog.LevelWarn, sub.Subject+err.Error(), "nats reports an error", "server", c.server, "subject", sub.Subject, "error", err)
 }
 
-// parseDenial reads the server's text: Permissions Violation for Publish to "subject" (server/client.go,
-// pubPermissionViolation and subPermissionViolation).
+// parseDenial reads Permissions Violation for Publish to "subject" (server/client.go, pubPermissionViolation).
 func parseDenial(err error) denial {
 	text := err.Error()
 	d := denial{subscribe: strings.Contains(text, "Violation for Subscription"), err: err}
@@ -411,7 +404,6 @@ func (c *Conn) watch(tell func(denial)) (stop func()) {
 	}
 }
 
-// inboxDenied says why no reply can arrive on the present link, if so.
 func (c *Conn) inboxDenied() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -445,8 +437,7 @@ func (c *Conn) Connected() bool {
 	return c.link != nil
 }
 
-// Closed is closed when the connection will not come back: after Close, or when nats.go gave it up
-// because the server sent an error that it does not know.
+// Closed is closed when the connection will not come back: after Close, or after an error that nats.go does not know.
 func (c *Conn) Closed() <-chan struct{} { return c.closed }
 
 // NATS is the connection itself, for plain subscriptions. Do not close it: use Close.
@@ -455,8 +446,7 @@ func (c *Conn) NATS() *nats.Conn { return c.nc }
 // JetStream is the connection's JetStream API, without a domain or a prefix.
 func (c *Conn) JetStream() jetstream.JetStream { return c.js }
 
-// Close ends the connection, and everything that waits on it, and returns within 6 s. It may be called
-// more than once.
+// Close ends the connection and all that waits on it, within 6 s. It may be called more than once.
 func (c *Conn) Close() {
 	c.closing.Store(true)
 	// Close needs the lock under which nats.go dials.

@@ -27,12 +27,10 @@ const (
 	// The bounds of Nak's delay. Below the lower one, a message that always fails would loop.
 	nakMin = 100 * time.Millisecond
 	nakMax = time.Minute
-	// At shutdown handlers have handlerGrace to finish, and messages that were pulled and not handled are returned within
-	// returnTime.
+	// At shutdown handlers have handlerGrace to finish. Messages that were not handled are returned within returnTime.
 	handlerGrace = 1500 * time.Millisecond
 	returnTime   = 500 * time.Millisecond
-	// maxFinished is how many messages are kept that were acknowledged. The server delivers again what was pulled and waited here for longer
-	// than ackWait.
+	// maxFinished is how many acknowledged messages are known: what waited here longer than ackWait is delivered again.
 	maxFinished = 4096
 )
 
@@ -109,8 +107,7 @@ func (c *Consumer) setFailing(err error) {
 	c.consumed = c.consumed || err == nil
 }
 
-// report logs once why consuming fails. A missing stream is not an error at first: on a first install, oom-tap setup may run
-// later.
+// report logs once why consuming fails. On a first install, the stream may not be there yet: oom-tap setup runs later.
 func (c *Consumer) report(err error) {
 	c.mu.Lock()
 	consumed := c.consumed
@@ -263,8 +260,7 @@ func (c *Consumer) returnPulled(messages jetstream.MessagesContext) {
 	}
 }
 
-// take makes a Delivery of a message. It returns nil if the message is already in progress here, or was acknowledged, and the server did
-// not know.
+// take makes a Delivery of a message: nil if it is in progress here, or was acknowledged and the server did not know.
 func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	meta, err := m.Metadata()
 	if err != nil {

@@ -17,16 +17,14 @@ import (
 // EmbeddedUser is the only user of the embedded server.
 const EmbeddedUser = "oom-tracer"
 
-// generatedPassword is what the embedded server writes: at least 32 characters of base64url. Anything
-// else in the file is damage, or somebody's own idea of a password.
+// generatedPassword is what the embedded server writes: 32 characters of base64url or more. Anything else is damage.
 var generatedPassword = regexp.MustCompile(`^[A-Za-z0-9_-]{32,256}$`)
 
 // Files in the directory of the embedded server.
 const (
 	// PasswordName is the password's.
 	PasswordName = "password"
-	// AddressName is that of a file with host:port, which is there while the server runs on a port that was picked
-	// by the kernel (nats.embedded.listen with port 0).
+	// AddressName is that of a file with host:port, while the server runs on a port that the kernel picked (port 0).
 	AddressName = "address"
 )
 

@@ -29,8 +29,7 @@ var ErrFull = errors.New("publish buffer is full")
 
 // Msg is a message for a stream. Nobody may change Data after Enqueue.
 type Msg struct {
-	// ID becomes Nats-Msg-Id: the stream stores one message per ID within its dedup window, which is
-	// what makes a second attempt harmless.
+	// ID becomes Nats-Msg-Id: the stream stores one message per ID within its dedup window, so a second attempt is harmless.
 	ID      string
 	Subject string
 	Data    []byte
@@ -38,8 +37,7 @@ type Msg struct {
 	Once bool
 	// Tag is the caller's own. It comes back in the hooks.
 	Tag any
-	// Expires is from when on a failed attempt is the last, unless it failed with the connection; zero: none
-	// ever is.
+	// Expires is when failed attempts become final, unless the connection failed; zero: never.
 	Expires time.Time
 
 	refused time.Time // since when it is
@@ -56,8 +54,7 @@ func (m *Msg) NATS() *nats.Msg {
 	return &nats.Msg{Subject: m.Subject, Header: header, Data: m.Data}
 }
 
-// Hooks are called by the goroutine that runs Run or Drain, one at a time. They hold up publishing for as
-// long as they take. Any of them may be nil.
+// Hooks are called by the goroutine in Run or Drain, one at a time, and hold up publishing. Any of them may be nil.
 type Hooks struct {
 	// OnAck is called when the stream has stored m, or, with duplicate set, says that it had before.
 	OnAck func(m Msg, duplicate bool)
@@ -97,8 +94,7 @@ type Publisher struct {
 	acked atomic.Uint64
 }
 
-// NewPublisher makes a publisher on which at most capacity messages (at least 1) wait. Nothing is
-// published before Run.
+// NewPublisher makes a publisher on which at most capacity messages (at least 1) wait. Run publishes them.
 func NewPublisher(c *Conn, capacity int, hooks Hooks, log *slog.Logger) (*Publisher, error) {
 	if capacity < 1 {
 		return nil, fmt.Errorf("make publisher: capacity %d is below 1", capacity)
@@ -381,8 +377,7 @@ func (p *Publisher) round(ctx context.Context, batch []*Msg) (progress bool, fai
 	return progress, failure
 }
 
-// hopeless tells whether a message that has failed again is to be given up: it was refused for a long time, and it alone, or
-// its like take the room of all others.
+// hopeless: the message was refused for a long time, and it alone, or its like take the room of all others.
 func (p *Publisher) hopeless(m *Msg, err error) bool {
 	switch {
 	case errors.Is(err, ErrDisconnected):
@@ -395,8 +390,7 @@ func (p *Publisher) hopeless(m *Msg, err error) bool {
 	return alone && time.Since(m.refused) > p.patience
 }
 
-// note remembers whether publishing works, and says so when that changes. That the connection is gone is
-// the connection's own news.
+// note remembers whether publishing works, and logs a change. Conn logs that the connection is gone.
 func (p *Publisher) note(err error) {
 	p.mu.Lock()
 	before, complained := p.failing, p.complained
@@ -442,8 +436,7 @@ func taken(err error) bool {
 	return errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence && !strings.HasSuffix(api.Description, ": 0")
 }
 
-// permanent tells the errors that the same message will meet for ever from those that pass, or that an
-// operator can mend while the message waits.
+// permanent tells errors that the same message always meets from those that pass, or that an operator can mend.
 func permanent(err error) bool {
 	if errors.Is(err, nats.ErrMaxPayload) || errors.Is(err, nats.ErrBadSubject) || errors.Is(err, jetstream.ErrStreamMessageExceedsMaximum) {
 		return true

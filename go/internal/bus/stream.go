@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -44,7 +45,6 @@ func EnsureStreams(ctx context.Context, c *Conn, cfg config.Stream) error {
 	return nil
 }
 
-// streamWanted is how a stream ought to be.
 type streamWanted struct {
 	name       string
 	subjects   []string
@@ -149,8 +149,7 @@ func (before Held) Lost(now Held, cfg config.Stream, at time.Time) uint64 {
 // ErrNoMessage is wrapped by Last's error where the stream holds no message on the subject.
 var ErrNoMessage error = jetstream.ErrMsgNotFound
 
-// Last reads the last message on a subject of the stream [event.StreamName], from the stream's leader. It does not wait for a
-// connection, and takes at most 5 s.
+// Last reads the last message on a subject from the leader of the stream [event.StreamName], within 5 s, if connected.
 func (c *Conn) Last(ctx context.Context, subject string) ([]byte, error) {
 	m, err := c.getNow(ctx, map[string]any{"last_by_subj": subject})
 	if err != nil {
@@ -304,4 +303,81 @@ func (c *Conn) Check(ctx context.Context) (enabled bool, err error) {
 		return true, fmt.Errorf("check stream %s at %s: %w", event.StreamName, c.server, err)
 	}
 	return true, nil
+}
+
+const (
+	outcomeSubjects = "oom.v1." + string(event.KindOutcome) + ".>"
+	// outcomeReaders read at once, each readerBatch sequences of the stream, before what they read is handed over.
+	outcomeReaders, readerBatch = 16, 256
+)
+
+// Outcomes hands the outcomes that were stored since a time to each, in the order of the stream, up to the last one that the
+// stream holds now.
+//
+// It requests one message at a time and has no consumer: NATS permissions cannot tell apart consumers whose names are not known
+// beforehand, because the name is one token of a subject. Who may pull from one of them may pull from all.
+func (c *Conn) Outcomes(ctx context.Context, since time.Time, each func(Stored) error) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("read the outcomes: %w", err)
+		}
+	}()
+	last, err := c.get(ctx, map[string]any{"last_by_subj": outcomeSubjects})
+	if errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil
+	}
+	if err != nil || last.Time.Before(since) {
+		return err
+	}
+	// Servers before 2.11 ignore the time and return the first one that they have.
+	first, err := c.get(ctx, map[string]any{"next_by_subj": outcomeSubjects, "start_time": since})
+	if err != nil {
+		return err
+	}
+	for from := first.Seq; from <= last.Seq; {
+		parts := make([][]Stored, outcomeReaders)
+		errs := make([]error, outcomeReaders)
+		next := from + outcomeReaders*readerBatch // where the next round begins
+		var reading sync.WaitGroup
+		for i := range outcomeReaders {
+			begin := from + uint64(i)*readerBatch
+			if begin > last.Seq {
+				break
+			}
+			reading.Go(func() {
+				end := min(begin+readerBatch-1, last.Seq)
+				for seq := begin; seq <= end; {
+					m, err := c.get(ctx, map[string]any{"next_by_subj": outcomeSubjects, "seq": seq})
+					switch {
+					case errors.Is(err, jetstream.ErrMsgNotFound): // the rest was deleted
+						return
+					case err != nil:
+						errs[i] = err
+						return
+					case m.Seq > end:
+						if i == outcomeReaders-1 {
+							next = m.Seq
+						}
+						return
+					}
+					seq = m.Seq + 1
+					parts[i] = append(parts[i], m)
+				}
+			})
+		}
+		reading.Wait()
+		if err := errors.Join(errs...); err != nil {
+			return err
+		}
+		for _, m := range slices.Concat(parts...) {
+			if m.Time.Before(since) {
+				continue
+			}
+			if err := each(m); err != nil {
+				return err
+			}
+		}
+		from = next
+	}
+	return nil
 }

@@ -80,8 +80,7 @@ func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) 
 	}
 }
 
-// tail is one call of Tail. nats.go has an ordered consumer, which works in the same way, but while it
-// seeks a new consumer for a lost one it heeds no context.
+// tail is one call of Tail. nats.go's ordered consumer heeds no context while it seeks a new one for a lost one.
 type tail struct {
 	c    *Conn
 	o    TailOptions

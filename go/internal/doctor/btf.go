@@ -29,14 +29,12 @@ type fleet struct {
 	Kernels []kernelType `json:"kernels"`
 }
 
-// kernelType is what a kernel's types say.
 type kernelType struct {
 	File  string `json:"file"` // below the directory
 	Loads bool   `json:"loads"`
 	// Victim is what mark_victim hands over: task or pid.
 	Victim loader.Prototype `json:"victim,omitempty"`
-	// Tier is hooks where the types have all that fentry and kprobe hook, else unknown: fentry cannot hook what they lack,
-	// and kprobe goes by kallsyms.
+	// Tier is hooks where the types have all that fentry and kprobe hook, else unknown: kprobe goes by kallsyms.
 	Tier string `json:"tier,omitempty"`
 	// Missing is what it lacks; it may load all the same.
 	Missing string `json:"missing,omitempty"`
@@ -106,7 +104,6 @@ func hasTypes(path string) bool {
 	return bytes.HasPrefix(magic[:], little) || bytes.HasPrefix(magic[:], big) || string(magic[:]) == "\x7fELF"
 }
 
-// examineTypes checks the program against one kernel's types.
 func examineTypes(path string) (k kernelType) {
 	kernel, err := btf.LoadSpec(path)
 	if err != nil {
@@ -134,7 +131,6 @@ func examineTypes(path string) (k kernelType) {
 	return k
 }
 
-// architecture is the one that a kernel was built for.
 func architecture(kernel *btf.Spec) string {
 	var regs *btf.Struct
 	if kernel.TypeByName("user_pt_regs", &regs) == nil { // arch/arm64/include/uapi/asm/ptrace.h

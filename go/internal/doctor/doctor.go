@@ -32,7 +32,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
-// status is how a finding stands.
+// Status is how a finding stands.
 type Status string
 
 const (
@@ -94,7 +94,6 @@ func RunBTF(file, output string, stdout io.Writer) error {
 	return printFindings(findings, "", "there", output, stdout)
 }
 
-// relocations says whether the kernel's types have all that the program reads.
 func (x *checker) relocations() Finding {
 	const check = "relocations"
 	if x.kernelErr != nil {
@@ -107,7 +106,6 @@ func (x *checker) relocations() Finding {
 	return ok(check, "all %d resolve, except those that the program checks for before it uses them", n)
 }
 
-// functions says whether what the best tiers hook is there.
 func (x *checker) functions() Finding {
 	const check = "functions"
 	if x.kernelErr != nil {
@@ -196,14 +194,12 @@ type checker struct {
 	needsPerf  bool        // that of kprobe is that perf events are refused
 }
 
-// loaded is what a load of the program came to use.
 type loaded struct {
 	tier   loader.Tier
 	notify loader.Notify
 }
 
-// examine makes all checks: first what the kernel program needs, each before what depends on it, then
-// that program itself, then what is around it.
+// examine makes all checks: what the kernel program needs, each before what depends on it; that program; what is around it.
 func (x *checker) examine(ctx context.Context) []Finding {
 	x.look(ctx)
 	findings := []Finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.bpf(), x.notify(), x.memlock(), x.btf(), x.markVictim()}
@@ -251,7 +247,6 @@ func (x *checker) needsStack() bool {
 	return x.wants(loader.TierStack) || x.wants(loader.TierAuto) && x.hook == ""
 }
 
-// tryTier loads and attaches what a run with that tier would.
 func (x *checker) tryTier(tier loader.Tier, said *warnings) (loaded, error) {
 	return x.load(loader.Options{
 		Tier: tier, Notify: loader.Notify(x.cfg.Kernel.Notify), JournalSize: uint64(x.cfg.Kernel.JournalSize), Log: slog.New(said),
@@ -267,8 +262,7 @@ func (x *checker) sysctl(name string, otherwise int) int {
 	return values[0]
 }
 
-// has reports whether this process has a capability, in the only user namespace where the kernel asks
-// for those of a tracer.
+// has reports whether this process has a capability in the initial user namespace, where the kernel asks for it.
 func (x *checker) has(bit uint) bool {
 	return x.processErr == nil && x.foreignNamespace("user") == "" && x.process.CapEff&(1<<bit) != 0
 }
@@ -410,8 +404,7 @@ func (x *checker) filtered() bool {
 	})
 }
 
-// refusal says why the kernel refuses a system call to this process, and what to do about it. The call takes a
-// capability, or CAP_SYS_ADMIN.
+// refusal says why the kernel refuses a system call that takes a capability, or CAP_SYS_ADMIN, and what to do about it.
 func (x *checker) refusal(call, capability string, bit uint, err error) (cause, remedy string) {
 	admin := x.has(unix.CAP_SYS_ADMIN)
 	switch paranoid := x.sysctl("kernel/perf_event_paranoid", 2); {
@@ -559,8 +552,7 @@ func (x *checker) markVictim() Finding {
 	return ok(check, "hands over the task")
 }
 
-// hooks says whether the functions of the OOM killer can be hooked, which proves the context of every
-// kill. earlier are the checks that have failed.
+// hooks says whether the OOM killer's functions can be hooked, which proves the context. earlier are the failed checks.
 func (x *checker) hooks(earlier []string) Finding {
 	const check = "hooks"
 	switch why := strings.Join(x.unhooked, "; "); {
@@ -584,8 +576,7 @@ func (x *checker) hooks(earlier []string) Finding {
 	}
 }
 
-// degraded is what stands in the way of a tier: with kernel.tier auto there is less, with that tier
-// demanded the tracer does not start.
+// degraded is why a tier is not available: with kernel.tier auto there is less, else the tracer does not start.
 func (x *checker) degraded(check, detail, remedy string) Finding {
 	if x.wants(loader.TierAuto) {
 		return warn(check, detail, remedy)
@@ -593,7 +584,6 @@ func (x *checker) degraded(check, detail, remedy string) Finding {
 	return fail(check, detail, remedy+"; or set kernel.tier to auto")
 }
 
-// unneeded says why the stack is not asked.
 func (x *checker) unneeded(check string) Finding {
 	if x.hook != "" {
 		return ok(check, "not needed beside the hooks")
@@ -601,8 +591,7 @@ func (x *checker) unneeded(check string) Finding {
 	return ok(check, "not used: kernel.tier is %s", x.cfg.Kernel.Tier)
 }
 
-// kallsyms says whether addresses are shown, by the rule of kallsyms_show_value() in
-// kernel/ksyms_common.c.
+// kallsyms says whether addresses are shown: see kallsyms_show_value() in kernel/ksyms_common.c.
 func (x *checker) kallsyms() Finding {
 	const check = "kallsyms"
 	restrict, paranoid := x.sysctl("kernel/kptr_restrict", 0), x.sysctl("kernel/perf_event_paranoid", 2)
@@ -623,7 +612,6 @@ func (x *checker) kallsyms() Finding {
 	}
 }
 
-// stack says whether the stack tier is there, and what it cannot tell.
 func (x *checker) stack() Finding {
 	const check = "stack"
 	if !x.needsStack() {
@@ -776,8 +764,7 @@ func (x *checker) bpffs() Finding {
 	return ok(check, "mounted at %s: the kernel will record in %s, also while no tracer runs", filepath.Dir(dir), filepath.Base(dir))
 }
 
-// tracer says whether one runs on this node already and how it is, or whether its metrics could be
-// served.
+// tracer says whether a tracer runs on this node and is ready, or whether its metrics could be served.
 func (x *checker) tracer(ctx context.Context) Finding {
 	const check = "tracer"
 	addr := x.cfg.Metrics.Listen
@@ -847,8 +834,7 @@ func (x *checker) jetstream(enabled bool, err error) Finding {
 	}
 }
 
-// embedded says what became of the embedded server, which could not be reached for the reason given, or
-// whether it could start.
+// embedded says why the embedded server was not reached (reason), or whether it could start.
 func (x *checker) embedded(reason error) Finding {
 	const check = "nats"
 	cfg := x.cfg.NATS.Embedded

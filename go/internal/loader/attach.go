@@ -27,8 +27,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/statedir"
 )
 
-// What brings the program into the kernel: its variants by tier, its maps, its pins, and the change from the
-// generation before.
+// How the program gets into the kernel: its variants by tier, its maps, its pins, the change of generations.
 
 // tiers are the tiers from the best down. Their values in the program are those of enum oom_tier.
 var tiers = []struct {
@@ -44,15 +43,12 @@ var tiers = []struct {
 
 const fentryPrefix, kprobePrefix = "fentry_", "kprobe_"
 
-// hookFunctions are the functions that fentry and kprobe hook. The last one only where the tracepoint
-// hands over no task.
+// hookFunctions are what fentry and kprobe hook, the last one only where the tracepoint hands over no task.
 var hookFunctions = []string{"out_of_memory", "oom_kill_process", "__oom_kill_process", "mark_oom_victim"}
 
-// fallbackFunctions do where a compiler has left the others, which are static, without an entry of their
-// own. Only the stack then tells whether it was a kill.
+// fallbackFunctions do where a compiler has inlined the others, which are static. Only the stack then proves a kill.
 var fallbackFunctions = []string{"out_of_memory", "mark_oom_victim"}
 
-// segments is how many of them the journal has.
 func (o Options) segments() uint32 { return uint32(o.JournalSize / SegmentSize) }
 
 // opening is what Open finds before it tries the tiers.
@@ -300,8 +296,7 @@ func (o *opening) load(tier int, functions []string) (_ *Loader, err error) {
 	return l, nil
 }
 
-// attach attaches a program where its section says, or to a function by a kprobe.multi link, which libbpfgo does not
-// have.
+// attach attaches a program where its section says, or to a function by a kprobe.multi link, which libbpfgo lacks.
 func attach(program *libbpfgo.BPFProg, multi bool, function string) (bpfLink, error) {
 	if !multi {
 		return program.AttachGeneric()
@@ -322,13 +317,11 @@ func attach(program *libbpfgo.BPFProg, multi bool, function string) (bpfLink, er
 	return kprobeMultiLink{multiLink}, nil
 }
 
-// kprobeMultiLink is one of cilium's as one of libbpfgo's.
 type kprobeMultiLink struct{ ebpflink.Link }
 
 func (l kprobeMultiLink) Destroy() error { return l.Close() }
 
-// setMaps lets the program use the maps that are there, and sets the size of a new journal. What the program does
-// not use is not made.
+// setMaps sets which maps the program shares, makes anew (a journal, of the size wanted) or does without.
 func (l *Loader) setMaps(o *opening) error {
 	maps := map[string]*ebpf.Map{stateMap: o.state, journalMap: o.journal}
 	for way, name := range notifyMaps {
@@ -376,7 +369,6 @@ func (l *Loader) mapMemory(opts Options) (err error) {
 	return nil
 }
 
-// pinMaps pins the state, if it is new, and the journal.
 func (l *Loader) pinMaps() error {
 	if l.pins == nil {
 		return nil
@@ -420,11 +412,9 @@ func (l *Loader) discard() {
 	l.module.Close()
 }
 
-// takeOver switches recording from the generation before to this one. Both are attached: which of them
-// speaks is one word of memory that both read.
+// takeOver switches recording from the generation before to this one. Both are attached, and read which one speaks.
 func (l *Loader) takeOver(other *ebpf.Map) error {
-	// The mark that is under way meanwhile is told by one of them alone: the older program runs first,
-	// and the newer one knows what the older has told last.
+	// One of them records the mark under way: the older program runs first, and the newer one knows the older's last mark.
 	if other != nil {
 		if err := l.silence(other); err != nil {
 			return err
@@ -514,8 +504,7 @@ func (l *Loader) keepOlder(generation uint64, own uint32, acked, head uint64) (k
 	return true, nil
 }
 
-// chooseHooks switches off every program that the tier does not need, and returns the names of its
-// hooks. kprobeMulti says how its kprobes will be attached.
+// chooseHooks switches off the programs that the tier does not need, and returns the names of its hooks.
 func (l *Loader) chooseHooks(prefix string, functions []string, kprobeMulti bool) (wanted []string, err error) {
 	for _, kind := range []string{fentryPrefix, kprobePrefix} {
 		for _, function := range hookFunctions {
@@ -551,7 +540,6 @@ func CheckStack(procfs string) (outcome bool, err error) {
 	return slices.ContainsFunc(symbols, func(s symbol) bool { return s.Frame == frameKill }), err
 }
 
-// findStackSymbols finds what the stack tier needs in procfs, or says why there is none.
 func findStackSymbols(procfs string) ([]symbol, error) {
 	kallsyms, err := os.Open(procfs + "/kallsyms")
 	if err != nil {

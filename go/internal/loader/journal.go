@@ -12,8 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// state mirrors struct oom_state. It lies in memory that the kernel program writes: every access to it is
-// atomic.
+// state mirrors struct oom_state, in memory that the kernel program writes: every access to it is atomic.
 type state struct {
 	Magic      uint32 `abi:"magic"`
 	Version    uint32 `abi:"version"`
@@ -94,7 +93,6 @@ const (
 	SegmentSize = 32 << 10
 )
 
-// journal is the kernel's ring of the last records.
 type journal struct {
 	memory []byte
 	slots  uint64 // segments; records in one of journal-v1
@@ -159,8 +157,7 @@ func (j *journal) read(seq uint64) []byte {
 	}
 }
 
-// copyRecord copies the record of seq out of data, in which records stand from that of first on; nil when it does not
-// stand there. Every load is atomic, and so an acquire.
+// copyRecord copies the record of seq out of data, which begins with that of first; nil: not there. Every load is an acquire.
 func copyRecord(data []byte, first, seq uint64) []byte {
 	load := func(at uint64) uint64 { return atomic.LoadUint64((*uint64)(unsafe.Pointer(&data[at]))) }
 	for ; len(data) >= recordPrefix && load(seqOffset) == first; first++ {
@@ -184,8 +181,7 @@ func copyRecord(data []byte, first, seq uint64) []byte {
 
 func (j *journal) close() { _ = unix.Munmap(j.memory) }
 
-// visibleTime is longer than a CPU takes to show what another one has written. Where nothing better can be had, a record
-// that head names is taken for visible after this time.
+// visibleTime is longer than a CPU takes to show what another one has written: then what head names is visible without proof.
 const visibleTime = 10 * time.Millisecond
 
 // strongOrder: the CPU shows what another one has written in the order in which it was written.
@@ -204,8 +200,7 @@ func visible(head uint64) uint64 {
 
 // barrier returns when every CPU has executed a full memory barrier since the call. It takes some ten milliseconds.
 func barrier() error {
-	// MEMBARRIER_CMD_GLOBAL is synchronize_rcu() (kernel/sched/membarrier.c). With nohz_full the kernel refuses it, and so may
-	// a seccomp filter.
+	// MEMBARRIER_CMD_GLOBAL is synchronize_rcu() (kernel/sched/membarrier.c). nohz_full and seccomp filters refuse it.
 	const global = 1
 	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0); errno != 0 {
 		return fmt.Errorf("membarrier: %w", errno)
@@ -240,8 +235,7 @@ func (r *reader) notified(seq, head uint64, now time.Time) {
 	}
 }
 
-// look reads what head named at the last look, and returns how many records that were which no notification named. (After
-// a refusal nobody knows.)
+// look reads up to the head of the last look, and returns how many records no notification named (0 after a refusal).
 func (r *reader) look(head uint64, now time.Time) (unnotified int) {
 	refused := r.wait
 	r.wait = false
@@ -256,8 +250,7 @@ func (r *reader) look(head uint64, now time.Time) (unnotified int) {
 	return n
 }
 
-// advance hands over what stands up to a seq, or up to the first one that is lost, and returns how many records that
-// were.
+// advance hands over what stands up to a seq, or up to the first one that is lost, and returns how many records that were.
 func (r *reader) advance(until uint64, lost bool, now time.Time) (records int) {
 	for r.next <= until {
 		last := r.next
@@ -307,8 +300,7 @@ func (a *acks) settle(acked, first, last uint64) uint64 {
 	}
 }
 
-// Counts are what the kernel program and its readers have counted since the epoch began: since the state
-// was made, over as many tracers as it has been pinned for.
+// Counts are what the kernel program and its readers have counted since the epoch began, over all tracers since.
 type Counts struct {
 	Head  uint64 // the last record's seq: how many there were
 	Acked uint64 // up to it all are settled

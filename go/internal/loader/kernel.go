@@ -171,8 +171,7 @@ func (f *stackFunction) choose(found map[string][]*symbol) (chosen []symbol) {
 	return chosen
 }
 
-// ErrNoStack is wrapped by the error that says why the stack tier is not available; ErrHidden by that about addresses which
-// this process may not see.
+// ErrNoStack is wrapped by the error that says why there is no tier stack; ErrHidden, if kallsyms hides its addresses.
 var (
 	ErrNoStack = errors.New("the kernel stack cannot be read as proof")
 	ErrHidden  = fmt.Errorf("%w: kallsyms hides its addresses (kernel.kptr_restrict; needs CAP_SYSLOG)", ErrNoStack)
@@ -269,8 +268,7 @@ func GFPFlags() map[int]string {
 	return gfpFlags("/sys/kernel/btf/vmlinux")
 }
 
-// gfpFlags finds the enumeration in a file of BTF by its first value: it has no name. cilium's library would make 20 MB of
-// garbage of all types.
+// gfpFlags finds the enumeration, which has no name, by its first value. cilium's library makes 20 MB of garbage of it.
 func gfpFlags(file string) map[int]string {
 	path := C.CString(file)
 	defer C.free(unsafe.Pointer(path))
@@ -304,14 +302,12 @@ func gfpFlags(file string) map[int]string {
 
 // libbpf reads all of the kernel's types, 5 to 10 MB, and glibc keeps what libbpf has freed.
 
-// limitHeap lets glibc unmap big blocks when they are freed. Without it the first one that is freed raises the
-// threshold to its size (mallopt(3)).
+// limitHeap lets glibc unmap freed big blocks. Without it the first one raises the threshold to its size (mallopt(3)).
 func limitHeap() {
 	C.mallopt(C.M_ARENA_MAX, 1)
 	C.mallopt(C.M_MMAP_THRESHOLD, 128<<10)
 }
 
-// trimHeap gives the kernel back what glibc keeps.
 func trimHeap() { C.malloc_trim(0) }
 
 // giveBack does the same, and with the garbage that the start has left in Go's heap.

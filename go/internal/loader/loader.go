@@ -21,6 +21,8 @@ import (
 
 	"github.com/aquasecurity/libbpfgo"
 	"golang.org/x/sys/unix"
+
+	"github.com/oom-tracer/oom-tracer/go/internal/wire"
 )
 
 //go:embed oom.bpf.o
@@ -51,8 +53,7 @@ const (
 type Options struct {
 	// Tier is auto, or the one tier to use; one that the kernel does not offer is then an error.
 	Tier Tier
-	// Notify is auto (the same as none), or the one way to notify; one that this process may not use is then an
-	// error.
+	// Notify is auto (the same as none), or the one way to notify; one that this process may not use is an error.
 	Notify Notify
 	// JournalSize is how many bytes the journal takes, a power of two from 2*SegmentSize on.
 	JournalSize uint64
@@ -141,8 +142,7 @@ func (l *Loader) Prototype() Prototype { return l.prototype }
 // Pinned reports whether recording goes on when this process has ended.
 func (l *Loader) Pinned() bool { return l.pins != nil }
 
-// Fresh reports whether the epoch has no kernel base yet: it began with this Open, or with one whose process
-// ended before it came to SetKernelBase.
+// Fresh reports whether the epoch has no kernel base yet: no tracer has come to SetKernelBase in it.
 func (l *Loader) Fresh() bool { return l.Counts().KernelBase == noBase }
 
 // EpochNS is CLOCK_BOOTTIME in nanoseconds when the epoch began, in which seq counts.
@@ -159,8 +159,7 @@ func (l *Loader) Counts() Counts {
 	return l.state.counts()
 }
 
-// SetKernelBase says what the kernel had counted when the epoch began, which is what Counts is held
-// against.
+// SetKernelBase says what the kernel had counted when the epoch began. Counts is compared with it.
 func (l *Loader) SetKernelBase(n uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -215,11 +214,9 @@ func (l *Loader) stored(seq uint64) []byte {
 }
 
 const (
-	// pollTime is how often the journal is looked at where nothing notifies: a word of memory, without a system
-	// call.
+	// pollTime is how often the journal is read where nothing notifies: one word of memory, without a system call.
 	pollTime = 200 * time.Millisecond
-	// idleTime is the same where records are notified: no notification names a record of a CPU that came online after
-	// the perf buffer was made.
+	// idleTime is the same with notifications, which CPUs cannot send that came online after the perf buffer was made.
 	idleTime = 10 * time.Second
 	// retryTime is how long Run waits for Resume after the handler has refused a record.
 	retryTime = time.Second
@@ -392,8 +389,7 @@ func (l *Loader) Close() {
 		l.final = final
 	}
 	for _, link := range slices.Backward(l.links) {
-		// What is kept goes with the process. Of the others this closes the descriptor: the
-		// pins hold them, where there are any.
+		// Destroy only closes the descriptor where a pin holds the link. A kept link goes with the process.
 		if !link.kept {
 			_ = link.Destroy()
 		}
@@ -423,4 +419,34 @@ func (l *Loader) unmap() {
 		}
 	}
 	l.older, l.stateMemory, l.waiting = nil, nil, nil
+}
+
+// When the whole node is out of memory, whoever allocates before the victim's memory is free can cause the next kill.
+// The kill wakes this process, so it waits before it converts and publishes. A kill of a cgroup leaves the node's memory
+// alone, and ours is in another cgroup.
+
+// giveWayTime is how long the victim of such a kill has to exit, or the OOM reaper to free its memory.
+const giveWayTime = 100 * time.Millisecond
+
+// scopeCgroup is OOM_SCOPE_CGROUP.
+const scopeCgroup = 2
+
+// giveWay returns how long to wait before a record is handed over, at a time of CLOCK_BOOTTIME.
+func giveWay(record []byte, boottimeNS uint64) time.Duration {
+	const scope, killed = unsafe.Offsetof(wire.Header{}.Scope), unsafe.Offsetof(wire.Header{}.BoottimeNS)
+	if len(record) <= int(scope) || record[scope] == scopeCgroup {
+		return 0
+	}
+	age := time.Duration(boottimeNS - binary.NativeEndian.Uint64(record[killed:]))
+	if age < 0 || age > giveWayTime {
+		return 0
+	}
+	return giveWayTime - age
+}
+
+func waitForVictim(record []byte) {
+	var boot unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot) == nil {
+		time.Sleep(giveWay(record, uint64(boot.Nano())))
+	}
 }

@@ -65,8 +65,7 @@ func needed(absent map[string]bool) (missing []string) {
 	return missing
 }
 
-// MissingHooks names the functions that fentry and kprobe hook and that have no entry of their own in a
-// kernel's types.
+// MissingHooks names the functions that fentry and kprobe hook and that a kernel's types do not have.
 func MissingHooks(kernel *btf.Spec) []string {
 	var missing []string
 	for _, name := range hookFunctions {
@@ -78,8 +77,7 @@ func MissingHooks(kernel *btf.Spec) []string {
 	return missing
 }
 
-// relocate applies the relocations of a program. It returns how many there are and, by instruction, what the kernel does not
-// have.
+// relocate applies the relocations of a program. It returns their number and, by instruction, what the kernel lacks.
 func relocate(program asm.Instructions, kernel *btf.Spec, collection *ebpf.CollectionSpec) (n int, poison map[int]string, err error) {
 	var relocations []*btf.CORERelocation
 	var at []int

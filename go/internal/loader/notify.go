@@ -77,7 +77,6 @@ func CheckPerfEvents() error {
 	return unix.Close(fd)
 }
 
-// notifier waits for notifications.
 type notifier struct {
 	way    Notify
 	m      *ebpf.Map   // nil: the program sends none
@@ -94,8 +93,7 @@ type notifier struct {
 	waiting *uint32
 }
 
-// openNotifier opens the way that is wanted, or the best. perfErr says why perf events cannot be used, if so. why is
-// the reason for each better way that is not used.
+// openNotifier opens the way that is wanted, or the best. why has the reason against each better way, such as perfErr.
 func openNotifier(want Notify, perfErr error) (n *notifier, why error, err error) {
 	for _, way := range []Notify{NotifyPerf, NotifyRingbuf, NotifyPoll} {
 		if want != NotifyAuto && want != way {
@@ -160,8 +158,7 @@ func (n *notifier) open(perfErr error) (err error) {
 	return nil
 }
 
-// newMap creates a map whose keys and values have a size. libbpf does it, which raises the limit of locked memory where
-// the kernel still accounts maps to it (before v5.11).
+// newMap creates a map. libbpf raises the limit of locked memory for it where the kernel needs that (before v5.11).
 func newMap(kind libbpfgo.MapType, name string, size, entries int) (*ebpf.Map, error) {
 	m, err := libbpfgo.CreateMap(kind, name, size, size, entries, nil)
 	if err != nil {
@@ -206,7 +203,6 @@ func (n *notifier) wait(ctx context.Context, deadline time.Time, unread func() b
 // polls reports whether wait is only a timer.
 func (n *notifier) polls() bool { return n.reader == nil || n.failed.Load() }
 
-// interrupt ends wait.
 func (n *notifier) interrupt() {
 	if n.reader != nil {
 		_ = n.reader.Flush()
@@ -226,8 +222,7 @@ func (n *notifier) close() {
 	}
 }
 
-// kprobeWay says how kprobes can be attached: by a perf event each, or by a kprobe.multi link (v5.18, commit
-// 0dcac2725406), which needs none.
+// kprobeWay says how to attach kprobes: by a perf event each, or by a kprobe.multi link (v5.18, commit 0dcac2725406).
 func kprobeWay(sysfs string, kernel *btf.Spec, perfErr error) (multi bool, err error) {
 	if perfErr == nil {
 		// Documentation/ABI/testing/sysfs-bus-event_source-devices. It is there with CONFIG_KPROBE_EVENTS.

@@ -34,21 +34,18 @@ import (
 const (
 	statePin   = "state"
 	journalPin = "journal-v"
-	// journalVersion is that of struct oom_segment. In version 1 each record had a slot of its own, of sizeof(struct
-	// oom_event).
+	// journalVersion is that of struct oom_segment. In version 1 each record had a slot of sizeof(struct oom_event).
 	journalVersion = "2"
 )
 
 // ErrNoBPFFS means that nothing can be pinned, because the directory is not in a bpffs.
 var ErrNoBPFFS = errors.New("no bpffs is mounted there")
 
-// errLocked means that somebody else holds the pin directory.
 var errLocked = errors.New("is in use: is another oom-tracer running?")
 
 // lockWait is how long a tracer waits for another one to end, as at an update of a DaemonSet.
 const lockWait = 10 * time.Second
 
-// pins is a locked pin directory.
 type pins struct {
 	dir  string
 	lock *os.File
@@ -140,8 +137,7 @@ var (
 	allPins  = append(linkPins, journalPin)
 )
 
-// remove removes what a generation has pinned: the kernel detaches its links. What no tracer has pinned stays, and
-// so does the directory then.
+// remove removes the pins of a generation: the kernel detaches its links. A directory with other files stays.
 func remove(dir string) error {
 	if err := removePins(dir, allPins); err != nil {
 		return err
@@ -207,8 +203,7 @@ func mappable(m *ebpf.Map, bytes uint32) bool {
 	return m.Type() == ebpf.Array && m.Flags()&unix.BPF_F_MMAPABLE != 0 && m.ValueSize() >= bytes
 }
 
-// pinnedJournal opens the journal of a generation, and tells whether it is of this version; nil
-// if it has none.
+// pinnedJournal opens the journal of a generation, and tells whether it is of this version; nil if it has none.
 func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err error) {
 	entries, err := os.ReadDir(p.generation(generation))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {

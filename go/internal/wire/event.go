@@ -29,8 +29,7 @@ type Converter struct {
 	CgroupRoot string
 	// PageSize is the kernel's, in bytes.
 	PageSize uint64
-	// GFPFlags are the names of the bits of a gfp mask on this kernel, by bit; an empty map where the
-	// kernel does not say.
+	// GFPFlags are the names of the bits of a gfp mask on this kernel, by bit; empty where the kernel has none.
 	GFPFlags map[int]string
 	// Now reads CLOCK_REALTIME and CLOCK_BOOTTIME (in nanoseconds) at one moment.
 	Now func() (time.Time, uint64)

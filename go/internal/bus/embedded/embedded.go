@@ -183,14 +183,12 @@ func (s *Server) start() (err error) {
 	return nil
 }
 
-// current is the running instance; nil while the server is down.
 func (s *Server) current() *instance {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.instance
 }
 
-// serve hands the port's connections to the server until the listener is closed.
 func (s *Server) serve() {
 	for {
 		conn, err := s.listener.Accept()
@@ -205,7 +203,6 @@ func (s *Server) serve() {
 	}
 }
 
-// forward connects a client with the server until one of them ends it.
 func (s *Server) forward(client *netlimit.Conn) {
 	defer client.Close()
 	inner, err := s.InProcessConn()
@@ -311,8 +308,7 @@ func secure(dir *statedir.Dir) error {
 	return dir.Chmod(".", 0o700)
 }
 
-// lockDir makes sure that no other process uses the directory: two servers would write over each other.
-// The lock ends with the process, whatever ends it.
+// lockDir keeps other processes out: two servers would write over each other. The lock ends with the process.
 func lockDir(dir *statedir.Dir) (*os.File, error) {
 	f, err := dir.OpenFile(lockName, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

@@ -10,8 +10,7 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// logger hands nats-server's log to slog. The server's notices are of interest only when one looks for
-// something, so they go to debug.
+// logger hands nats-server's log to slog, its notices at debug: they matter only to somebody who looks for something.
 type logger struct {
 	log     *slog.Logger
 	trouble func() // called for each warning and error

@@ -116,7 +116,6 @@ func (s *Server) Supervise(ctx context.Context, onStart func(context.Context) er
 	}
 }
 
-// check asks the server itself.
 func (s *Server) check() error {
 	i := s.current()
 	if i == nil {
@@ -128,7 +127,6 @@ func (s *Server) check() error {
 	return nil
 }
 
-// probe fails while the disk takes no writes.
 func (s *Server) probe() error {
 	dir, err := statedir.Make(s.cfg.Dir)
 	if err != nil {
@@ -141,7 +139,6 @@ func (s *Server) probe() error {
 	return dir.Remove(probeName)
 }
 
-// restart ends the instance and starts another one on the same directory and port.
 func (s *Server) restart() error {
 	s.mu.Lock()
 	s.restarting = time.Now()
