@@ -126,13 +126,13 @@ func (r *Recorder) Record(e *event.Event, o *event.Outcome) {
 		return // happened long ago
 	}
 	if p := o.Pod; p != nil {
-		r.add(newRecord(e, o, false), corev1.ObjectReference{
+		r.add(e, o, false, corev1.ObjectReference{
 			APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID),
 		}, o.Container)
 	}
 	if e.BeyondPod() {
 		// As the kubelet does: its UID is the node's name.
-		r.add(newRecord(e, o, true), corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: o.Node, UID: types.UID(o.Node)}, "")
+		r.add(e, o, true, corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: o.Node, UID: types.UID(o.Node)}, "")
 	}
 }
 
@@ -150,7 +150,8 @@ func (r *Recorder) Complete(incident, after string) {
 	}
 }
 
-func (r *Recorder) add(one record, about corev1.ObjectReference, container string) {
+// add adds the record of a kill to a series. With pod it names the pod.
+func (r *Recorder) add(e *event.Event, o *event.Outcome, pod bool, about corev1.ObjectReference, container string) {
 	key := seriesKey{string(about.UID), container}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -170,6 +171,7 @@ func (r *Recorder) add(one record, about corev1.ObjectReference, container strin
 		}
 		r.series[key] = s
 	}
+	one := newRecord(e, o, pod)
 	s.recorded, s.latest = time.Now(), one.incident
 	s.pending = append(s.pending, one)
 	r.pending++
