@@ -347,8 +347,7 @@ bench: build build/hog ## latency, loss and cost over at least 1,000 real kills 
 		$(GO) test -tags bench,$(tags) -count=1 -p 1 -timeout 20m -run TestBench -v ./go/internal/loader ./go/internal/agent
 
 .PHONY: chaos
-chaos: build build/hog build/nats-server build/kube $(before) ## real kills while all parts fail at random: SEEDS=10 times KILLS=10000 (SEED=first, FAULTS=a,b; needs root)
-	@echo "$$(uname -sr), $$(nproc) processors, OOM Tracer $(VERSION)"
+chaos: build build/hog build/nats-server build/kube $(before) ## real kills while all parts fail at random: SEEDS=10 times KILLS=10000 (SEED=first, FAULTS=a,b; needs root and the history of git); the table is build/chaos.md
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_SEEDS=$(or $(SEEDS),10) OOM_TEST_KILLS=$(or $(KILLS),10000) OOM_TEST_BEFORE=$(before) \
 		$(if $(SEED),OOM_TEST_SEED=$(SEED)) OOM_TEST_FAULTS=$(FAULTS) $(GO) test -count=1 -timeout 6h -run '^TestChaos$$' -v ./go/cmd/oom-annotator
 
