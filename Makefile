@@ -489,12 +489,8 @@ check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is t
 		test "$$(grep '\.' <<<"$$deps" | grep -vc '^github.com/go-json-experiment/json')" = 1 || { echo 'go/event must need the standard library and encoding/json/v2 only' >&2; exit 1; }
 
 .PHONY: fuzz
-fuzz: $(OBJECT) ## run every fuzz target for FUZZTIME (30s)
-	$(Q)for target in $$(grep -rlE '^func Fuzz' go --include='*_test.go'); do \
-		for name in $$(grep -oE '^func Fuzz\w+' $$target | cut -c6-); do \
-			CGO_LDFLAGS='$(link_flags)' $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(or $(FUZZTIME),30s) ./$$(dirname $$target); \
-		done; \
-	done
+fuzz: $(OBJECT) ## run every fuzz target for FUZZTIME (30s), and count executions: here and in all (RUN=regexp, KEEP=1: keep short inputs in testdata)
+	$(Q)CGO_LDFLAGS='$(link_flags)' GO='$(GO)' FUZZTIME='$(FUZZTIME)' RUN='$(RUN)' KEEP='$(KEEP)' tools/fuzz.sh $(CACHE)/fuzz-executions
 
 ##@ Generated files
 

@@ -110,6 +110,7 @@ func FuzzParseOthers(f *testing.F) {
 		`{"schema":"oom-tracer/v1","id":"a","time":"2026-01-01T00:00:00Z","node":{"name":"n"},"cause":"wrapped","count":1}`,
 		`{"schema":"oom-tracer/v1","id":"a","time":"2026-01-01T00:00:00Z","node":{"name":"n"},"phase":"alive","unseen":{"at_least":1}}`,
 		`{"schema":"oom-tracer/v1","id":"a","incident":"i","time":"2026-01-01T00:00:00Z","node":{"name":"n"},"pods":[{"pod_uid":"u","usage":1}]}`,
+		`{"schema":"oom-tracer/v1","id":"a","time":"2026-01-01T00:00:00Z","node":"n","pod":{"namespace":"n","name":"p","uid":"u"},"message":"m"}`,
 		`{"schema":"oom-tracer/v2"}`, `[]`,
 	} {
 		f.Add([]byte(seed))
@@ -133,5 +134,7 @@ func FuzzParseOthers(f *testing.F) {
 		again(s, err, func(b []byte) error { _, err := event.ParseNodeStatus(b); return err })
 		n, err := event.ParseNeighbours(data)
 		again(n, err, func(b []byte) error { _, err := event.ParseNeighbours(b); return err })
+		e, err := event.ParseEviction(data)
+		again(e, err, func(b []byte) error { _, err := event.ParseEviction(b); return err })
 	})
 }

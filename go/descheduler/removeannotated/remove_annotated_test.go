@@ -2,9 +2,11 @@ package removeannotated
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	v1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -93,4 +95,24 @@ func TestValidate(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The annotator's summary is text that anybody who may change the pod may write: without a time of the kill in its range there is no
+// eviction.
+func FuzzCheckAge(f *testing.F) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, summary := range []string{`{"time":"2026-01-02T03:03:05Z"}`, `{"time":"2027-01-02T03:03:05Z"}`, `{"time":null}`, `{}`, `[`, ""} {
+		f.Add(summary)
+	}
+	d := &RemoveAnnotated{args: &RemoveAnnotatedArgs{SummaryAnnotationKey: "summary"}, minAge: time.Second, maxAge: time.Hour}
+	f.Fuzz(func(t *testing.T, summary string) {
+		pod := &v1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{"summary": summary}}}
+		if err := d.checkAge(pod, now); err != nil {
+			return
+		}
+		var killed struct{ Time time.Time }
+		if err := json.Unmarshal([]byte(summary), &killed); err != nil || now.Sub(killed.Time) < d.minAge || now.Sub(killed.Time) > d.maxAge {
+			t.Errorf("evicted for %s", summary)
+		}
+	})
 }

@@ -329,3 +329,19 @@ func TestKills(t *testing.T) {
 		}
 	}
 }
+
+// Whatever mountinfo says, a hierarchy that is found has a mount point.
+func FuzzFind(f *testing.F) {
+	f.Add([]byte("25 30 0:23 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n33 25 0:28 / /sys/fs/cgroup/me\\040mory rw - cgroup cgroup rw,memory\n"))
+	procfs := f.TempDir()
+	if err := os.Mkdir(filepath.Join(procfs, "self"), 0o755); err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, mounts []byte) {
+		check(t, os.WriteFile(filepath.Join(procfs, "self/mountinfo"), mounts, 0o600))
+		h, err := Find(procfs)
+		if err == nil && (h.Mount == "" || h.Version != 1 && h.Version != 2) || err != nil && !errors.Is(err, ErrNoController) {
+			t.Errorf("%+v, %v", h, err)
+		}
+	})
+}

@@ -423,7 +423,11 @@ func FuzzParse(f *testing.F) {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
+		_, known := ParseKnown(data)
 		cfg, err := Parse("name", data)
+		if err == nil && known != nil {
+			t.Errorf("loaded, and refused by what ignores unknown keys: %v", known)
+		}
 		if err == nil {
 			if err := cfg.Validate(); err != nil {
 				t.Errorf("loaded and is not valid: %v", err)

@@ -123,7 +123,7 @@ func (j *journal) segment(n uint64) *segment { return (*segment)(unsafe.Pointer(
 
 // overwritten reports whether the segment with a number is, or may be under way to be, written over.
 func (j *journal) overwritten(number uint64) bool {
-	return number+j.slots <= atomic.LoadUint64(&j.segment(0).Current)+1
+	return number+j.slots-1 <= atomic.LoadUint64(&j.segment(0).Current)
 }
 
 // read copies the record of seq, which must be visible (see visible); nil when it does not stand there any more.

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -146,4 +147,67 @@ func TestRead(t *testing.T) {
 			t.Errorf("%s %.100s: %+v, %v; want %s", tt.subject, tt.data, i, err, tt.err)
 		}
 	}
+}
+
+// Whatever a message says, each receiver gets valid JSON, or the message is refused.
+func FuzzRead(f *testing.F) {
+	for _, items := range examples() {
+		for _, i := range items {
+			var message any = i.kill
+			subject := "oom.v1.kill.cgroup.node-1"
+			if i.gap != nil {
+				message, subject = i.gap, "oom.v1.gap."+string(i.gap.Cause)+".node-1"
+			}
+			data, err := json.Marshal(message)
+			if err != nil {
+				f.Fatal(err)
+			}
+			f.Add(subject, data)
+		}
+	}
+	var formats []*format
+	for _, receiver := range []string{slack, alertmanager, webhook} {
+		f, err := newFormat(receiver, "")
+		if err != nil {
+			panic(err)
+		}
+		formats = append(formats, f)
+	}
+	f.Fuzz(func(t *testing.T, subject string, data []byte) {
+		i, err := read(bus.Stored{Subject: subject, Data: data, Time: time.Unix(1e9, 0)})
+		if err != nil || i == nil {
+			return
+		}
+		for _, f := range formats {
+			body, err := f.body(newNotification(keyOf(i), []*item{i}, f.escape), time.Unix(2e9, 0))
+			if err != nil || !json.Valid(body) {
+				t.Errorf("%v: %s", err, body)
+			}
+		}
+	})
+}
+
+// A template of a user is refused, or makes a text of every example.
+func FuzzTemplate(f *testing.F) {
+	for _, own := range []string{
+		slackText, plainText, "{{.Nothing}}", `{{range .Items}}{{printf "%s %d" .Text $.Count | html}}{{end}}`, `{{define "a"}}{{template "a"}}{{end}}{{template "a"}}`,
+	} {
+		f.Add(own)
+	}
+	endless := regexp.MustCompile(`range|printf|print`) // of a number, and to a width: they take their time
+	f.Fuzz(func(t *testing.T, own string) {
+		if endless.MatchString(own) && regexp.MustCompile(`\d{4}`).MatchString(own) {
+			return
+		}
+		format, err := newFormat(slack, own)
+		if err != nil {
+			return
+		}
+		for _, items := range examples() {
+			body, err := format.body(newNotification(keyOf(items[0]), items, format.escape), time.Time{})
+			if err != nil || !json.Valid(body) {
+				t.Errorf("%v: %s", err, body)
+			}
+		}
+	})
 }

@@ -1,6 +1,7 @@
 package report
 
 import (
+	"bytes"
 	c "cmp"
 	"fmt"
 	"html"
@@ -452,4 +453,43 @@ func TestInjection(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Whatever the messages of a stream say, the report is written, and nothing of them becomes an element of the page.
+func FuzzWrite(f *testing.F) {
+	var all []byte
+	for _, name := range []string{"full", "bare", "outcome-full", "outcome-bare", "neighbours-full", "neighbours-bare", "gap-full", "gap-bare"} {
+		data, err := os.ReadFile("../../event/testdata/" + name + ".json")
+		if err != nil {
+			f.Fatal(err)
+		}
+		all = append(append(all, bytes.ReplaceAll(data, []byte("\n"), nil)...), '\n')
+	}
+	f.Add(all)
+	f.Add(bytes.ReplaceAll(all, []byte("cart"), []byte("<script>")))
+	f.Fuzz(func(t *testing.T, messages []byte) {
+		from := time.Date(2026, 11, 23, 2, 0, 0, 0, time.UTC)
+		r := New(Options{From: from, Until: from.Add(time.Hour), Made: from.Add(2 * time.Hour)})
+		for data := range bytes.Lines(messages) {
+			if e, err := event.Parse(data); err == nil {
+				r.Kill("shop/StatefulSet/"+e.Victim.Comm, &e, nil)
+			}
+			if o, err := event.ParseOutcome(data); err == nil {
+				r.Outcome(&o)
+			}
+			if n, err := event.ParseNeighbours(data); err == nil {
+				r.Neighbours(&n)
+			}
+			if g, err := event.ParseGap(data); err == nil {
+				r.Gap(&g, from)
+			}
+		}
+		var out strings.Builder
+		if err := r.Write(&out, Stream{}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if page := out.String(); strings.Contains(page, "<script") || !strings.HasSuffix(strings.TrimSpace(page), "</html>") {
+			t.Error(page)
+		}
+	})
 }
