@@ -453,7 +453,7 @@ func (l *Loader) takeOver(other *ebpf.Map) error {
 			err = remove(dir)
 		}
 		if err != nil {
-			return err
+			return fmt.Errorf("take over from %s: %w", dir, err)
 		}
 	}
 	l.log.Info("took over the recording", "generation", l.generation, "seq", head, "unread", head-min(head, acked))

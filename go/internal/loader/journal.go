@@ -209,17 +209,15 @@ func barrier() error {
 }
 
 type reader struct {
+	Handler
 	next uint64        // what is to be handed over next
 	seen uint64        // head at the last look; what it names is visible at the next one
 	due  time.Time     // of the next look
 	idle time.Duration // between looks while nothing waits
 	wait bool          // something was refused: nothing is handed over before the next look
 
-	// stored reads the journal, nil when the record is gone.
-	stored func(seq uint64) []byte
-	// record and lost hand over; false means not now.
-	record func(seq uint64, record []byte) bool
-	lost   func(first, last uint64) bool
+	stored  func(seq uint64) []byte // reads the journal, nil when the record is gone
+	refused *atomic.Bool            // by the handler; Resume resets it
 }
 
 // notified reads up to the record that a notification names, with which the kernel has made all before it visible.
@@ -253,25 +251,29 @@ func (r *reader) look(head uint64, now time.Time) (unnotified int) {
 // advance hands over what stands up to a seq, or up to the first one that is lost, and returns how many records that were.
 func (r *reader) advance(until uint64, lost bool, now time.Time) (records int) {
 	for r.next <= until {
-		last := r.next
-		var taken bool
-		if record := r.stored(r.next); record != nil {
-			if taken = r.record(r.next, record); taken {
-				records++
-			}
-		} else if lost {
+		record, last := r.stored(r.next), r.next
+		if record == nil && !lost {
+			return records
+		}
+		waitForVictim(record)
+		r.refused.Store(true) // before: Resume may be called while the handler refuses
+		taken := false
+		if record != nil {
+			taken = r.Record(r.next, record)
+		} else {
 			for last < until && r.stored(last+1) == nil {
 				last++
 			}
-			taken = r.lost(r.next, last)
-		} else {
-			return records
+			taken = r.Lost(r.next, last)
 		}
 		if !taken {
 			r.wait, r.due = true, now.Add(retryTime)
 			return records
 		}
-		r.next = last + 1
+		r.refused.Store(false)
+		if r.next = last + 1; record != nil {
+			records++
+		}
 	}
 	return records
 }

@@ -229,31 +229,18 @@ const (
 // Run hands everything to h that was not settled before, in the order of seq, until ctx ends; then it
 // detaches the program, unless it is pinned, reads what is left and returns.
 func (l *Loader) Run(ctx context.Context, h Handler) error {
-	// refused is set before: Resume may be called while the handler refuses.
-	handOver := func(taken func() bool) bool {
-		l.refused.Store(true)
-		if !taken() {
-			return false
-		}
-		l.refused.Store(false)
-		return true
-	}
 	r := reader{
-		next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
-		stored: l.stored,
-		record: func(seq uint64, record []byte) bool {
-			waitForVictim(record)
-			return handOver(func() bool { return h.Record(seq, record) })
-		},
-		lost: func(first, last uint64) bool {
-			if !handOver(func() bool { return h.Lost(first, last) }) {
-				return false
-			}
+		Handler: h, next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
+		stored: l.stored, refused: &l.refused,
+	}
+	r.Lost = func(first, last uint64) bool {
+		taken := h.Lost(first, last)
+		if taken {
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			atomic.AddUint64(&l.state.Lost, last-first+1)
-			return true
-		},
+		}
+		return taken
 	}
 	if l.notifier.polls() {
 		r.idle = pollTime
