@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -56,13 +57,7 @@ func (d dialer) Dial(_, _ string) (net.Conn, error) { return d() }
 // whose permissions are limited needs to subscribe to <prefix>.>, and nobody else should. A dot begins a token
 // of its own, so that <program>.<node> can be permitted for one node, and for all of them together.
 func InboxPrefix(name string) string {
-	return "_INBOX_" + strings.Map(func(r rune) rune {
-		switch {
-		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-', r == '.':
-			return r
-		}
-		return '_'
-	}, name)
+	return "_INBOX_" + regexp.MustCompile(`[^A-Za-z0-9.-]`).ReplaceAllString(name, "_")
 }
 
 // Conn is a connection to NATS that seeks its server for ever. Its methods may be called from any
@@ -99,10 +94,9 @@ type denial struct {
 // Connect connects to the servers of cfg.URL, or, when that is empty, to the embedded server that
 // cfg.Embedded describes, which may run in this process or in another one on the same machine.
 //
-// It returns when the connection stands, ctx ends or, unless o.Background is set, every server was
-// tried once (at most 5 s each). It fails at once when cfg names files that cannot be used. Files are read
-// again at each reconnect, so that secrets can be exchanged under a running program; only an nkey
-// must keep its public half.
+// It returns when the connection stands, ctx ends or, unless o.Background is set, every server was tried once (at most 5 s
+// each). It fails at once on files of cfg that cannot be used. They are read again at each reconnect, so that secrets can
+// be exchanged under a running program; only an nkey must keep its public half.
 func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) (*Conn, error) {
 	c := &Conn{
 		log: log, inbox: InboxPrefix(o.Name), closed: make(chan struct{}), up: make(chan struct{}),

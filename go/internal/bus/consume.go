@@ -100,19 +100,18 @@ func (c *Consumer) Waiting() int {
 	return len(c.pending) + int(c.numPending)
 }
 
-func (c *Consumer) setFailing(err error) {
+// setFailing reports whether consuming has ever worked.
+func (c *Consumer) setFailing(err error) (consumed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.failing = err
 	c.consumed = c.consumed || err == nil
+	return c.consumed
 }
 
-// report logs once why consuming fails. On a first install, the stream may not be there yet: oom-tap setup runs later.
-func (c *Consumer) report(err error) {
-	c.mu.Lock()
-	consumed := c.consumed
-	c.mu.Unlock()
-	if !consumed && errors.Is(err, jetstream.ErrStreamNotFound) {
+// failed notes and logs once why consuming fails. On a first install, the stream may not be there yet: oom-tap setup runs later.
+func (c *Consumer) failed(err error) {
+	if !c.setFailing(err) && errors.Is(err, jetstream.ErrStreamNotFound) {
 		c.conn.once(slog.LevelInfo, "waiting", "waiting for the stream, oom-tap setup creates it", "consumer", c.o.Name, "stream", event.StreamName)
 		return
 	}
@@ -173,8 +172,7 @@ func (c *Consumer) sessions(ctx context.Context, work chan<- *Delivery) error {
 		case errors.Is(err, ErrClosed):
 			return fmt.Errorf("consume %s: %w", c.o.Name, err)
 		}
-		c.setFailing(err)
-		c.report(err)
+		c.failed(err)
 		failures++
 		sleep(ctx, backoff(failures))
 	}
@@ -270,11 +268,9 @@ func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.numPending = meta.NumPending
-	if before, ok := c.pending[d.Seq]; ok {
-		if before.Time.Equal(d.Time) {
-			return nil, nil
-		}
-		// The stream was created again, and its sequences begin again.
+	// A stream that was created again begins with the same sequences, at another time.
+	if before, ok := c.pending[d.Seq]; ok && before.Time.Equal(d.Time) {
+		return nil, nil
 	}
 	if stored, ok := c.finished[d.Seq]; ok && stored.Equal(d.Time) {
 		return nil, m.Ack()
@@ -337,10 +333,10 @@ func (d *Delivery) finish(kind string, send func() error) {
 	open := c.pending[d.Seq] == d
 	if open {
 		delete(c.pending, d.Seq)
-	}
-	if open && kind != "nak" {
-		c.finished[d.Seq] = d.Time
-		if c.order = append(c.order, d.Seq); len(c.order) > maxFinished {
+		if kind != "nak" {
+			c.finished[d.Seq], c.order = d.Time, append(c.order, d.Seq)
+		}
+		if len(c.order) > maxFinished {
 			delete(c.finished, c.order[0])
 			c.order = c.order[1:]
 		}

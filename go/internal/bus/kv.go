@@ -95,10 +95,10 @@ func (e *KVEntry) Update(ctx context.Context, change func([]byte) ([]byte, error
 			}
 		}
 		value, err := change(now.data)
-		if !read && (err != nil || value == nil) {
-			continue
-		}
 		if err != nil || value == nil {
+			if !read {
+				continue
+			}
 			e.know(now)
 			return err
 		}

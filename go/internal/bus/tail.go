@@ -178,10 +178,10 @@ func (t *tail) read(ctx context.Context) error {
 	defer messages.Stop()
 	for count := uint64(1); ; count++ {
 		m, err := messages.Next(jetstream.NextContext(ctx))
-		if err != nil {
-			return fmt.Errorf("read: %w", err)
+		var meta *jetstream.MsgMetadata
+		if err == nil {
+			meta, err = m.Metadata()
 		}
-		meta, err := m.Metadata()
 		if err != nil {
 			return fmt.Errorf("read: %w", err)
 		}

@@ -150,8 +150,7 @@ func printJSON(stdout io.Writer, v any) error {
 	return encoder.Encode(v)
 }
 
-func failures(findings []Finding) []string {
-	var failed []string
+func failures(findings []Finding) (failed []string) {
 	for _, f := range findings {
 		if f.Status == StatusFail {
 			failed = append(failed, f.Check)
@@ -368,13 +367,12 @@ func (x *checker) protection() Finding {
 func (x *checker) lockdown() Finding {
 	const check = "lockdown"
 	data, err := os.ReadFile(x.sysfs + "/kernel/security/lockdown")
-	if errors.Is(err, fs.ErrNotExist) {
-		if x.securityfs() {
-			return ok(check, "not in this kernel")
-		}
+	switch missing := errors.Is(err, fs.ErrNotExist); {
+	case missing && x.securityfs():
+		return ok(check, "not in this kernel")
+	case missing:
 		return ok(check, "not known: securityfs is not mounted at %s/kernel/security", x.sysfs)
-	}
-	if err != nil {
+	case err != nil:
 		return warn(check, err.Error(), "run doctor as root to see")
 	}
 	_, rest, _ := strings.Cut(string(data), "[")
@@ -519,16 +517,15 @@ func CountsBPF(kernel *btf.Spec) bool {
 
 func (x *checker) btf() Finding {
 	file := cmp.Or(x.btfFile, x.sysfs+"/kernel/btf/vmlinux")
-	if x.btfFile != "" && x.kernelErr != nil {
+	switch {
+	case x.kernelErr == nil:
+		return ok("btf", "%s", file)
+	case x.btfFile != "":
 		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "take that kernel's /sys/kernel/btf/vmlinux, or its vmlinux with a section .BTF")
-	}
-	if errors.Is(x.kernelErr, fs.ErrNotExist) {
+	case errors.Is(x.kernelErr, fs.ErrNotExist):
 		return fail("btf", "there is no "+file, "use a kernel with CONFIG_DEBUG_INFO_BTF=y, and mount sysfs at "+x.sysfs)
 	}
-	if x.kernelErr != nil {
-		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "report this kernel: its BTF cannot be read")
-	}
-	return ok("btf", "%s", file)
+	return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "report this kernel: its BTF cannot be read")
 }
 
 func (x *checker) markVictim() Finding {
@@ -688,9 +685,7 @@ func (c *warnings) String() string {
 	return " (" + strings.Join(c.lines, "; ") + ")"
 }
 
-func (c *warnings) Enabled(_ context.Context, level slog.Level) bool {
-	return level >= slog.LevelWarn
-}
+func (c *warnings) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
 
 func (c *warnings) Handle(_ context.Context, r slog.Record) error {
 	line := r.Message
@@ -868,9 +863,8 @@ func (x *checker) store() Finding {
 	// The nearest directory that is there decides.
 	nearest := dir
 	_, err := os.Stat(nearest)
-	for errors.Is(err, fs.ErrNotExist) && nearest != "/" {
+	for ; errors.Is(err, fs.ErrNotExist) && nearest != "/"; _, err = os.Stat(nearest) {
 		nearest = filepath.Dir(nearest)
-		_, err = os.Stat(nearest)
 	}
 	const remedy = "set nats.embedded.dir to a directory that this user can write to, or run it as root"
 	if err == nil {
@@ -902,11 +896,8 @@ func (x *checker) store() Finding {
 // bytesBelow is what the files below dir hold. What cannot be read holds nothing.
 func bytesBelow(dir string) uint64 {
 	var sum uint64
-	_ = filepath.WalkDir(dir, func(_ string, entry fs.DirEntry, err error) error {
-		if err != nil || !entry.Type().IsRegular() {
-			return nil
-		}
-		if info, err := entry.Info(); err == nil {
+	_ = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, _ error) error {
+		if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() {
 			sum += uint64(info.Size())
 		}
 		return nil

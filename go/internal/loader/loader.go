@@ -332,12 +332,8 @@ func (l *Loader) stats() (Stats, error) {
 	if err != nil {
 		return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
 	}
-	cpus := make([]Stats, len(values)/binary.Size(Stats{}))
-	if _, err := binary.Decode(values, binary.NativeEndian, cpus); err != nil {
-		return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
-	}
 	var sum Stats
-	for _, cpu := range cpus {
+	for _, cpu := range unsafe.Slice((*Stats)(unsafe.Pointer(&values[0])), len(values)/binary.Size(sum)) {
 		sum.Seen += cpu.Seen
 		sum.Sent += cpu.Sent
 		sum.Refused += cpu.Refused

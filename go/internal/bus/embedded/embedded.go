@@ -20,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -51,11 +52,12 @@ type Server struct {
 	life   sync.Mutex // held by Shutdown and restart
 	closed bool       // by Shutdown; guarded by life
 
-	mu         sync.Mutex
-	instance   *instance // nil while the server is down
-	trouble    error     // why nothing is stored, as Supervise found it
-	restarting time.Time // since when; zero: it is not
-	hopeless   bool      // restarts do not help, and it is not the disk
+	restarting atomic.Pointer[time.Time] // since when; nil: it is not
+
+	mu       sync.Mutex
+	instance *instance // nil while the server is down
+	trouble  error     // why nothing is stored, as Supervise found it
+	hopeless bool      // restarts do not help, and it is not the disk
 }
 
 // instance is one nats-server on the directory, from its start to its shutdown.
@@ -209,23 +211,20 @@ func (s *Server) forward(client *netlimit.Conn) {
 	if err != nil {
 		return
 	}
+	defer inner.Close()
 	go func() {
 		_, _ = io.Copy(inner, client)
 		inner.Close()
 	}()
 	// The server speaks first. What it says next to a client that has not logged in is an error, and the end.
 	buffer := make([]byte, maxLine)
-	for replies := 0; ; replies++ {
-		n, err := inner.Read(buffer)
-		if err == nil && replies == 1 && buffer[0] != '-' {
-			client.Hold()
-		}
-		if err == nil {
+	for replies := 0; err == nil; replies++ {
+		var n int
+		if n, err = inner.Read(buffer); err == nil {
+			if replies == 1 && buffer[0] != '-' {
+				client.Hold()
+			}
 			_, err = client.Write(buffer[:n])
-		}
-		if err != nil {
-			inner.Close()
-			return
 		}
 	}
 }

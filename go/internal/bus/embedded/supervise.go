@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -63,8 +64,7 @@ func (s *Server) Supervise(ctx context.Context, onStart func(context.Context) er
 			bounded, cancel := context.WithTimeout(ctx, patience)
 			err = onStart(bounded)
 			cancel()
-			started = err == nil
-			if err == nil {
+			if started = err == nil; started {
 				err = s.check()
 				broken = err != nil
 			}
@@ -140,14 +140,8 @@ func (s *Server) probe() error {
 }
 
 func (s *Server) restart() error {
-	s.mu.Lock()
-	s.restarting = time.Now()
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		s.restarting = time.Time{}
-		s.mu.Unlock()
-	}()
+	s.restarting.Store(new(time.Now()))
+	defer s.restarting.Store(nil)
 	s.life.Lock()
 	defer s.life.Unlock()
 	if s.closed {
@@ -174,8 +168,8 @@ func (s *Server) Ready() error {
 func (s *Server) Healthy() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.restarting.IsZero() && time.Since(s.restarting) > hungTime {
-		return fmt.Errorf("embedded nats-server: a restart in place has not returned since %s", s.restarting.UTC().Format(time.RFC3339))
+	if since := s.restarting.Load(); since != nil && time.Since(*since) > hungTime {
+		return fmt.Errorf("embedded nats-server: a restart in place has not returned since %s", since.UTC().Format(time.RFC3339))
 	}
 	if s.hopeless {
 		return fmt.Errorf("embedded nats-server: still fails after several restarts in place: %w", s.trouble)
@@ -185,14 +179,7 @@ func (s *Server) Healthy() error {
 
 // DiskTrouble tells whether an error comes from a disk that is full, read-only or broken. nats-server hands on the words alone.
 func DiskTrouble(err error) bool {
-	if err == nil {
-		return false
-	}
-	text := err.Error()
-	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {
-		if strings.Contains(text, errno.Error()) {
-			return true
-		}
-	}
-	return false
+	return err != nil && slices.ContainsFunc([]syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO}, func(e syscall.Errno) bool {
+		return strings.Contains(err.Error(), e.Error())
+	})
 }
