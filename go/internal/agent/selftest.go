@@ -34,9 +34,8 @@ const (
 	selftestWait  = 15 * time.Second // for the victim's end, and for the event
 )
 
-// rssSlack is how many bytes the console's figures may be from the event's: the line is printed after the tracepoint,
-// and before Linux 7 from counters that lag. They lag by pages (percpu_counter_batch), so it is 512 KiB with pages of 4
-// KiB.
+// rssSlack is how many bytes the console may differ: its line comes after the tracepoint, before Linux 7 from counters that
+// lag by pages (percpu_counter_batch).
 func rssSlack() uint64 { return 128 * uint64(os.Getpagesize()) }
 
 // Selftest causes one contained OOM kill and checks what comes back out of NATS against what this

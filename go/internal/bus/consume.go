@@ -124,10 +124,8 @@ func (c *Consumer) setAckErr(err error) {
 	c.ackErr = err
 }
 
-// Run consumes until ctx ends, and returns nil then. The context of the handlers ends a moment later. Run waits for a server, a
-// stream and permissions that are not there yet, and fails only if the connection is closed permanently.
-//
-// Call Release for what has no ack when Run returns.
+// Run consumes until ctx ends, and returns nil then. The context of the handlers ends a moment later. It waits for servers,
+// streams and permissions, and fails only if the connection is closed permanently. Call Release after it.
 func (c *Consumer) Run(ctx context.Context, handle func(context.Context, *Delivery)) error {
 	handling, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()

@@ -64,11 +64,8 @@ type Hooks struct {
 	OnDrop func(m Msg, err error) *Msg
 }
 
-// Publisher publishes to JetStream, in order, and repeats what was not acknowledged until it is. Its
-// methods may be called from any goroutine.
-//
-// Messages are sent in the order of Enqueue. Where an attempt fails, a message may be stored after
-// later ones: order is by event.Event's Seq.
+// Publisher publishes to JetStream in the order of Enqueue, and repeats what was not acknowledged until it is; that may be
+// stored after later messages: order is by event.Event's Seq. Its methods may be called from any goroutine.
 type Publisher struct {
 	conn     *Conn
 	js       jetstream.JetStream
@@ -165,9 +162,8 @@ func (p *Publisher) Run(ctx context.Context) error {
 	return nil
 }
 
-// Drain takes no more messages and publishes what is left, by itself when Run has returned. It returns how
-// many are left when ctx ends, or the connection is closed for good, with the reason; 0 and nil mean
-// that everything was stored or dropped.
+// Drain takes no more messages and publishes what is left, once Run has returned. It returns how many are left when ctx ends
+// or the connection is closed for good, and why; 0 and nil: all were stored or dropped.
 func (p *Publisher) Drain(ctx context.Context) (left int, err error) {
 	p.mu.Lock()
 	p.closing = true
@@ -428,9 +424,8 @@ func (c *Conn) PublishOnce(ctx context.Context, m Msg) (duplicate bool, err erro
 	return false, fmt.Errorf("publish %s: %w", m.Subject, err)
 }
 
-// taken tells whether the server refused a message because the stream holds one on its subject. It answers with that one's
-// sequence. 0 means that it could not look; and a replicated stream names none where another publisher's message on the subject
-// is not stored yet, and may never be.
+// taken tells whether the stream holds a message on the subject. The server then names its sequence; 0: it could not look. A
+// replicated stream names none where another publisher's message is not stored yet, and may never be.
 func taken(err error) bool {
 	var api *jetstream.APIError
 	return errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence && !strings.HasSuffix(api.Description, ": 0")

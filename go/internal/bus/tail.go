@@ -42,12 +42,10 @@ func delivered(m jetstream.Msg, meta *jetstream.MsgMetadata) Stored {
 	return Stored{m.Headers().Get(jetstream.MsgIDHeader), m.Subject(), m.Data(), meta.Sequence.Stream, meta.Timestamp}
 }
 
-// Tail hands what the stream holds to each, one at a time, in the stream's order, each message once,
-// across reconnects and restarts of the server.
+// Tail hands what the stream holds to each, one at a time, in order and once, across reconnects and restarts of the server.
 //
-// With Follow it returns nil when ctx ends; without, nil at the end of what was stored, and ctx's error
-// when that came first. It returns each's error as it is. It fails when the stream does not exist or
-// the server refuses, but once it has begun, it waits for a server that went away.
+// With Follow it returns nil when ctx ends; else nil at the end of what was stored, or ctx's error. It returns each's error
+// as it is. It fails when there is no stream or the server refuses; once it has begun, it waits for a server that is away.
 func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) error {
 	if o.Stream == "" {
 		o.Stream = event.StreamName

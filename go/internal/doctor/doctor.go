@@ -41,9 +41,8 @@ const (
 	StatusFail Status = "fail" // tracing cannot work, or a tracer with this config would not start
 )
 
-// Schema names the shape of what doctor prints with --output json. Within v1, fields and checks
-// are added; none is renamed, and none changes its meaning. The order is that of the text, and the
-// sentences are for people.
+// Schema names the shape of what doctor prints with --output json, in the order of the text. Within v1, fields and checks are
+// added, none is renamed or changes its meaning. The sentences are for people.
 const Schema = "oom-tracer-doctor/v1"
 
 // Report is the whole of it.
@@ -286,9 +285,8 @@ func (x *checker) release() Finding {
 	return ok("kernel", "%s %s, node %s", strings.TrimSpace(string(data)), runtime.GOARCH, x.node)
 }
 
-// capabilities holds what the process may do against what bpf(2) and perf_event_open(2) ask of it
-// (bpf_prog_load() in kernel/bpf/syscall.c, perf_allow_cpu() in include/linux/perf_event.h). All of it
-// is asked of the initial user namespace.
+// capabilities compares what the process may do with what bpf(2) and perf_event_open(2) ask of the initial user namespace
+// (bpf_prog_load() in kernel/bpf/syscall.c, perf_allow_cpu() in include/linux/perf_event.h).
 func (x *checker) capabilities() Finding {
 	const check = "capabilities"
 	if x.processErr != nil {

@@ -69,13 +69,11 @@ type opening struct {
 	refused     map[Tier]error // why a tier is not available, as far as that is known
 }
 
-// Open loads and attaches the program, with the best tier that works here unless opts names one. From
-// its return on, the kernel records every kill; Run reads them. Where another load of the program is
-// pinned, recording goes over from that one to this without a gap, and what it left unread is read.
+// Open loads and attaches the program, with the best tier that works here unless opts names one. From its return on, the
+// kernel records every kill; Run reads them. Recording goes over from a pinned program without a gap.
 //
-// It fails where the kernel has no BTF or no mark_victim tracepoint, where the verifier refuses the
-// program, without CAP_BPF and CAP_PERFMON (or CAP_SYS_ADMIN), and where another tracer runs or something
-// is pinned that this version cannot read.
+// It fails where the kernel has no BTF or no mark_victim tracepoint, where the verifier refuses the program, without CAP_BPF
+// and CAP_PERFMON (or CAP_SYS_ADMIN), where another tracer runs, and where something is pinned that it cannot read.
 func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err := CheckLayout(); err != nil {
 		return nil, err

@@ -187,10 +187,8 @@ const visibleTime = 10 * time.Millisecond
 // strongOrder: the CPU shows what another one has written in the order in which it was written.
 const strongOrder = runtime.GOARCH == "amd64"
 
-// visible returns up to where the records are visible for certain, where head was just read and the last one is that.
-//
-// The program writes head last, but without a barrier between (see put_journal() in src/journal.bpf.h). On x86 it is
-// visible last all the same. Elsewhere the reader has every CPU execute a barrier, after it has read head.
+// visible returns up to where records are visible for certain. head was just read. The program writes it last, without a
+// barrier (put_journal() in src/journal.bpf.h): visible last on x86; elsewhere every CPU executes a barrier for the reader.
 func visible(head uint64) uint64 {
 	if strongOrder || barrier() == nil {
 		return head
@@ -330,12 +328,9 @@ func (c Counts) Since(before Counts) Counts {
 	return c
 }
 
-// Unseen is how many kills the kernel has counted (oom_kill in /proc/vmstat) that the program saw no mark
-// of. With hooks the two figures are one; else they bound what may be.
-//
-// The kernel counts before it marks, and it counts a process that it kills twice: once on its own and once
-// as a member of its group, or after it was marked as exiting. So a count is read between two equal ones of
-// the program's, and doubles are taken off.
+// Unseen is how many kills the kernel has counted (oom_kill in /proc/vmstat) that the program saw no mark of. With hooks the
+// two figures are one; else they bound what may be. A count is read between two equal ones of the program's, because the
+// kernel counts before it marks. Doubles are taken off: it counts again what it kills as a member of a group or while it exits.
 func (c Counts) Unseen(kernel uint64) (atLeast, atMost uint64) {
 	less := func(a, b uint64) uint64 { return a - min(a, b) }
 	since := less(kernel, c.KernelBase)

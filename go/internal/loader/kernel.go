@@ -32,9 +32,7 @@ const (
 	PrototypePID  Prototype = "pid"  // (int pid)
 )
 
-// MarkVictimPrototype reads the tracepoint's prototype from a kernel's BTF.
-//
-// It fails when the kernel has no such tracepoint, or one of an unknown prototype.
+// MarkVictimPrototype reads the tracepoint's prototype from a kernel's BTF. It fails when there is none, or an unknown one.
 func MarkVictimPrototype(kernel *btf.Spec) (Prototype, error) {
 	const name = "btf_trace_mark_victim"
 	var typedef *btf.Typedef
@@ -254,9 +252,8 @@ func oneMemoryNode(sysfs string) (bool, error) {
 	return !strings.ContainsAny(strings.TrimSpace(string(list)), ",-"), nil
 }
 
-// GFPFlags reads the names of the bits of a gfp mask from the running kernel's BTF: the enumeration of
-// ___GFP_*_BIT in include/linux/gfp_types.h, which there is since v6.10. The map is empty where there is
-// none, or no BTF.
+// GFPFlags reads the names of the bits of a gfp mask from the running kernel's BTF: ___GFP_*_BIT in include/linux/gfp_types.h,
+// since v6.10. The map is empty where there are none, or no BTF.
 func GFPFlags() map[int]string {
 	limitHeap()
 	return gfpFlags("/sys/kernel/btf/vmlinux")

@@ -166,9 +166,8 @@ func (l *Loader) SetKernelBase(n uint64) {
 	atomic.StoreUint64(&l.state.KernelBase, n)
 }
 
-// Ack says that the records from first to last need not be kept any longer: each of them, or the gap
-// in its place, is where it was to go. Their slots of the journal are free once all before them are
-// settled too. It may be called in any order.
+// Ack settles the records from first to last, in any order: each, or the gap in its place, is where it was to go. Their slots
+// of the journal are free once all before them are settled too.
 func (l *Loader) Ack(first, last uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

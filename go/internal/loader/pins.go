@@ -215,9 +215,8 @@ func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err err
 	return m, filepath.Base(path) == journalPin+journalVersion, nil
 }
 
-// Unload detaches and removes everything that is pinned in dir, and reports how many records nobody has
-// published. Unless force is set, it fails rather than throw any away. Where the directory does not exist, the error
-// wraps os.ErrNotExist.
+// Unload removes everything that is pinned in dir, and returns how many records nobody has published. Without force it fails
+// rather than throw any away. Where there is no directory, the error wraps os.ErrNotExist.
 func Unload(ctx context.Context, dir string, force bool) (unpublished uint64, err error) {
 	if _, err := os.Stat(dir); err != nil {
 		return 0, err

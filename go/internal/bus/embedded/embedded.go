@@ -66,13 +66,11 @@ type instance struct {
 	release func() // gives the directory up
 }
 
-// Start starts the server and returns when it takes connections, which it does after JetStream has
-// read its store. Connect to it with bus.Connect and the same configuration; from within the process with
-// bus.Options.InProcess too.
+// Start starts the server and returns when JetStream has read its store and clients can connect: with bus.Connect and the
+// same configuration; from within the process also with bus.Options.InProcess.
 //
-// A disk that is full, read-only or broken is no error: the server is then down, and Supervise starts it later.
-// Start fails when cfg.Listen is not a loopback address or is taken, and when cfg.Dir is in use by another
-// process or is not safe from other users.
+// A disk that is full, read-only or broken is no error: Supervise then starts the server later. Start fails when cfg.Listen
+// is not a loopback address or is taken, and when cfg.Dir is in use or not safe from other users.
 func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 	defer func() {
 		if err != nil {
@@ -240,9 +238,8 @@ func (s *Server) InProcessConn() (net.Conn, error) {
 // ClientURL is where it listens: nats://host:port.
 func (s *Server) ClientURL() string { return "nats://" + s.listener.Addr().String() }
 
-// Shutdown stops the server, writes its state to disk and releases the directory. It fails when that
-// takes longer than ctx allows; the directory then stays locked until the process ends. It may be
-// called more than once.
+// Shutdown stops the server, writes its state to disk and releases the directory. If ctx ends first, it fails, and the
+// directory stays locked until the process ends. It may be called more than once.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.listener.Close()
 	done := make(chan struct{})

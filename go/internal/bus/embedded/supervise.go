@@ -36,9 +36,8 @@ func (s *Server) Suspect() {
 	}
 }
 
-// Supervise keeps the server working until ctx ends. It sleeps while nothing is suspected. It calls onStart after each start of the
-// server, until it succeeds; where the server is ready already, the caller has done that work. failing is why messages are not
-// acknowledged; nil: they are.
+// Supervise keeps the server working until ctx ends. It calls onStart after each start of the server, until it succeeds;
+// for a server that is ready already the caller has done that. failing is why messages are not acknowledged; nil: they are.
 func (s *Server) Supervise(ctx context.Context, onStart func(context.Context) error, failing func() error) {
 	started := s.Ready() == nil
 	var (
@@ -162,9 +161,8 @@ func (s *Server) Ready() error {
 	return s.check()
 }
 
-// Healthy is what only a restart of the process may cure: a restart in place that does not end, or several that did not
-// help although the disk works. A disk that is full or broken is not among it: a new process would find the same disk, and the kills would
-// not be watched meanwhile.
+// Healthy is what only a restart of the process may cure: a restart in place that does not end, or several that did not help.
+// A full or broken disk is not: a new process would find the same disk, and kills would not be recorded meanwhile.
 func (s *Server) Healthy() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
