@@ -17,20 +17,16 @@ import (
 )
 
 const (
-	// readPause is the least time between two readings of all pods, and of one cgroup or the node: a storm is read once.
-	readPause = 10 * time.Second
+	readPause = 10 * time.Second // the least time between two readings of all pods, and of one cgroup or the node: a storm is read once
 	// readRate and readBurst bound the readings of all cgroups.
 	readRate  = rate.Limit(1) // per second
 	readBurst = 10
 	// readDelay is how long after the kill the pods are read: it takes a moment until the victim's memory is given
 	// back, and what remains is what the next kill is for. A cgroup is read at once: it may be removed.
-	readDelay = time.Second
-	// readTimeout bounds one reading.
-	readTimeout = 2 * time.Second
-	// readExpires is how long it is tried to publish what was read.
-	readExpires = time.Minute
-	// maxKillAge is how old a kill may be: what the pods hold now says nothing of one from before.
-	maxKillAge = 5 * time.Second
+	readDelay   = time.Second
+	readTimeout = 2 * time.Second // bounds one reading
+	readExpires = time.Minute     // how long it is tried to publish what was read
+	maxKillAge  = 5 * time.Second // how old a kill may be: what the pods hold now says nothing of one from before
 )
 
 // neighbourReader reads after a kill what the memory of the limit's cgroup, or of the node, is used for, and how much the

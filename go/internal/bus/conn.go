@@ -24,10 +24,8 @@ import (
 
 // Errors that callers may want to tell apart.
 var (
-	// ErrDisconnected means that there is no connection at the moment; it comes back by itself.
-	ErrDisconnected = errors.New("not connected to nats")
-	// ErrClosed means that the connection, or the publisher, was closed and will not come back.
-	ErrClosed = errors.New("closed")
+	ErrDisconnected = errors.New("not connected to nats") // there is no connection at the moment; it comes back by itself
+	ErrClosed       = errors.New("closed")                // the connection, or the publisher, was closed and will not come back
 )
 
 // Options say who connects and how patient it is.

@@ -36,20 +36,16 @@ const (
 
 // ConsumeOptions configure a consumer.
 type ConsumeOptions struct {
-	// Name is the name of the durable consumer. Processes that use the same name share the messages.
-	Name string
-	// Subjects are subject patterns that do not overlap.
-	Subjects []string
-	// Workers is how many messages are handled at once, at least 1.
-	Workers int
+	Name     string   // the name of the durable consumer. Processes that use the same name share the messages
+	Subjects []string // subject patterns that do not overlap
+	Workers  int      // how many messages are handled at once, at least 1
 }
 
 // Delivery is a delivery of a message. Ack, Nak or Term must be called once. Until then the message is reported as in
 // progress, also after its handler has returned.
 type Delivery struct {
 	Stored
-	// Attempt counts from 1.
-	Attempt uint64
+	Attempt uint64 // from 1
 
 	consumer *Consumer
 	msg      jetstream.Msg

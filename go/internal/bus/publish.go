@@ -33,12 +33,9 @@ type Msg struct {
 	ID      string
 	Subject string
 	Data    []byte
-	// Once has the stream store m only while it holds no message on Subject, which must then be m's alone.
-	Once bool
-	// Tag is the caller's own. It comes back in the hooks.
-	Tag any
-	// Expires is when failed attempts become final, unless the connection failed; zero: never.
-	Expires time.Time
+	Once    bool      // has the stream store m only while it holds no message on Subject, which must then be m's alone
+	Tag     any       // the caller's own. It comes back in the hooks
+	Expires time.Time // when failed attempts become final, unless the connection failed; zero: never
 
 	refused time.Time // since when it is
 	settled bool      // stored or given up
@@ -56,10 +53,8 @@ func (m *Msg) NATS() *nats.Msg {
 
 // Hooks are called by the goroutine in Run or Drain, one at a time, and hold up publishing. Any of them may be nil.
 type Hooks struct {
-	// OnAck is called when the stream has stored m, or, with duplicate set, says that it had before.
-	OnAck func(m Msg, duplicate bool)
-	// OnRetry is called when an attempt to publish m failed. It will be made again.
-	OnRetry func(m Msg, err error)
+	OnAck   func(m Msg, duplicate bool) // called when the stream has stored m, or, with duplicate set, says that it had before
+	OnRetry func(m Msg, err error)      // called when an attempt to publish m failed. It will be made again
 	// OnDrop is called when m can never be stored, and is given up. What it returns, if anything, takes m's place.
 	OnDrop func(m Msg, err error) *Msg
 }

@@ -17,16 +17,11 @@ import (
 
 // TailOptions say what to read.
 type TailOptions struct {
-	// Stream is the stream's name; empty means [event.StreamName].
-	Stream string
-	// Subjects are subject patterns, see event.Filter; none means everything.
-	Subjects []string
-	// Since is when the first message to read was stored, or later; zero means only new ones.
-	Since time.Time
-	// After is the sequence after which to begin, in place of Since.
-	After uint64
-	// Follow goes on with what comes. Otherwise Tail ends with what was stored when it began.
-	Follow bool
+	Stream   string    // the stream's name; empty means [event.StreamName]
+	Subjects []string  // subject patterns, see event.Filter; none means everything
+	Since    time.Time // when the first message to read was stored, or later; zero means only new ones
+	After    uint64    // the sequence after which to begin, in place of Since
+	Follow   bool      // go on with what comes; otherwise Tail ends with what was stored when it began
 }
 
 // Stored is a message as the stream has it.

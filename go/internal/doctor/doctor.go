@@ -59,8 +59,7 @@ type Finding struct {
 	Check  string `json:"check"`
 	Status Status `json:"status"`
 	Detail string `json:"detail"`
-	// Remedy is what to do about it; absent when nothing is wrong.
-	Remedy string `json:"remedy,omitempty"`
+	Remedy string `json:"remedy,omitempty"` // what to do about it; absent when nothing is wrong
 }
 
 func ok(check, format string, args ...any) Finding {
@@ -160,16 +159,13 @@ func failures(findings []Finding) (failed []string) {
 
 // checker looks at the machine that procfs and sysfs show.
 type checker struct {
-	cfg    config.Config
-	node   string
-	procfs string
-	sysfs  string
-	// btfFile is where the kernel's types are, if not in sysfs.
-	btfFile string
-	// checkBPF and checkPerf ask whether the kernel takes these system calls from this process.
-	checkBPF, checkPerf func() error
-	// load loads and attaches what a run would, and takes it away again.
-	load func(loader.Options) (loaded, error)
+	cfg                 config.Config
+	node                string
+	procfs              string
+	sysfs               string
+	btfFile             string                               // where the kernel's types are, if not in sysfs
+	checkBPF, checkPerf func() error                         // ask whether the kernel permits these system calls
+	load                func(loader.Options) (loaded, error) // loads and attaches what a run would, and takes it away again
 
 	// What several checks need; see look.
 	proc       procfs.FS

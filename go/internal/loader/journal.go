@@ -89,8 +89,7 @@ type segment struct {
 
 const (
 	segmentHeader = uint64(unsafe.Sizeof(segment{}))
-	// SegmentSize is sizeof(struct oom_segment) in bytes.
-	SegmentSize = 32 << 10
+	SegmentSize   = 32 << 10 // sizeof(struct oom_segment) in bytes
 )
 
 type journal struct {

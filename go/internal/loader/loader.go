@@ -51,12 +51,9 @@ const (
 
 // Options say how to load.
 type Options struct {
-	// Tier is auto, or the one tier to use; one that the kernel does not offer is then an error.
-	Tier Tier
-	// Notify is auto (the same as none), or the one way to notify; one that this process may not use is an error.
-	Notify Notify
-	// JournalSize is how many bytes the journal takes, a power of two from 2*SegmentSize on.
-	JournalSize uint64
+	Tier        Tier   // auto, or the one tier to use; one that the kernel does not offer is then an error
+	Notify      Notify // auto (the same as none), or the one way to notify; one that this process may not use is an error
+	JournalSize uint64 // how many bytes the journal takes, a power of two from 2*SegmentSize on
 	// PinDir is a directory in a bpffs in which everything is pinned, so that recording goes on when
 	// this process has ended. It is made, its parent is not. Empty: nothing is pinned.
 	PinDir string
@@ -74,10 +71,8 @@ type Stats struct {
 // Handler takes over what Run reads, one call at a time and in the order of seq. It must not block. A
 // function that returns false has not taken it, and is called with the same again after Resume.
 type Handler struct {
-	// Record gets a record. It may keep it.
-	Record func(seq uint64, record []byte) bool
-	// Lost gets the records that are not in the journal any more.
-	Lost func(first, last uint64) bool
+	Record func(seq uint64, record []byte) bool // gets a record. It may keep it
+	Lost   func(first, last uint64) bool        // gets the records that are not in the journal any more
 }
 
 // Loader is a loaded and attached program.
@@ -213,16 +208,11 @@ func (l *Loader) stored(seq uint64) []byte {
 }
 
 const (
-	// pollTime is how often the journal is read where nothing notifies: one word of memory, without a system call.
-	pollTime = 200 * time.Millisecond
-	// idleTime is the same with notifications, which CPUs cannot send that came online after the perf buffer was made.
-	idleTime = 10 * time.Second
-	// retryTime is how long Run waits for Resume after the handler has refused a record.
-	retryTime = time.Second
-	// drainTime bounds how long Run waits, when it is told to end, for what is still to be read.
-	drainTime = 2 * time.Second
-	// stuckTime is how long Run may hang while records wait.
-	stuckTime = 30 * time.Second
+	pollTime  = 200 * time.Millisecond // how often the journal is read where nothing notifies: one word of memory, without a system call
+	idleTime  = 10 * time.Second       // the same with notifications, which CPUs cannot send that came online after the perf buffer was made
+	retryTime = time.Second            // how long Run waits for Resume after the handler has refused a record
+	drainTime = 2 * time.Second        // bounds how long Run waits, when it is told to end, for what is still to be read
+	stuckTime = 30 * time.Second       // how long Run may hang while records wait
 )
 
 // Run hands everything to h that was not settled before, in the order of seq, until ctx ends; then it
