@@ -1,6 +1,7 @@
 package bus
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -82,10 +83,7 @@ func NewConsumer(c *Conn, o ConsumeOptions) (*Consumer, error) {
 func (c *Consumer) Failing() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.failing == nil {
-		return c.ackErr
-	}
-	return c.failing
+	return cmp.Or(c.failing, c.ackErr)
 }
 
 // Waiting is how many messages are in progress here, plus how many the server had not delivered yet at the last delivery. Those

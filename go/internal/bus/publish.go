@@ -410,13 +410,10 @@ func (c *Conn) PublishOnce(ctx context.Context, m Msg) (duplicate bool, err erro
 		stored, err = c.js.PublishMsg(ctx, m.NATS(), jetstream.WithExpectLastSequencePerSubject(0), jetstream.WithRetryAttempts(0))
 		return err
 	})
-	switch {
-	case err == nil:
-		return stored.Duplicate, nil
-	case taken(err):
-		return true, nil
+	if err != nil && !taken(err) {
+		return false, fmt.Errorf("publish %s: %w", m.Subject, err)
 	}
-	return false, fmt.Errorf("publish %s: %w", m.Subject, err)
+	return err != nil || stored.Duplicate, nil
 }
 
 // taken tells whether the stream holds a message on the subject. The server then names its sequence; 0: it could not look. A

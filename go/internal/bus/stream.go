@@ -148,29 +148,26 @@ var ErrNoMessage error = jetstream.ErrMsgNotFound
 
 // Last reads the last message on a subject from the leader of the stream [event.StreamName], within 5 s, if connected.
 func (c *Conn) Last(ctx context.Context, subject string) ([]byte, error) {
-	m, err := c.getNow(ctx, map[string]any{"last_by_subj": subject})
-	if err != nil {
-		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
-	}
-	return m.Data, nil
+	m, err := c.getNow(ctx, "last", subject, map[string]any{"last_by_subj": subject})
+	return m.Data, err
 }
 
 // Next reads the first message on a subject whose sequence is at least from, and returns its sequence, as Last does.
 func (c *Conn) Next(ctx context.Context, subject string, from uint64) ([]byte, uint64, error) {
-	m, err := c.getNow(ctx, map[string]any{"next_by_subj": subject, "seq": from})
-	if err != nil {
-		return nil, 0, fmt.Errorf("read the next message on %s: %w", subject, err)
-	}
-	return m.Data, m.Seq, nil
+	m, err := c.getNow(ctx, "next", subject, map[string]any{"next_by_subj": subject, "seq": from})
+	return m.Data, m.Seq, err
 }
 
-func (c *Conn) getNow(ctx context.Context, query map[string]any) (Stored, error) {
-	if !c.Connected() {
-		return Stored{}, ErrDisconnected
-	}
+func (c *Conn) getNow(ctx context.Context, which, subject string, query map[string]any) (m Stored, err error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	return c.get(ctx, query)
+	if err = ErrDisconnected; c.Connected() {
+		m, err = c.get(ctx, query)
+	}
+	if err != nil {
+		return Stored{}, fmt.Errorf("read the %s message on %s: %w", which, subject, err)
+	}
+	return m, nil
 }
 
 // get reads the message of the stream [event.StreamName] that a query names, from the stream's leader. nats.go would look up the

@@ -140,9 +140,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 // close releases what only Open needs, and all after an error.
 func (o *opening) close(err error) {
 	for _, m := range []*ebpf.Map{o.state, o.other, o.journal} {
-		if m != nil {
-			m.Close()
-		}
+		m.Close() // also of nil
 	}
 	if err != nil && o.notifier != nil {
 		o.notifier.close()

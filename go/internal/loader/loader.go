@@ -209,7 +209,7 @@ func (l *Loader) stored(seq uint64) []byte {
 
 const (
 	pollTime  = 200 * time.Millisecond // how often the journal is read where nothing notifies: one word of memory, without a system call
-	idleTime  = 10 * time.Second       // the same with notifications, which CPUs cannot send that came online after the perf buffer was made
+	idleTime  = 10 * time.Second       // the same with notifications, which CPUs that came online later cannot send
 	retryTime = time.Second            // how long Run waits for Resume after the handler has refused a record
 	drainTime = 2 * time.Second        // bounds how long Run waits, when it is told to end, for what is still to be read
 	stuckTime = 30 * time.Second       // how long Run may hang while records wait
@@ -386,9 +386,7 @@ func (l *Loader) unmap() {
 		}
 	}
 	for _, memory := range [][]byte{l.stateMemory, l.waiting} {
-		if memory != nil {
-			_ = unix.Munmap(memory)
-		}
+		_ = unix.Munmap(memory) // EINVAL if nothing is mapped
 	}
 	l.older, l.stateMemory, l.waiting = nil, nil, nil
 }

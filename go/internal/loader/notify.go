@@ -215,9 +215,7 @@ func (n *notifier) close() {
 	if n.reader != nil {
 		_ = n.reader.Close()
 	}
-	if n.m != nil {
-		_ = n.m.Close()
-	}
+	_ = n.m.Close() // also of nil
 }
 
 // kprobeWay says how to attach kprobes: by a perf event each, or by a kprobe.multi link (v5.18, commit 0dcac2725406).
