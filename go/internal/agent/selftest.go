@@ -75,12 +75,11 @@ func Selftest(ctx context.Context, cfg config.Config, node string, stdout io.Wri
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(stdout, "\n%s\n\n", text.Line(&e, false))
 	pretty, err := json.MarshalIndent(&e, "", "  ")
 	if err != nil {
 		return fmt.Errorf("print the event: %w", err)
 	}
-	fmt.Fprintf(stdout, "%s\n\n", pretty)
+	fmt.Fprintf(stdout, "\n%s\n\n%s\n\n", text.Line(&e, false), pretty)
 
 	wrong := want.compare(&e)
 	if want.console == nil {

@@ -198,8 +198,7 @@ func (x *checker) examine(ctx context.Context) []Finding {
 	x.look(ctx)
 	findings := []Finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.bpf(), x.notify(), x.memlock(), x.btf(), x.markVictim()}
 	findings = append(findings, x.hooks(failures(findings)), x.kallsyms(), x.stack())
-	findings = append(findings, x.program(failures(findings)))
-	findings = append(findings, x.cgroup(), x.bpffs(), x.tracer(ctx))
+	findings = append(findings, x.program(failures(findings)), x.cgroup(), x.bpffs(), x.tracer(ctx))
 	return append(findings, x.nats(ctx)...)
 }
 

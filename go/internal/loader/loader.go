@@ -196,15 +196,13 @@ func (l *Loader) Resume() {
 func (l *Loader) stored(seq uint64) []byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if record := l.journal.read(seq); record != nil {
-		return record
-	}
+	record := l.journal.read(seq)
 	for _, j := range l.older {
-		if record := j.read(seq); record != nil && seq <= j.end {
-			return record
+		if record == nil && seq <= j.end {
+			record = j.read(seq)
 		}
 	}
-	return nil
+	return record
 }
 
 const (
