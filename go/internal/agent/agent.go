@@ -280,35 +280,34 @@ func (t *tracer) close(deadline time.Time) error {
 
 // record publishes one record. It returns false while the publisher is full: the journal keeps the others.
 func (t *tracer) record(seq uint64, sample []byte) bool {
+	// instead publishes a gap in the place of the event.
+	instead := func(cause event.GapCause, count uint64, stage, reason string) bool {
+		taken := t.gap(seqGap(cause, seq, count))
+		if taken {
+			t.metrics.events.WithLabelValues(stage, reason).Inc()
+		}
+		return taken
+	}
 	record, err := wire.Decode(sample)
 	if err != nil {
-		if !t.gap(seqGap(event.GapUnreadable, seq, 1)) {
-			return false
+		taken := instead(event.GapUnreadable, 1, "error", "decode")
+		if taken {
+			t.log.Error("cannot decode a record", "seq", seq, "error", err, "bytes", len(sample), "head", fmt.Sprintf("%x", sample[:min(len(sample), 64)]))
 		}
-		t.metrics.events.WithLabelValues("error", "decode").Inc()
-		t.log.Error("cannot decode a record", "seq", seq, "error", err, "bytes", len(sample), "head", fmt.Sprintf("%x", sample[:min(len(sample), 64)]))
-		return true
+		return taken
 	}
 	if !t.converter.OnNode(record) {
-		if !t.gap(seqGap(event.GapOtherNode, seq, 0)) {
-			return false
-		}
-		t.metrics.events.WithLabelValues("skipped", "other_node").Inc()
-		return true
+		return instead(event.GapOtherNode, 0, "skipped", "other_node")
 	}
 	e := t.converter.Event(record)
 	m, err := message(e.MsgID(), &e, ackTag{event: true, boottime: e.BoottimeNS, first: seq, last: seq})
 	if err == nil {
 		err = t.publisher.Enqueue(m)
 	}
-	switch {
-	case errors.Is(err, bus.ErrFull):
+	if errors.Is(err, bus.ErrFull) || err != nil && !instead(event.GapDropped, 1, "error", "encode") {
 		return false
-	case err != nil:
-		if !t.gap(seqGap(event.GapDropped, seq, 1)) {
-			return false
-		}
-		t.metrics.events.WithLabelValues("error", "encode").Inc()
+	}
+	if err != nil {
 		t.log.Error("cannot publish an event", "id", e.ID, "seq", seq, "error", err)
 	}
 	t.state.touch()
@@ -382,15 +381,11 @@ func thisNode(name string) (event.Node, error) {
 	if err != nil {
 		return event.Node{}, fmt.Errorf("read the boot id: %w", err)
 	}
-	var uts unix.Utsname
-	if err := unix.Uname(&uts); err != nil {
+	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
+	if err != nil {
 		return event.Node{}, fmt.Errorf("read the kernel's release: %w", err)
 	}
-	return event.Node{
-		Name:   name,
-		BootID: strings.TrimSpace(string(bootID)),
-		Kernel: unix.ByteSliceToString(uts.Release[:]),
-	}, nil
+	return event.Node{Name: name, BootID: strings.TrimSpace(string(bootID)), Kernel: strings.TrimSpace(string(release))}, nil
 }
 
 // now reads the wall clock and CLOCK_BOOTTIME, in nanoseconds, together.
@@ -456,11 +451,9 @@ func Unload(ctx context.Context, dir string, force bool, stdout io.Writer) error
 		fmt.Fprintln(stdout, "nothing is pinned: kernel.pin_dir is empty")
 		return nil
 	}
-	unpublished, err := loader.Unload(ctx, dir, force)
-	switch {
+	switch unpublished, err := loader.Unload(ctx, dir, force); {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, loader.ErrNoBPFFS):
 		fmt.Fprintf(stdout, "nothing is pinned in %s\n", dir)
-		return nil
 	case err != nil:
 		return fmt.Errorf("unload: %w", err)
 	case unpublished > 0:

@@ -177,8 +177,7 @@ func (t *tracer) dropped(tag ackTag) *bus.Msg {
 	g := seqGap(event.GapDropped, tag.first, 1)
 	tag = t.complete(&g)
 	m, err := message(g.ID, &g, tag)
-	t.reportGap(&g, tag, err)
-	if err != nil {
+	if t.reportGap(&g, tag, err); err != nil {
 		return nil
 	}
 	return &m

@@ -121,9 +121,7 @@ func (m *metrics) observe(e *event.Event) {
 	m.events.WithLabelValues("identified", identified).Inc()
 }
 
-func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	prometheus.DescribeByCollect(m, ch)
-}
+func (m *metrics) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, ch) }
 
 func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for _, c := range []prometheus.Collector{m.events, m.kills, m.gaps, m.neighbours, m.published, m.stateErrors} {

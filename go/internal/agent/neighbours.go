@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -17,20 +18,14 @@ import (
 )
 
 const (
-	// readPause is the least time between two readings of all pods, and of one cgroup or the node: a storm is read once.
-	readPause = 10 * time.Second
-	// readRate and readBurst bound the readings of all cgroups.
-	readRate  = rate.Limit(1) // per second
-	readBurst = 10
+	readPause           = 10 * time.Second  // the least time between two readings of all pods, and of one cgroup or the node: a storm is read once
+	readRate, readBurst = rate.Limit(1), 10 // of all cgroups, per second
 	// readDelay is how long after the kill the pods are read: it takes a moment until the victim's memory is given
 	// back, and what remains is what the next kill is for. A cgroup is read at once: it may be removed.
-	readDelay = time.Second
-	// readTimeout bounds one reading.
-	readTimeout = 2 * time.Second
-	// readExpires is how long it is tried to publish what was read.
-	readExpires = time.Minute
-	// maxKillAge is how old a kill may be: what the pods hold now says nothing of one from before.
-	maxKillAge = 5 * time.Second
+	readDelay   = time.Second
+	readTimeout = 2 * time.Second // bounds one reading
+	readExpires = time.Minute     // how long it is tried to publish what was read
+	maxKillAge  = 5 * time.Second // how old a kill may be: what the pods hold now says nothing of one from before
 )
 
 // neighbourReader reads after a kill what the memory of the limit's cgroup, or of the node, is used for, and how much the
@@ -134,11 +129,7 @@ func (l *neighbourReader) due(e *event.Event, now time.Time) bool {
 	if e.Scope == event.ScopeCgroup {
 		id = e.Limit.Cgroup.ID
 	}
-	for id, last := range l.read {
-		if now.Sub(last) >= readPause {
-			delete(l.read, id)
-		}
-	}
+	maps.DeleteFunc(l.read, func(_ uint64, last time.Time) bool { return now.Sub(last) >= readPause })
 	if _, ok := l.read[id]; ok || !l.limit.AllowN(now, 1) {
 		return false
 	}
@@ -199,9 +190,9 @@ func (l *neighbourReader) begin(ctx context.Context, r *reading) error {
 	if err != nil {
 		return err
 	}
-	var limit *event.Limit
-	if e.Scope == event.ScopeCgroup {
-		limit = e.Limit
+	limit := e.Limit
+	if e.Scope != event.ScopeCgroup {
+		limit = nil // the node
 	}
 	b, errs, err := tree.Breakdown(ctx, "/proc", limit)
 	if err != nil {

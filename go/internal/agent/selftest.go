@@ -34,9 +34,8 @@ const (
 	selftestWait  = 15 * time.Second // for the victim's end, and for the event
 )
 
-// rssSlack is how many bytes the console's figures may be from the event's: the line is printed after the tracepoint,
-// and before Linux 7 from counters that lag. They lag by pages (percpu_counter_batch), so it is 512 KiB with pages of 4
-// KiB.
+// rssSlack is how many bytes the console may differ: its line comes after the tracepoint, before Linux 7 from counters that
+// lag by pages (percpu_counter_batch).
 func rssSlack() uint64 { return 128 * uint64(os.Getpagesize()) }
 
 // Selftest causes one contained OOM kill and checks what comes back out of NATS against what this
@@ -76,12 +75,11 @@ func Selftest(ctx context.Context, cfg config.Config, node string, stdout io.Wri
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(stdout, "\n%s\n\n", text.Line(&e, false))
 	pretty, err := json.MarshalIndent(&e, "", "  ")
 	if err != nil {
 		return fmt.Errorf("print the event: %w", err)
 	}
-	fmt.Fprintf(stdout, "%s\n\n", pretty)
+	fmt.Fprintf(stdout, "\n%s\n\n%s\n\n", text.Line(&e, false), pretty)
 
 	wrong := want.compare(&e)
 	if want.console == nil {

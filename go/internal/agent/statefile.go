@@ -23,17 +23,14 @@ import (
 type savedState struct {
 	BootID string    `json:"boot_id"`
 	Time   time.Time `json:"time"`
-	// Clean: the tracer stopped by itself, with everything published up to here.
-	Clean bool `json:"clean"`
+	Clean  bool      `json:"clean"` // the tracer stopped by itself, with everything published up to here
 	// Kernel is the kernel's own count, as far as it was explained; absent where it does not count.
-	Kernel *uint64 `json:"kernel_oom_kills,omitempty"`
-	Epoch  uint64  `json:"epoch"`
-	Head   uint64  `json:"seq"`
-	Acked  uint64  `json:"acked"`
-	// Unpublished are gaps that NATS has not acknowledged yet: no journal has them.
-	Unpublished []event.Gap `json:"untold,omitempty"`
-	// Held is what the stream of the embedded NATS held; absent with another NATS.
-	Held *bus.Held `json:"held,omitempty"`
+	Kernel      *uint64     `json:"kernel_oom_kills,omitempty"`
+	Epoch       uint64      `json:"epoch"`
+	Head        uint64      `json:"seq"`
+	Acked       uint64      `json:"acked"`
+	Unpublished []event.Gap `json:"untold,omitempty"` // gaps that NATS has not acknowledged yet: no journal has them
+	Held        *bus.Held   `json:"held,omitempty"`   // what the stream of the embedded NATS held; absent with another NATS
 }
 
 // stateFile is the file that outlives tracers and boots (node.state_file). Neither a file that cannot be read nor one

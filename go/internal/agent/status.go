@@ -19,7 +19,7 @@ const statusTime = 5 * time.Second
 // thousands of nodes do not speak as one. What cannot be said now is said later, with what is true then.
 func (t *tracer) report(ctx context.Context) {
 	phase := event.PhaseStart
-	for {
+	for ctx.Err() == nil {
 		interval := t.cfg.Node.StatusInterval
 		pause := interval - interval/10 + rand.N(interval/5)
 		t.unseen(ctx)
@@ -38,7 +38,6 @@ func (t *tracer) report(ctx context.Context) {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return
 		}
 	}
 }

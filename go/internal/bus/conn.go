@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -23,10 +24,8 @@ import (
 
 // Errors that callers may want to tell apart.
 var (
-	// ErrDisconnected means that there is no connection at the moment; it comes back by itself.
-	ErrDisconnected = errors.New("not connected to nats")
-	// ErrClosed means that the connection, or the publisher, was closed and will not come back.
-	ErrClosed = errors.New("closed")
+	ErrDisconnected = errors.New("not connected to nats") // there is no connection at the moment; it comes back by itself
+	ErrClosed       = errors.New("closed")                // the connection, or the publisher, was closed and will not come back
 )
 
 // Options say who connects and how patient it is.
@@ -51,25 +50,16 @@ type dialer func() (net.Conn, error)
 // Dial returns a new connection, whatever the address.
 func (d dialer) Dial(_, _ string) (net.Conn, error) { return d() }
 
-// InboxPrefix is the prefix of the subjects on which a client of that name receives replies:
-// _INBOX_<name>, where every character that is not a letter, a digit, '-' or '.' has become '_'. A client
-// whose permissions are limited needs to subscribe to <prefix>.>, and nobody else should. A dot begins a token
-// of its own, so that <program>.<node> can be permitted for one node, and for all of them together.
+// InboxPrefix is the prefix of the subjects on which a client of that name receives replies: _INBOX_<name>, where letters,
+// digits, '-' and '.' stay and all else becomes '_'. A client with limited permissions needs to subscribe to <prefix>.>. A
+// dot begins a token, so that <program>.<node> can be permitted for one node, and for all of them.
 func InboxPrefix(name string) string {
-	return "_INBOX_" + strings.Map(func(r rune) rune {
-		switch {
-		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-', r == '.':
-			return r
-		}
-		return '_'
-	}, name)
+	return "_INBOX_" + regexp.MustCompile(`[^A-Za-z0-9.-]`).ReplaceAllString(name, "_")
 }
 
-// Conn is a connection to NATS that seeks its server for ever. Its methods may be called from any
-// goroutine.
+// Conn is a connection to NATS that seeks its server for ever. Its methods may be called from any goroutine.
 //
-// It keeps its own record of whether it is connected: nats.go dials under the lock that its own
-// status methods need, so that asking it can take as long as dialTimeout.
+// It knows by itself whether it is connected: nats.go's status methods can wait as long as dialTimeout for its lock.
 type Conn struct {
 	nc     *nats.Conn
 	js     jetstream.JetStream
@@ -96,13 +86,10 @@ type denial struct {
 	err       error // wraps nats.ErrPermissionViolation
 }
 
-// Connect connects to the servers of cfg.URL, or, when that is empty, to the embedded server that
-// cfg.Embedded describes, which may run in this process or in another one on the same machine.
-//
-// It returns when the connection stands, ctx ends or, unless o.Background is set, every server was
-// tried once (at most 5 s each). It fails at once when cfg names files that cannot be used. Files are read
-// again at each reconnect, so that secrets can be exchanged under a running program; only an nkey
-// must keep its public half.
+// Connect connects to the servers of cfg.URL, or, when that is empty, to the embedded server that cfg.Embedded describes, in
+// this process or another one of the machine. It returns when the connection stands, ctx ends or, unless o.Background is set,
+// every server was tried once (at most 5 s each). It fails at once on files of cfg that cannot be used. They are read again at
+// each reconnect, so that secrets can be exchanged under a running program; only an nkey must keep its public half.
 func Connect(ctx context.Context, cfg config.NATS, o Options, log *slog.Logger) (*Conn, error) {
 	c := &Conn{
 		log: log, inbox: InboxPrefix(o.Name), closed: make(chan struct{}), up: make(chan struct{}),
@@ -388,9 +375,7 @@ func parseDenial(err error) denial {
 	return d
 }
 
-func (c *Conn) isInbox(d denial) bool {
-	return d.subscribe && strings.HasPrefix(d.subject, c.inbox+".")
-}
+func (c *Conn) isInbox(d denial) bool { return d.subscribe && strings.HasPrefix(d.subject, c.inbox+".") }
 
 // watch has tell called for every denial until the returned function is called. tell must not block.
 func (c *Conn) watch(tell func(denial)) (stop func()) {

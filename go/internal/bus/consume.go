@@ -1,6 +1,7 @@
 package bus
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,20 +37,16 @@ const (
 
 // ConsumeOptions configure a consumer.
 type ConsumeOptions struct {
-	// Name is the name of the durable consumer. Processes that use the same name share the messages.
-	Name string
-	// Subjects are subject patterns that do not overlap.
-	Subjects []string
-	// Workers is how many messages are handled at once, at least 1.
-	Workers int
+	Name     string   // the name of the durable consumer. Processes that use the same name share the messages
+	Subjects []string // subject patterns that do not overlap
+	Workers  int      // how many messages are handled at once, at least 1
 }
 
 // Delivery is a delivery of a message. Ack, Nak or Term must be called once. Until then the message is reported as in
 // progress, also after its handler has returned.
 type Delivery struct {
 	Stored
-	// Attempt counts from 1.
-	Attempt uint64
+	Attempt uint64 // from 1
 
 	consumer *Consumer
 	msg      jetstream.Msg
@@ -86,10 +83,7 @@ func NewConsumer(c *Conn, o ConsumeOptions) (*Consumer, error) {
 func (c *Consumer) Failing() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.failing == nil {
-		return c.ackErr
-	}
-	return c.failing
+	return cmp.Or(c.failing, c.ackErr)
 }
 
 // Waiting is how many messages are in progress here, plus how many the server had not delivered yet at the last delivery. Those
@@ -100,19 +94,18 @@ func (c *Consumer) Waiting() int {
 	return len(c.pending) + int(c.numPending)
 }
 
-func (c *Consumer) setFailing(err error) {
+// setFailing reports whether consuming has ever worked.
+func (c *Consumer) setFailing(err error) (consumed bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.failing = err
 	c.consumed = c.consumed || err == nil
+	return c.consumed
 }
 
-// report logs once why consuming fails. On a first install, the stream may not be there yet: oom-tap setup runs later.
-func (c *Consumer) report(err error) {
-	c.mu.Lock()
-	consumed := c.consumed
-	c.mu.Unlock()
-	if !consumed && errors.Is(err, jetstream.ErrStreamNotFound) {
+// failed notes and logs once why consuming fails. On a first install, the stream may not be there yet: oom-tap setup runs later.
+func (c *Consumer) failed(err error) {
+	if !c.setFailing(err) && errors.Is(err, jetstream.ErrStreamNotFound) {
 		c.conn.once(slog.LevelInfo, "waiting", "waiting for the stream, oom-tap setup creates it", "consumer", c.o.Name, "stream", event.StreamName)
 		return
 	}
@@ -125,10 +118,8 @@ func (c *Consumer) setAckErr(err error) {
 	c.ackErr = err
 }
 
-// Run consumes until ctx ends, and returns nil then. The context of the handlers ends a moment later. Run waits for a server, a
-// stream and permissions that are not there yet, and fails only if the connection is closed permanently.
-//
-// Call Release for what has no ack when Run returns.
+// Run consumes until ctx ends, and returns nil then. The context of the handlers ends a moment later. It waits for servers,
+// streams and permissions, and fails only if the connection is closed permanently. Call Release after it.
 func (c *Consumer) Run(ctx context.Context, handle func(context.Context, *Delivery)) error {
 	handling, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
@@ -173,8 +164,7 @@ func (c *Consumer) sessions(ctx context.Context, work chan<- *Delivery) error {
 		case errors.Is(err, ErrClosed):
 			return fmt.Errorf("consume %s: %w", c.o.Name, err)
 		}
-		c.setFailing(err)
-		c.report(err)
+		c.failed(err)
 		failures++
 		sleep(ctx, backoff(failures))
 	}
@@ -270,11 +260,9 @@ func (c *Consumer) take(m jetstream.Msg) (*Delivery, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.numPending = meta.NumPending
-	if before, ok := c.pending[d.Seq]; ok {
-		if before.Time.Equal(d.Time) {
-			return nil, nil
-		}
-		// The stream was created again, and its sequences begin again.
+	// A stream that was created again begins with the same sequences, at another time.
+	if before, ok := c.pending[d.Seq]; ok && before.Time.Equal(d.Time) {
+		return nil, nil
 	}
 	if stored, ok := c.finished[d.Seq]; ok && stored.Equal(d.Time) {
 		return nil, m.Ack()
@@ -337,10 +325,10 @@ func (d *Delivery) finish(kind string, send func() error) {
 	open := c.pending[d.Seq] == d
 	if open {
 		delete(c.pending, d.Seq)
-	}
-	if open && kind != "nak" {
-		c.finished[d.Seq] = d.Time
-		if c.order = append(c.order, d.Seq); len(c.order) > maxFinished {
+		if kind != "nak" {
+			c.finished[d.Seq], c.order = d.Time, append(c.order, d.Seq)
+		}
+		if len(c.order) > maxFinished {
 			delete(c.finished, c.order[0])
 			c.order = c.order[1:]
 		}

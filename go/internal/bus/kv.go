@@ -45,10 +45,8 @@ type revision struct {
 // KVEntry returns the entry of a key. Nothing is requested from the server.
 func (c *Conn) KVEntry(key string) *KVEntry { return &KVEntry{conn: c, key: key} }
 
-// Load reads the value: nil if there is none. It may miss a value that was stored a moment ago, if another server of the cluster
-// answers.
-//
-// Load waits for a connection until ctx ends. Its error wraps jetstream.ErrBucketNotFound if EnsureStreams was not called.
+// Load reads the value: nil if there is none. It waits for a connection until ctx ends, and may miss a value of a moment ago if
+// another server of the cluster answers. The error wraps jetstream.ErrBucketNotFound if EnsureStreams was not called.
 func (e *KVEntry) Load(ctx context.Context) ([]byte, error) {
 	r, err := e.load(ctx)
 	if err != nil {
@@ -79,13 +77,11 @@ func (e *KVEntry) load(ctx context.Context) (*revision, error) {
 	return r, nil
 }
 
-// Update calls change with the newest value, and stores what it returns. It begins again if the entry was changed meanwhile. If
-// change returns nil, or an error, nothing is stored; Update returns the error as it is.
+// Update calls change with the newest value, and stores what it returns; again if the entry was changed meanwhile. If change
+// returns nil, or an error, nothing is stored, and Update returns the error. After any other error, it may have been stored.
 //
-// The first value is the one that this KVEntry stored or read last, so that mostly one request suffices: the server refuses to
-// replace a newer one. If change wants nothing stored, it is called again with a value that was read.
-//
-// After any other error, the value may have been stored.
+// The first value is the one that this KVEntry knows, so that mostly one request suffices: the server refuses to replace a
+// newer one. If change wants nothing stored, it is called again with a value that was read.
 func (e *KVEntry) Update(ctx context.Context, change func([]byte) ([]byte, error)) error {
 	return e.update(ctx, false, change)
 }
@@ -111,10 +107,10 @@ func (e *KVEntry) update(ctx context.Context, first bool, change func([]byte) ([
 			}
 		}
 		value, err := change(now.data)
-		if !read && (err != nil || value == nil) {
-			continue
-		}
 		if err != nil || value == nil {
+			if !read {
+				continue
+			}
 			e.know(now)
 			return err
 		}

@@ -22,8 +22,7 @@ var generatedPassword = regexp.MustCompile(`^[A-Za-z0-9_-]{32,256}$`)
 
 // Files in the directory of the embedded server.
 const (
-	// PasswordName is the password's.
-	PasswordName = "password"
+	PasswordName = "password" // a file
 	// AddressName is that of a file with host:port, while the server runs on a port that the kernel picked (port 0).
 	AddressName = "address"
 )

@@ -33,12 +33,9 @@ type Msg struct {
 	ID      string
 	Subject string
 	Data    []byte
-	// Once has the stream store m only while it holds no message on Subject, which must then be m's alone.
-	Once bool
-	// Tag is the caller's own. It comes back in the hooks.
-	Tag any
-	// Expires is when failed attempts become final, unless the connection failed; zero: never.
-	Expires time.Time
+	Once    bool      // has the stream store m only while it holds no message on Subject, which must then be m's alone
+	Tag     any       // the caller's own. It comes back in the hooks
+	Expires time.Time // when failed attempts become final, unless the connection failed; zero: never
 
 	refused time.Time // since when it is
 	settled bool      // stored or given up
@@ -56,19 +53,14 @@ func (m *Msg) NATS() *nats.Msg {
 
 // Hooks are called by the goroutine in Run or Drain, one at a time, and hold up publishing. Any of them may be nil.
 type Hooks struct {
-	// OnAck is called when the stream has stored m, or, with duplicate set, says that it had before.
-	OnAck func(m Msg, duplicate bool)
-	// OnRetry is called when an attempt to publish m failed. It will be made again.
-	OnRetry func(m Msg, err error)
+	OnAck   func(m Msg, duplicate bool) // called when the stream has stored m, or, with duplicate set, says that it had before
+	OnRetry func(m Msg, err error)      // called when an attempt to publish m failed. It will be made again
 	// OnDrop is called when m can never be stored, and is given up. What it returns, if anything, takes m's place.
 	OnDrop func(m Msg, err error) *Msg
 }
 
-// Publisher publishes to JetStream, in order, and repeats what was not acknowledged until it is. Its
-// methods may be called from any goroutine.
-//
-// Messages are sent in the order of Enqueue. Where an attempt fails, a message may be stored after
-// later ones: order is by event.Event's Seq.
+// Publisher publishes to JetStream in the order of Enqueue, and repeats what was not acknowledged until it is; that may be
+// stored after later messages: order is by event.Event's Seq. Its methods may be called from any goroutine.
 type Publisher struct {
 	conn     *Conn
 	js       jetstream.JetStream
@@ -165,9 +157,8 @@ func (p *Publisher) Run(ctx context.Context) error {
 	return nil
 }
 
-// Drain takes no more messages and publishes what is left, by itself when Run has returned. It returns how
-// many are left when ctx ends, or the connection is closed for good, with the reason; 0 and nil mean
-// that everything was stored or dropped.
+// Drain takes no more messages and publishes what is left, once Run has returned. It returns how many are left when ctx ends
+// or the connection is closed for good, and why; 0 and nil: all were stored or dropped.
 func (p *Publisher) Drain(ctx context.Context) (left int, err error) {
 	p.mu.Lock()
 	p.closing = true
@@ -419,18 +410,14 @@ func (c *Conn) PublishOnce(ctx context.Context, m Msg) (duplicate bool, err erro
 		stored, err = c.js.PublishMsg(ctx, m.NATS(), jetstream.WithExpectLastSequencePerSubject(0), jetstream.WithRetryAttempts(0))
 		return err
 	})
-	switch {
-	case err == nil:
-		return stored.Duplicate, nil
-	case taken(err):
-		return true, nil
+	if err != nil && !taken(err) {
+		return false, fmt.Errorf("publish %s: %w", m.Subject, err)
 	}
-	return false, fmt.Errorf("publish %s: %w", m.Subject, err)
+	return err != nil || stored.Duplicate, nil
 }
 
-// taken tells whether the server refused a message because the stream holds one on its subject. It answers with that one's
-// sequence. 0 means that it could not look; and a replicated stream names none where another publisher's message on the subject
-// is not stored yet, and may never be.
+// taken tells whether the stream holds a message on the subject. The server then names its sequence; 0: it could not look. A
+// replicated stream names none where another publisher's message is not stored yet, and may never be.
 func taken(err error) bool {
 	var api *jetstream.APIError
 	return errors.As(err, &api) && api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence && !strings.HasSuffix(api.Description, ": 0")

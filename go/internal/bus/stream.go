@@ -20,14 +20,11 @@ import (
 // nodesMaxBytes bounds the stream of the nodes' statuses: some 1 KiB for each node, of 10,000 and more.
 const nodesMaxBytes = 64 << 20
 
-// EnsureStreams makes the streams [event.StreamName] and [event.NodesStreamName], or brings existing ones to
-// cfg: subjects, age, bytes, replicas and dedup window; and the bucket [BucketName]. What cfg does not speak of (placement,
-// compression, further subjects) stays as an operator has set it. Calling it again, or from several
-// places at once, does no harm.
+// EnsureStreams makes the streams [event.StreamName] and [event.NodesStreamName] and the bucket [BucketName], or brings them to
+// cfg. What cfg does not speak of (placement, compression, further subjects) stays. It may be called again, and at once.
 //
-// It waits for a connection as long as ctx lets it. It fails when the server refuses, and when a
-// stream of that name exists that cannot be turned into one that keeps every message on disk for its
-// time (memory storage, another retention, a mirror, no acknowledgements).
+// It waits for a connection until ctx ends. It fails when the server refuses, and when a stream of that name cannot become one
+// that keeps every message on disk for its time (memory storage, another retention, a mirror, no acknowledgements).
 func EnsureStreams(ctx context.Context, c *Conn, cfg config.Stream) error {
 	nodes := cfg
 	nodes.MaxBytes = nodesMaxBytes
@@ -151,29 +148,26 @@ var ErrNoMessage error = jetstream.ErrMsgNotFound
 
 // Last reads the last message on a subject from the leader of the stream [event.StreamName], within 5 s, if connected.
 func (c *Conn) Last(ctx context.Context, subject string) ([]byte, error) {
-	m, err := c.getNow(ctx, map[string]any{"last_by_subj": subject})
-	if err != nil {
-		return nil, fmt.Errorf("read the last message on %s: %w", subject, err)
-	}
-	return m.Data, nil
+	m, err := c.getNow(ctx, "last", subject, map[string]any{"last_by_subj": subject})
+	return m.Data, err
 }
 
 // Next reads the first message on a subject whose sequence is at least from, and returns its sequence, as Last does.
 func (c *Conn) Next(ctx context.Context, subject string, from uint64) ([]byte, uint64, error) {
-	m, err := c.getNow(ctx, map[string]any{"next_by_subj": subject, "seq": from})
-	if err != nil {
-		return nil, 0, fmt.Errorf("read the next message on %s: %w", subject, err)
-	}
-	return m.Data, m.Seq, nil
+	m, err := c.getNow(ctx, "next", subject, map[string]any{"next_by_subj": subject, "seq": from})
+	return m.Data, m.Seq, err
 }
 
-func (c *Conn) getNow(ctx context.Context, query map[string]any) (Stored, error) {
-	if !c.Connected() {
-		return Stored{}, ErrDisconnected
-	}
+func (c *Conn) getNow(ctx context.Context, which, subject string, query map[string]any) (m Stored, err error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	return c.get(ctx, query)
+	if err = ErrDisconnected; c.Connected() {
+		m, err = c.get(ctx, query)
+	}
+	if err != nil {
+		return Stored{}, fmt.Errorf("read the %s message on %s: %w", which, subject, err)
+	}
+	return m, nil
 }
 
 // get reads the message of the stream [event.StreamName] that a query names, from the stream's leader. nats.go would look up the
@@ -283,9 +277,8 @@ func covers(a, b string) bool {
 	return len(as) == len(bs)
 }
 
-// Check asks the server whether JetStream is enabled for the account, and then whether the stream [event.StreamName] exists. It does
-// not wait for a connection, and takes at most 5 s. The error wraps nats.ErrPermissionViolation where this client may not ask,
-// as a tracer on a shared cluster may not: then Connected and Publisher.Failing are all there is to know.
+// Check asks whether JetStream is enabled for the account, and whether the stream [event.StreamName] exists, within 5 s, if
+// connected. The error wraps nats.ErrPermissionViolation where this client may not ask, as a tracer on a shared cluster.
 func (c *Conn) Check(ctx context.Context) (enabled bool, err error) {
 	if !c.Connected() {
 		return false, fmt.Errorf("check nats at %s: %w", c.server, ErrDisconnected)
@@ -311,11 +304,8 @@ const (
 	outcomeReaders, readerBatch = 16, 256
 )
 
-// Outcomes hands the outcomes that were stored since a time to each, in the order of the stream, up to the last one that the
-// stream holds now.
-//
-// It requests one message at a time and has no consumer: NATS permissions cannot tell apart consumers whose names are not known
-// beforehand, because the name is one token of a subject. Who may pull from one of them may pull from all.
+// Outcomes hands the outcomes that were stored since a time to each, in the order of the stream, up to its last one now. It has
+// no consumer: the name of one is a token of a subject, so who may pull from a consumer of any name may pull from all.
 func (c *Conn) Outcomes(ctx context.Context, since time.Time, each func(Stored) error) (err error) {
 	defer func() {
 		if err != nil {

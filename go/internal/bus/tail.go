@@ -17,16 +17,11 @@ import (
 
 // TailOptions say what to read.
 type TailOptions struct {
-	// Stream is the stream's name; empty means [event.StreamName].
-	Stream string
-	// Subjects are subject patterns, see event.Filter; none means everything.
-	Subjects []string
-	// Since is when the first message to read was stored, or later; zero means only new ones.
-	Since time.Time
-	// After is the sequence after which to begin, in place of Since.
-	After uint64
-	// Follow goes on with what comes. Otherwise Tail ends with what was stored when it began.
-	Follow bool
+	Stream   string    // the stream's name; empty means [event.StreamName]
+	Subjects []string  // subject patterns, see event.Filter; none means everything
+	Since    time.Time // when the first message to read was stored, or later; zero means only new ones
+	After    uint64    // the sequence after which to begin, in place of Since
+	Follow   bool      // go on with what comes; otherwise Tail ends with what was stored when it began
 }
 
 // Stored is a message as the stream has it.
@@ -42,12 +37,10 @@ func delivered(m jetstream.Msg, meta *jetstream.MsgMetadata) Stored {
 	return Stored{m.Headers().Get(jetstream.MsgIDHeader), m.Subject(), m.Data(), meta.Sequence.Stream, meta.Timestamp}
 }
 
-// Tail hands what the stream holds to each, one at a time, in the stream's order, each message once,
-// across reconnects and restarts of the server.
+// Tail hands what the stream holds to each, one at a time, in order and once, across reconnects and restarts of the server.
 //
-// With Follow it returns nil when ctx ends; without, nil at the end of what was stored, and ctx's error
-// when that came first. It returns each's error as it is. It fails when the stream does not exist or
-// the server refuses, but once it has begun, it waits for a server that went away.
+// With Follow it returns nil when ctx ends; else nil at the end of what was stored, or ctx's error. It returns each's error
+// as it is. It fails when there is no stream or the server refuses; once it has begun, it waits for a server that is away.
 func Tail(ctx context.Context, c *Conn, o TailOptions, each func(Stored) error) error {
 	if o.Stream == "" {
 		o.Stream = event.StreamName
@@ -178,10 +171,10 @@ func (t *tail) read(ctx context.Context) error {
 	defer messages.Stop()
 	for count := uint64(1); ; count++ {
 		m, err := messages.Next(jetstream.NextContext(ctx))
-		if err != nil {
-			return fmt.Errorf("read: %w", err)
+		var meta *jetstream.MsgMetadata
+		if err == nil {
+			meta, err = m.Metadata()
 		}
-		meta, err := m.Metadata()
 		if err != nil {
 			return fmt.Errorf("read: %w", err)
 		}

@@ -1,7 +1,7 @@
 package doctor
 
 import (
-	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -72,9 +72,7 @@ func runBTFs(dir, output string, stdout io.Writer) error {
 		for _, k := range all.Kernels {
 			cells := []string{k.File, map[bool]string{true: "yes", false: "no"}[k.Loads], string(k.Victim), k.Tier, k.Missing}
 			for i, cell := range cells {
-				if cells[i] = text.Printable(cell); cell == "" {
-					cells[i] = "-"
-				}
+				cells[i] = cmp.Or(text.Printable(cell), "-")
 			}
 			fmt.Fprintln(table, strings.Join(cells, "\t"))
 		}
@@ -96,12 +94,10 @@ func hasTypes(path string) bool {
 		return true
 	}
 	defer f.Close()
-	var magic [4]byte
-	if _, err := io.ReadFull(f, magic[:]); err != nil {
-		return false
-	}
-	little, big := []byte{0x9f, 0xeb}, []byte{0xeb, 0x9f} // include/uapi/linux/btf.h
-	return bytes.HasPrefix(magic[:], little) || bytes.HasPrefix(magic[:], big) || string(magic[:]) == "\x7fELF"
+	var start [4]byte
+	_, err = io.ReadFull(f, start[:])
+	magic := string(start[:2]) // of BTF in both byte orders: include/uapi/linux/btf.h
+	return err == nil && (magic == "\x9f\xeb" || magic == "\xeb\x9f" || string(start[:]) == "\x7fELF")
 }
 
 func examineTypes(path string) (k kernelType) {

@@ -41,9 +41,8 @@ const (
 	StatusFail Status = "fail" // tracing cannot work, or a tracer with this config would not start
 )
 
-// Schema names the shape of what doctor prints with --output json. Within v1, fields and checks
-// are added; none is renamed, and none changes its meaning. The order is that of the text, and the
-// sentences are for people.
+// Schema names the shape of what doctor prints with --output json, in the order of the text. Within v1, fields and checks are
+// added, none is renamed or changes its meaning. The sentences are for people.
 const Schema = "oom-tracer-doctor/v1"
 
 // Report is the whole of it.
@@ -60,8 +59,7 @@ type Finding struct {
 	Check  string `json:"check"`
 	Status Status `json:"status"`
 	Detail string `json:"detail"`
-	// Remedy is what to do about it; absent when nothing is wrong.
-	Remedy string `json:"remedy,omitempty"`
+	Remedy string `json:"remedy,omitempty"` // what to do about it; absent when nothing is wrong
 }
 
 func ok(check, format string, args ...any) Finding {
@@ -150,8 +148,7 @@ func printJSON(stdout io.Writer, v any) error {
 	return encoder.Encode(v)
 }
 
-func failures(findings []Finding) []string {
-	var failed []string
+func failures(findings []Finding) (failed []string) {
 	for _, f := range findings {
 		if f.Status == StatusFail {
 			failed = append(failed, f.Check)
@@ -162,16 +159,13 @@ func failures(findings []Finding) []string {
 
 // checker looks at the machine that procfs and sysfs show.
 type checker struct {
-	cfg    config.Config
-	node   string
-	procfs string
-	sysfs  string
-	// btfFile is where the kernel's types are, if not in sysfs.
-	btfFile string
-	// checkBPF and checkPerf ask whether the kernel takes these system calls from this process.
-	checkBPF, checkPerf func() error
-	// load loads and attaches what a run would, and takes it away again.
-	load func(loader.Options) (loaded, error)
+	cfg                 config.Config
+	node                string
+	procfs              string
+	sysfs               string
+	btfFile             string                               // where the kernel's types are, if not in sysfs
+	checkBPF, checkPerf func() error                         // ask whether the kernel permits these system calls
+	load                func(loader.Options) (loaded, error) // loads and attaches what a run would, and takes it away again
 
 	// What several checks need; see look.
 	proc       procfs.FS
@@ -204,8 +198,7 @@ func (x *checker) examine(ctx context.Context) []Finding {
 	x.look(ctx)
 	findings := []Finding{x.release(), x.capabilities(), x.protection(), x.lockdown(), x.bpf(), x.notify(), x.memlock(), x.btf(), x.markVictim()}
 	findings = append(findings, x.hooks(failures(findings)), x.kallsyms(), x.stack())
-	findings = append(findings, x.program(failures(findings)))
-	findings = append(findings, x.cgroup(), x.bpffs(), x.tracer(ctx))
+	findings = append(findings, x.program(failures(findings)), x.cgroup(), x.bpffs(), x.tracer(ctx))
 	return append(findings, x.nats(ctx)...)
 }
 
@@ -287,9 +280,8 @@ func (x *checker) release() Finding {
 	return ok("kernel", "%s %s, node %s", strings.TrimSpace(string(data)), runtime.GOARCH, x.node)
 }
 
-// capabilities holds what the process may do against what bpf(2) and perf_event_open(2) ask of it
-// (bpf_prog_load() in kernel/bpf/syscall.c, perf_allow_cpu() in include/linux/perf_event.h). All of it
-// is asked of the initial user namespace.
+// capabilities compares what the process may do with what bpf(2) and perf_event_open(2) ask of the initial user namespace
+// (bpf_prog_load() in kernel/bpf/syscall.c, perf_allow_cpu() in include/linux/perf_event.h).
 func (x *checker) capabilities() Finding {
 	const check = "capabilities"
 	if x.processErr != nil {
@@ -368,13 +360,12 @@ func (x *checker) protection() Finding {
 func (x *checker) lockdown() Finding {
 	const check = "lockdown"
 	data, err := os.ReadFile(x.sysfs + "/kernel/security/lockdown")
-	if errors.Is(err, fs.ErrNotExist) {
-		if x.securityfs() {
-			return ok(check, "not in this kernel")
-		}
+	switch missing := errors.Is(err, fs.ErrNotExist); {
+	case missing && x.securityfs():
+		return ok(check, "not in this kernel")
+	case missing:
 		return ok(check, "not known: securityfs is not mounted at %s/kernel/security", x.sysfs)
-	}
-	if err != nil {
+	case err != nil:
 		return warn(check, err.Error(), "run doctor as root to see")
 	}
 	_, rest, _ := strings.Cut(string(data), "[")
@@ -519,16 +510,15 @@ func CountsBPF(kernel *btf.Spec) bool {
 
 func (x *checker) btf() Finding {
 	file := cmp.Or(x.btfFile, x.sysfs+"/kernel/btf/vmlinux")
-	if x.btfFile != "" && x.kernelErr != nil {
+	switch {
+	case x.kernelErr == nil:
+		return ok("btf", "%s", file)
+	case x.btfFile != "":
 		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "take that kernel's /sys/kernel/btf/vmlinux, or its vmlinux with a section .BTF")
-	}
-	if errors.Is(x.kernelErr, fs.ErrNotExist) {
+	case errors.Is(x.kernelErr, fs.ErrNotExist):
 		return fail("btf", "there is no "+file, "use a kernel with CONFIG_DEBUG_INFO_BTF=y, and mount sysfs at "+x.sysfs)
 	}
-	if x.kernelErr != nil {
-		return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "report this kernel: its BTF cannot be read")
-	}
-	return ok("btf", "%s", file)
+	return fail("btf", fmt.Sprintf("%s: %v", file, x.kernelErr), "report this kernel: its BTF cannot be read")
 }
 
 func (x *checker) markVictim() Finding {
@@ -688,9 +678,7 @@ func (c *warnings) String() string {
 	return " (" + strings.Join(c.lines, "; ") + ")"
 }
 
-func (c *warnings) Enabled(_ context.Context, level slog.Level) bool {
-	return level >= slog.LevelWarn
-}
+func (c *warnings) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
 
 func (c *warnings) Handle(_ context.Context, r slog.Record) error {
 	line := r.Message
@@ -868,9 +856,8 @@ func (x *checker) store() Finding {
 	// The nearest directory that is there decides.
 	nearest := dir
 	_, err := os.Stat(nearest)
-	for errors.Is(err, fs.ErrNotExist) && nearest != "/" {
+	for ; errors.Is(err, fs.ErrNotExist) && nearest != "/"; _, err = os.Stat(nearest) {
 		nearest = filepath.Dir(nearest)
-		_, err = os.Stat(nearest)
 	}
 	const remedy = "set nats.embedded.dir to a directory that this user can write to, or run it as root"
 	if err == nil {
@@ -902,11 +889,8 @@ func (x *checker) store() Finding {
 // bytesBelow is what the files below dir hold. What cannot be read holds nothing.
 func bytesBelow(dir string) uint64 {
 	var sum uint64
-	_ = filepath.WalkDir(dir, func(_ string, entry fs.DirEntry, err error) error {
-		if err != nil || !entry.Type().IsRegular() {
-			return nil
-		}
-		if info, err := entry.Info(); err == nil {
+	_ = filepath.WalkDir(dir, func(path string, _ fs.DirEntry, _ error) error {
+		if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() {
 			sum += uint64(info.Size())
 		}
 		return nil

@@ -69,13 +69,11 @@ type opening struct {
 	refused     map[Tier]error // why a tier is not available, as far as that is known
 }
 
-// Open loads and attaches the program, with the best tier that works here unless opts names one. From
-// its return on, the kernel records every kill; Run reads them. Where another load of the program is
-// pinned, recording goes over from that one to this without a gap, and what it left unread is read.
+// Open loads and attaches the program, with the best tier that works here unless opts names one. From its return on, the
+// kernel records every kill; Run reads them. Recording goes over from a pinned program without a gap.
 //
-// It fails where the kernel has no BTF or no mark_victim tracepoint, where the verifier refuses the
-// program, without CAP_BPF and CAP_PERFMON (or CAP_SYS_ADMIN), and where another tracer runs or something
-// is pinned that this version cannot read.
+// It fails where the kernel has no BTF or no mark_victim tracepoint, where the verifier refuses the program, without CAP_BPF
+// and CAP_PERFMON (or CAP_SYS_ADMIN), where another tracer runs, and where something is pinned that it cannot read.
 func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 	if err := CheckLayout(); err != nil {
 		return nil, err
@@ -142,9 +140,7 @@ func Open(ctx context.Context, opts Options) (_ *Loader, err error) {
 // close releases what only Open needs, and all after an error.
 func (o *opening) close(err error) {
 	for _, m := range []*ebpf.Map{o.state, o.other, o.journal} {
-		if m != nil {
-			m.Close()
-		}
+		m.Close() // also of nil
 	}
 	if err != nil && o.notifier != nil {
 		o.notifier.close()
@@ -453,7 +449,7 @@ func (l *Loader) takeOver(other *ebpf.Map) error {
 			err = remove(dir)
 		}
 		if err != nil {
-			return err
+			return fmt.Errorf("take over from %s: %w", dir, err)
 		}
 	}
 	l.log.Info("took over the recording", "generation", l.generation, "seq", head, "unread", head-min(head, acked))

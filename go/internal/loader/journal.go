@@ -89,8 +89,7 @@ type segment struct {
 
 const (
 	segmentHeader = uint64(unsafe.Sizeof(segment{}))
-	// SegmentSize is sizeof(struct oom_segment) in bytes.
-	SegmentSize = 32 << 10
+	SegmentSize   = 32 << 10 // sizeof(struct oom_segment) in bytes
 )
 
 type journal struct {
@@ -187,10 +186,8 @@ const visibleTime = 10 * time.Millisecond
 // strongOrder: the CPU shows what another one has written in the order in which it was written.
 const strongOrder = runtime.GOARCH == "amd64"
 
-// visible returns up to where the records are visible for certain, where head was just read and the last one is that.
-//
-// The program writes head last, but without a barrier between (see put_journal() in src/journal.bpf.h). On x86 it is
-// visible last all the same. Elsewhere the reader has every CPU execute a barrier, after it has read head.
+// visible returns up to where records are visible for certain. head was just read. The program writes it last, without a
+// barrier (put_journal() in src/journal.bpf.h): visible last on x86; elsewhere every CPU executes a barrier for the reader.
 func visible(head uint64) uint64 {
 	if strongOrder || barrier() == nil {
 		return head
@@ -209,17 +206,15 @@ func barrier() error {
 }
 
 type reader struct {
+	Handler
 	next uint64        // what is to be handed over next
 	seen uint64        // head at the last look; what it names is visible at the next one
 	due  time.Time     // of the next look
 	idle time.Duration // between looks while nothing waits
 	wait bool          // something was refused: nothing is handed over before the next look
 
-	// stored reads the journal, nil when the record is gone.
-	stored func(seq uint64) []byte
-	// record and lost hand over; false means not now.
-	record func(seq uint64, record []byte) bool
-	lost   func(first, last uint64) bool
+	stored  func(seq uint64) []byte // reads the journal, nil when the record is gone
+	refused *atomic.Bool            // by the handler; Resume resets it
 }
 
 // notified reads up to the record that a notification names, with which the kernel has made all before it visible.
@@ -253,25 +248,29 @@ func (r *reader) look(head uint64, now time.Time) (unnotified int) {
 // advance hands over what stands up to a seq, or up to the first one that is lost, and returns how many records that were.
 func (r *reader) advance(until uint64, lost bool, now time.Time) (records int) {
 	for r.next <= until {
-		last := r.next
-		var taken bool
-		if record := r.stored(r.next); record != nil {
-			if taken = r.record(r.next, record); taken {
-				records++
-			}
-		} else if lost {
+		record, last := r.stored(r.next), r.next
+		if record == nil && !lost {
+			return records
+		}
+		waitForVictim(record)
+		r.refused.Store(true) // before: Resume may be called while the handler refuses
+		taken := false
+		if record != nil {
+			taken = r.Record(r.next, record)
+		} else {
 			for last < until && r.stored(last+1) == nil {
 				last++
 			}
-			taken = r.lost(r.next, last)
-		} else {
-			return records
+			taken = r.Lost(r.next, last)
 		}
 		if !taken {
 			r.wait, r.due = true, now.Add(retryTime)
 			return records
 		}
-		r.next = last + 1
+		r.refused.Store(false)
+		if r.next = last + 1; record != nil {
+			records++
+		}
 	}
 	return records
 }
@@ -328,12 +327,9 @@ func (c Counts) Since(before Counts) Counts {
 	return c
 }
 
-// Unseen is how many kills the kernel has counted (oom_kill in /proc/vmstat) that the program saw no mark
-// of. With hooks the two figures are one; else they bound what may be.
-//
-// The kernel counts before it marks, and it counts a process that it kills twice: once on its own and once
-// as a member of its group, or after it was marked as exiting. So a count is read between two equal ones of
-// the program's, and doubles are taken off.
+// Unseen is how many kills the kernel has counted (oom_kill in /proc/vmstat) that the program saw no mark of. With hooks the
+// two figures are one; else they bound what may be. A count is read between two equal ones of the program's, because the
+// kernel counts before it marks. Doubles are taken off: it counts again what it kills as a member of a group or while it exits.
 func (c Counts) Unseen(kernel uint64) (atLeast, atMost uint64) {
 	less := func(a, b uint64) uint64 { return a - min(a, b) }
 	since := less(kernel, c.KernelBase)

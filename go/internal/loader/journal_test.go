@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -121,20 +122,21 @@ func newFollow(next uint64) *follow {
 			}
 			return nil
 		},
-		record: func(seq uint64, record []byte) bool {
-			if f.refuse {
-				return false
-			}
-			f.said = append(f.said, fmt.Sprint(binary.NativeEndian.Uint64(record[seqOffset:])))
-			return true
-		},
-		lost: func(first, last uint64) bool {
-			if f.refuse {
-				return false
-			}
-			f.said = append(f.said, fmt.Sprintf("lost %d-%d", first, last))
-			return true
-		},
+		refused: new(atomic.Bool),
+	}
+	f.Record = func(seq uint64, record []byte) bool {
+		if f.refuse {
+			return false
+		}
+		f.said = append(f.said, fmt.Sprint(binary.NativeEndian.Uint64(record[seqOffset:])))
+		return true
+	}
+	f.Lost = func(first, last uint64) bool {
+		if f.refuse {
+			return false
+		}
+		f.said = append(f.said, fmt.Sprintf("lost %d-%d", first, last))
+		return true
 	}
 	return f
 }
@@ -229,14 +231,14 @@ func TestReaderAnyOrder(t *testing.T) {
 		f := newFollow(1)
 		var told []uint64
 		lost := map[uint64]bool{}
-		f.reader.record = func(seq uint64, _ []byte) bool {
+		f.Record = func(seq uint64, _ []byte) bool {
 			if r.IntN(10) == 0 {
 				return false
 			}
 			told = append(told, seq)
 			return true
 		}
-		f.lost = func(first, last uint64) bool {
+		f.Lost = func(first, last uint64) bool {
 			if r.IntN(10) == 0 {
 				return false
 			}

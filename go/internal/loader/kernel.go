@@ -32,9 +32,7 @@ const (
 	PrototypePID  Prototype = "pid"  // (int pid)
 )
 
-// MarkVictimPrototype reads the tracepoint's prototype from a kernel's BTF.
-//
-// It fails when the kernel has no such tracepoint, or one of an unknown prototype.
+// MarkVictimPrototype reads the tracepoint's prototype from a kernel's BTF. It fails when there is none, or an unknown one.
 func MarkVictimPrototype(kernel *btf.Spec) (Prototype, error) {
 	const name = "btf_trace_mark_victim"
 	var typedef *btf.Typedef
@@ -156,21 +154,6 @@ var stackFunctions = []stackFunction{
 	{rows: []stackRow{{frameKswapd, []string{"kswapd"}}}},
 }
 
-// choose returns the symbols of a function, none where kallsyms has none of its names.
-func (f *stackFunction) choose(found map[string][]*symbol) (chosen []symbol) {
-	for _, row := range f.rows {
-		for _, name := range row.names {
-			for _, s := range found[name] {
-				chosen = append(chosen, symbol{Start: s.Start, End: s.End, Frame: row.frame})
-			}
-		}
-		if len(chosen) > 0 {
-			break
-		}
-	}
-	return chosen
-}
-
 // ErrNoStack is wrapped by the error that says why there is no tier stack; ErrHidden, if kallsyms hides its addresses.
 var (
 	ErrNoStack = errors.New("the kernel stack cannot be read as proof")
@@ -231,11 +214,20 @@ func stackSymbols(kallsyms io.Reader) ([]symbol, error) {
 	var symbols []symbol
 	var missing []string
 	for _, f := range stackFunctions {
-		chosen := f.choose(found)
-		if f.required && len(chosen) == 0 {
+		before := len(symbols)
+		for _, row := range f.rows {
+			for _, name := range row.names {
+				for _, s := range found[name] {
+					symbols = append(symbols, symbol{Start: s.Start, End: s.End, Frame: row.frame})
+				}
+			}
+			if len(symbols) > before {
+				break
+			}
+		}
+		if f.required && len(symbols) == before {
 			missing = append(missing, f.rows[0].names[0])
 		}
-		symbols = append(symbols, chosen...)
 	}
 	if len(missing) > 0 {
 		return nil, fmt.Errorf("%w: kallsyms has no %s, nor what it may be inlined into", ErrNoStack, strings.Join(missing, ", no "))
@@ -260,9 +252,8 @@ func oneMemoryNode(sysfs string) (bool, error) {
 	return !strings.ContainsAny(strings.TrimSpace(string(list)), ",-"), nil
 }
 
-// GFPFlags reads the names of the bits of a gfp mask from the running kernel's BTF: the enumeration of
-// ___GFP_*_BIT in include/linux/gfp_types.h, which there is since v6.10. The map is empty where there is
-// none, or no BTF.
+// GFPFlags reads the names of the bits of a gfp mask from the running kernel's BTF: ___GFP_*_BIT in include/linux/gfp_types.h,
+// since v6.10. The map is empty where there are none, or no BTF.
 func GFPFlags() map[int]string {
 	limitHeap()
 	return gfpFlags("/sys/kernel/btf/vmlinux")

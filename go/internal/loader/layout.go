@@ -69,8 +69,7 @@ func sameStruct(c *btf.Struct, g reflect.Type, whole bool) error {
 }
 
 func sameType(name string, c btf.Type, g reflect.Type) error {
-	c = btf.UnderlyingType(c)
-	switch c := c.(type) {
+	switch c := btf.UnderlyingType(c).(type) {
 	case *btf.Struct:
 		if g.Kind() != reflect.Struct {
 			return fmt.Errorf("%s is a struct, %s is not", name, g)
@@ -85,12 +84,10 @@ func sameType(name string, c btf.Type, g reflect.Type) error {
 		signed := g.Kind() >= reflect.Int && g.Kind() <= reflect.Int64
 		unsigned := g.Kind() >= reflect.Uint && g.Kind() <= reflect.Uint64
 		// A char of a name has a sign in C that means nothing.
-		if uintptr(c.Size) != g.Size() || !signed && !unsigned ||
-			c.Size > 1 && (c.Encoding&btf.Signed != 0) != signed {
+		if uintptr(c.Size) != g.Size() || !signed && !unsigned || c.Size > 1 && (c.Encoding&btf.Signed != 0) != signed {
 			return fmt.Errorf("%s is %v, %s is not", name, c, g)
 		}
 		return nil
-	default:
-		return fmt.Errorf("%s is %v, which the ABI does not use", name, c)
 	}
+	return fmt.Errorf("%s is %v, which the ABI does not use", name, c)
 }

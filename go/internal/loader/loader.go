@@ -51,12 +51,9 @@ const (
 
 // Options say how to load.
 type Options struct {
-	// Tier is auto, or the one tier to use; one that the kernel does not offer is then an error.
-	Tier Tier
-	// Notify is auto (the same as none), or the one way to notify; one that this process may not use is an error.
-	Notify Notify
-	// JournalSize is how many bytes the journal takes, a power of two from 2*SegmentSize on.
-	JournalSize uint64
+	Tier        Tier   // auto, or the one tier to use; one that the kernel does not offer is then an error
+	Notify      Notify // auto (the same as none), or the one way to notify; one that this process may not use is an error
+	JournalSize uint64 // how many bytes the journal takes, a power of two from 2*SegmentSize on
 	// PinDir is a directory in a bpffs in which everything is pinned, so that recording goes on when
 	// this process has ended. It is made, its parent is not. Empty: nothing is pinned.
 	PinDir string
@@ -74,10 +71,8 @@ type Stats struct {
 // Handler takes over what Run reads, one call at a time and in the order of seq. It must not block. A
 // function that returns false has not taken it, and is called with the same again after Resume.
 type Handler struct {
-	// Record gets a record. It may keep it.
-	Record func(seq uint64, record []byte) bool
-	// Lost gets the records that are not in the journal any more.
-	Lost func(first, last uint64) bool
+	Record func(seq uint64, record []byte) bool // gets a record. It may keep it
+	Lost   func(first, last uint64) bool        // gets the records that are not in the journal any more
 }
 
 // Loader is a loaded and attached program.
@@ -166,9 +161,8 @@ func (l *Loader) SetKernelBase(n uint64) {
 	atomic.StoreUint64(&l.state.KernelBase, n)
 }
 
-// Ack says that the records from first to last need not be kept any longer: each of them, or the gap
-// in its place, is where it was to go. Their slots of the journal are free once all before them are
-// settled too. It may be called in any order.
+// Ack settles the records from first to last, in any order: each, or the gap in its place, is where it was to go. Their slots
+// of the journal are free once all before them are settled too.
 func (l *Loader) Ack(first, last uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -202,58 +196,38 @@ func (l *Loader) Resume() {
 func (l *Loader) stored(seq uint64) []byte {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if record := l.journal.read(seq); record != nil {
-		return record
-	}
+	record := l.journal.read(seq)
 	for _, j := range l.older {
-		if record := j.read(seq); record != nil && seq <= j.end {
-			return record
+		if record == nil && seq <= j.end {
+			record = j.read(seq)
 		}
 	}
-	return nil
+	return record
 }
 
 const (
-	// pollTime is how often the journal is read where nothing notifies: one word of memory, without a system call.
-	pollTime = 200 * time.Millisecond
-	// idleTime is the same with notifications, which CPUs cannot send that came online after the perf buffer was made.
-	idleTime = 10 * time.Second
-	// retryTime is how long Run waits for Resume after the handler has refused a record.
-	retryTime = time.Second
-	// drainTime bounds how long Run waits, when it is told to end, for what is still to be read.
-	drainTime = 2 * time.Second
-	// stuckTime is how long Run may hang while records wait.
-	stuckTime = 30 * time.Second
+	pollTime  = 200 * time.Millisecond // how often the journal is read where nothing notifies: one word of memory, without a system call
+	idleTime  = 10 * time.Second       // the same with notifications, which CPUs that came online later cannot send
+	retryTime = time.Second            // how long Run waits for Resume after the handler has refused a record
+	drainTime = 2 * time.Second        // bounds how long Run waits, when it is told to end, for what is still to be read
+	stuckTime = 30 * time.Second       // how long Run may hang while records wait
 )
 
 // Run hands everything to h that was not settled before, in the order of seq, until ctx ends; then it
 // detaches the program, unless it is pinned, reads what is left and returns.
 func (l *Loader) Run(ctx context.Context, h Handler) error {
-	// refused is set before: Resume may be called while the handler refuses.
-	handOver := func(taken func() bool) bool {
-		l.refused.Store(true)
-		if !taken() {
-			return false
-		}
-		l.refused.Store(false)
-		return true
-	}
 	r := reader{
-		next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
-		stored: l.stored,
-		record: func(seq uint64, record []byte) bool {
-			waitForVictim(record)
-			return handOver(func() bool { return h.Record(seq, record) })
-		},
-		lost: func(first, last uint64) bool {
-			if !handOver(func() bool { return h.Lost(first, last) }) {
-				return false
-			}
+		Handler: h, next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
+		stored: l.stored, refused: &l.refused,
+	}
+	r.Lost = func(first, last uint64) bool {
+		taken := h.Lost(first, last)
+		if taken {
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			atomic.AddUint64(&l.state.Lost, last-first+1)
-			return true
-		},
+		}
+		return taken
 	}
 	if l.notifier.polls() {
 		r.idle = pollTime
@@ -345,12 +319,8 @@ func (l *Loader) stats() (Stats, error) {
 	if err != nil {
 		return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
 	}
-	cpus := make([]Stats, len(values)/binary.Size(Stats{}))
-	if _, err := binary.Decode(values, binary.NativeEndian, cpus); err != nil {
-		return Stats{}, fmt.Errorf("read map %s: %w", statsMap, err)
-	}
 	var sum Stats
-	for _, cpu := range cpus {
+	for _, cpu := range unsafe.Slice((*Stats)(unsafe.Pointer(&values[0])), len(values)/binary.Size(sum)) {
 		sum.Seen += cpu.Seen
 		sum.Sent += cpu.Sent
 		sum.Refused += cpu.Refused
@@ -414,9 +384,7 @@ func (l *Loader) unmap() {
 		}
 	}
 	for _, memory := range [][]byte{l.stateMemory, l.waiting} {
-		if memory != nil {
-			_ = unix.Munmap(memory)
-		}
+		_ = unix.Munmap(memory) // EINVAL if nothing is mapped
 	}
 	l.older, l.stateMemory, l.waiting = nil, nil, nil
 }

@@ -19,12 +19,9 @@ import (
 // Rule: what the kernel's types do not have is no fault where the program asks before it reads. The names of the types say so
 // (src/core_fixes.bpf.h): the program reads T___since_X where the kernel has that, else T___before_X.
 
-// CheckRelocations resolves every CO-RE relocation of the embedded object against a kernel's types. It
-// returns how many there are, and fails with all those that the program needs and that have no answer, each named
-// as the C source names it.
-//
-// It holds for the kernel itself, whatever this machine's. That the verifier takes the program, and that
-// its hooks can be attached, only a load can tell.
+// CheckRelocations resolves every CO-RE relocation of the embedded object against a kernel's types, whatever this machine's.
+// It returns their number, and fails with all that the program needs and the kernel lacks, in the names of the C source.
+// Only a load can tell whether the verifier takes the program and its hooks can be attached.
 func CheckRelocations(kernel *btf.Spec) (total int, err error) {
 	collection, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
 	if err != nil {

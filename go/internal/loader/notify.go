@@ -61,9 +61,8 @@ func CheckBPF() error {
 	return m.Close()
 }
 
-// CheckPerfEvents reports whether this process may open perf events for a whole CPU, as a perf buffer and a
-// kprobe need them: nil, or why not. EACCES comes from the kernel (kernel.perf_event_paranoid), EPERM from a
-// seccomp filter or a security module.
+// CheckPerfEvents reports why this process may not open perf events for a whole CPU, as perf buffers and kprobes need them.
+// EACCES comes from the kernel (kernel.perf_event_paranoid), EPERM from a seccomp filter or a security module.
 func CheckPerfEvents() error {
 	attr := unix.PerfEventAttr{Type: unix.PERF_TYPE_SOFTWARE, Config: unix.PERF_COUNT_SW_BPF_OUTPUT}
 	attr.Size = uint32(unsafe.Sizeof(attr))
@@ -167,9 +166,8 @@ func newMap(kind libbpfgo.MapType, name string, size, entries int) (*ebpf.Map, e
 	return ebpf.NewMapFromFD(m.FileDescriptor()) // takes it
 }
 
-// wait asks for a notification of the next record, and returns the seq that it names. It returns 0 where unread then
-// reports that a record came before, at the deadline, which may come early, and at the end of ctx. After an error it is
-// only a timer.
+// wait asks for a notification of the next record, and returns the seq that it names. It returns 0 where unread then reports
+// a record, at the deadline or a little earlier, and at the end of ctx. After an error it is only a timer.
 func (n *notifier) wait(ctx context.Context, deadline time.Time, unread func() bool) (seq uint64, err error) {
 	if n.polls() {
 		select {
@@ -217,9 +215,7 @@ func (n *notifier) close() {
 	if n.reader != nil {
 		_ = n.reader.Close()
 	}
-	if n.m != nil {
-		_ = n.m.Close()
-	}
+	_ = n.m.Close() // also of nil
 }
 
 // kprobeWay says how to attach kprobes: by a perf event each, or by a kprobe.multi link (v5.18, commit 0dcac2725406).

@@ -76,20 +76,17 @@ func lockPins(ctx context.Context, dir string) (*pins, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the pin directory: %w", err)
 	}
-	for deadline := time.Now().Add(lockWait); ; {
-		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	ctx, cancel := context.WithTimeoutCause(ctx, lockWait, errLocked)
+	defer cancel()
+	for {
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return &pins{dir: dir, lock: lock}, nil
 		}
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = errLocked
-			if time.Now().Before(deadline) {
-				select {
-				case <-time.After(50 * time.Millisecond):
-					continue
-				case <-ctx.Done():
-					err = context.Cause(ctx)
-				}
+			if err = context.Cause(ctx); err == nil {
+				time.Sleep(50 * time.Millisecond)
+				continue
 			}
 		}
 		lock.Close()
@@ -117,12 +114,11 @@ func (p *pins) path(parts ...string) string {
 func (p *pins) generation(n uint64) string { return p.path(strconv.FormatUint(n, 10)) }
 
 // generations are those that have left something, whole or not, in no order.
-func (p *pins) generations() ([]uint64, error) {
+func (p *pins) generations() (found []uint64, err error) {
 	entries, err := os.ReadDir(p.dir)
 	if err != nil {
 		return nil, fmt.Errorf("read the pin directory: %w", err)
 	}
-	var found []uint64
 	for _, entry := range entries {
 		if n, err := strconv.ParseUint(entry.Name(), 10, 64); err == nil && entry.IsDir() {
 			found = append(found, n)
@@ -139,10 +135,11 @@ var (
 
 // remove removes the pins of a generation: the kernel detaches its links. A directory with other files stays.
 func remove(dir string) error {
-	if err := removePins(dir, allPins); err != nil {
-		return err
+	err := removePins(dir, allPins)
+	if err == nil {
+		err = os.Remove(dir)
 	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
+	if err != nil && !errors.Is(err, unix.ENOTEMPTY) {
 		return fmt.Errorf("remove pins: %w", err)
 	}
 	return nil
@@ -153,23 +150,17 @@ func remove(dir string) error {
 func removePins(dir string, prefixes []string) error {
 	d, err := statedir.Open(dir)
 	if err != nil {
-		return fmt.Errorf("remove pins: %w", err)
+		return err
 	}
 	defer d.Close()
 	entries, err := fs.ReadDir(d.FS(), ".")
-	if err != nil {
-		return fmt.Errorf("remove pins: %w", err)
-	}
 	for _, entry := range entries {
 		ours := slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(entry.Name(), p) })
-		if !ours || !entry.Type().IsRegular() {
-			continue
-		}
-		if err := d.Remove(entry.Name()); err != nil {
-			return fmt.Errorf("remove pin: %w", err)
+		if ours && entry.Type().IsRegular() {
+			err = errors.Join(err, d.Remove(entry.Name()))
 		}
 	}
-	return nil
+	return err
 }
 
 // openState opens the pinned state, if there is one: of this version, or of another. It fails on what is no state.
@@ -224,9 +215,8 @@ func (p *pins) pinnedJournal(generation uint64) (m *ebpf.Map, ours bool, err err
 	return m, filepath.Base(path) == journalPin+journalVersion, nil
 }
 
-// Unload detaches and removes everything that is pinned in dir, and reports how many records nobody has
-// published. Unless force is set, it fails rather than throw any away. Where the directory does not exist, the error
-// wraps os.ErrNotExist.
+// Unload removes everything that is pinned in dir, and returns how many records nobody has published. Without force it fails
+// rather than throw any away. Where there is no directory, the error wraps os.ErrNotExist.
 func Unload(ctx context.Context, dir string, force bool) (unpublished uint64, err error) {
 	if _, err := os.Stat(dir); err != nil {
 		return 0, err

@@ -20,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -51,11 +52,12 @@ type Server struct {
 	life   sync.Mutex // held by Shutdown and restart
 	closed bool       // by Shutdown; guarded by life
 
-	mu         sync.Mutex
-	instance   *instance // nil while the server is down
-	trouble    error     // why nothing is stored, as Supervise found it
-	restarting time.Time // since when; zero: it is not
-	hopeless   bool      // restarts do not help, and it is not the disk
+	restarting atomic.Pointer[time.Time] // since when; nil: it is not
+
+	mu       sync.Mutex
+	instance *instance // nil while the server is down
+	trouble  error     // why nothing is stored, as Supervise found it
+	hopeless bool      // restarts do not help, and it is not the disk
 }
 
 // instance is one nats-server on the directory, from its start to its shutdown.
@@ -64,13 +66,11 @@ type instance struct {
 	release func() // gives the directory up
 }
 
-// Start starts the server and returns when it takes connections, which it does after JetStream has
-// read its store. Connect to it with bus.Connect and the same configuration; from within the process with
-// bus.Options.InProcess too.
+// Start starts the server and returns when JetStream has read its store and clients can connect: with bus.Connect and the
+// same configuration; from within the process also with bus.Options.InProcess.
 //
-// A disk that is full, read-only or broken is no error: the server is then down, and Supervise starts it later.
-// Start fails when cfg.Listen is not a loopback address or is taken, and when cfg.Dir is in use by another
-// process or is not safe from other users.
+// A disk that is full, read-only or broken is no error: Supervise then starts the server later. Start fails when cfg.Listen
+// is not a loopback address or is taken, and when cfg.Dir is in use or not safe from other users.
 func Start(cfg config.Embedded, log *slog.Logger) (_ *Server, err error) {
 	defer func() {
 		if err != nil {
@@ -209,23 +209,20 @@ func (s *Server) forward(client *netlimit.Conn) {
 	if err != nil {
 		return
 	}
+	defer inner.Close()
 	go func() {
 		_, _ = io.Copy(inner, client)
 		inner.Close()
 	}()
 	// The server speaks first. What it says next to a client that has not logged in is an error, and the end.
 	buffer := make([]byte, maxLine)
-	for replies := 0; ; replies++ {
-		n, err := inner.Read(buffer)
-		if err == nil && replies == 1 && buffer[0] != '-' {
-			client.Hold()
-		}
-		if err == nil {
+	for replies := 0; err == nil; replies++ {
+		var n int
+		if n, err = inner.Read(buffer); err == nil {
+			if replies == 1 && buffer[0] != '-' {
+				client.Hold()
+			}
 			_, err = client.Write(buffer[:n])
-		}
-		if err != nil {
-			inner.Close()
-			return
 		}
 	}
 }
@@ -241,9 +238,8 @@ func (s *Server) InProcessConn() (net.Conn, error) {
 // ClientURL is where it listens: nats://host:port.
 func (s *Server) ClientURL() string { return "nats://" + s.listener.Addr().String() }
 
-// Shutdown stops the server, writes its state to disk and releases the directory. It fails when that
-// takes longer than ctx allows; the directory then stays locked until the process ends. It may be
-// called more than once.
+// Shutdown stops the server, writes its state to disk and releases the directory. If ctx ends first, it fails, and the
+// directory stays locked until the process ends. It may be called more than once.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.listener.Close()
 	done := make(chan struct{})

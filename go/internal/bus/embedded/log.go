@@ -38,21 +38,16 @@ func (l *logger) Errorf(format string, v ...any) { l.limited(slog.LevelError, fo
 func (l *logger) limited(level slog.Level, format string, v []any) {
 	l.trouble()
 	l.mu.Lock()
-	left := l.left
-	allowed := l.limit.Allow()
-	if allowed {
-		l.left = 0
-	} else {
+	defer l.mu.Unlock()
+	if !l.limit.Allow() {
 		l.left++
-	}
-	l.mu.Unlock()
-	if !allowed {
 		return
 	}
 	args := []any{"text", fmt.Sprintf(format, v...)}
-	if left > 0 {
-		args = append(args, "messages_left_out_before", left)
+	if l.left > 0 {
+		args = append(args, "messages_left_out_before", l.left)
 	}
+	l.left = 0
 	l.log.Log(context.Background(), level, said, args...)
 }
 
@@ -64,13 +59,11 @@ func (l *logger) Tracef(string, ...any) {}
 func (l *logger) Fatalf(format string, v ...any) {
 	text := fmt.Sprintf(format, v...)
 	l.mu.Lock()
-	starting := !l.running
-	if starting && l.fatal == "" {
-		l.fatal = text
-	}
-	l.mu.Unlock()
-	if !starting {
+	defer l.mu.Unlock()
+	if l.running {
 		l.log.Error(said, "text", text)
+	} else if l.fatal == "" {
+		l.fatal = text
 	}
 }
 

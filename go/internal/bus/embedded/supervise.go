@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,9 +36,8 @@ func (s *Server) Suspect() {
 	}
 }
 
-// Supervise keeps the server working until ctx ends. It sleeps while nothing is suspected. It calls onStart after each start of the
-// server, until it succeeds; where the server is ready already, the caller has done that work. failing is why messages are not
-// acknowledged; nil: they are.
+// Supervise keeps the server working until ctx ends. It calls onStart after each start of the server, until it succeeds;
+// for a server that is ready already the caller has done that. failing is why messages are not acknowledged; nil: they are.
 func (s *Server) Supervise(ctx context.Context, onStart func(context.Context) error, failing func() error) {
 	started := s.Ready() == nil
 	var (
@@ -63,8 +63,7 @@ func (s *Server) Supervise(ctx context.Context, onStart func(context.Context) er
 			bounded, cancel := context.WithTimeout(ctx, patience)
 			err = onStart(bounded)
 			cancel()
-			started = err == nil
-			if err == nil {
+			if started = err == nil; started {
 				err = s.check()
 				broken = err != nil
 			}
@@ -140,14 +139,8 @@ func (s *Server) probe() error {
 }
 
 func (s *Server) restart() error {
-	s.mu.Lock()
-	s.restarting = time.Now()
-	s.mu.Unlock()
-	defer func() {
-		s.mu.Lock()
-		s.restarting = time.Time{}
-		s.mu.Unlock()
-	}()
+	s.restarting.Store(new(time.Now()))
+	defer s.restarting.Store(nil)
 	s.life.Lock()
 	defer s.life.Unlock()
 	if s.closed {
@@ -168,14 +161,13 @@ func (s *Server) Ready() error {
 	return s.check()
 }
 
-// Healthy is what only a restart of the process may cure: a restart in place that does not end, or several that did not
-// help although the disk works. A disk that is full or broken is not among it: a new process would find the same disk, and the kills would
-// not be watched meanwhile.
+// Healthy is what only a restart of the process may cure: a restart in place that does not end, or several that did not help.
+// A full or broken disk is not: a new process would find the same disk, and kills would not be recorded meanwhile.
 func (s *Server) Healthy() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.restarting.IsZero() && time.Since(s.restarting) > hungTime {
-		return fmt.Errorf("embedded nats-server: a restart in place has not returned since %s", s.restarting.UTC().Format(time.RFC3339))
+	if since := s.restarting.Load(); since != nil && time.Since(*since) > hungTime {
+		return fmt.Errorf("embedded nats-server: a restart in place has not returned since %s", since.UTC().Format(time.RFC3339))
 	}
 	if s.hopeless {
 		return fmt.Errorf("embedded nats-server: still fails after several restarts in place: %w", s.trouble)
@@ -185,14 +177,7 @@ func (s *Server) Healthy() error {
 
 // DiskTrouble tells whether an error comes from a disk that is full, read-only or broken. nats-server hands on the words alone.
 func DiskTrouble(err error) bool {
-	if err == nil {
-		return false
-	}
-	text := err.Error()
-	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {
-		if strings.Contains(text, errno.Error()) {
-			return true
-		}
-	}
-	return false
+	return err != nil && slices.ContainsFunc([]syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO}, func(e syscall.Errno) bool {
+		return strings.Contains(err.Error(), e.Error())
+	})
 }
