@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	dto "github.com/prometheus/client_model/go"
@@ -554,7 +555,7 @@ func TestHandleWatched(t *testing.T) {
 				t.Fatalf("noted %+v", after)
 			} else if wrote {
 				want := w.Marker.Terms.Read(w.pod)
-				if diff := cmp.Diff(want, after); diff != "" {
+				if diff := cmp.Diff(want, after, cmpopts.IgnoreUnexported(pods.Pod{})); diff != "" {
 					t.Errorf("noted after the patch (-watched +noted):\n%s", diff)
 				}
 			}

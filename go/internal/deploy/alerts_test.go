@@ -27,16 +27,13 @@ import (
 
 // typedIn are the alerts that testdata/alerts-test.yaml alone shows to fire, and why.
 var typedIn = map[string]string{
-	"OOMTracerNodeNotWatched":    "up is a series of Prometheus",
-	"OOMTracerNodeWithoutTracer": "up and kube_node_info are series of others",
-	"OOMTracerAbsent":            "up is a series of Prometheus",
-	"OOMAnnotatorDown":           "up is a series of Prometheus",
+	"OOMTracerNodeWithoutTracer": "kube_node_info is a series of kube-state-metrics",
 	"OOMTracerUnseenKills":       "the BPF program sees every kill of a kernel that calls it",
 }
 
 // ofTracer are the alerts that TestTracerAlertsFire shows to fire.
 var ofTracer = []string{
-	"OOMTracerGap", "OOMTracerNATSAway", "OOMTracerNotStored", "OOMTracerStateFile", "OOMTracerErrors", "OOMKillsOnNode", "OOMNodeOutOfMemory",
+	"OOMTracerNodeNotWatched", "OOMTracerGap", "OOMTracerNATSAway", "OOMTracerNotStored", "OOMTracerStateFile", "OOMTracerErrors", "OOMKillsOnNode", "OOMNodeOutOfMemory",
 }
 
 // scrape reads the metrics of a program of ours.
@@ -76,6 +73,23 @@ func target(job string) string {
 	return labels
 }
 
+// up is the series that Prometheus makes of the scrapes of a program.
+func up(job string) string { return fmt.Sprintf("up{job=%q,node=\"node-1\",instance=\"a\"}", job) }
+
+// ended ends a program. The scrape of it fails.
+func ended(t *testing.T, cmd *exec.Cmd, address string) exposed {
+	t.Helper()
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	now, err := scrape(address)
+	if err == nil {
+		t.Errorf("%s still answers", cmd.Path)
+	}
+	return now
+}
+
 // until waits for series with at least these values, and returns all of that scrape.
 func until(t *testing.T, what, address, job string, want map[string]float64) (now exposed) {
 	t.Helper()
@@ -105,9 +119,10 @@ type fires struct {
 // inState is a test of promtool: what a program exposed before it was in a state, and in it.
 type inState struct {
 	name, job string
-	scrapes   []exposed // each is what Prometheus sees for 10 minutes, the last one for 5 hours
+	scrapes   []exposed // each is what Prometheus sees for 10 minutes, the last one for 5 hours; nil: the scrape failed
 	after     int       // minutes from the last scrape until the alerts are looked at
 	want      []fires   // no other alert fires
+	absent    string    // the job of a program that Prometheus has no target of. The others answer
 }
 
 // write is the test in promtool's format.
@@ -115,7 +130,12 @@ func (s *inState) write(alerts []string) map[string]any {
 	series := map[string]bool{}
 	var scrapes []map[string]float64
 	for _, e := range s.scrapes {
-		scrapes = append(scrapes, e.samples(s.job))
+		samples := e.samples(s.job)
+		samples[up(s.job)] = 0
+		if e != nil {
+			samples[up(s.job)] = 1
+		}
+		scrapes = append(scrapes, samples)
 		for name := range scrapes[len(scrapes)-1] {
 			series[name] = true
 		}
@@ -136,8 +156,10 @@ func (s *inState) write(alerts []string) map[string]any {
 		}
 		input = append(input, map[string]string{"series": name, "values": values})
 	}
-	for _, job := range []string{"oom-tracer", "oom-annotator", "oom-auth"} { // of Prometheus
-		input = append(input, map[string]string{"series": fmt.Sprintf("up{job=%q,node=\"node-1\",instance=\"a\"}", job), "values": "1x400"})
+	for _, job := range []string{"oom-tracer", "oom-annotator", "oom-auth"} {
+		if job != s.job && job != s.absent {
+			input = append(input, map[string]string{"series": up(job), "values": "1x400"})
+		}
 	}
 	var cases []map[string]any
 	for _, alert := range alerts {
@@ -159,7 +181,7 @@ func (s *inState) write(alerts []string) map[string]any {
 func TestAlertsFire(t *testing.T) {
 	s := startTokens(t, append(values(t, "config: {policy: {mark_lifetime: 1m, budgets: {node: 0, owner: 0, cooldown: 0s}}}"), "--values", root+"/deploy/examples/single-node.yaml")...)
 	auth := s.auth()
-	address := startAnnotator(t, s.servers, s.c)
+	annotator, address := startAnnotator(t, s.servers, s.c)
 	s.c.Namespace("shop")
 	node := tracerNodes[0]
 	tracer := s.connect("oom-tracer."+node, s.tracerLogin(node))
@@ -201,6 +223,9 @@ func TestAlertsFire(t *testing.T) {
 	kill(cart, ofPod)
 	before := until(t, "the first kill", address, job, map[string]float64{"oom_tracer_paused{": 0, `oom_tracer_marked_victims_total{reason="level",stage="skipped"}`: 1})
 	all = append(all, inState{name: "as it should be", job: job, scrapes: []exposed{before, before}, after: 12})
+	all = append(all, inState{name: "no tracer", job: job, scrapes: []exposed{before, before}, after: 20, want: []fires{
+		{"OOMTracerAbsent", "Prometheus scrapes no OOM tracer", map[string]string{"job": "oom-tracer", "severity": "critical"}},
+	}, absent: "oom-tracer"})
 	for range 3 {
 		kill(cart, ofPod)
 	}
@@ -213,7 +238,7 @@ func TestAlertsFire(t *testing.T) {
 		`oom_tracer_events_total{reason="clock",stage="error"}`: 1, `oom_tracer_marked_victims_total{reason="lifetime",stage="expired"}`: 1,
 		`oom_tracer_marked_victims_total{reason="malformed",stage="failed"}`: 1, `oom_tracer_marked_victims_total{reason="level",stage="skipped"}`: 5,
 	})
-	all = append(all, inState{"kills", job, []exposed{before, after}, 12, []fires{
+	all = append(all, inState{name: "kills", job: job, scrapes: []exposed{before, after}, after: 12, want: []fires{
 		{"OOMNodeClockAhead", "The clock of a node with OOM kills is ahead of the clock of NATS", map[string]string{"instance": "a", "job": job, "stage": "error", "reason": "clock", "severity": "warning"}},
 		{"OOMAnnotatorFailing", "oom-annotator could not process OOM kills (malformed)", map[string]string{"reason": "malformed", "severity": "warning"}},
 		{"OOMMarksStay", "Marked pods were not evicted in time (expired)", map[string]string{"stage": "expired", "severity": "warning"}},
@@ -228,7 +253,7 @@ func TestAlertsFire(t *testing.T) {
 		kill(waits, func(*event.Event) {})
 	}
 	behind := until(t, "150 kills wait", address, job, map[string]float64{"oom_tracer_kills_waiting{": 150})
-	all = append(all, inState{"API server frozen", job, []exposed{after, behind}, 12, []fires{
+	all = append(all, inState{name: "API server frozen", job: job, scrapes: []exposed{after, behind}, after: 12, want: []fires{
 		{"OOMAnnotatorBehind", "150 OOM kills wait for oom-annotator", map[string]string{"instance": "a", "job": job, "severity": "warning"}},
 	}})
 	thaw()
@@ -242,7 +267,7 @@ func TestAlertsFire(t *testing.T) {
 	}
 	tap("operator", "pause", "--reason", "test")
 	paused := until(t, "the pause", address, job, map[string]float64{"oom_tracer_paused{": 1})
-	all = append(all, inState{"paused", job, []exposed{before, paused}, 255, []fires{
+	all = append(all, inState{name: "paused", job: job, scrapes: []exposed{before, paused}, after: 255, want: []fires{
 		{"OOMAnnotatorPaused", "Marking has been paused for more than 4 hours", map[string]string{"severity": "info"}},
 	}})
 	tap("operator", "resume")
@@ -255,7 +280,7 @@ func TestAlertsFire(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused := until(t, "the state is refused", address, job, map[string]float64{"oom_tracer_budget_state_refused{": 1})
-	all = append(all, inState{"state deleted", job, []exposed{before, refused}, 12, []fires{
+	all = append(all, inState{name: "state deleted", job: job, scrapes: []exposed{before, refused}, after: 12, want: []fires{
 		{"OOMAnnotatorStateRefused", "The state of budgets and pause is absent or not valid: no pod is marked", map[string]string{"severity": "warning"}},
 	}})
 
@@ -267,7 +292,7 @@ func TestAlertsFire(t *testing.T) {
 		s.tracer("not a token")
 		logins = append(logins, until(t, "a refused login", auth.listen, "oom-auth", map[string]float64{`oom_tracer_auth_decisions_total{result="refused"}`: float64(i + 1)}))
 	}
-	all = append(all, inState{"wrong token", "oom-auth", logins, 5, []fires{
+	all = append(all, inState{name: "wrong token", job: "oom-auth", scrapes: logins, after: 5, want: []fires{
 		{"OOMAuthRefuses", "Logins to NATS with a token fail (refused)", map[string]string{"result": "refused", "severity": "warning"}},
 	}})
 
@@ -283,11 +308,14 @@ func TestAlertsFire(t *testing.T) {
 		after = now
 		return err == nil && now.samples(job)[`oom_tracer_ready{job="oom-annotator",instance="a",check="nats"}`] == 0
 	})
-	all = append(all, inState{"NATS away", job, []exposed{before, after}, 12, []fires{
+	all = append(all, inState{name: "NATS away", job: job, scrapes: []exposed{before, after}, after: 12, want: []fires{
 		{"OOMAnnotatorNotReady", "No oom-annotator is ready: check nats fails", map[string]string{"check": "nats", "severity": "warning"}},
 	}})
+	all = append(all, inState{name: "annotator ended", job: job, scrapes: []exposed{before, ended(t, annotator, address)}, after: 12, want: []fires{
+		{"OOMAnnotatorDown", "No oom-annotator runs: pods are not marked", map[string]string{"severity": "warning"}},
+	}})
 
-	all = append(all, inState{"oom-notify without NATS", "oom-notify", []exposed{scrapeNotify(t)}, 12, []fires{
+	all = append(all, inState{name: "oom-notify without NATS", job: "oom-notify", scrapes: []exposed{scrapeNotify(t)}, after: 12, want: []fires{
 		{"OOMNotifyNotSending", "oom-notify cannot send messages: check nats fails", map[string]string{"check": "nats", "severity": "warning"}},
 	}})
 	fireAll(t, all, func(alert string) bool { return typedIn[alert] == "" && !slices.Contains(ofTracer, alert) })

@@ -169,9 +169,9 @@ func (e exposed) has(metric, label, value string) bool {
 	return false
 }
 
-// startAnnotator runs the real annotator until the test ends, and returns the address of its metrics. With the rendered role, policy and
+// startAnnotator runs the real annotator until the test ends, and returns the address of its metrics too. With the rendered role, policy and
 // permissions of NATS it has all it needs.
-func startAnnotator(t *testing.T, s *servers, c *kubetest.Cluster) (address string) {
+func startAnnotator(t *testing.T, s *servers, c *kubetest.Cluster) (cmd *exec.Cmd, address string) {
 	t.Helper()
 	address = freeAddr(t)
 	text, err := os.ReadFile(s.config("annotator"))
@@ -182,7 +182,8 @@ func startAnnotator(t *testing.T, s *servers, c *kubetest.Cluster) (address stri
 	if err := os.WriteFile(file, []byte(replaced(t, true, string(text), "listen: :9106", fmt.Sprintf("listen: %q", address))), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	startLogged(t, exec.Command(oomtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator())))
+	cmd = exec.Command(oomtest.Program(t, "oom-annotator"), "--config", file, "--kubeconfig", c.Kubeconfig(c.Annotator()))
+	startLogged(t, cmd)
 	eventually(t, "the annotator is ready", func() error {
 		resp, err := http.Get("http://" + address + "/readyz")
 		if err != nil {
@@ -194,13 +195,13 @@ func startAnnotator(t *testing.T, s *servers, c *kubetest.Cluster) (address stri
 		}
 		return nil
 	})
-	return address
+	return cmd, address
 }
 
 // scrapeAnnotator reads the metrics of the real annotator.
 func scrapeAnnotator(t *testing.T) exposed {
 	t.Helper()
-	address := startAnnotator(t, startServers(t, "--values", root+"/deploy/examples/single-node.yaml"), kubetest.Start(t))
+	_, address := startAnnotator(t, startServers(t, "--values", root+"/deploy/examples/single-node.yaml"), kubetest.Start(t))
 	var metrics exposed
 	eventually(t, "the budgets are read from NATS", func() (err error) {
 		if metrics, err = scrape(address); err == nil && !metrics.has("oom_tracer_paused", "", "") {

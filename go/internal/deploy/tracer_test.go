@@ -39,7 +39,8 @@ metrics: {listen: %q}
 `, group.Path(), state, oomtest.BPFFS(t), strings.Join(s.urls, ","), s.secret("tracer"), address), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	startLogged(t, exec.Command(oomtest.Program(t, "oom-tracer"), "--config", file))
+	tracer := exec.Command(oomtest.Program(t, "oom-tracer"), "--config", file)
+	startLogged(t, tracer)
 
 	const job = "oom-tracer"
 	total := 0
@@ -76,7 +77,7 @@ metrics: {listen: %q}
 
 	kills(limited, 12)
 	after := settled()
-	all = append(all, inState{"many kills", job, []exposed{before, after}, 12, []fires{
+	all = append(all, inState{name: "many kills", job: job, scrapes: []exposed{before, after}, after: 12, want: []fires{
 		{"OOMKillsOnNode", "12 OOM kills on node-1 within an hour", on()},
 	}})
 
@@ -86,7 +87,7 @@ metrics: {listen: %q}
 	kills(limited, 1)
 	until(t, "the state file cannot be written", address, job, map[string]float64{"oom_tracer_state_file_errors_total{": 1})
 	before, after = after, settled()
-	all = append(all, inState{"state file on a read-only disk", job, []exposed{before, after}, 12, []fires{
+	all = append(all, inState{name: "state file on a read-only disk", job: job, scrapes: []exposed{before, after}, after: 12, want: []fires{
 		{"OOMTracerStateFile", "The tracer on node-1 cannot read or write its state file", on(labels...)},
 	}})
 
@@ -104,7 +105,7 @@ metrics: {listen: %q}
 	kills(limited, 1)
 	until(t, "a gap", address, job, map[string]float64{`oom_tracer_gaps_total{cause="dropped"}`: 1, `oom_tracer_events_total{reason="dropped",stage="error"}`: 1})
 	after = settled()
-	all = append(all, inState{"NATS refuses the kill", job, []exposed{before, after}, 12, []fires{
+	all = append(all, inState{name: "NATS refuses the kill", job: job, scrapes: []exposed{before, after}, after: 12, want: []fires{
 		{"OOMTracerGap", "OOM kills on node-1 were not recorded, or may not have been (gap: dropped)", on(append(labels, "cause", "dropped")...)},
 		{"OOMTracerErrors", "The tracer on node-1 could not publish an OOM kill (dropped)", on(append(labels, "stage", "error", "reason", "dropped")...)},
 	}})
@@ -115,7 +116,7 @@ metrics: {listen: %q}
 	before = after
 	kills(limited, 1)
 	after = until(t, "a kill waits", address, job, map[string]float64{"oom_tracer_publish_pending{": 1})
-	all = append(all, inState{"no stream", job, []exposed{before, after}, 22, []fires{
+	all = append(all, inState{name: "no stream", job: job, scrapes: []exposed{before, after}, after: 22, want: []fires{
 		{"OOMTracerNotStored", "The tracer on node-1 is connected to NATS, but NATS has not stored its OOM kills for 10 minutes", on(labels...)},
 	}})
 
@@ -126,12 +127,16 @@ metrics: {listen: %q}
 		return err == nil && now.samples(job)["oom_tracer_nats_connected{"+target(job)+"}"] == 0
 	})
 	away := fires{"OOMTracerNATSAway", "The tracer on node-1 is not connected to NATS: OOM kills wait on the node", on(labels...)}
-	all = append(all, inState{"NATS away", job, []exposed{before, after}, 12, []fires{away}})
+	all = append(all, inState{name: "NATS away", job: job, scrapes: []exposed{before, after}, after: 12, want: []fires{away}})
 
 	// The last state: this alert also fires where a first scrape has such a kill.
 	before, after = after, kills(unlimited, 1)
-	all = append(all, inState{"all pods reach their limit", job, []exposed{before, after}, 12, []fires{
+	all = append(all, inState{name: "all pods reach their limit", job: job, scrapes: []exposed{before, after}, after: 12, want: []fires{
 		away, {"OOMNodeOutOfMemory", "Node node-1 ran out of memory, or its pods together reached their limit", on()},
+	}})
+
+	all = append(all, inState{name: "tracer ended", job: job, scrapes: []exposed{before, ended(t, tracer, address)}, after: 12, want: []fires{
+		{"OOMTracerNodeNotWatched", "The OOM tracer on node-1 does not answer: OOM kills there may not be recorded", on(labels...)},
 	}})
 	fireAll(t, all, func(alert string) bool { return slices.Contains(ofTracer, alert) })
 }
