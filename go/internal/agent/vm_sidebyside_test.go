@@ -30,6 +30,7 @@ type reported struct {
 	PID    int           `json:"pid"`
 	Cgroup string        `json:"cgroup"`
 	Limit  string        `json:"limit"`
+	Count  bool          `json:"count"` // a metric counts it, whatever else is reported
 	at     time.Duration // of CLOCK_MONOTONIC, when its line was read
 }
 
