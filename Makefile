@@ -351,6 +351,11 @@ chaos: build build/hog build/nats-server build/kube $(before) ## real kills whil
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_SEEDS=$(or $(SEEDS),10) OOM_TEST_KILLS=$(or $(KILLS),10000) OOM_TEST_BEFORE=$(before) \
 		$(if $(SEED),OOM_TEST_SEED=$(SEED)) OOM_TEST_FAULTS=$(FAULTS) $(GO) test -count=1 -timeout 6h -run '^TestChaos$$' -v ./go/cmd/oom-annotator
 
+.PHONY: soak
+soak: build build/hog build/nats-server build/kube ## HOURS=2 (or MINUTES=) of kills, faults and rolls: memory, goroutines, files, pins and JetStream stay flat, into build/soak.md (needs root)
+	$(Q)OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_VERSION='$(VERSION)' OOM_TEST_MINUTES=$(or $(MINUTES),$(shell expr 60 \* $(or $(HOURS),2))) \
+		$(GO) test -tags soak,$(tags) -count=1 -timeout 26h -run '^TestSoak$$' -v ./go/cmd/oom-annotator
+
 .PHONY: bench-annotate
 bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, CPU time of a kill and of an idle minute, decisions a second, memory at 150,000 pods and at 10,000 real ones (needs root)
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
