@@ -290,7 +290,17 @@ side-by-side: build/static/vm-sidebyside.test build/static/oom-tracer build/oom-
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 	$(Q)CACHE=$(CACHE) OUT=build/side-by-side KERNELS='$(or $(KERNELS),6.1 6.12)' BOOTS='v2 v1' JOBS=1 LOG_BUF=128K TIMEOUT=$(or $(TIMEOUT),1800) RUN='^TestVMSideBySide$$' \
 		tools/vm/test-vm.sh build/static/vm-sidebyside.test build/static/oom-tracer build/oom-tap build/hog $(addprefix build/sidebyside/,sidebyside kernel-monitor.json trace_oomkill.bpf.o)
-	$(Q)table=$$(cat build/side-by-side/*/*/output.log | sed -n 's/^SIDE //p') && sed -i '/^<!-- /q' deploy/docs/comparison.md && printf '\n%s\n' "$$table" >>deploy/docs/comparison.md
+	$(compare)
+
+# The same with a real kubelet: what the status of a container and the node's Events say.
+.PHONY: side-by-side-node
+side-by-side-node: node-images ## the same on a real node, beside what Kubernetes itself says, into deploy/docs/comparison.md (needs root)
+	@mkdir -p build
+	$(Q)$(node_env) $(GO) test -tags node,sidebyside,$(tags) $(node_flags) -timeout 1h -run '^TestSideBySide$$' -v ./go/internal/nodetest | tee build/side-by-side-node.log
+	$(compare)
+
+compare = $(Q)table=$$(sed -n 's/^SIDE //p' $$(ls build/side-by-side/*/*/output.log build/side-by-side-node.log 2>/dev/null)) && \
+	sed -i '/^<!-- /q' deploy/docs/comparison.md && printf '\n%s\n' "$$table" >>deploy/docs/comparison.md
 
 # Of two runs of the same boot the later directory counts.
 KERNEL_RESULTS ?= build/vm
@@ -436,7 +446,7 @@ test-deploy: build build/hog build/nats-server build/nats build/krew build/kube 
 	$(Q)tools/no-skips.sh build/test-deploy.json
 
 # Those of tests that a machine or a cluster is made for.
-all_tags := bench,demo,node,upgrade,vm,$(tags)
+all_tags := bench,demo,node,sidebyside,soak,upgrade,vm,$(tags)
 .PHONY: lint
 lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	@tools/install-deps.sh $(LIBBPF) clang-format shellcheck

@@ -341,7 +341,7 @@ func TestVMSideBySide(t *testing.T) {
 	for _, c := range all {
 		heading, rule = heading+"| "+c.name+" ", rule+"|---"
 	}
-	fmt.Printf("SIDE ### Linux %s, cgroup v%d\nSIDE \nSIDE %s|\nSIDE %s|\n", self.Kernel, h.Version, heading, rule)
+	fmt.Printf("SIDE \nSIDE ### Linux %s, cgroup v%d\nSIDE \nSIDE %s|\nSIDE %s|\n", self.Kernel, h.Version, heading, rule)
 	for _, kind := range kinds(h.Version) {
 		t.Run(kind.name, func(t *testing.T) {
 			console := watchConsole(t)
