@@ -87,6 +87,7 @@ func monotonic() time.Duration {
 // contenders are OOM Tracer, as it ships, and those of tools/sidebyside.
 func contenders(t *testing.T) []*contender {
 	config := vmConfig(t, "auto")
+	known := map[string]bool{} // IDs: an oom-tap that is started again begins at the first event again
 	other := func(name string, args ...string) *contender {
 		return &contender{
 			name: name,
@@ -112,9 +113,10 @@ func contenders(t *testing.T) []*contender {
 			},
 			parse: func(line []byte) (r reported, ok bool) {
 				e, err := event.Parse(line)
-				if err != nil {
+				if err != nil || known[e.ID] {
 					return r, false
 				}
+				known[e.ID] = true
 				r.PID = int(e.Victim.PID)
 				if e.Victim.Cgroup != nil {
 					r.Cgroup = e.Victim.Cgroup.Path
