@@ -290,7 +290,17 @@ side-by-side: build/static/vm-sidebyside.test build/static/oom-tracer build/oom-
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 	$(Q)CACHE=$(CACHE) OUT=build/side-by-side KERNELS='$(or $(KERNELS),6.1 6.12)' BOOTS='v2 v1' JOBS=1 LOG_BUF=128K TIMEOUT=$(or $(TIMEOUT),1800) RUN='^TestVMSideBySide$$' \
 		tools/vm/test-vm.sh build/static/vm-sidebyside.test build/static/oom-tracer build/oom-tap build/hog $(addprefix build/sidebyside/,sidebyside kernel-monitor.json trace_oomkill.bpf.o)
-	$(Q)table=$$(cat build/side-by-side/*/*/output.log | sed -n 's/^SIDE //p') && sed -i '/^<!-- /q' deploy/docs/comparison.md && printf '\n%s\n' "$$table" >>deploy/docs/comparison.md
+	$(compare)
+
+# The same with a real kubelet: what the status of a container and the node's Events say.
+.PHONY: side-by-side-node
+side-by-side-node: node-images ## the same on a real node, beside what Kubernetes itself says, into deploy/docs/comparison.md (needs root)
+	@mkdir -p build
+	$(Q)$(node_env) $(GO) test -tags node,sidebyside,$(tags) $(node_flags) -timeout 1h -run '^TestSideBySide$$' -v ./go/internal/nodetest | tee build/side-by-side-node.log
+	$(compare)
+
+compare = $(Q)table=$$(sed -n 's/^SIDE //p' $$(ls build/side-by-side/*/*/output.log build/side-by-side-node.log 2>/dev/null)) && \
+	sed -i '/^<!-- /q' deploy/docs/comparison.md && printf '\n%s\n' "$$table" >>deploy/docs/comparison.md
 
 # Of two runs of the same boot the later directory counts.
 KERNEL_RESULTS ?= build/vm
@@ -350,6 +360,11 @@ bench: build build/hog ## latency, loss and cost over at least 1,000 real kills 
 chaos: build build/hog build/nats-server build/kube $(before) ## real kills while all parts fail at random: SEEDS=10 times KILLS=10000 (SEED=first, FAULTS=a,b; needs root and the history of git); the table is build/chaos.md
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_SEEDS=$(or $(SEEDS),10) OOM_TEST_KILLS=$(or $(KILLS),10000) OOM_TEST_BEFORE=$(before) \
 		$(if $(SEED),OOM_TEST_SEED=$(SEED)) OOM_TEST_FAULTS=$(FAULTS) $(GO) test -count=1 -timeout 6h -run '^TestChaos$$' -v ./go/cmd/oom-annotator
+
+.PHONY: soak
+soak: build build/hog build/nats-server build/kube ## HOURS=2 (or MINUTES=) of kills, faults and rolls: memory, goroutines, files, pins and JetStream stay flat, into build/soak.md (needs root)
+	$(Q)OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_VERSION='$(VERSION)' OOM_TEST_MINUTES=$(or $(MINUTES),$(shell expr 60 \* $(or $(HOURS),2))) \
+		$(GO) test -tags soak,$(tags) -count=1 -timeout 26h -run '^TestSoak$$' -v ./go/cmd/oom-annotator
 
 .PHONY: bench-annotate
 bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annotation, CPU time of a kill and of an idle minute, decisions a second, memory at 150,000 pods and at 10,000 real ones (needs root)
@@ -431,7 +446,7 @@ test-deploy: build build/hog build/nats-server build/nats build/krew build/kube 
 	$(Q)tools/no-skips.sh build/test-deploy.json
 
 # Those of tests that a machine or a cluster is made for.
-all_tags := bench,demo,node,upgrade,vm,$(tags)
+all_tags := bench,demo,node,sidebyside,soak,upgrade,vm,$(tags)
 .PHONY: lint
 lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	@tools/install-deps.sh $(LIBBPF) clang-format shellcheck

@@ -103,18 +103,26 @@ func counts(of map[string]int) string {
 	return strings.Join(all, ", ")
 }
 
-func (s *story) chaos(t *testing.T) {
-	const owners, podsOfEach, replicas, cluster = 12, 3, 3, 8
+// How many there are of each, and how many pods may be marked.
+const (
+	owners, podsOfEach, replicas = 12, 3, 3
+	clusterBudget                = 8
+)
+
+// newPipeline starts all parts, with so many NATS servers. change is for what else their configuration is to have.
+func newPipeline(t *testing.T, seed uint64, servers int, change func(*config.Config)) *pipeline {
+	t.Helper()
 	leavesNothing(t)
 	c := kubetest.Start(t)
 	c.Node(node)
 	c.Namespace("shop")
 	p := &pipeline{
-		t: t, c: c, random: rand.New(rand.NewPCG(s.seed, 0)),
+		t: t, c: c, random: rand.New(rand.NewPCG(seed, 0)),
 		before: os.Getenv("OOM_TEST_BEFORE"), pins: filepath.Join(oomtest.BPFFS(t), "oom-tracer"), state: newDisk(t, "1m"),
+		pods: map[string]*corev1.Pod{}, groups: map[string]*cgroupfs.Cgroup{},
 	}
 	var urls, stores []string
-	for range 1 + 2*(s.seed%2) {
+	for range servers {
 		p.stores = append(p.stores, newDisk(t, "512m"))
 		stores = append(stores, p.stores[len(p.stores)-1].dir)
 	}
@@ -124,13 +132,13 @@ func (s *story) chaos(t *testing.T) {
 		urls = append(urls, "nats://"+one.listen)
 	}
 	root := oomtest.New(t, 512<<20)
-	prepare := func(one *program, change func(*config.Config)) *program {
+	prepare := func(one *program, more func(*config.Config)) *program {
 		cfg, path := newConfig(t, func(cfg *config.Config) {
-			cfg.NATS.URL, cfg.NATS.Stream.DedupWindow, cfg.NATS.Stream.Replicas = p.way(one), time.Second, len(p.nats)
+			cfg.NATS.URL, cfg.NATS.Stream.Replicas = p.way(one), len(p.nats)
 			cfg.Node.Name, cfg.Node.CgroupRoot, cfg.Node.StateFile, cfg.Kernel.PinDir = node, root.Path(), filepath.Join(p.state.dir, "state.json"), p.pins
 			cfg.Policy.InferredLimits = true // not every machine that runs the tests permits hooks
-			cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Owner: 1, Cluster: cluster}
 			change(cfg)
+			more(cfg)
 		})
 		one.cfg, one.out, one.args = cfg, &oomtest.Output{}, append([]string{"--config", path}, one.args...)
 		return one
@@ -155,23 +163,36 @@ func (s *story) chaos(t *testing.T) {
 			}
 		})
 	}
-
-	burstable := oomtest.Child(t, oomtest.Child(t, root, "kubepods", 16<<20), "burstable", cgroupfs.Unlimited)
-	pods, groups := map[string]*corev1.Pod{}, map[string]*cgroupfs.Cgroup{} // by container ID
+	p.burstable = oomtest.Child(t, oomtest.Child(t, root, "kubepods", 16<<20), "burstable", cgroupfs.Unlimited)
 	for i := range owners * podsOfEach {
-		pod := c.Pod("shop", fmt.Sprint("pod-", i), node, deployed(fmt.Sprint("owner-", i%owners)))
-		id := c.ContainerID(pod, "main")
-		pods[id] = pod
-		groups[id] = oomtest.Child(t, oomtest.Child(t, burstable, "pod"+string(pod.UID), cgroupfs.Unlimited), id, cgroupfs.Unlimited)
+		p.pod(fmt.Sprint("pod-", i), fmt.Sprint("owner-", i%owners))
 	}
-	ids := slices.Sorted(maps.Keys(groups))
-	bystander := c.Pod("shop", "bystander", node, deployed("owner-0"))
-	pods["of a pod without a kill"] = bystander
-	changes := p.changes(bystander)
 	eventually(t, "the tracer records", func() error {
 		_, err := os.Stat(filepath.Join(p.pins, "1", "oom_mark_victim"))
 		return err
 	})
+	return p
+}
+
+// pod makes a pod and its cgroups.
+func (p *pipeline) pod(name, owner string) {
+	p.t.Helper()
+	pod := p.c.Pod("shop", name, node, deployed(owner))
+	id := p.c.ContainerID(pod, "main")
+	p.pods[id] = pod
+	p.groups[id] = oomtest.Child(p.t, oomtest.Child(p.t, p.burstable, "pod"+string(pod.UID), cgroupfs.Unlimited), id, cgroupfs.Unlimited)
+}
+
+func (s *story) chaos(t *testing.T) {
+	p := newPipeline(t, s.seed, int(1+2*(s.seed%2)), func(cfg *config.Config) {
+		cfg.NATS.Stream.DedupWindow = time.Second
+		cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Owner: 1, Cluster: clusterBudget}
+	})
+	c, pods, groups, metrics := p.c, p.pods, p.groups, p.tracer.cfg.Metrics.Listen
+	ids := slices.Sorted(maps.Keys(groups))
+	bystander := c.Pod("shop", "bystander", node, deployed("owner-0"))
+	pods["of a pod without a kill"] = bystander
+	changes := p.changes(bystander)
 
 	ended, hog, aside := make(chan error, 1), oomtest.Program(t, "hog"), rand.New(rand.NewPCG(s.seed, 1))
 	go func() {
@@ -216,14 +237,14 @@ func (s *story) chaos(t *testing.T) {
 	var got *ledger
 	deadline := time.Now().Add(2 * patience)
 	for ; ; time.Sleep(time.Second) {
-		got = readLedger(t, r.conn)
-		if len(got.kills)+got.missing+got.maybe >= counted && len(got.outcomes) >= len(got.kills) && p.unpublished(r.cfg.Metrics.Listen) == 0 {
+		got = readLedger(t, p.conn)
+		if len(got.kills)+got.missing+got.maybe >= counted && len(got.outcomes) >= len(got.kills) && p.unpublished(metrics) == 0 {
 			break
 		}
 		if time.Now().After(deadline) {
-			tracer := &rig{cfg: config.Config{Annotator: config.Annotator{Listen: r.cfg.Metrics.Listen}}}
-			_, metrics := tracer.get("/metrics")
-			t.Errorf("after %v; the tracer's metrics:\n%s", 2*patience, regexp.MustCompile(`(?m)^(#|go_|process_|promhttp).*\n`).ReplaceAllString(metrics, ""))
+			tracer := &rig{cfg: config.Config{Annotator: config.Annotator{Listen: metrics}}}
+			_, text := tracer.get("/metrics")
+			t.Errorf("after %v; the tracer's metrics:\n%s", 2*patience, regexp.MustCompile(`(?m)^(#|go_|process_|promhttp).*\n`).ReplaceAllString(text, ""))
 			break
 		}
 	}
@@ -250,8 +271,8 @@ func (s *story) chaos(t *testing.T) {
 			t.Errorf("%d pods of %s were marked", n, owner)
 		}
 	}
-	if len(changed) == 0 || len(changed) > cluster {
-		t.Errorf("%d pods were marked, at most %d may be", len(changed), cluster)
+	if len(changed) == 0 || len(changed) > clusterBudget {
+		t.Errorf("%d pods were marked, at most %d may be", len(changed), clusterBudget)
 	}
 	s.marks = len(changed)
 

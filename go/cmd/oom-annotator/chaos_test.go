@@ -27,6 +27,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
@@ -94,6 +95,10 @@ type pipeline struct {
 	pins     string // the tracer's pin directory
 	replicas []*program
 	refuses  atomic.Bool // the API server, every other time
+
+	burstable *cgroupfs.Cgroup
+	pods      map[string]*corev1.Pod // by container ID
+	groups    map[string]*cgroupfs.Cgroup
 }
 
 // disk is one that can be filled.

@@ -201,7 +201,7 @@ func yamlOf(c config.Config) map[string]any {
 	return map[string]any{
 		"node":   map[string]any{"cgroup_root": c.Node.CgroupRoot, "state_file": c.Node.StateFile, "name": c.Node.Name},
 		"kernel": map[string]any{"pin_dir": c.Kernel.PinDir},
-		"nats":   map[string]any{"url": c.NATS.URL, "stream": map[string]any{"dedup_window": c.NATS.Stream.DedupWindow.String(), "replicas": c.NATS.Stream.Replicas}, "embedded": map[string]any{"listen": c.NATS.Embedded.Listen, "dir": c.NATS.Embedded.Dir, "sync_always": false}},
+		"nats":   map[string]any{"url": c.NATS.URL, "stream": map[string]any{"dedup_window": c.NATS.Stream.DedupWindow.String(), "replicas": c.NATS.Stream.Replicas, "max_bytes": uint64(c.NATS.Stream.MaxBytes)}, "embedded": map[string]any{"listen": c.NATS.Embedded.Listen, "dir": c.NATS.Embedded.Dir, "sync_always": false}},
 		"policy": map[string]any{
 			"annotation": c.Policy.Annotation, "max_event_age": c.Policy.MaxEventAge.String(), "inferred_limits": c.Policy.InferredLimits,
 			"mark_lifetime": c.Policy.MarkLifetime.String(), "condition": c.Policy.Condition,
