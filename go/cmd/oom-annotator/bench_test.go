@@ -346,8 +346,9 @@ func TestBenchMemory(t *testing.T) {
 	const kills = 20_000
 	var events []event.Event
 	for i := range kills {
-		pod := benchPod(i * 7)
-		e := r.killOf(&pod, fmt.Sprintf("%064x", 14*i))
+		j := i * 7 % benchPods()
+		pod := benchPod(j)
+		e := r.killOf(&pod, fmt.Sprintf("%064x", 2*j))
 		e.Node.Name = pod.Spec.NodeName
 		events = append(events, e)
 	}

@@ -118,15 +118,18 @@ func TestScale(t *testing.T) {
 		for i := range f.processes {
 			f.start(i)
 		}
+		began, permitted, failed := time.Now(), 0, 0
 		if name == authLost {
 			time.Sleep(5 * time.Second) // logins fail: a server waits for two seconds
 			for _, a := range f.auths {
 				a.start(t)
 			}
-			auth = f.authPIDs()
+			began, auth, authCPU = time.Now(), f.authPIDs(), 0
+		} else {
+			permitted, failed, authCPU = f.decisions("permitted"), f.decisions("failed"), cpuTime(t, auth)
 		}
 		servers = f.serverPIDs()
-		herd(name, time.Now(), 0, cpuTime(t, auth), f.decisions("permitted"), f.decisions("failed"))
+		herd(name, began, 0, authCPU, permitted, failed)
 		f.holds(storm * (kills + round + 1))
 	}
 	figure("kills: published, lost", "%d, 0", storm*(kills+len(rounds)))
