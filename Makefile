@@ -372,8 +372,14 @@ bench-annotate: build build/hog build/kube ## from 1,000 real kills to the annot
 		$(GO) test -tags bench,$(tags) -count=1 -timeout 20m -run 'TestBench(Memory|Latency|CPU|Idle|RealPods)' -v ./go/cmd/oom-annotator
 
 .PHONY: bench-top
-bench-top: ## oom-tap top and report over 1,000,000 stored messages: time, CPU, memory (takes 2 GiB of disk)
-	$(Q)$(GO) test -tags bench,$(tags) -count=1 -timeout 30m -run TestTopMillion -v ./go/internal/tap
+bench-top: build build/kube ## oom-tap top, report and pod, and oom-annotator explain, over 1,000,000 stored messages: time, CPU, memory (takes 2 GiB of disk)
+	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
+		$(GO) test -tags bench,$(tags) -count=1 -timeout 30m -run TestTopMillion -v ./go/internal/tap
+
+.PHONY: bench-scale
+bench-scale: build build/hog build/nats-server build/kube build/deploy ## CONNECTIONS=10000 tracers on three NATS servers: logins, STORM=1000 nodes with KILLS=10 each, all lose NATS; oom-annotator with PODS=10000, SIMULATED="150000 500000"; MESSAGES=1000000 read; into build/scale.md
+	$(Q)GO=$(GO) TAGS=$(tags) CONNECTIONS=$(CONNECTIONS) STORM=$(STORM) KILLS=$(KILLS) PODS=$(PODS) SIMULATED='$(SIMULATED)' MESSAGES=$(MESSAGES) \
+		tools/bench-scale.sh
 
 .PHONY: bench-loop
 bench-loop: build build/hog build/kube build/oom-descheduler ## from real kills to the eviction, with the descheduler's interval out and in (needs root)

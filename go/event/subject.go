@@ -74,8 +74,12 @@ func NodeToken(node string) (string, error) {
 
 // checkWord has the rule for kinds and classes: one token, and no wildcard.
 func checkWord(s string) error {
-	other := func(r rune) bool { return (r < 'a' || r > 'z') && (r < '0' || r > '9') && r != '_' && r != '-' }
-	if s == "" || strings.ContainsFunc(s, other) {
+	valid := s != ""
+	for i := 0; i < len(s) && valid; i++ {
+		c := s[i]
+		valid = c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '_' || c == '-'
+	}
+	if !valid {
 		return fmt.Errorf("%q is not a word of lower-case letters, digits, '-' and '_'", s)
 	}
 	return nil
@@ -124,13 +128,14 @@ func Filter(kind Kind, class, node string) (string, error) {
 // the same subject of what it returns.
 func ParseSubject(subject string) (kind Kind, class, node string, err error) {
 	rest, ok := strings.CutPrefix(subject, subjectRoot+".")
-	parts := strings.Split(rest, ".")
-	if !ok || len(parts) != 3 || checkWord(parts[0]) != nil || checkWord(parts[1]) != nil {
+	first, rest, _ := strings.Cut(rest, ".")
+	class, token, _ := strings.Cut(rest, ".")
+	if !ok || checkWord(first) != nil || checkWord(class) != nil || token == "" || strings.Contains(token, ".") {
 		return "", "", "", fmt.Errorf("subject %q is not %s.<kind>.<class>.<node>", subject, subjectRoot)
 	}
-	node = strings.ReplaceAll(parts[2], "_", ".")
+	node = strings.ReplaceAll(token, "_", ".")
 	if _, err := NodeToken(node); err != nil {
 		return "", "", "", fmt.Errorf("subject %q: %w", subject, err)
 	}
-	return Kind(parts[0]), parts[1], node, nil
+	return Kind(first), class, node, nil
 }

@@ -40,10 +40,15 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
-const (
-	benchPods  = 150_000
-	benchNodes = 10_000
-)
+const benchNodes = 10_000
+
+// benchPods are those of a simulated API server: 150,000, unless OOM_BENCH_SIMULATED says otherwise.
+var benchPods = sync.OnceValue(func() int {
+	if n, err := strconv.Atoi(os.Getenv("OOM_BENCH_SIMULATED")); err == nil {
+		return n
+	}
+	return 150_000
+})
 
 // figures are what is measured, for build/bench-annotate.json and the log.
 func figure(t *testing.T, name string, value any) {
@@ -119,7 +124,7 @@ var baseBenchPod = sync.OnceValue(func() corev1.Pod {
 	return p
 })
 
-// largeCluster answers like an API server with benchPods pods that nobody changes, in trouble where it says so: to fill a
+// largeCluster answers like an API server with benchPods() pods that nobody changes, in trouble where it says so: to fill a
 // real one with as many takes many minutes and gigabytes.
 type largeCluster struct {
 	watchList bool // it streams all pods, as servers do from Kubernetes 1.34 on
@@ -178,10 +183,10 @@ func (c *largeCluster) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			c.lists.Add(1)
 		}
 		list := corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}, ListMeta: metav1.ListMeta{ResourceVersion: "1000000"}}
-		for i := from; i < min(from+limit, benchPods); i++ {
+		for i := from; i < min(from+limit, benchPods()); i++ {
 			list.Items = append(list.Items, benchPod(i))
 		}
-		if from+limit < benchPods {
+		if from+limit < benchPods() {
 			list.Continue = strconv.Itoa(from + limit)
 		}
 		w.Header().Set("Content-Type", "application/vnd.kubernetes.protobuf")
@@ -206,7 +211,7 @@ func (c *largeCluster) stream(w io.Writer) {
 		_, err := out.Write(frame.Bytes())
 		return err
 	}
-	for i := range benchPods {
+	for i := range benchPods() {
 		pod := benchPod(i)
 		if err := send(watch.Added, &pod); err != nil {
 			return // the client has gone
@@ -317,11 +322,16 @@ func TestBenchRealPods(t *testing.T) {
 // TestBenchMemory: memory and start-up of the annotator in a cluster of 150,000 pods on 10,000 nodes, and how
 // many kills a second are decided there.
 func TestBenchMemory(t *testing.T) {
-	for name, c := range map[string]*largeCluster{"_pages": {}, "_trouble": {trouble: true}, "_stream_trouble": {watchList: true, trouble: true}} {
+	others := map[string]*largeCluster{"_pages": {}, "_trouble": {trouble: true}, "_stream_trouble": {watchList: true, trouble: true}}
+	if os.Getenv("OOM_BENCH_SIMULATED") != "" {
+		others = nil
+	}
+	for name, c := range others {
 		t.Run(name, func(t *testing.T) { benchReady(t, c, name) })
 	}
 	r := benchReady(t, &largeCluster{watchList: true}, "")
 	one := benchPod(1)
+	figure(t, "simulated_pods", benchPods())
 	figure(t, "bytes_of_a_pod_in_the_api", one.Size())
 	pid := r.annotator.cmd.Process.Pid
 	_, body := r.get("/metrics")
@@ -343,8 +353,9 @@ func TestBenchMemory(t *testing.T) {
 	const kills = 20_000
 	var events []event.Event
 	for i := range kills {
-		pod := benchPod(i * 7)
-		e := r.killOf(&pod, fmt.Sprintf("%064x", 14*i))
+		j := i * 7 % benchPods()
+		pod := benchPod(j)
+		e := r.killOf(&pod, fmt.Sprintf("%064x", 2*j))
 		e.Node.Name = pod.Spec.NodeName
 		events = append(events, e)
 	}

@@ -34,6 +34,17 @@ type trialOptions struct {
 	output string
 }
 
+// maxWaiting bounds the kills whose outcomes are waited for. An outcome follows its kill within seconds.
+const maxWaiting = 10_000
+
+// tried is a kill with what would become of it, and what did.
+type tried struct {
+	e          *event.Event
+	raw        []byte // for JSON
+	would, was *event.Outcome
+	written    bool
+}
+
 // explain prints what the config would do about the kills of the stream.
 func explain(ctx context.Context, cfg config.Config, o trialOptions, log *slog.Logger, stdout, stderr io.Writer) error {
 	conn, err := bus.Connect(ctx, cfg.NATS, bus.Options{Name: name + "-explain"}, log)
@@ -54,56 +65,77 @@ func explain(ctx context.Context, cfg config.Config, o trialOptions, log *slog.L
 		patterns = append(patterns, pattern)
 	}
 
-	// An outcome comes after its kill, and other kills in between.
-	type tried struct {
-		e     *event.Event
-		raw   []byte
-		would *event.Outcome
-	}
-	var all []tried
-	seen, was := map[string]struct{}{}, map[string]*event.Outcome{}
-	dryRun := annotate.DryRun{Policy: cfg.Policy, Finder: store}
-	err = bus.Tail(ctx, conn, bus.TailOptions{Subjects: patterns, Since: time.Now().Add(-o.since)}, func(m bus.Stored) error {
-		if strings.HasPrefix(m.Subject, "oom.v1."+string(event.KindOutcome)+".") {
-			o, err := event.ParseOutcome(m.Data)
-			if err == nil && was[o.Kill] == nil && o.Stage == event.StageAnnotate {
-				was[o.Kill] = &o
-			}
-			return nil // what is none is no kill's
-		}
-		e, would := dryRun.Decide(&m)
-		if _, again := seen[would.Kill]; !again {
-			seen[would.Kill] = struct{}{}
-			all = append(all, tried{e, m.Data, would})
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-
 	var table text.Table
-	counts := map[string]int{}
-	for _, t := range all {
+	counts, total := map[string]int{}, 0
+	write := func(t *tried) error {
 		counts[verdict(t.would)]++
-		line := []byte(explained(&table, t.e, t.would, was[t.would.Kill]))
+		total++
+		line := []byte(explained(&table, t.e, t.would, t.was))
 		if o.output == "json" {
 			kill := json.RawMessage(t.raw)
 			if !json.Valid(kill) {
 				kill = nil
 			}
-			if line, err = json.Marshal(map[string]any{"kill": kill, "would": t.would, "was": was[t.would.Kill]}); err != nil {
+			if line, err = json.Marshal(map[string]any{"kill": kill, "would": t.would, "was": t.was}); err != nil {
 				return fmt.Errorf("write: %w", err)
 			}
 		}
-		switch _, err := fmt.Fprintf(stdout, "%s\n", line); {
-		case errors.Is(err, syscall.EPIPE):
-			return nil
-		case err != nil:
+		if _, err := fmt.Fprintf(stdout, "%s\n", line); err != nil {
 			return fmt.Errorf("write: %w", err)
 		}
+		return nil
 	}
-	summary := fmt.Sprintf("%d kills within %s; nothing was marked by this. It would be:\n", len(all), o.since)
+	// An outcome comes after its kill, and other kills in between: the last maxWaiting kills are kept, and written in their order.
+	waiting := map[string]*tried{}
+	var order []*tried
+	flush := func(most int) error {
+		for len(order) > most || len(order) > 0 && order[0].was != nil {
+			if err := write(order[0]); err != nil {
+				return err
+			}
+			order[0].written, order = true, order[1:]
+		}
+		return nil
+	}
+	var seen []string // the keys of waiting, from the oldest on; some are written, and kept for kills that come twice
+	dryRun := annotate.DryRun{Policy: cfg.Policy, Finder: store}
+	err = bus.Tail(ctx, conn, bus.TailOptions{Subjects: patterns, Since: time.Now().Add(-o.since)}, func(m bus.Stored) error {
+		if strings.HasPrefix(m.Subject, "oom.v1."+string(event.KindOutcome)+".") {
+			o, err := event.ParseOutcome(m.Data)
+			if err != nil || o.Stage != event.StageAnnotate {
+				return nil // what is none is no kill's
+			}
+			if t := waiting[o.Kill]; t != nil && t.was == nil && !t.written {
+				t.was = &o
+			}
+			return flush(maxWaiting)
+		}
+		e, would := dryRun.Decide(&m)
+		if waiting[would.Kill] != nil {
+			return nil
+		}
+		t := &tried{e: e, would: would}
+		if o.output == "json" {
+			t.raw = m.Data
+		}
+		waiting[would.Kill] = t
+		order = append(order, t)
+		if seen = append(seen, would.Kill); len(seen) > 2*maxWaiting {
+			delete(waiting, seen[0])
+			seen = seen[1:]
+		}
+		return flush(maxWaiting)
+	})
+	if err == nil {
+		err = flush(0)
+	}
+	switch {
+	case errors.Is(err, syscall.EPIPE):
+		return nil
+	case err != nil:
+		return err
+	}
+	summary := fmt.Sprintf("%d kills within %s; nothing was marked by this. It would be:\n", total, o.since)
 	for _, v := range slices.Sorted(maps.Keys(counts)) {
 		summary += fmt.Sprintf("%7d  %s\n", counts[v], v)
 	}

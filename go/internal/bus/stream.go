@@ -263,18 +263,19 @@ func set[T comparable](field *T, value T, changed *bool) {
 
 // covers tells whether the subject pattern a takes everything that b takes.
 func covers(a, b string) bool {
-	as, bs := strings.Split(a, "."), strings.Split(b, ".")
-	for i, t := range as {
+	for {
+		t, restA, moreA := strings.Cut(a, ".")
+		u, restB, moreB := strings.Cut(b, ".")
 		switch {
 		case t == ">":
-			return len(bs) > i
-		case i >= len(bs) || bs[i] == ">":
+			return true
+		case u == ">", t != "*" && t != u:
 			return false
-		case t != "*" && t != bs[i]:
-			return false
+		case !moreA || !moreB:
+			return moreA == moreB
 		}
+		a, b = restA, restB
 	}
-	return len(as) == len(bs)
 }
 
 // Check asks whether JetStream is enabled for the account, and whether the stream [event.StreamName] exists, within 5 s, if

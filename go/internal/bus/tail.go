@@ -164,7 +164,7 @@ func (t *tail) read(ctx context.Context) error {
 		return nil
 	}
 
-	messages, err := consumer.Messages(jetstream.PullMaxMessages(256), jetstream.PullHeartbeat(requestTimeout))
+	messages, err := consumer.Messages(jetstream.PullMaxMessages(512), jetstream.PullHeartbeat(requestTimeout))
 	if err != nil {
 		return fmt.Errorf("read: %w", err)
 	}

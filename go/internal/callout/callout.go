@@ -20,11 +20,13 @@ const (
 	subject    = "$SYS.REQ.USER.AUTH"
 	xkeyHeader = "Nats-Server-Xkey"
 	account    = "OOM_TRACERS" // of accounts.conf
-	// A tracer waits for two seconds (lateHint in bus), and comes again. So questions do not wait for longer here: what exceeds atOnce under
-	// way and maxWaiting is dropped, or thousands of nodes that come at once would all be answered too late.
+	// A tracer waits for two seconds (lateHint in bus), and comes again. An answer that comes later has cost a review for nothing, and
+	// when thousands of nodes come at once, all would. So what exceeds atOnce under way and maxWaiting is dropped, and so is what
+	// has waited for waitTime. An answer comes within answerTime, from when the question came.
 	atOnce     = 64
 	maxWaiting = 128
-	answerTime = 2 * time.Second
+	waitTime   = 700 * time.Millisecond
+	answerTime = 1700 * time.Millisecond
 	// failingFor is how long a failed review counts. Tracers come again sooner.
 	failingFor = time.Minute
 )
@@ -87,22 +89,42 @@ func (s *Service) note(err error) {
 	}
 }
 
-// Serve answers until ctx ends, and then finishes the answers under way. Any number of replicas share the questions.
+// asked is a question, and when it came.
+type asked struct {
+	*nats.Msg
+	at time.Time
+}
+
+// Serve answers until ctx ends, and then what has come by then. Any number of replicas share the questions.
 func (s *Service) Serve(ctx context.Context, nc *nats.Conn) error {
-	slots := make(chan struct{}, atOnce)
-	var answers sync.WaitGroup
+	questions, last := make(chan asked, maxWaiting), make(chan struct{})
 	sub, err := nc.QueueSubscribe(subject, "oom-auth", func(m *nats.Msg) {
-		slots <- struct{}{}
-		answers.Go(func() {
-			defer func() { <-slots }()
-			s.handle(context.WithoutCancel(ctx), m)
-		})
+		select {
+		case questions <- asked{m, time.Now()}:
+		default:
+		}
 	})
 	if err != nil {
 		return fmt.Errorf("subscribe to %s: %w", subject, err)
 	}
-	if err := sub.SetPendingLimits(maxWaiting, -1); err != nil {
-		return fmt.Errorf("subscribe to %s: %w", subject, err)
+	var answers sync.WaitGroup
+	for range atOnce {
+		answers.Go(func() {
+			for {
+				select {
+				case q := <-questions:
+					s.handle(context.WithoutCancel(ctx), q)
+					continue
+				case <-last:
+				}
+				select {
+				case q := <-questions:
+					s.handle(context.WithoutCancel(ctx), q)
+				default:
+					return
+				}
+			}
+		})
 	}
 	<-ctx.Done()
 	// What the server has sent to us already, no other replica answers.
@@ -111,11 +133,17 @@ func (s *Service) Serve(ctx context.Context, nc *nats.Conn) error {
 			time.Sleep(10 * time.Millisecond)
 		}
 	}
+	close(last)
 	answers.Wait()
 	return nil
 }
 
-func (s *Service) handle(ctx context.Context, m *nats.Msg) {
+func (s *Service) handle(ctx context.Context, m asked) {
+	if time.Since(m.at) > waitTime {
+		return
+	}
+	ctx, cancel := context.WithDeadline(ctx, m.at.Add(answerTime))
+	defer cancel()
 	reply, err := s.answer(ctx, m.Data, m.Header.Get(xkeyHeader))
 	if err != nil {
 		s.decisions.WithLabelValues(failed).Inc()
@@ -174,8 +202,6 @@ func (s *Service) decide(ctx context.Context, question *jwt.AuthorizationRequest
 	if question.ConnectOptions.Token == "" {
 		return "", fmt.Errorf("%w: no token, and no user of the server's configuration", ErrRefused)
 	}
-	ctx, cancel := context.WithTimeout(ctx, answerTime)
-	defer cancel()
 	who, err := s.reviewer.Review(ctx, question.ConnectOptions.Token)
 	s.note(err)
 	if err != nil {

@@ -3,10 +3,15 @@ package callout
 import (
 	"encoding/base64"
 	"errors"
+	"io"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"testing"
+	"time"
 
 	"github.com/nats-io/jwt/v2"
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nkeys"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"k8s.io/client-go/rest"
@@ -62,8 +67,8 @@ func question(t testing.TB, k *Keys, text string) (data []byte, server string, c
 	return data, server, curve
 }
 
-// asked is a question of a server about a client with a token.
-func asked(t testing.TB, token string) string {
+// questionOf is a question of a server about a client with a token.
+func questionOf(t testing.TB, token string) string {
 	t.Helper()
 	server, err1 := nkeys.CreateServer()
 	user, err2 := nkeys.CreateUser()
@@ -115,7 +120,7 @@ func FuzzAnswer(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add("", "")
-	f.Add(asked(f, "x")+"x", server)
+	f.Add(questionOf(f, "x")+"x", server)
 	f.Add("e30.e30.e30", server)
 	f.Fuzz(func(t *testing.T, text, key string) {
 		data, err := curve.Seal([]byte(text), s.keys.XKey)
@@ -134,7 +139,7 @@ func FuzzAnswer(f *testing.F) {
 // TestAnswer: a question gets an answer that only its server can read; a client whose token says nothing is refused.
 func TestAnswer(t *testing.T) {
 	s := service(t)
-	data, server, curve := question(t, s.keys, asked(t, "x"))
+	data, server, curve := question(t, s.keys, questionOf(t, "x"))
 	reply, err := s.answer(t.Context(), data, server)
 	if err != nil {
 		t.Fatal(err)
@@ -149,5 +154,33 @@ func TestAnswer(t *testing.T) {
 	}
 	if n := testutil.ToFloat64(s.decisions.WithLabelValues(refused)); n != 1 {
 		t.Errorf("%v refused", n)
+	}
+}
+
+// TestLate: what has waited too long is not looked at, and a review ends before the client does, from when its question came.
+func TestLate(t *testing.T) {
+	s := service(t)
+	came := make(chan struct{}, 1)
+	slow := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body) // only then the server notices that the client leaves
+		came <- struct{}{}
+		<-r.Context().Done()
+	}))
+	defer slow.Close()
+	var err error
+	if s.reviewer, err = NewTokenReviewer(&rest.Config{Host: slow.URL}, "ns/tracer", "nats", "test"); err != nil {
+		t.Fatal(err)
+	}
+	data, server, _ := question(t, s.keys, questionOf(t, token(`{"sub":"system:serviceaccount:ns:tracer","aud":["nats"],"exp":9999999999}`)))
+	m := &nats.Msg{Data: data, Header: nats.Header{xkeyHeader: {server}}}
+	s.handle(t.Context(), asked{m, time.Now().Add(-waitTime)})
+	if len(came) > 0 || testutil.ToFloat64(s.decisions.WithLabelValues(failed)) > 0 {
+		t.Error("a question that had waited was looked at")
+	}
+	const waited = waitTime / 2
+	began := time.Now()
+	s.handle(t.Context(), asked{m, began.Add(-waited)})
+	if took := time.Since(began); len(came) == 0 || took > answerTime-waited/2 || took < answerTime-2*waited {
+		t.Errorf("the review ended after %s, with %d requests", took, len(came))
 	}
 }

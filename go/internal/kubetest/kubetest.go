@@ -268,6 +268,9 @@ func (p *Process) Start(t testing.TB) {
 	p.cmd, p.exited = cmd, exited
 }
 
+// PID is the process ID of a process that was started.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
 // End ends the process, if there is one, and waits until it is gone.
 func (p *Process) End(t testing.TB) {
 	t.Helper()

@@ -2,6 +2,7 @@ package tap
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -77,17 +78,96 @@ func (m *message) line(table *text.Table) string {
 	return table.Line(m.kill)
 }
 
-// each calls do with each message of a stream. A message that cannot be read is reported and skipped. An error of do ends
-// the reading.
+// each calls do with each message of a stream, in its order. A message that cannot be read is reported and skipped. An error of do
+// ends the reading.
 func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, do func(bus.Stored, message) error) error {
-	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
-		r, err := read(m)
+	return eachBy(ctx, conn, t, read, stderr, do)
+}
+
+// eachBy is each with a function that reads a message. It may be called by several goroutines at once.
+func eachBy(ctx context.Context, conn *bus.Conn, t bus.TailOptions, read func(bus.Stored) (message, error), stderr io.Writer, do func(bus.Stored, message) error) error {
+	take := func(m bus.Stored, r message, err error) error {
 		if err != nil {
 			fmt.Fprintf(stderr, "oom-tap: message %d on %s skipped: %s\n", m.Seq, text.Printable(m.Subject), text.Printable(err.Error()))
 			return nil
 		}
 		return do(m, r)
+	}
+	if !t.Follow {
+		return inBatches(ctx, conn, t, read, take)
+	}
+	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
+		r, err := read(m)
+		return take(m, r, err)
 	})
+}
+
+const (
+	batchSize  = 64 // messages
+	maxBatches = 8  // that wait
+	readers    = 2  // more than these, and the server is what takes the time
+)
+
+// batch is some messages, and what was read of each once done is closed.
+type batch struct {
+	stored []bus.Stored
+	read   []message
+	errs   []error
+	done   chan struct{}
+}
+
+// inBatches has messages fetched, read and taken at the same time.
+func inBatches(ctx context.Context, conn *bus.Conn, t bus.TailOptions, read func(bus.Stored) (message, error), take func(bus.Stored, message, error) error) error {
+	toRead, toTake := make(chan *batch, maxBatches), make(chan *batch, maxBatches)
+	for range readers {
+		go func() {
+			for b := range toRead {
+				for i, m := range b.stored {
+					b.read[i], b.errs[i] = read(m)
+				}
+				close(b.done)
+			}
+		}()
+	}
+	var failure error // once stopped is closed
+	stopped, taken := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(taken)
+		for b := range toTake {
+			<-b.done
+			for i := 0; i < len(b.stored) && failure == nil; i++ {
+				if failure = take(b.stored[i], b.read[i], b.errs[i]); failure == nil && ctx.Err() != nil {
+					failure = fmt.Errorf("tail stream %s: %w", cmp.Or(t.Stream, event.StreamName), context.Cause(ctx))
+				}
+				if failure != nil {
+					close(stopped)
+				}
+			}
+		}
+	}()
+	var stored []bus.Stored
+	send := func() {
+		b := &batch{stored, make([]message, len(stored)), make([]error, len(stored)), make(chan struct{})}
+		stored = nil
+		toTake <- b
+		toRead <- b
+	}
+	err := bus.Tail(ctx, conn, t, func(m bus.Stored) error {
+		select {
+		case <-stopped:
+			return failure
+		default:
+		}
+		if stored = append(stored, m); len(stored) == batchSize {
+			send()
+		}
+		return nil
+	})
+	send()
+	close(toRead)
+	close(toTake)
+	<-taken
+	return cmp.Or(failure, err)
 }
 
 // errEnough ends a command with success: --count is reached, or the reader of the output (head, grep -m) has exited.

@@ -120,7 +120,11 @@ func count(ctx context.Context, conn *bus.Conn, o options, now time.Time, stderr
 		patterns = append(patterns, pattern)
 	}
 	c := newCounter(o, now.Add(-o.since/2))
-	err := each(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, stderr, func(m bus.Stored, r message) error {
+	readKill := read
+	if !o.advice {
+		readKill = readBrief
+	}
+	err := eachBy(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, readKill, stderr, func(m bus.Stored, r message) error {
 		c.take(m, r)
 		return nil
 	})
