@@ -158,6 +158,33 @@ func TestFullIsFull(t *testing.T) {
 	walk("Event", reflect.ValueOf(full()))
 }
 
+// refuses demands that parse refuses a message of another schema, and one without a key. A key is "key", or "key=path" where an error
+// names it by its path.
+func refuses[M any](t *testing.T, what string, message M, parse func([]byte) (M, error), keys ...string) {
+	t.Helper()
+	data, err := json.Marshal(message)
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole := string(data)
+	want := map[string]string{
+		"": "", "[]": "", "{}": ": schema is missing", strings.Replace(whole, "/v1", "/v2", 1): "unknown schema",
+	}
+	for _, key := range keys {
+		key, path, named := strings.Cut(key, "=")
+		if !named {
+			path = key
+		}
+		want[strings.Replace(whole, `"`+key+`":`, `"no `+key+`":`, 1)] = ": " + path + " is missing"
+	}
+	for text, want := range want {
+		if _, err := parse([]byte(text)); err == nil || !strings.HasPrefix(err.Error(), "parse "+what) || !strings.Contains(err.Error(), want) ||
+			errors.Is(err, event.ErrSchema) != (want == "unknown schema") {
+			t.Errorf("%s: %v, want %q", text, err, want)
+		}
+	}
+}
+
 // edited is full() as JSON with one field set to the JSON text, or without it where that is empty. The
 // field is a path with dots.
 func edited(t *testing.T, field, text string) []byte {

@@ -1,10 +1,7 @@
 package event_test
 
 import (
-	"encoding/json"
-	"errors"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -26,26 +23,7 @@ func TestEvictionGolden(t *testing.T) {
 }
 
 func TestParseEvictionRefuses(t *testing.T) {
-	data, err := json.Marshal(fullEviction())
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := string(data)
-	for _, tt := range []struct{ text, want string }{
-		{"", "parse eviction"},
-		{"{}", "parse eviction: schema is missing"},
-		{strings.Replace(text, `"id"`, `"id2"`, 1), "parse eviction: id is missing"},
-		{strings.Replace(text, `"time"`, `"time2"`, 1), "parse eviction: time is missing"},
-		{strings.Replace(text, `"node"`, `"node2"`, 1), "parse eviction: node is missing"},
-		{strings.Replace(text, `"uid"`, `"uid2"`, 1), "parse eviction: pod.uid is missing"},
-	} {
-		if _, err := event.ParseEviction([]byte(tt.text)); err == nil || !strings.Contains(err.Error(), tt.want) {
-			t.Errorf("%s: %v, want %q", tt.text, err, tt.want)
-		}
-	}
-	if _, err := event.ParseEviction([]byte(strings.Replace(text, "v1", "v2", 1))); !errors.Is(err, event.ErrSchema) {
-		t.Errorf("another schema: %v", err)
-	}
+	refuses(t, "eviction", fullEviction(), event.ParseEviction, "id", "time", "node", "uid=pod.uid")
 }
 
 // An eviction's subject is the pod's alone, and the stream takes it.

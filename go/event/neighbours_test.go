@@ -1,8 +1,6 @@
 package event_test
 
 import (
-	"encoding/json"
-	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -69,26 +67,7 @@ func TestNeighboursSubject(t *testing.T) {
 }
 
 func TestParseNeighboursRefuses(t *testing.T) {
-	data, err := json.Marshal(fullNeighbours())
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := string(data)
-	for _, tt := range []struct{ text, want string }{
-		{"", "parse neighbours"},
-		{"{}", "parse neighbours: schema is missing"},
-		{strings.Replace(text, `"id"`, `"id2"`, 1), "parse neighbours: id is missing"},
-		{strings.Replace(text, `"incident"`, `"incident2"`, 1), "parse neighbours: incident is missing"},
-		{strings.Replace(text, `"time"`, `"time2"`, 1), "parse neighbours: time is missing"},
-		{strings.Replace(text, `"name"`, `"name2"`, 1), "parse neighbours: node.name is missing"},
-	} {
-		if _, err := event.ParseNeighbours([]byte(tt.text)); err == nil || !strings.Contains(err.Error(), tt.want) {
-			t.Errorf("%s: %v, want %q", tt.text, err, tt.want)
-		}
-	}
-	if _, err := event.ParseNeighbours([]byte(strings.Replace(text, "v1", "v2", 1))); !errors.Is(err, event.ErrSchema) {
-		t.Errorf("another schema: %v", err)
-	}
+	refuses(t, "neighbours", fullNeighbours(), event.ParseNeighbours, "id", "incident", "time", "name=node.name")
 }
 
 func TestBeyondPod(t *testing.T) {

@@ -2,9 +2,7 @@ package event_test
 
 import (
 	"encoding/json"
-	"errors"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -39,28 +37,7 @@ func TestOutcomeGolden(t *testing.T) {
 }
 
 func TestParseOutcomeRefuses(t *testing.T) {
-	data, err := json.Marshal(fullOutcome())
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := string(data)
-	for _, tt := range []struct{ text, want string }{
-		{"", "parse outcome"},
-		{"{}", "parse outcome: schema is missing"},
-		{strings.Replace(text, `"id"`, `"id2"`, 1), "parse outcome: id is missing"},
-		{strings.Replace(text, `"kill"`, `"kill2"`, 1), "parse outcome: kill is missing"},
-		{strings.Replace(text, `"time"`, `"time2"`, 1), "parse outcome: time is missing"},
-		{strings.Replace(text, `"node"`, `"node2"`, 1), "parse outcome: node is missing"},
-		{strings.Replace(text, `"result"`, `"result2"`, 1), "parse outcome: result is missing"},
-		{strings.Replace(text, `"reason"`, `"reason2"`, 1), "parse outcome: reason is missing"},
-	} {
-		if _, err := event.ParseOutcome([]byte(tt.text)); err == nil || !strings.Contains(err.Error(), tt.want) {
-			t.Errorf("%s: %v, want %q", tt.text, err, tt.want)
-		}
-	}
-	if _, err := event.ParseOutcome([]byte(strings.Replace(text, "v1", "v2", 1))); !errors.Is(err, event.ErrSchema) {
-		t.Errorf("another schema: %v", err)
-	}
+	refuses(t, "outcome", fullOutcome(), event.ParseOutcome, "id", "kill", "time", "node", "result", "reason")
 }
 
 // An outcome's subject is the stage's and the kill's, whatever the result, and the stream takes it.

@@ -2,7 +2,6 @@ package bus_test
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -25,6 +24,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus/embedded"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 // Every server of these tests is a real one on 127.0.0.1: embedded, or a process of its own.
@@ -75,26 +75,8 @@ func wantError(t *testing.T, err error, words ...string) {
 	}
 }
 
-// logs keeps what is logged, and shows it when the test fails.
-type logs struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *logs) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *logs) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-func newLog(t testing.TB) (*slog.Logger, *logs) {
-	l := &logs{}
+func newLog(t testing.TB) (*slog.Logger, *oomtest.Output) {
+	l := &oomtest.Output{}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("log:\n%s", l)

@@ -129,7 +129,7 @@ func TestConnectSecretsChange(t *testing.T) {
 	d.conf = strings.Replace(d.conf, "first", "second", 1)
 	d.start()
 	enqueue(t, p, 0, 5)
-	refusals := func(c *bus.Conn, logged *logs) {
+	refusals := func(c *bus.Conn, logged *oomtest.Output) {
 		t.Helper()
 		// nats.go gives up after the second one, unless told otherwise. Neither it nor the log announces them.
 		for c.NATS().Stats().Reconnects < 3 || !strings.Contains(logged.String(), "Authorization Violation") {

@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
+	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -162,7 +163,7 @@ func TestExpositionGolden(t *testing.T) {
 func TestUnreadableCounterIsAbsent(t *testing.T) {
 	reg := NewRegistry("oom-test")
 	reg.MustRegister(NewOOMKillCollector("testdata/proc-old"))
-	var log syncBuffer
+	var log oomtest.Output
 	url := serveLogging(t, reg, Checks{}, slog.New(slog.NewTextHandler(&log, nil)))
 	for range 2 { // an error is in the count from the next scrape on
 		status, body := get(t, url+"/metrics")

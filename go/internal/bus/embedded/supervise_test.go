@@ -54,7 +54,7 @@ type supervised struct {
 	*embedded.Server
 	conn      *bus.Conn
 	publisher *bus.Publisher
-	log       *logs
+	log       *oomtest.Output
 	next      int
 }
 
