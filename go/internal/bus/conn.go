@@ -375,7 +375,9 @@ func parseDenial(err error) denial {
 	return d
 }
 
-func (c *Conn) isInbox(d denial) bool { return d.subscribe && strings.HasPrefix(d.subject, c.inbox+".") }
+func (c *Conn) isInbox(d denial) bool {
+	return d.subscribe && strings.HasPrefix(d.subject, c.inbox+".")
+}
 
 // watch has tell called for every denial until the returned function is called. tell must not block.
 func (c *Conn) watch(tell func(denial)) (stop func()) {

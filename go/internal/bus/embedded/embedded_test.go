@@ -194,7 +194,7 @@ func TestRestart(t *testing.T) {
 
 // Only its user gets in.
 func TestLogin(t *testing.T) {
-	cfg := config.Embedded{Listen: "localhost:0", Dir: t.TempDir()}
+	cfg := config.Embedded{Listen: "127.0.0.1:0", Dir: t.TempDir()}
 	s := start(t, cfg)
 	password, err := bus.ReadEmbeddedPassword(cfg.Dir)
 	check(t, err)
