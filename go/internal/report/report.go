@@ -12,6 +12,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/advice"
+	"github.com/oom-tracer/oom-tracer/go/internal/fifo"
 )
 
 const (
@@ -99,9 +100,9 @@ type Report struct {
 	nodes      map[string]*node
 	namespaces map[string]*series
 	workloads  map[string]*series
-	waiting    fifo[*event.Neighbours] // by decision
-	marks      fifo[event.Result]      // by kill: what became of the mark
-	results    map[event.Result]int    // of the marks
+	waiting    *fifo.Map[*event.Neighbours] // by decision
+	marks      *fifo.Map[struct{}]          // by kill: what became of the mark is not known yet
+	results    map[event.Result]int         // of the marks
 }
 
 // incident is kills that belong together.
@@ -157,7 +158,7 @@ func New(o Options) *Report {
 	return &Report{
 		o: o, open: map[string][]*incident{}, decisions: map[string]*incident{}, byKill: map[string]*kill{}, causes: map[cause]int{},
 		nodes: map[string]*node{}, namespaces: map[string]*series{}, workloads: map[string]*series{},
-		waiting: newFIFO[*event.Neighbours](), marks: newFIFO[event.Result](), results: map[event.Result]int{},
+		waiting: fifo.New[*event.Neighbours](maxWaiting), marks: fifo.New[struct{}](maxWaiting), results: map[event.Result]int{},
 	}
 }
 
@@ -193,7 +194,7 @@ func (r *Report) Kill(workload string, e *event.Event, o *event.Outcome) {
 		i.last = e.Time
 	}
 	if o != nil && o.Result == event.ResultAnnotated {
-		r.marks.add(e.ID, event.ResultAnnotated)
+		r.marks.Add(e.ID, struct{}{})
 		r.results[event.ResultAnnotated]++
 	}
 	if len(i.full) < maxKills {
@@ -232,7 +233,7 @@ func (r *Report) incident(e *event.Event) *incident {
 	if len(of.decisions) < maxDecisions {
 		of.decisions = append(of.decisions, decision)
 		r.decisions[decision] = of
-		if n, ok := r.waiting.take(decision); ok {
+		if n, ok := r.waiting.Take(decision); ok {
 			of.usage(n)
 		}
 	}
@@ -321,7 +322,7 @@ func (r *Report) Outcome(o *event.Outcome) {
 			k.of.others = o.Detail
 		}
 	case event.StageClose:
-		if _, ok := r.marks.take(o.Kill); ok {
+		if _, ok := r.marks.Take(o.Kill); ok {
 			r.results[o.Result]++
 		}
 		if k != nil && k.end == nil {
@@ -338,7 +339,7 @@ func (r *Report) Neighbours(n *event.Neighbours) {
 	case k != nil:
 		k.of.usage(n)
 	default:
-		r.waiting.add(n.Incident, n)
+		r.waiting.Add(n.Incident, n)
 	}
 }
 
@@ -394,29 +395,4 @@ func named[T any](all map[string]*T, name string) *T {
 		}
 	}
 	return all[name]
-}
-
-// fifo holds the last values, by their keys.
-type fifo[T any] struct {
-	values map[string]T
-	order  []string
-}
-
-func newFIFO[T any]() fifo[T] { return fifo[T]{values: map[string]T{}} }
-
-func (f *fifo[T]) add(key string, value T) {
-	if _, ok := f.values[key]; !ok {
-		f.order = append(f.order, key)
-	}
-	f.values[key] = value
-	if len(f.order) > maxWaiting {
-		delete(f.values, f.order[0])
-		f.order = f.order[1:]
-	}
-}
-
-func (f *fifo[T]) take(key string) (T, bool) {
-	value, ok := f.values[key]
-	delete(f.values, key)
-	return value, ok
 }

@@ -225,26 +225,3 @@ func oneLine(data []byte) []byte {
 	}
 	return compact.Bytes()
 }
-
-// recent holds the last IDs, as many as its size.
-type recent struct {
-	ids   map[string]struct{}
-	order []string
-	next  int
-}
-
-func newRecent(size int) *recent {
-	return &recent{ids: make(map[string]struct{}, size), order: make([]string, size)}
-}
-
-// add reports whether id is new.
-func (r *recent) add(id string) bool {
-	if _, ok := r.ids[id]; ok {
-		return false
-	}
-	delete(r.ids, r.order[r.next])
-	r.order[r.next] = id
-	r.ids[id] = struct{}{}
-	r.next = (r.next + 1) % len(r.order)
-	return true
-}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/fifo"
 )
 
 const (
@@ -32,7 +33,7 @@ type joiner struct {
 	out *printer
 
 	mu    sync.Mutex
-	seen  *recent
+	seen  *fifo.Map[struct{}]
 	kills map[string]*killed // by ID
 	order []string           // of kills
 	next  int                // of order: the first that may have to be shown without an outcome
@@ -50,7 +51,7 @@ func (j *joiner) take(m bus.Stored, r message) error {
 		return err
 	}
 	switch {
-	case !j.seen.add(r.id):
+	case !j.seen.AddNew(r.id, struct{}{}):
 		return nil
 	case r.kill != nil:
 		return j.wait(r.id, &killed{event: r.kill, raw: m.Data, stored: m.Time})
@@ -158,7 +159,7 @@ func (j *joiner) print(e *event.Event, o *event.Outcome, kill, outcome []byte) e
 
 // outcomes prints kills with their outcomes; see tail.
 func outcomes(ctx context.Context, conn *bus.Conn, o options, t bus.TailOptions, p *printer, stderr io.Writer) error {
-	j := &joiner{o: o, out: p, seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
+	j := &joiner{o: o, out: p, seen: fifo.New[struct{}](4 * maxKills), kills: map[string]*killed{}}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var idleErr error

@@ -13,6 +13,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
+	"github.com/oom-tracer/oom-tracer/go/internal/fifo"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
@@ -30,8 +31,7 @@ type story struct {
 	ours  map[string]bool // the kills that were shown, by ID
 	gaps  int             // of all nodes
 	// The kills in pods that have no outcome. Of more than maxKills the oldest are counted only.
-	waiting   map[string]bool
-	order     []string
+	waiting   *fifo.Map[struct{}]
 	forgotten int
 }
 
@@ -50,7 +50,7 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 	}
 	from := time.Now().Add(-o.since)
 	p := newPrinter(stdout, o)
-	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: map[string]bool{}, ours: map[string]bool{}, restarts: map[[2]string][2]uint32{}}
+	s := &story{o: o, results: map[string]event.Result{}, uids: map[string]bool{}, nodes: map[string]bool{}, waiting: fifo.New[struct{}](maxKills), ours: map[string]bool{}, restarts: map[[2]string][2]uint32{}}
 
 	// What cannot be read is reported by the second reading.
 	err := each(ctx, conn, bus.TailOptions{Subjects: []string{pattern[event.KindOutcome]}, Since: from}, io.Discard, func(m bus.Stored, r message) error {
@@ -67,12 +67,12 @@ func pod(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Write
 		return err
 	}
 	oldest := time.Time{}
-	seen := newRecent(4 * maxKills)
+	seen := fifo.New[struct{}](4 * maxKills)
 	err = each(ctx, conn, bus.TailOptions{Subjects: slices.Collect(maps.Values(pattern)), Since: from}, stderr, func(m bus.Stored, r message) error {
 		if oldest.IsZero() {
 			oldest = m.Time
 		}
-		if !seen.add(r.id) || !s.take(&r) {
+		if !seen.AddNew(r.id, struct{}{}) || !s.take(&r) {
 			return nil
 		}
 		return p.print(r.line(&p.table), m.Data)
@@ -127,7 +127,7 @@ func (s *story) restarted(o *event.Outcome) {
 func (s *story) take(r *message) bool {
 	switch {
 	case r.outcome != nil:
-		delete(s.waiting, r.outcome.Kill)
+		s.waiting.Take(r.outcome.Kill)
 		if !s.isOurs(r.outcome.Pod) {
 			return false
 		}
@@ -148,7 +148,9 @@ func (s *story) take(r *message) bool {
 	_, ours := s.results[r.id]
 	if c := r.kill.Container; c != nil {
 		if ours = ours || c.PodUID != "" && s.uids[c.PodUID]; !ours {
-			s.wait(r.id)
+			if _, dropped := s.waiting.Add(r.id, struct{}{}); dropped {
+				s.forgotten++
+			}
 		}
 	}
 	if ours {
@@ -158,25 +160,13 @@ func (s *story) take(r *message) bool {
 	return ours
 }
 
-// wait notes a kill in a pod that has no outcome yet.
-func (s *story) wait(kill string) {
-	s.waiting[kill] = true
-	if s.order = append(s.order, kill); len(s.order) > maxKills {
-		if s.waiting[s.order[0]] {
-			delete(s.waiting, s.order[0])
-			s.forgotten++
-		}
-		s.order = s.order[1:]
-	}
-}
-
 // exitUnknown is the exit status if the pod may have had kills that are not known.
 const exitUnknown = 3
 
 // unknown returns why a pod without known kills may still have had one.
 func (s *story) unknown() error {
 	var why []string
-	if n := len(s.waiting) + s.forgotten; n > 0 {
+	if n := s.waiting.Len() + s.forgotten; n > 0 {
 		why = append(why, fmt.Sprintf("%d kills in pods have no outcome (check that oom-annotator is running)", n))
 	}
 	if s.gaps > 0 {

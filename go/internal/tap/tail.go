@@ -8,6 +8,7 @@ import (
 
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/fifo"
 )
 
 // subjects are the patterns that the options select. They do not overlap.
@@ -74,10 +75,10 @@ func tail(ctx context.Context, conn *bus.Conn, o options, stdout, stderr io.Writ
 	if o.outcomes {
 		return outcomes(ctx, conn, o, tailOptions, p, stderr)
 	}
-	seen := newRecent(10000)
+	seen := fifo.New[struct{}](maxKills)
 	return each(ctx, conn, tailOptions, stderr, func(m bus.Stored, r message) error {
 		// The stream drops duplicates within its window only.
-		if !seen.add(r.id) {
+		if !seen.AddNew(r.id, struct{}{}) {
 			return nil
 		}
 		return p.print(r.line(&p.table), m.Data)

@@ -17,6 +17,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cli"
+	"github.com/oom-tracer/oom-tracer/go/internal/fifo"
 )
 
 // start starts a NATS server with its stream, for the life of the test.
@@ -192,8 +193,8 @@ func TestBounded(t *testing.T) {
 		lines += bytes.Count(p, []byte("\n"))
 		return len(p), nil
 	})
-	j := &joiner{out: &printer{out: stdout}, seen: newRecent(4 * maxKills), kills: map[string]*killed{}}
-	s := &story{o: options{program: &program{name: "oom-tap"}, namespace: "shop", pod: "cart-0"}, results: map[string]event.Result{}, waiting: map[string]bool{}}
+	j := &joiner{out: &printer{out: stdout}, seen: fifo.New[struct{}](4 * maxKills), kills: map[string]*killed{}}
+	s := &story{o: options{program: &program{name: "oom-tap"}, namespace: "shop", pod: "cart-0"}, results: map[string]event.Result{}, waiting: fifo.New[struct{}](maxKills)}
 	for i := range kills {
 		e := event.Event{Schema: event.Schema, ID: fmt.Sprint("k-", i), Node: event.Node{Name: "node-1"}, Scope: event.ScopeGlobal, Outcome: event.OutcomeKilled,
 			Seq: uint64(i + 1), BoottimeNS: 1, Victim: event.Victim{PID: 1, TID: 1, Comm: "java"}, Time: time.Unix(1000, 0).UTC(), Container: &event.Container{PodUID: fmt.Sprint(i)}}
@@ -208,31 +209,11 @@ func TestBounded(t *testing.T) {
 	if len(j.kills) != maxKills || len(j.order) != maxKills || lines != kills-maxKills {
 		t.Errorf("%d kills are kept, %d are shown", len(j.kills), lines)
 	}
-	if err := s.unknown(); len(s.waiting) != maxKills || len(s.order) != maxKills || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%d kills in pods have no outcome", kills)) {
-		t.Errorf("%d kills are kept: %v", len(s.waiting), err)
+	if err := s.unknown(); s.waiting.Len() != maxKills || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%d kills in pods have no outcome", kills)) {
+		t.Errorf("%d kills are kept: %v", s.waiting.Len(), err)
 	}
 	// An hour later.
 	if err := j.overdue(time.Unix(4600, 0)); err != nil || lines != kills {
 		t.Errorf("%d kills are shown, %v", lines, err)
-	}
-}
-
-func TestRecent(t *testing.T) {
-	r := newRecent(3)
-	for i, tt := range []struct {
-		id  string
-		new bool
-	}{
-		{"a", true}, {"a", false}, {"b", true}, {"c", true}, {"a", false}, {"b", false},
-		{"d", true}, // a is forgotten
-		{"b", false}, {"c", false}, {"d", false},
-		{"a", true}, {"b", true}, {"c", true}, {"c", false}, {"d", true},
-	} {
-		if got := r.add(tt.id); got != tt.new {
-			t.Errorf("step %d: %s is new: %v", i, tt.id, got)
-		}
-		if len(r.ids) > 3 {
-			t.Fatalf("%d are remembered", len(r.ids))
-		}
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 	"github.com/oom-tracer/oom-tracer/go/internal/advice"
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/fifo"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
 )
 
@@ -58,24 +59,20 @@ type counter struct {
 	o       options
 	half    time.Time
 	rows    map[string]*row
-	waiting map[string]counted // by the kill's ID
-	order   []string           // of waiting
+	waiting *fifo.Map[counted] // by the kill's ID
 	unknown int                // kills in pods that have no outcome, and so no name
 	gaps    map[string]bool    // the nodes that have some
-
-	// What else is known of a kill or an incident comes under its ID, before or after the outcome. The last maxWaiting are kept.
-	related      map[string]*related
-	relatedOrder []string
-
-	seen *recent
+	// What else is known of a kill or an incident comes under its ID, before or after the outcome.
+	related *fifo.Map[*related]
+	seen    *fifo.Map[struct{}]
 	// each takes each kill that is counted, the row's name and the outcome of stage annotate, or nil. It may be nil itself.
 	each func(row string, e *event.Event, o *event.Outcome)
 }
 
 func newCounter(o options, half time.Time) *counter {
 	return &counter{
-		o: o, half: half, rows: map[string]*row{}, waiting: map[string]counted{}, gaps: map[string]bool{}, related: map[string]*related{},
-		seen: newRecent(4 * maxWaiting),
+		o: o, half: half, rows: map[string]*row{}, gaps: map[string]bool{},
+		waiting: fifo.New[counted](maxWaiting), related: fifo.New[*related](maxWaiting), seen: fifo.New[struct{}](4 * maxWaiting),
 	}
 }
 
@@ -135,7 +132,7 @@ func count(ctx context.Context, conn *bus.Conn, o options, now time.Time, stderr
 // take takes a message, in the stream's order, and reports whether it is new.
 func (c *counter) take(m bus.Stored, r message) bool {
 	switch {
-	case !c.seen.add(r.id):
+	case !c.seen.AddNew(r.id, struct{}{}):
 		return false
 	case r.gap != nil && r.gap.Missing():
 		c.gaps[r.node] = true
@@ -159,8 +156,8 @@ func (c *counter) take(m bus.Stored, r message) bool {
 
 // rest counts the kills that still wait for an outcome.
 func (c *counter) rest() {
-	for _, id := range c.order {
-		c.give(id)
+	for k := range c.waiting.All() {
+		c.give(k)
 	}
 }
 
@@ -176,14 +173,10 @@ func (c *counter) unseen(stderr io.Writer) {
 
 // relatedTo returns what belongs to a kill or an incident, by its ID.
 func (c *counter) relatedTo(id string) *related {
-	of := c.related[id]
-	if of == nil {
+	of, ok := c.related.Get(id)
+	if !ok {
 		of = &related{}
-		c.related[id] = of
-		if c.relatedOrder = append(c.relatedOrder, id); len(c.relatedOrder) > maxWaiting {
-			delete(c.related, c.relatedOrder[0])
-			c.relatedOrder = c.relatedOrder[1:]
-		}
+		c.related.Add(id, of)
 	}
 	return of
 }
@@ -198,32 +191,26 @@ func (c *counter) kill(e *event.Event, stored time.Time) {
 			c.add("(no pod)", e, nil, stored)
 		}
 	default:
-		c.waiting[e.ID] = counted{e, stored}
-		if c.order = append(c.order, e.ID); len(c.order) > maxWaiting {
-			c.give(c.order[0])
-			c.order = c.order[1:]
+		if oldest, dropped := c.waiting.Add(e.ID, counted{e, stored}); dropped {
+			c.give(oldest)
 		}
 	}
 }
 
-// give stops waiting for the outcome of a kill.
-func (c *counter) give(id string) {
-	if k, ok := c.waiting[id]; ok {
-		delete(c.waiting, id)
-		c.unknown++
-		if c.o.namespace == "" {
-			c.add("(pod not known)", k.event, nil, k.stored)
-		}
+// give counts a kill that has no outcome.
+func (c *counter) give(k counted) {
+	c.unknown++
+	if c.o.namespace == "" {
+		c.add("(pod not known)", k.event, nil, k.stored)
 	}
 }
 
 // outcome counts the kill that it is of.
 func (c *counter) outcome(o *event.Outcome) {
-	k, ok := c.waiting[o.Kill]
+	k, ok := c.waiting.Take(o.Kill)
 	if !ok {
 		return
 	}
-	delete(c.waiting, o.Kill)
 	switch p := o.Pod; {
 	case p == nil && c.o.namespace == "":
 		c.add("(pod not found)", k.event, o, k.stored)
