@@ -22,6 +22,7 @@ while IFS=: read -r file name; do
 	# To make an interesting input shorter is worth ten tries: with Go's 60 s some targets do nothing else.
 	(cd "$dir" && "$GO" test -run '^$' -fuzz "^$name\$" -fuzztime "${FUZZTIME:-30s}" -fuzzminimizetime 10x .) >"$output" 2>&1 || { status=1 && cat "$output" >&2; }
 	executions=$(grep -o 'execs: [0-9]*' "$output" | tail -n 1 | cut -d' ' -f2) || executions=0
+	((executions > 0)) || { status=1 && echo "$target did nothing" >&2; }
 	before=$(awk -v target="$target" '$1 == target { print $2 }' "$totals")
 	total=$((${before:-0} + executions))
 	{ awk -v target="$target" '$1 != target' "$totals" && echo "$target $total"; } | sort >"$totals.tmp"

@@ -286,7 +286,7 @@ func TestStopped(t *testing.T) {
 		kills int
 		lost  bool
 	}{
-		{"smaller than the journal", 2 << 20, 3000, false},
+		{"smaller than the journal", 2 << 20, 1000, false},
 		{"larger than the journal", 128 << 10, 600, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -298,8 +298,8 @@ func TestStopped(t *testing.T) {
 			if err := tracer.Process.Signal(syscall.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
-			group := oomtest.New(t, 8*mib)
-			killed := oomtest.Storm(t, group, tt.kills, 16, "plain")
+			group := oomtest.New(t, 4*mib)
+			killed := oomtest.Storm(t, group, tt.kills, 8, "plain")
 			if err := tracer.Process.Signal(syscall.SIGCONT); err != nil {
 				t.Fatal(err)
 			}

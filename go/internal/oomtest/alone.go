@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -12,11 +14,13 @@ import (
 // Alone runs the tests of a package that counts the machine's kills: no other package causes any meanwhile.
 type Alone struct{ *testing.M }
 
-// Run implements testscript.TestingM.
+// Run implements testscript.TestingM. Fuzzing causes no kills, and its workers are processes of the same package.
 func (m Alone) Run() int {
-	if err := alone(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+	if !slices.ContainsFunc(os.Args, func(arg string) bool { return strings.HasPrefix(arg, "-test.fuzz") }) {
+		if err := alone(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 	}
 	return m.M.Run()
 }
