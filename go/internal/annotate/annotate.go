@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -74,6 +75,9 @@ type Annotator struct {
 	Metrics  *Metrics
 	Log      *slog.Logger
 	Now      func() time.Time
+
+	mu                            sync.Mutex // guards what follows
+	firstForbidden, lastForbidden time.Time
 }
 
 // Handle processes one delivery. Either an outcome is published, and the message is acknowledged when the stream has stored the
@@ -195,7 +199,11 @@ func (a *Annotator) failed(ctx context.Context, m Message, k *decide.Kill, annot
 	switch {
 	case apierrors.IsForbidden(err):
 		d.Reason = event.ReasonForbidden
-		left = min(left, forbiddenTime-a.Now().Sub(m.Time))
+		since := a.forbiddenSince()
+		if m.Time.After(since) {
+			since = m.Time
+		}
+		left = min(left, forbiddenTime-a.Now().Sub(since))
 	case apierrors.IsConflict(err), pods.Transient(err):
 		d.Reason = event.ReasonUnavailable
 	default:
@@ -224,6 +232,18 @@ func (a *Annotator) failed(ctx context.Context, m Message, k *decide.Kill, annot
 		}
 	}
 	return d, true
+}
+
+// forbiddenSince is when the API server began to forbid. A kill may have waited for it for long before that.
+func (a *Annotator) forbiddenSince() time.Time {
+	now := a.Now()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if now.Sub(a.lastForbidden) > 2*forbiddenTime {
+		a.firstForbidden = now
+	}
+	a.lastForbidden = now
+	return a.firstForbidden
 }
 
 // podMayAppear reports whether a pod that is not known may be one that the watch has not delivered yet.

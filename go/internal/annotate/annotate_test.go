@@ -330,6 +330,7 @@ func TestHandleCondition(t *testing.T) {
 		{"no right", func(w *world) { w.status = []error{forbidden} }, "none", "nak", "71", 1, 1},
 		{"no right for long", func(w *world) {
 			w.status, w.now = []error{forbidden}, time.Unix(1031, 0)
+			w.firstForbidden, w.lastForbidden = time.Unix(1001, 0), time.Unix(1020, 0)
 		}, "failed/forbidden", "ack", "71", 1, 1},
 		{"a replica before got no further than the annotation", func(w *world) {
 			w.pod.Annotations = map[string]string{key: "true", w.Marker.Terms.Summary: `{"event":"boot-1-2"}`}
@@ -791,7 +792,7 @@ func TestHandleErrors(t *testing.T) {
 		{"the last attempt", context.DeadlineExceeded, time.Unix(1600, 0), "failed/unavailable"},
 		{"the last attempt before the server's own delay", apierrors.NewTooManyRequests("slowly", 60), time.Unix(1550, 0), "failed/unavailable"},
 		{"403", forbidden, time.Unix(1001, 0), "none"},
-		{"403 for long", forbidden, time.Unix(1031, 0), "failed/forbidden"},
+		{"403 after a long wait", forbidden, time.Unix(1300, 0), "none"},
 		{"400", apierrors.NewBadRequest("x"), time.Unix(1001, 0), "failed/rejected"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -814,6 +815,25 @@ func TestHandleErrors(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// An API server that starts has no roles yet. So 403 is tried again for half a minute, also for a kill that has waited for the
+// server before.
+func TestHandleForbidden(t *testing.T) {
+	forbidden := apierrors.NewForbidden(resource, "cart", errors.New("no"))
+	w := newWorld()
+	for _, step := range []struct {
+		now       int64
+		want, ack string
+	}{
+		{1300, "none", "nak"},
+		{1329, "none", "nak"},
+		{1331, "failed/forbidden", "ack"},
+		{1500, "none", "nak"}, // of another start
+	} {
+		w.now, w.getErr = time.Unix(step.now, 0), []error{forbidden}
+		w.want(t, w.handle(t, kill()), step.want, step.ack)
 	}
 }
 
