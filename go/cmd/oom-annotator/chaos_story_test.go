@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,7 +21,6 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
@@ -286,50 +286,63 @@ func (s *story) chaos(t *testing.T) {
 }
 
 // changes watches the pods from now on, past each restart of the API server. What it returns ends that, and returns how often each pod
-// was changed.
+// was changed. Where a server that has started does not know what was before, several changes of a pod count as one.
 func (p *pipeline) changes(last *corev1.Pod) func() map[string]int {
 	p.t.Helper()
 	const end = "end"
-	pods, changed := p.c.Client.CoreV1().Pods(last.Namespace), map[string]int{}
-	watched := func(e watch.Event) (version string, ended bool, err error) {
-		pod, ok := e.Object.(*corev1.Pod)
-		if !ok {
-			return "", false, fmt.Errorf("watch the pods: %v", e.Object)
-		}
-		if e.Type != watch.Bookmark && pod.Name != end {
+	pods, changed, seen := p.c.Client.CoreV1().Pods(last.Namespace), map[string]int{}, map[string]string{}
+	watched := func(pod *corev1.Pod) {
+		if was := seen[pod.Name]; was != "" && was != pod.ResourceVersion {
 			changed[pod.Name]++
 		}
-		return pod.ResourceVersion, pod.Name == end, nil
+		seen[pod.Name] = pod.ResourceVersion
 	}
-	done := make(chan error, 1)
+	list := func(ctx context.Context) (version string, err error) {
+		all, err := pods.List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return "", err
+		}
+		for i := range all.Items {
+			watched(&all.Items[i])
+		}
+		return all.ResourceVersion, nil
+	}
+	follow := func(ctx context.Context) error {
+		version, err := list(ctx)
+		if err != nil {
+			return err
+		}
+		stream, err := pods.Watch(ctx, metav1.ListOptions{ResourceVersion: version})
+		if err != nil {
+			return err
+		}
+		defer stream.Stop()
+		for e := range stream.ResultChan() {
+			if pod, ok := e.Object.(*corev1.Pod); ok {
+				watched(pod)
+			}
+		}
+		return errors.New("the watch of the pods has ended")
+	}
+	if _, err := list(p.t.Context()); err != nil {
+		p.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(p.t.Context())
+	done := make(chan struct{})
 	go func() {
-		version := last.ResourceVersion
-		for p.t.Context().Err() == nil {
-			stream, err := pods.Watch(p.t.Context(), metav1.ListOptions{ResourceVersion: version, AllowWatchBookmarks: true})
-			if err != nil { // the API server is away
-				time.Sleep(200 * time.Millisecond)
-				continue
-			}
-			for e := range stream.ResultChan() {
-				var ended bool
-				if version, ended, err = watched(e); ended || err != nil {
-					stream.Stop()
-					done <- err
-					return
-				}
-			}
+		defer close(done)
+		for ctx.Err() == nil && seen[end] == "" {
+			_ = follow(ctx) // the API server is away
+			time.Sleep(200 * time.Millisecond)
 		}
 	}()
 	return func() map[string]int {
 		p.t.Helper()
 		p.c.Pod(last.Namespace, end, node)
-		select {
-		case err := <-done:
-			if err != nil {
-				p.t.Error(err)
-			}
-		case <-time.After(patience):
-			p.t.Fatal("the watch of the pods does not end")
+		time.AfterFunc(2*time.Second, cancel)
+		<-done
+		if seen[end] == "" {
+			p.t.Error("the watch of the pods has not seen the last one")
 		}
 		return changed
 	}
