@@ -514,6 +514,7 @@ func (l *ledger) check(t *testing.T, pods map[string]*corev1.Pod) {
 		}
 	}
 	for _, g := range l.gaps {
+		t.Logf("gap: epoch %d, %s, seq %d..%d", g.Node.Epoch, g.Cause, g.FirstSeq, g.LastSeq)
 		if g.Count == nil && g.CountMax == nil {
 			t.Errorf("a gap of an unknown size: %+v", g)
 		}
