@@ -292,7 +292,7 @@ func (p *pipeline) changes(last *corev1.Pod) func() map[string]int {
 	const end = "end"
 	pods, changed, seen := p.c.Client.CoreV1().Pods(last.Namespace), map[string]int{}, map[string]string{}
 	watched := func(pod *corev1.Pod) {
-		if was := seen[pod.Name]; was != "" && was != pod.ResourceVersion {
+		if was := seen[pod.Name]; was != "" && was != pod.ResourceVersion && pod.Name != end {
 			changed[pod.Name]++
 		}
 		seen[pod.Name] = pod.ResourceVersion

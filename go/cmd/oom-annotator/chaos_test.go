@@ -49,7 +49,7 @@ func TestChaos(t *testing.T) {
 		}
 		return n
 	}
-	kills, seeds, seed := int(number("OOM_TEST_KILLS", 300)), number("OOM_TEST_SEEDS", 1), number("OOM_TEST_SEED", rand.Uint64())
+	kills, seeds, seed := int(number("OOM_TEST_KILLS", 150)), number("OOM_TEST_SEEDS", 1), number("OOM_TEST_SEED", rand.Uint64())
 	faults := strings.FieldsFunc(os.Getenv("OOM_TEST_FAULTS"), func(r rune) bool { return r == ',' })
 	var all []*story
 	for i := range seeds {
