@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # Runs every fuzz target of the repository, and counts its executions: in this run, and in all runs on this machine.
 #
 # usage: tools/fuzz.sh TOTALS

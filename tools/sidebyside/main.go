@@ -57,7 +57,7 @@ func run(args []string) error {
 
 func report(k Kill) error { return json.NewEncoder(os.Stdout).Encode(k) }
 
-// cadvisor is a program of its own around the parser of the kubelet and cAdvisor: a tailer of /dev/kmsg.
+// cadvisor tails /dev/kmsg with the parser of the kubelet and cAdvisor.
 func cadvisor() error {
 	parser, err := oomparser.New()
 	if err != nil {

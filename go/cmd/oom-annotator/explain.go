@@ -19,6 +19,7 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
 	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/decide"
+	"github.com/oom-tracer/oom-tracer/go/internal/fifo"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
 	"github.com/oom-tracer/oom-tracer/go/internal/text"
@@ -42,7 +43,6 @@ type tried struct {
 	e          *event.Event
 	raw        []byte // for JSON
 	would, was *event.Outcome
-	written    bool
 }
 
 // explain prints what the config would do about the kills of the stream.
@@ -85,19 +85,19 @@ func explain(ctx context.Context, cfg config.Config, o trialOptions, log *slog.L
 		}
 		return nil
 	}
-	// An outcome comes after its kill, and other kills in between: the last maxWaiting kills are kept, and written in their order.
-	waiting := map[string]*tried{}
+	// An outcome comes after its kill, and other kills in between: at most maxWaiting kills wait, and are written in their order. A kill
+	// that comes again is known for as long as it is among the last ones.
+	known := fifo.New[*tried](2 * maxWaiting)
 	var order []*tried
 	flush := func(most int) error {
 		for len(order) > most || len(order) > 0 && order[0].was != nil {
 			if err := write(order[0]); err != nil {
 				return err
 			}
-			order[0].written, order = true, order[1:]
+			order = order[1:]
 		}
 		return nil
 	}
-	var seen []string // the keys of waiting, from the oldest on; some are written, and kept for kills that come twice
 	dryRun := annotate.DryRun{Policy: cfg.Policy, Finder: store}
 	err = bus.Tail(ctx, conn, bus.TailOptions{Subjects: patterns, Since: time.Now().Add(-o.since)}, func(m bus.Stored) error {
 		if strings.HasPrefix(m.Subject, "oom.v1."+string(event.KindOutcome)+".") {
@@ -105,25 +105,20 @@ func explain(ctx context.Context, cfg config.Config, o trialOptions, log *slog.L
 			if err != nil || o.Stage != event.StageAnnotate {
 				return nil // what is none is no kill's
 			}
-			if t := waiting[o.Kill]; t != nil && t.was == nil && !t.written {
+			if t, ok := known.Get(o.Kill); ok && t.was == nil {
 				t.was = &o
 			}
 			return flush(maxWaiting)
 		}
 		e, would := dryRun.Decide(&m)
-		if waiting[would.Kill] != nil {
+		t := &tried{e: e, would: would}
+		if !known.AddNew(would.Kill, t) {
 			return nil
 		}
-		t := &tried{e: e, would: would}
 		if o.output == "json" {
 			t.raw = m.Data
 		}
-		waiting[would.Kill] = t
 		order = append(order, t)
-		if seen = append(seen, would.Kill); len(seen) > 2*maxWaiting {
-			delete(waiting, seen[0])
-			seen = seen[1:]
-		}
 		return flush(maxWaiting)
 	})
 	if err == nil {

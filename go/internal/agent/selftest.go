@@ -235,11 +235,15 @@ func awaitEvent(ctx context.Context, conn *bus.Conn, want *expectation) (event.E
 	if err != nil {
 		return event.Event{}, err
 	}
+	kills, err1 := event.Filter(event.KindKill, "", "")
+	exiting, err2 := event.Filter(event.KindExiting, "", "")
+	if err := errors.Join(err1, err2); err != nil {
+		return event.Event{}, err
+	}
 	var e event.Event
 	errFound := errors.New("found")
 	err = bus.Tail(ctx, conn, bus.TailOptions{
-		Subjects: []string{"oom.v1." + string(event.KindKill) + ".>", "oom.v1." + string(event.KindExiting) + ".>"},
-		Since:    time.Now().Add(-time.Minute), Follow: true,
+		Subjects: []string{kills, exiting}, Since: time.Now().Add(-time.Minute), Follow: true,
 	}, func(m bus.Stored) (err error) {
 		if e, err = event.Parse(m.Data); err != nil || e.Node.BootID != self.BootID {
 			return nil // somebody else's message

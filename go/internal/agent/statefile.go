@@ -224,16 +224,18 @@ func (t *tracer) keepState(ctx context.Context) {
 	if t.state.path == "" {
 		return
 	}
-	for ctx.Err() == nil {
+	for {
 		select {
 		case <-t.state.changed:
 		case <-ctx.Done():
+			return
 		}
 		// A storm is written once a second.
-		for pause := saveTime; ctx.Err() == nil && t.state.outdated(t.loader.Counts()); {
+		for pause := saveTime; t.state.outdated(t.loader.Counts()); {
 			select {
 			case <-time.After(pause):
 			case <-ctx.Done():
+				return // run writes the last one
 			}
 			if pause = min(2*pause, maxRetryTime); t.save(ctx, false) {
 				pause = saveTime

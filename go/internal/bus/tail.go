@@ -21,7 +21,7 @@ type TailOptions struct {
 	Subjects []string  // subject patterns, see event.Filter; none means everything
 	Since    time.Time // when the first message to read was stored, or later; zero means only new ones
 	After    uint64    // the sequence after which to begin, in place of Since
-	Follow   bool      // go on with what comes; otherwise Tail ends with what was stored when it began
+	Follow   bool      // continue with new messages; otherwise Tail ends with what was stored when it began
 }
 
 // Stored is a message as the stream has it.

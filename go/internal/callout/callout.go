@@ -49,6 +49,7 @@ const (
 	permitted = "permitted"
 	refused   = "refused"
 	failed    = "failed"
+	dropped   = "dropped" // waited too long, or too many wait
 )
 
 // New makes a service.
@@ -57,7 +58,7 @@ func New(keys *Keys, reviewer *TokenReviewer, log *slog.Logger) *Service {
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "oom_tracer_auth_decisions_total", Help: "Number of NATS logins by token that oom-auth decided on, by result.",
 		}, []string{"result"})}
-	for _, result := range []string{permitted, refused, failed} {
+	for _, result := range []string{permitted, refused, failed, dropped} {
 		s.decisions.WithLabelValues(result)
 	}
 	return s
@@ -102,6 +103,7 @@ func (s *Service) Serve(ctx context.Context, nc *nats.Conn) error {
 		select {
 		case questions <- asked{m, time.Now()}:
 		default:
+			s.decisions.WithLabelValues(dropped).Inc()
 		}
 	})
 	if err != nil {
@@ -140,6 +142,7 @@ func (s *Service) Serve(ctx context.Context, nc *nats.Conn) error {
 
 func (s *Service) handle(ctx context.Context, m asked) {
 	if time.Since(m.at) > waitTime {
+		s.decisions.WithLabelValues(dropped).Inc()
 		return
 	}
 	ctx, cancel := context.WithDeadline(ctx, m.at.Add(answerTime))

@@ -209,7 +209,7 @@ const (
 	pollTime  = 200 * time.Millisecond // how often the journal is read where nothing notifies: one word of memory, without a system call
 	idleTime  = 10 * time.Second       // the same with notifications, which CPUs that came online later cannot send
 	retryTime = time.Second            // how long Run waits for Resume after the handler has refused a record
-	drainTime = 2 * time.Second        // bounds how long Run waits, when it is told to end, for what is still to be read
+	drainTime = 2 * time.Second        // bounds how long Run reads what is left after ctx has ended
 	stuckTime = 30 * time.Second       // how long Run may hang while records wait
 )
 
