@@ -81,11 +81,6 @@ func (m *message) line(table *text.Table) string {
 // each calls do with each message of a stream, in its order. A message that cannot be read is reported and skipped. An error of do
 // ends the reading.
 func each(ctx context.Context, conn *bus.Conn, t bus.TailOptions, stderr io.Writer, do func(bus.Stored, message) error) error {
-	return eachBy(ctx, conn, t, read, stderr, do)
-}
-
-// eachBy is each with a function that reads a message. It may be called by several goroutines at once.
-func eachBy(ctx context.Context, conn *bus.Conn, t bus.TailOptions, read func(bus.Stored) (message, error), stderr io.Writer, do func(bus.Stored, message) error) error {
 	take := func(m bus.Stored, r message, err error) error {
 		if err != nil {
 			fmt.Fprintf(stderr, "oom-tap: message %d on %s skipped: %s\n", m.Seq, text.Printable(m.Subject), text.Printable(err.Error()))
@@ -94,7 +89,7 @@ func eachBy(ctx context.Context, conn *bus.Conn, t bus.TailOptions, read func(bu
 		return do(m, r)
 	}
 	if !t.Follow {
-		return inBatches(ctx, conn, t, read, take)
+		return inBatches(ctx, conn, t, take)
 	}
 	return bus.Tail(ctx, conn, t, func(m bus.Stored) error {
 		r, err := read(m)
@@ -117,7 +112,7 @@ type batch struct {
 }
 
 // inBatches has messages fetched, read and taken at the same time.
-func inBatches(ctx context.Context, conn *bus.Conn, t bus.TailOptions, read func(bus.Stored) (message, error), take func(bus.Stored, message, error) error) error {
+func inBatches(ctx context.Context, conn *bus.Conn, t bus.TailOptions, take func(bus.Stored, message, error) error) error {
 	toRead, toTake := make(chan *batch, maxBatches), make(chan *batch, maxBatches)
 	for range readers {
 		go func() {

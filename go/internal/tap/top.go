@@ -117,11 +117,7 @@ func count(ctx context.Context, conn *bus.Conn, o options, now time.Time, stderr
 		patterns = append(patterns, pattern)
 	}
 	c := newCounter(o, now.Add(-o.since/2))
-	readKill := read
-	if !o.advice {
-		readKill = readBrief
-	}
-	err := eachBy(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, readKill, stderr, func(m bus.Stored, r message) error {
+	err := each(ctx, conn, bus.TailOptions{Subjects: patterns, Since: now.Add(-o.since)}, stderr, func(m bus.Stored, r message) error {
 		c.take(m, r)
 		return nil
 	})
