@@ -254,7 +254,8 @@ struct oom_state {
 	__u64 incident_boottime_ns;
 	__u64 incident_thread; /* pid_tgid of the trigger that it is bound to */
 	__u32 incident_index;
-	__u32 pad;
+
+	__u32 handed; /* low half of the seq up to which a reader was handed records; written by it */
 	struct oom_last_mark last_mark;
 };
 

@@ -13,7 +13,8 @@ type GapCause string
 
 // The causes.
 const (
-	// GapWrapped: the journal was written over before the records were read. Seqs and count are exact.
+	// GapWrapped: the journal was written over before the records were read, or it was removed. Count is exact, unless an earlier
+	// tracer may have published some: it was killed before NATS had acknowledged them. Then there is CountMax.
 	GapWrapped GapCause = "wrapped"
 	// GapUnreadable: the records are there, but this version cannot read them. Seqs and count are exact.
 	GapUnreadable GapCause = "unreadable"

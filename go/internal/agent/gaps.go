@@ -224,9 +224,16 @@ func (t *tracer) publish(g event.Gap, tag ackTag) error {
 	return err
 }
 
-// lost reports records that were overwritten before they were read.
-func (t *tracer) lost(first, last uint64) bool {
-	return t.gap(event.Gap{Cause: event.GapWrapped, Since: new(t.lastRecord.UTC()), FirstSeq: first, LastSeq: last, Count: new(last - first + 1)})
+// lost reports records that were overwritten before they were read. Those that an earlier tracer got may be on NATS: it
+// ended before it knew.
+func (t *tracer) lost(first, last uint64, handed bool) bool {
+	g := event.Gap{Cause: event.GapWrapped, Since: new(t.lastRecord.UTC()), FirstSeq: first, LastSeq: last}
+	if n := last - first + 1; handed {
+		g.CountMax = &n
+	} else {
+		g.Count = &n
+	}
+	return t.gap(g)
 }
 
 // unseen reports kills that the kernel counted and the program did not see, once.

@@ -84,7 +84,7 @@ func observe(t *testing.T, tier loader.Tier) (*observer, error) {
 				o.events = append(o.events, c.Event(r))
 				return true
 			},
-			Lost: func(first, last uint64) bool {
+			Lost: func(first, last uint64, _ bool) bool {
 				t.Errorf("records %d to %d are lost", first, last)
 				return true
 			},

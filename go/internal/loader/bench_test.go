@@ -62,7 +62,7 @@ func benchProgram(t *testing.T, tier Tier, notify Notify) {
 	go func() {
 		done <- l.Run(ctx, Handler{
 			Record: func(seq uint64, record []byte) bool { read.Add(1); return true },
-			Lost:   func(first, last uint64) bool { t.Errorf("%d to %d are lost", first, last); return true },
+			Lost:   func(first, last uint64, _ bool) bool { t.Errorf("%d to %d are lost", first, last); return true },
 		})
 	}()
 	group := oomtest.New(t, 8*mib)

@@ -36,8 +36,17 @@ type state struct {
 	IncidentBoottimeNS uint64   `abi:"incident_boottime_ns"`
 	IncidentThread     uint64   `abi:"incident_thread"`
 	IncidentIndex      uint32   `abi:"incident_index"`
-	Pad                uint32   `abi:"pad"`
+	Handed             uint32   `abi:"handed"`
 	LastMark           lastMark `abi:"last_mark"`
+}
+
+// handedOver is the seq up to which earlier readers had records handed over: they may have published what is above Acked.
+func (s *state) handedOver() uint64 {
+	head, acked := atomic.LoadUint64(&s.Head), atomic.LoadUint64(&s.Acked)
+	if ahead := uint64(atomic.LoadUint32(&s.Handed) - uint32(acked)); ahead <= head-min(head, acked) {
+		return acked + ahead
+	}
+	return head // the last reader was of a version that does not say
 }
 
 // lastMark mirrors struct oom_last_mark.
@@ -208,6 +217,7 @@ func barrier() error {
 type reader struct {
 	Handler
 	next uint64        // what is to be handed over next
+	old  uint64        // up to it earlier readers had records handed over
 	seen uint64        // head at the last look; what it names is visible at the next one
 	due  time.Time     // of the next look
 	idle time.Duration // between looks while nothing waits
@@ -258,10 +268,10 @@ func (r *reader) advance(until uint64, lost bool, now time.Time) (records int) {
 		if record != nil {
 			taken = r.Record(r.next, record)
 		} else {
-			for last < until && r.stored(last+1) == nil {
+			for last < until && last != r.old && r.stored(last+1) == nil {
 				last++
 			}
-			taken = r.Lost(r.next, last)
+			taken = r.Lost(r.next, last, last <= r.old)
 		}
 		if !taken {
 			r.wait, r.due = true, now.Add(retryTime)

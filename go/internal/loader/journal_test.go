@@ -131,11 +131,15 @@ func newFollow(next uint64) *follow {
 		f.said = append(f.said, fmt.Sprint(binary.NativeEndian.Uint64(record[seqOffset:])))
 		return true
 	}
-	f.Lost = func(first, last uint64) bool {
+	f.Lost = func(first, last uint64, handed bool) bool {
 		if f.refuse {
 			return false
 		}
-		f.said = append(f.said, fmt.Sprintf("lost %d-%d", first, last))
+		what := "lost"
+		if handed {
+			what = "handed"
+		}
+		f.said = append(f.said, fmt.Sprintf("%s %d-%d", what, first, last))
 		return true
 	}
 	return f
@@ -221,6 +225,37 @@ func TestReader(t *testing.T) {
 	f.look(12, f.now)
 	f.look(12, f.now)
 	f.expect(t, time.Second, "lost 5-7", "8", "9", "10", "11", "12")
+
+	// Of those that are lost, an earlier reader had some.
+	f = newFollow(5)
+	f.old = 6
+	f.put(9, 9)
+	f.look(9, f.now)
+	f.look(9, f.now)
+	f.expect(t, time.Second, "handed 5-6", "lost 7-8", "9")
+}
+
+func TestHandedOver(t *testing.T) {
+	for _, test := range []struct {
+		acked, head uint64
+		handed      uint32
+		want        uint64
+	}{
+		{0, 0, 0, 0},
+		{0, 9, 0, 0},
+		{5, 9, 5, 5},
+		{5, 9, 7, 7},
+		{5, 9, 9, 9},
+		{5, 9, 0, 9}, // a reader of a version that writes none has settled some
+		{5, 9, 4, 9},
+		{5, 9, 12, 9},
+		{1<<32 - 2, 1<<32 + 9, 3, 1<<32 + 3},
+		{1<<32 + 2, 1<<32 + 9, 1<<32 - 1, 1<<32 + 9},
+	} {
+		if got := (&state{Acked: test.acked, Head: test.head, Handed: test.handed}).handedOver(); got != test.want {
+			t.Errorf("%+v: %d", test, got)
+		}
+	}
 }
 
 // Whatever order notifications come in, and whichever do not: each seq is handed over once and in order, or
@@ -238,7 +273,7 @@ func TestReaderAnyOrder(t *testing.T) {
 			told = append(told, seq)
 			return true
 		}
-		f.Lost = func(first, last uint64) bool {
+		f.Lost = func(first, last uint64, handed bool) bool {
 			if r.IntN(10) == 0 {
 				return false
 			}

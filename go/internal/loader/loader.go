@@ -72,7 +72,8 @@ type Stats struct {
 // function that returns false has not taken it, and is called with the same again after Resume.
 type Handler struct {
 	Record func(seq uint64, record []byte) bool // gets a record. It may keep it
-	Lost   func(first, last uint64) bool        // gets the records that are not in the journal any more
+	// Lost gets the records that are not in the journal any more. handed: an earlier reader got them, and may have published them.
+	Lost func(first, last uint64, handed bool) bool
 }
 
 // Loader is a loaded and attached program.
@@ -217,11 +218,16 @@ const (
 // detaches the program, unless it is pinned, reads what is left and returns.
 func (l *Loader) Run(ctx context.Context, h Handler) error {
 	r := reader{
-		Handler: h, next: l.Counts().Acked + 1, due: time.Now(), idle: l.idleTime,
+		next: l.Counts().Acked + 1, old: l.state.handedOver(), due: time.Now(), idle: l.idleTime,
 		stored: l.stored, refused: &l.refused,
 	}
-	r.Lost = func(first, last uint64) bool {
-		taken := h.Lost(first, last)
+	r.Record = func(seq uint64, record []byte) bool {
+		atomic.StoreUint32(&l.state.Handed, uint32(seq)) // before: it may be published at once
+		return h.Record(seq, record)
+	}
+	r.Lost = func(first, last uint64, handed bool) bool {
+		atomic.StoreUint32(&l.state.Handed, uint32(last))
+		taken := h.Lost(first, last, handed)
 		if taken {
 			l.mu.Lock()
 			defer l.mu.Unlock()

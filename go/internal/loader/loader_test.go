@@ -63,7 +63,7 @@ func collect(t *testing.T, l *Loader) (stop func() []*wire.Record) {
 				records = append(records, r)
 				return true
 			},
-			Lost: func(first, last uint64) bool {
+			Lost: func(first, last uint64, _ bool) bool {
 				t.Errorf("%d to %d are lost", first, last)
 				return true
 			},
@@ -600,7 +600,7 @@ func TestNotify(t *testing.T) {
 						arrived <- time.Now()
 						return true
 					},
-					Lost: func(first, last uint64) bool { t.Errorf("%d to %d are lost", first, last); return true },
+					Lost: func(first, last uint64, _ bool) bool { t.Errorf("%d to %d are lost", first, last); return true },
 				})
 			}()
 			group := oomtest.New(t, 4*mib)
@@ -695,7 +695,7 @@ func TestAllNotified(t *testing.T) {
 						read.Store(seq)
 						return true
 					},
-					Lost: func(first, last uint64) bool { t.Errorf("%d to %d are lost", first, last); return true },
+					Lost: func(first, last uint64, _ bool) bool { t.Errorf("%d to %d are lost", first, last); return true },
 				})
 			}()
 			oomtest.Storm(t, oomtest.New(t, 4*mib), 100, 8, "plain")

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -33,11 +34,12 @@ func openPinned(t *testing.T, dir string, size uint64) *Loader {
 
 // reading is what a Run has handed over.
 type reading struct {
-	mu   sync.Mutex
-	pids []int
-	seqs []uint64
-	lost [][2]uint64
-	stop func()
+	mu     sync.Mutex
+	pids   []int
+	seqs   []uint64
+	lost   [][2]uint64
+	handed [][2]uint64
+	stop   func()
 }
 
 func read(t *testing.T, l *Loader, settle bool) *reading {
@@ -61,10 +63,14 @@ func read(t *testing.T, l *Loader, settle bool) *reading {
 				}
 				return true
 			},
-			Lost: func(first, last uint64) bool {
+			Lost: func(first, last uint64, handed bool) bool {
 				r.mu.Lock()
 				defer r.mu.Unlock()
-				r.lost = append(r.lost, [2]uint64{first, last})
+				if handed {
+					r.handed = append(r.handed, [2]uint64{first, last})
+				} else {
+					r.lost = append(r.lost, [2]uint64{first, last})
+				}
 				if settle {
 					l.Ack(first, last)
 				}
@@ -238,6 +244,43 @@ func TestWrapped(t *testing.T) {
 	}
 }
 
+// TestJournalRemoved: of what was in a journal that is gone, an earlier reader had some and may have published them.
+func TestJournalRemoved(t *testing.T) {
+	dir, group := filepath.Join(oomtest.BPFFS(t), "oom"), oomtest.New(t, 8*mib)
+	l := openPinned(t, dir, 128<<10)
+	r := read(t, l, false)
+	oomtest.Storm(t, group, 3, 16, "plain")
+	for deadline := time.Now().Add(30 * time.Second); l.next.Load() <= l.Counts().Head; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%+v", l.Counts())
+		}
+	}
+	r.stop()
+	l.Ack(1, 1)
+	handed := l.Counts().Head
+	l.Close()
+	oomtest.Storm(t, group, 2, 16, "plain")
+	pins, err := filepath.Glob(filepath.Join(dir, "*", journalPin+"*"))
+	if err != nil || len(pins) != 1 {
+		t.Fatal(pins, err)
+	}
+	if err := os.Remove(pins[0]); err != nil {
+		t.Fatal(err)
+	}
+	l = openPinned(t, dir, 128<<10)
+	head := l.Counts().Head
+	r = read(t, l, true)
+	caughtUp(t, l)
+	r.stop()
+	if !slices.Equal(r.handed, [][2]uint64{{2, handed}}) || !slices.Equal(r.lost, [][2]uint64{{handed + 1, head}}) {
+		t.Errorf("handed %v, want 2 to %d; lost %v, want the rest up to %d", r.handed, handed, r.lost, head)
+	}
+	l.Close()
+	if _, err := Unload(t.Context(), dir, false); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestStrangePins: what another version has pinned is drained by its own header or refused, never misread.
 func TestStrangePins(t *testing.T) {
 	log := slog.New(slog.DiscardHandler)
@@ -363,7 +406,7 @@ func TestStrangePins(t *testing.T) {
 					l.Ack(seq, seq)
 					return true
 				},
-				Lost: func(first, last uint64) bool { t.Errorf("lost %d-%d", first, last); return true },
+				Lost: func(first, last uint64, _ bool) bool { t.Errorf("lost %d-%d", first, last); return true },
 			})
 		}()
 		caughtUp(t, l)
