@@ -45,9 +45,10 @@ DATE := $(shell git show -s --format=%cd --date=format:%Y%m%d 2>/dev/null || ech
 CONFIG ?= config.yaml
 
 # All programs and tools are compiled in one way, so that Go's build cache has each package once: paths do not count, and
-# net and os/user are the same with and without cgo. A -tags of a command replaces this one.
+# net and os/user are the same with and without cgo. A -tags of a command replaces this one. Tests leave go vet to make lint:
+# it would look at each dependency once more for each way of testing.
 tags := netgo,osusergo
-export GOFLAGS := $(filter-out -trimpath -tags=%,$(shell $(GO) env GOFLAGS)) -trimpath -tags=$(tags)
+export GOFLAGS := $(filter-out -trimpath -vet=% -tags=%,$(shell $(GO) env GOFLAGS)) -trimpath -vet=off -tags=$(tags)
 
 # libbpf, libelf and zlib are linked statically: the binary needs glibc and nothing else.
 export CGO_CFLAGS := -I$(LIBBPF)/usr/include
