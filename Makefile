@@ -511,8 +511,8 @@ check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is t
 		test "$$(grep '\.' <<<"$$deps" | grep -vc '^github.com/go-json-experiment/json')" = 1 || { echo 'go/event must need the standard library and encoding/json/v2 only' >&2; exit 1; }
 
 .PHONY: fuzz
-fuzz: $(OBJECT) ## run every fuzz target for FUZZTIME (30s), and count executions: here and in all (RUN=regexp, KEEP=1: keep short inputs in testdata)
-	$(Q)CGO_LDFLAGS='$(link_flags)' GO='$(GO)' FUZZTIME='$(FUZZTIME)' RUN='$(RUN)' KEEP='$(KEEP)' tools/fuzz.sh $(CACHE)/fuzz-executions
+fuzz: $(OBJECT) build/kube build/deploy ## run every fuzz target for FUZZTIME (30s), and count executions: here and in all (RUN=regexp, KEEP=1: keep short inputs in testdata)
+	$(Q)CGO_LDFLAGS='$(link_flags)' OOM_TEST_BUILD=$(CURDIR)/build GO='$(GO)' FUZZTIME='$(FUZZTIME)' RUN='$(RUN)' KEEP='$(KEEP)' tools/fuzz.sh $(CACHE)/fuzz-executions
 
 ##@ Generated files
 

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -23,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 	"github.com/oom-tracer/oom-tracer/go/internal/loader"
 	"github.com/oom-tracer/oom-tracer/go/internal/obs"
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
@@ -49,6 +51,8 @@ type figures struct {
 	IdleSeconds     float64   `json:"idle_seconds"`
 	IdleCPUSeconds  float64   `json:"idle_cpu_seconds"`
 	IdleRSS         int       `json:"idle_rss_bytes"`
+	IdleAnon        uint64    `json:"idle_anon_bytes"`   // of its cgroup
+	IdleKernel      uint64    `json:"idle_kernel_bytes"` // of its cgroup
 	StormSeconds    float64   `json:"storm_seconds"`
 	StormCPUSeconds float64   `json:"storm_cpu_seconds"`
 	StormRSS        int       `json:"storm_rss_bytes"`
@@ -74,7 +78,8 @@ func TestBench(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Kernel, f.Kills = self.Kernel, benchKills
-	group := oomtest.New(t, 8*mib)
+	root := oomtest.New(t, cgroupfs.Unlimited)
+	group := oomtest.Child(t, root, "victims", 8*mib)
 	storm := func() time.Duration {
 		begun := time.Now()
 		if killed := oomtest.Storm(t, group, benchKills, 16, "plain"); len(killed) != benchKills {
@@ -84,7 +89,7 @@ func TestBench(t *testing.T) {
 	}
 	f.KillsPerSecond0 = benchKills / storm().Seconds()
 	benchPipeline(t, &f, storm)
-	benchProcess(t, &f, storm)
+	benchProcess(t, &f, oomtest.Child(t, root, "tracer", cgroupfs.Unlimited), storm)
 
 	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	row := func(name, format string, args ...any) {
@@ -96,7 +101,8 @@ func TestBench(t *testing.T) {
 	row("kernel -> acked by JetStream", "p50 %s  p99 %s  max %s", f.Acked.P50, f.Acked.P99, f.Acked.Max)
 	row("kills a second", "%.0f; untraced %.0f, ratio %.2f", f.KillsPerSecond, f.KillsPerSecond0, f.KillsPerSecond/f.KillsPerSecond0)
 	row("in BPF", "%.0f ns a kill", f.BPFPerKillNS)
-	row("idle", "%.2f CPU seconds in %.0f s, RSS %.1f MiB", f.IdleCPUSeconds, f.IdleSeconds, float64(f.IdleRSS)/mib)
+	row("idle", "%.2f CPU seconds in %.0f s, RSS %.1f MiB; its cgroup: anon %.1f MiB, kernel %.1f MiB",
+		f.IdleCPUSeconds, f.IdleSeconds, float64(f.IdleRSS)/mib, float64(f.IdleAnon)/mib, float64(f.IdleKernel)/mib)
 	row("under storm", "%.2f CPU seconds in %.1f s, RSS %.1f MiB, peak %.1f MiB", f.StormCPUSeconds, f.StormSeconds, float64(f.StormRSS)/mib, float64(f.StormPeakRSS)/mib)
 	if err := table.Flush(); err != nil {
 		t.Fatal(err)
@@ -194,15 +200,20 @@ func benchPipeline(t *testing.T, f *figures, storm func() time.Duration) {
 }
 
 // benchProcess runs the real binary, idle and under storm.
-func benchProcess(t *testing.T, f *figures, storm func() time.Duration) {
+func benchProcess(t *testing.T, f *figures, group *cgroupfs.Cgroup, storm func() time.Duration) {
 	cfg := pinnedConfig(t) // as it ships
 	cfg.Metrics.Listen = oomtest.FreeAddr(t)
-	tracer := exec.Command(oomtest.Program(t, "oom-tracer"), "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)
+	// It begins in its cgroup, where all its memory is charged.
+	tracer := exec.Command("sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(group.Dir, "cgroup.procs"),
+		oomtest.Program(t, "oom-tracer"), "--config", oomtest.WriteConfig(t, cfg), "--node-name", testNode)
 	tracer.Stderr = t.Output()
 	if err := tracer.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = tracer.Process.Kill() }()
+	defer func() {
+		_ = tracer.Process.Kill()
+		_ = tracer.Wait()
+	}()
 	for deadline := time.Now().Add(20 * time.Second); !obs.TracerRuns(t.Context(), cfg.Metrics.Listen); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the tracer does not come up")
@@ -227,6 +238,7 @@ func benchProcess(t *testing.T, f *figures, storm func() time.Duration) {
 	time.Sleep(benchIdle)
 	after, rss, _ := usage()
 	f.IdleSeconds, f.IdleCPUSeconds, f.IdleRSS = benchIdle.Seconds(), after-before, rss
+	f.IdleAnon, f.IdleKernel = charged(t, group)
 
 	took := storm()
 	time.Sleep(time.Second) // the last acknowledgements
@@ -238,4 +250,32 @@ func benchProcess(t *testing.T, f *figures, storm func() time.Duration) {
 	if err := tracer.Wait(); err != nil {
 		t.Error(err)
 	}
+}
+
+// charged is the anonymous and the kernel memory that is charged to a cgroup, in bytes. Before Linux 5.18 memory.stat of cgroup v2 has
+// no kernel.
+func charged(t *testing.T, group *cgroupfs.Cgroup) (anon, kernel uint64) {
+	stat, err := os.ReadFile(filepath.Join(group.Dir, "memory.stat"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(stat)) {
+		var name string
+		var bytes uint64
+		if _, err := fmt.Sscan(line, &name, &bytes); err != nil {
+			t.Fatalf("%s: %v", line, err)
+		}
+		switch name {
+		case "anon", "total_rss":
+			anon = bytes
+		case "kernel":
+			kernel = bytes
+		}
+	}
+	if data, err := os.ReadFile(filepath.Join(group.Dir, "memory.kmem.usage_in_bytes")); err == nil { // v1
+		if _, err := fmt.Sscan(string(data), &kernel); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return anon, kernel
 }

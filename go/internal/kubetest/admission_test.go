@@ -2,8 +2,10 @@ package kubetest
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -12,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/client-go/kubernetes"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/pods"
@@ -493,4 +496,56 @@ func TestAdmissionEvents(t *testing.T) {
 			t.Errorf("patch %s: got %v, want %q", test.name, errOrDone(err), test.refuse)
 		}
 	}
+}
+
+// FuzzAdmission: whatever other annotations and labels a pod has, and whatever the victim's name is, the policy lets a mark through, and
+// nothing that changes an annotation of somebody else. An expression that fails to evaluate would refuse the mark.
+func FuzzAdmission(f *testing.F) {
+	f.Add("team", "shop", "x", "app", "web")
+	f.Add("example.com/a.b", `'"\`, `","annotation":"example.com/a.b`, "a", "")
+	f.Add("annotation", "\n\x00☃", `"annotation":"annotation"`, "example.com/x", "y")
+	f.Add("a", `{"annotation":"a"}`, `\","annotation":"a"`, "f", "f-g")
+	c := Start(f)
+	c.Namespace("shop")
+	client := newClient(f, c.Annotator())
+	var made atomic.Uint64
+	f.Fuzz(func(t *testing.T, key, value, victim, label, labelValue string) {
+		value = strings.ToValidUTF8(value, "?")
+		if len(validation.IsQualifiedName(strings.ToLower(key))) > 0 || strings.Contains(key, "kubernetes.io") || len(validation.IsQualifiedName(label)) > 0 ||
+			len(validation.IsValidLabelValue(labelValue)) > 0 || len(value)+len(victim) > 100_000 {
+			t.Skip("no annotation or label that an API server takes")
+		}
+		c, name := c.In(t), fmt.Sprint("pod-", made.Add(1))
+		kill, err := json.Marshal(map[string]string{"victim": strings.ToValidUTF8(victim, "?")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		told := `{"event":"boot-1-2","annotation":"` + evictMe + `",` + string(kill[1:])
+		defer c.DeletePod("shop", name)
+		c.Pod("shop", name, "node-1", func(pod *corev1.Pod) {
+			pod.Annotations, pod.Labels = map[string]string{key: value}, map[string]string{label: labelValue}
+		})
+		try := func(values map[string]any) error {
+			body, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": values}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return (&write{body: string(body)}).do(client, "shop", name)
+		}
+		foreign := "may not change the annotation " + key
+		if err := try(map[string]any{evictMe: "true", lastKill: told, key: value + "x"}); !denied(err, foreign) {
+			t.Errorf("the mark with a change of %q: %v", key, errOrDone(err))
+		}
+		if err := try(map[string]any{evictMe: "true", lastKill: told}); err != nil {
+			t.Errorf("the mark: %v", err)
+		}
+		for _, to := range []any{nil, value + "x"} {
+			if err := try(map[string]any{evictMe: nil, key: to}); !denied(err, foreign) {
+				t.Errorf("the mark taken back with %q set to %v: %v", key, to, errOrDone(err))
+			}
+		}
+		if err := try(map[string]any{evictMe: nil}); err != nil {
+			t.Errorf("the mark taken back: %v", err)
+		}
+	})
 }

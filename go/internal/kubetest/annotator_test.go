@@ -170,7 +170,7 @@ func TestConditionRights(t *testing.T) {
 	}
 }
 
-func newClient(t *testing.T, cfg *rest.Config) kubernetes.Interface {
+func newClient(t testing.TB, cfg *rest.Config) kubernetes.Interface {
 	t.Helper()
 	cfg = rest.CopyConfig(cfg)
 	cfg.QPS = -1 // no waiting for the client's own rate limit
