@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -82,7 +81,7 @@ func StartWith(t testing.TB, opts Options) *Cluster {
 		t.Fatalf("no API server to test with, make build/kube builds it: %v", err)
 	}
 	dir := t.TempDir()
-	client, peer, secure := freeAddr(t), freeAddr(t), freeAddr(t)
+	client, peer, secure := oomtest.FreeAddr(t), oomtest.FreeAddr(t), oomtest.FreeAddr(t)
 
 	etcd := &Process{
 		Path: filepath.Join(programs, "etcd"),
@@ -221,16 +220,26 @@ func (c *Cluster) ServiceAccount(namespace, name string) *rest.Config {
 // Kubeconfig writes a client configuration into a file, for a program's --kubeconfig.
 func (c *Cluster) Kubeconfig(cfg *rest.Config) string {
 	c.t.Helper()
+	file := filepath.Join(c.t.TempDir(), "kubeconfig")
+	if err := os.WriteFile(file, Kubeconfig(c.t, cfg), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+	return file
+}
+
+// Kubeconfig is a client configuration as the content of a file.
+func Kubeconfig(t testing.TB, cfg *rest.Config) []byte {
+	t.Helper()
 	config := clientcmdapi.NewConfig()
 	config.Clusters["test"] = &clientcmdapi.Cluster{Server: cfg.Host, CertificateAuthorityData: cfg.CAData}
 	config.AuthInfos["test"] = &clientcmdapi.AuthInfo{Token: cfg.BearerToken, TokenFile: cfg.BearerTokenFile}
 	config.Contexts["test"] = &clientcmdapi.Context{Cluster: "test", AuthInfo: "test"}
 	config.CurrentContext = "test"
-	file := filepath.Join(c.t.TempDir(), "kubeconfig")
-	if err := clientcmd.WriteToFile(*config, file); err != nil {
-		c.t.Fatal(err)
+	data, err := clientcmd.Write(*config)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return file
+	return data
 }
 
 // Process is a child that can be ended and started again. Not for several goroutines.
@@ -334,19 +343,6 @@ func get(ctx context.Context, client *http.Client, url string) error {
 		err = fmt.Errorf("%s: %s", resp.Status, body)
 	}
 	return err
-}
-
-// freeAddr finds an address below the ephemeral ports, which an outgoing connection could take before the
-// server has it.
-func freeAddr(t testing.TB) string {
-	t.Helper()
-	for {
-		addr := fmt.Sprintf("127.0.0.1:%d", 15000+mathrand.IntN(15000))
-		if l, err := net.Listen("tcp", addr); err == nil {
-			l.Close()
-			return addr
-		}
-	}
 }
 
 func writeServiceAccountKey(t testing.TB, private, public string) {

@@ -221,9 +221,9 @@ func (c *Cluster) ApplyChart(values []string, templates ...string) {
 
 func (c *Cluster) applyAll(objects []*unstructured.Unstructured) {
 	c.t.Helper()
-	client, mapper := c.dynamic()
+	o := c.Objects()
 	for _, object := range objects {
-		if err := c.apply(client, mapper, object, metav1.PatchOptions{}); err != nil {
+		if err := o.Apply(object); err != nil {
 			c.t.Fatalf("apply %s %s: %v", object.GetKind(), object.GetName(), err)
 		}
 	}
@@ -232,8 +232,7 @@ func (c *Cluster) applyAll(objects []*unstructured.Unstructured) {
 // DryRun returns what the server has against an object, unknown fields too, and changes nothing.
 func (c *Cluster) DryRun(object *unstructured.Unstructured) error {
 	c.t.Helper()
-	client, mapper := c.dynamic()
-	return c.apply(client, mapper, object, metav1.PatchOptions{DryRun: []string{metav1.DryRunAll}})
+	return c.Objects().apply(object, metav1.DryRunAll)
 }
 
 // Objects writes and reads objects of any kind, by what the server knew when it was made.
@@ -246,13 +245,15 @@ type Objects struct {
 // Objects knows the kinds that the server knows now.
 func (c *Cluster) Objects() *Objects {
 	c.t.Helper()
-	client, mapper := c.dynamic()
-	return &Objects{c: c, client: client, mapper: mapper}
-}
-
-// Apply applies an object, server side, and refuses unknown fields.
-func (o *Objects) Apply(object *unstructured.Unstructured) error {
-	return o.c.apply(o.client, o.mapper, object, metav1.PatchOptions{})
+	client, err := dynamic.NewForConfig(c.Admin)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	kinds, err := discovery.NewDiscoveryClientForConfig(c.Admin)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return &Objects{c: c, client: client, mapper: restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(kinds))}
 }
 
 func (o *Objects) at(object *unstructured.Unstructured) (dynamic.ResourceInterface, error) {
@@ -262,6 +263,25 @@ func (o *Objects) at(object *unstructured.Unstructured) (dynamic.ResourceInterfa
 		return nil, err
 	}
 	return o.client.Resource(mapping.Resource).Namespace(object.GetNamespace()), nil
+}
+
+// Apply applies an object, server side, and refuses unknown fields.
+func (o *Objects) Apply(object *unstructured.Unstructured) error { return o.apply(object) }
+
+func (o *Objects) apply(object *unstructured.Unstructured, dryRun ...string) error {
+	at, err := o.at(object)
+	if err != nil {
+		return err
+	}
+	data, err := json.Marshal(object)
+	if err != nil {
+		return err
+	}
+	// The client's own Apply has no field validation.
+	_, err = at.Patch(o.c.t.Context(), object.GetName(), types.ApplyPatchType, data, metav1.PatchOptions{
+		FieldManager: "kubetest", Force: new(true), FieldValidation: metav1.FieldValidationStrict, DryRun: dryRun,
+	})
+	return err
 }
 
 // Get reads the object of this kind and name.
@@ -279,41 +299,9 @@ func (o *Objects) Delete(object *unstructured.Unstructured) error {
 	if err != nil {
 		return err
 	}
-	now, background := int64(0), metav1.DeletePropagationBackground
-	return at.Delete(o.c.t.Context(), object.GetName(), metav1.DeleteOptions{GracePeriodSeconds: &now, PropagationPolicy: &background})
-}
-
-// dynamic is a client for every kind that the server knows now.
-func (c *Cluster) dynamic() (dynamic.Interface, meta.RESTMapper) {
-	c.t.Helper()
-	client, err := dynamic.NewForConfig(c.Admin)
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	kinds, err := discovery.NewDiscoveryClientForConfig(c.Admin)
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	return client, restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(kinds))
-}
-
-// apply applies an object with opts, to which it adds who does it, and strictness.
-func (c *Cluster) apply(client dynamic.Interface, mapper meta.RESTMapper, object *unstructured.Unstructured, opts metav1.PatchOptions) error {
-	kind := object.GroupVersionKind()
-	mapping, err := mapper.RESTMapping(kind.GroupKind(), kind.Version)
-	if err != nil {
-		return err
-	}
-	data, err := json.Marshal(object)
-	if err != nil {
-		return err
-	}
-	force := true
-	opts.FieldManager, opts.Force, opts.FieldValidation = "kubetest", &force, metav1.FieldValidationStrict
-	// Its Apply has no field validation.
-	_, err = client.Resource(mapping.Resource).Namespace(object.GetNamespace()).Patch(c.t.Context(), object.GetName(),
-		types.ApplyPatchType, data, opts)
-	return err
+	return at.Delete(o.c.t.Context(), object.GetName(), metav1.DeleteOptions{
+		GracePeriodSeconds: new(int64(0)), PropagationPolicy: new(metav1.DeletePropagationBackground),
+	})
 }
 
 // Manifests reads the objects of a file of YAML documents, from the root of the repository.

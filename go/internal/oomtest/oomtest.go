@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/oom-tracer/oom-tracer/go/internal/cgroupfs"
 )
 
@@ -166,15 +164,7 @@ func Hold(t testing.TB, group *cgroupfs.Cgroup, mib int) *os.Process {
 func BPFFS(t testing.TB) string {
 	t.Helper()
 	dir := t.TempDir()
-	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=0700"); err != nil {
-		t.Fatalf("mount a bpffs: %v", err)
-	}
-	t.Cleanup(func() {
-		// With it goes everything that is still pinned in it.
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
+	Mount(t, "bpf", dir, 0, "mode=0700")
 	return dir
 }
 
@@ -189,14 +179,7 @@ func Freezer(t testing.TB) FreezerGroup {
 	root := "/sys/fs/cgroup/freezer"
 	if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err != nil {
 		root = t.TempDir()
-		if err := unix.Mount("freezer", root, "cgroup", 0, "freezer"); err != nil {
-			t.Fatalf("mount the freezer controller of cgroup v1: %v", err)
-		}
-		t.Cleanup(func() {
-			if err := unix.Unmount(root, unix.MNT_DETACH); err != nil {
-				t.Error(err)
-			}
-		})
+		Mount(t, "cgroup", root, 0, "freezer")
 	}
 	dir := filepath.Join(root, fmt.Sprintf("oom-tracer-test-%d", os.Getpid()))
 	if err := os.Mkdir(dir, 0o755); err != nil {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -48,14 +49,15 @@ log: {level: %s, format: %s, kills: %q}
 	return file
 }
 
-// Mount mounts a file system of a test's own.
-func Mount(t testing.TB, fstype, dir string, flags uintptr) {
+// Mount mounts a file system of a test's own, with these options.
+func Mount(t testing.TB, fstype, dir string, flags uintptr, options ...string) {
 	t.Helper()
-	if err := unix.Mount(fstype, dir, fstype, flags, ""); err != nil {
+	if err := unix.Mount(fstype, dir, fstype, flags, strings.Join(options, ",")); err != nil {
 		t.Fatalf("mount %s at %s, which needs root: %v", fstype, dir, err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
+		// With a bpffs goes everything that is still pinned in it.
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	})
@@ -71,9 +73,7 @@ func SmallDisk(t testing.TB, size string) (dir string, fill, free func()) {
 		}
 	}
 	dir = t.TempDir()
-	Mount(t, "tmpfs", dir, 0)
-	must(unix.Mount("", dir, "tmpfs", unix.MS_REMOUNT, "size="+size))
-	must(os.Chmod(dir, 0o700))
+	Mount(t, "tmpfs", dir, 0, "size="+size, "mode=0700")
 	filler := filepath.Join(dir, "filler")
 	fill = func() {
 		t.Helper()

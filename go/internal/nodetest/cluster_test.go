@@ -30,8 +30,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/tools/clientcmd"
-	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+	"k8s.io/client-go/rest"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
@@ -95,8 +94,10 @@ func start(t testing.TB) *Lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ca := l.Admin.CAData
 	l.kubeconfig = l.Kubeconfig(l.Admin)
+	config := func(server, user string) []byte {
+		return kubetest.Kubeconfig(t, &rest.Config{Host: server, BearerToken: token[user], TLSClientConfig: rest.TLSClientConfig{CAData: l.Admin.CAData}})
+	}
 
 	programs := oomtest.Program(t, "kube-node")
 	for name, args := range map[string][]string{
@@ -108,7 +109,7 @@ func start(t testing.TB) *Lab {
 		"kube-scheduler": {"--leader-elect=false", "--bind-address=127.0.0.1"},
 	} {
 		file := filepath.Join(dir, name+".kubeconfig")
-		write(t, file, kubeconfig(t, l.Admin.Host, ca, token["system:"+name]))
+		write(t, file, config(l.Admin.Host, "system:"+name))
 		p := &kubetest.Process{
 			Path: filepath.Join(programs, name), Log: filepath.Join(dir, name+".log"),
 			Args: append(args, "--kubeconfig="+file, "--authentication-kubeconfig="+file, "--authorization-kubeconfig="+file),
@@ -129,8 +130,8 @@ func start(t testing.TB) *Lab {
 	}
 	settings := filepath.Join(dir, "settings.tar")
 	write(t, settings, archive(t, map[string][]byte{
-		"etc/kubernetes/kubelet.kubeconfig":    kubeconfig(t, server, ca, token["system:node:"+nodeName]),
-		"etc/kubernetes/kube-proxy.kubeconfig": kubeconfig(t, server, ca, token["system:kube-proxy"]),
+		"etc/kubernetes/kubelet.kubeconfig":    config(server, "system:node:"+nodeName),
+		"etc/kubernetes/kube-proxy.kubeconfig": config(server, "system:kube-proxy"),
 		"etc/kubernetes/kubelet-client-ca.crt": certificate,
 		"usr/local/bin/pod":                    read(t, oomtest.Program(t, "pod")),
 		// What the chart ships, and what CRI-O has (Debian's golang-github-containers-common).
@@ -298,20 +299,6 @@ func write(t testing.TB, file string, data []byte) {
 	if err := os.WriteFile(file, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func kubeconfig(t testing.TB, server string, ca []byte, token string) []byte {
-	t.Helper()
-	config := clientcmdapi.NewConfig()
-	config.Clusters["lab"] = &clientcmdapi.Cluster{Server: server, CertificateAuthorityData: ca}
-	config.AuthInfos["lab"] = &clientcmdapi.AuthInfo{Token: token}
-	config.Contexts["lab"] = &clientcmdapi.Context{Cluster: "lab", AuthInfo: "lab"}
-	config.CurrentContext = "lab"
-	data, err := clientcmd.Write(*config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return data
 }
 
 // clientCertificate makes a certificate that is its own authority, in PEM.

@@ -3,7 +3,6 @@
 package nodetest
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -136,7 +135,4 @@ func (m *Machine) Console() string {
 	return string(data)
 }
 
-func (m *Machine) consoleTail() []byte {
-	lines := bytes.SplitAfter([]byte(m.Console()), []byte("\n"))
-	return bytes.Join(lines[max(0, len(lines)-60):], nil)
-}
+func (m *Machine) consoleTail() string { return lastLines(m.Console(), 60) }
