@@ -415,9 +415,9 @@ build/consumers: $(wildcard deploy/examples/consumers/*) tools/consumers.sh $(GO
 	@touch $@
 
 # The unmodified one, for the tests.
-build/descheduler: go/descheduler/go.mod tools/descheduler/build.sh
+build/descheduler: go/descheduler/go.mod tools/build-module.sh tools/cache.sh
 	@mkdir -p build
-	$(Q)binary=$$(tools/descheduler/build.sh) && ln -sfn "$$binary" $@
+	$(Q)binary=$$(RELEASED=1 tools/build-module.sh go/descheduler sigs.k8s.io/descheduler cmd/descheduler) && ln -sfn "$$binary" $@
 
 # A directory with kube-apiserver and etcd, of the module tools/kube.
 build/kube: tools/kube/go.mod tools/kube/build.sh

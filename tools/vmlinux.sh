@@ -53,7 +53,7 @@ unpack() {
 
 # btf_of FILE OUTPUT writes a kernel's raw BTF, whatever the kernel is wrapped in.
 btf_of() {
-	local file=$1 out=$2 inner=$temp/inner.$RANDOM images
+	local file=$1 out=$2 inner=$temp/inner.$RANDOM images sectors
 	[[ -r $file ]] || die "cannot read $file"
 	case $(at "$file" 0 4) in
 	9feb*) cp "$file" "$out" ;;
@@ -74,7 +74,9 @@ btf_of() {
 	02214c18 | 04224d18) unpack "$file" "$inner" lz4 && btf_of "$inner" "$out" ;;
 	*)
 		if [[ $(at "$file" 514 4) == 48647253 ]]; then # HdrS: x86's bzImage
-			"$tools/extract-vmlinux.sh" "$file" "$inner"
+			# The payload is where the setup header says (Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length).
+			sectors=$(le "$file" 497 1)
+			part "$file" $(((${sectors/#0/4} + 1) * 512 + $(le "$file" 584 4))) "$(le "$file" 588 4)" >"$inner"
 			btf_of "$inner" "$out"
 		elif [[ $(at "$file" 4 4) == 7a696d67 ]]; then # zimg: struct linux_efi_zboot_header
 			part "$file" "$(le "$file" 8 4)" "$(le "$file" 12 4)" >"$inner"
