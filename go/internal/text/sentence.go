@@ -57,9 +57,6 @@ func (s *Sentence) String() string {
 	return b.String()
 }
 
-// Victim is a killed process by its name and process ID.
-func Victim(e *event.Event) string { return victim(e) }
-
 // restarts is how often the container of an outcome was restarted, in parentheses after a space; empty: never, or that is not known.
 func restarts(o *event.Outcome) string {
 	switch {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf16"
 	"unicode/utf8"
 
@@ -43,8 +44,6 @@ type Table struct {
 // Line is the event without a newline: time, node, outcome, scope, victim, what it held, whose limit,
 // where, and who asked for the memory unless it was the victim.
 func (t *Table) Line(e *event.Event) string {
-	node := Printable(e.Node.Name)
-	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
 	outcomeColor := yellow
 	switch e.Outcome {
 	case event.OutcomeKilled:
@@ -53,11 +52,10 @@ func (t *Table) Line(e *event.Event) string {
 		outcomeColor = dim
 	}
 	columns := []string{
-		t.paint(dim, e.Time.UTC().Format(timeLayout)),
-		pad(node, t.nodeWidth),
+		t.start(e.Time, e.Node.Name),
 		t.paint(outcomeColor, pad(Printable(string(e.Outcome)), outcomeWidth)),
 		pad(Printable(string(e.Scope)), scopeWidth),
-		t.paint(bold, pad(victim(e), victimWidth)),
+		t.paint(bold, pad(Victim(e), victimWidth)),
 		pad(held(e), heldWidth),
 		pad(limit(e), limitWidth),
 		where(e),
@@ -68,6 +66,13 @@ func (t *Table) Line(e *event.Event) string {
 	return strings.Join(columns, "  ")
 }
 
+// start is what all lines begin with. The column of the nodes grows with them.
+func (t *Table) start(at time.Time, node string) string {
+	node = Printable(node)
+	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
+	return t.paint(dim, at.UTC().Format(timeLayout)) + "  " + pad(node, t.nodeWidth)
+}
+
 // OutcomeLine is a kill and its outcome without a newline: the line of the kill, then what became of it.
 // Either may be nil, where it is not known.
 func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
@@ -75,9 +80,7 @@ func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
 	if e != nil {
 		line = t.Line(e)
 	} else {
-		node := Printable(o.Node)
-		t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
-		line = t.paint(dim, o.Time.UTC().Format(timeLayout)) + "  " + pad(node, t.nodeWidth) + "  kill " + Printable(o.Kill)
+		line = t.start(o.Time, o.Node) + "  kill " + Printable(o.Kill)
 	}
 	if o == nil {
 		return line + "  " + t.paint(yellow, "no outcome")
@@ -107,11 +110,8 @@ func (t *Table) OutcomeLine(e *event.Event, o *event.Outcome) string {
 
 // GapLine is a gap without a newline, with the columns of an event as far as they have a meaning.
 func (t *Table) GapLine(g *event.Gap) string {
-	node := Printable(g.Node.Name)
-	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
 	return strings.Join([]string{
-		t.paint(dim, g.Time.UTC().Format(timeLayout)),
-		pad(node, t.nodeWidth),
+		t.start(g.Time, g.Node.Name),
 		t.paint(boldYellow, pad("GAP", outcomeWidth)),
 		pad(Printable(string(g.Cause)), scopeWidth),
 		t.paint(bold, Gap(g)),
@@ -143,11 +143,8 @@ func Gap(g *event.Gap) string {
 
 // EvictionLine is an eviction by the kubelet without a newline.
 func (t *Table) EvictionLine(e *event.Eviction) string {
-	node := Printable(e.Node)
-	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
 	return strings.Join([]string{
-		t.paint(dim, e.Time.UTC().Format(timeLayout)),
-		pad(node, t.nodeWidth),
+		t.start(e.Time, e.Node),
 		t.paint(yellow, pad("evicted", outcomeWidth)),
 		pad("kubelet", scopeWidth),
 		"pod " + word(e.Pod.Namespace) + "/" + word(e.Pod.Name) + ": " + strings.TrimSpace(Printable(e.Message)),
@@ -186,7 +183,8 @@ func (t *Table) paint(sgr, s string) string {
 // pad fills s, which is ASCII, up with spaces.
 func pad(s string, width int) string { return fmt.Sprintf("%-*s", width, s) }
 
-func victim(e *event.Event) string {
+// Victim is a killed process by its name and process ID.
+func Victim(e *event.Event) string {
 	if e.Victim.PID == 0 {
 		return fmt.Sprintf("thread %d", e.Victim.TID)
 	}

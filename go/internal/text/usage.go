@@ -12,8 +12,6 @@ import (
 
 // NeighboursLine is what the memory was used for after a kill, without a newline, with the columns of an event.
 func (t *Table) NeighboursLine(n *event.Neighbours) string {
-	node := Printable(n.Node.Name)
-	t.nodeWidth = min(max(t.nodeWidth, len(node)), maxNodeWidth)
 	var parts []string
 	if n.Breakdown != nil {
 		parts = append(parts, breakdown(n.Breakdown)...)
@@ -25,8 +23,7 @@ func (t *Table) NeighboursLine(n *event.Neighbours) string {
 		parts = append(parts, "not known")
 	}
 	return strings.Join([]string{
-		t.paint(dim, n.Time.UTC().Format(timeLayout)),
-		pad(node, t.nodeWidth),
+		t.start(n.Time, n.Node.Name),
 		pad("usage", outcomeWidth),
 		pad(Printable(string(n.Scope)), scopeWidth),
 		strings.Join(parts, "; "),
