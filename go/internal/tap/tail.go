@@ -13,19 +13,25 @@ import (
 
 // subjects are the patterns that the options select. They do not overlap.
 func subjects(o options) ([]string, error) {
-	kinds := []event.Kind{event.KindKill}
-	if !o.kills && !o.outcomes {
-		kinds = append(kinds, event.KindExiting)
-	}
-	if !o.kills {
-		kinds = append(kinds, event.KindNeighbours)
-	}
-	scopes := o.scopes
+	all, scopes := []string{""}, o.scopes
 	if len(scopes) == 0 {
-		scopes = []string{""}
+		scopes = all
+	}
+	kinds := map[event.Kind][]string{event.KindKill: scopes}
+	if !o.kills {
+		kinds[event.KindNeighbours] = scopes
+		kinds[event.KindGap] = all // whatever is selected: the kills that a gap stands for may be just those
+		if len(o.scopes) == 0 {
+			kinds[event.KindEviction] = all
+		}
+	}
+	if o.outcomes {
+		kinds[event.KindOutcome] = all
+	} else if !o.kills {
+		kinds[event.KindExiting] = scopes
 	}
 	var patterns []string
-	for _, kind := range kinds {
+	for kind, scopes := range kinds {
 		for _, scope := range scopes {
 			pattern, err := event.Filter(kind, scope, o.node)
 			if err != nil {
@@ -33,28 +39,6 @@ func subjects(o options) ([]string, error) {
 			}
 			patterns = append(patterns, pattern)
 		}
-	}
-	if !o.kills {
-		// Whatever is selected: the kills that a gap stands for may be just those.
-		pattern, err := event.Filter(event.KindGap, "", o.node)
-		if err != nil {
-			return nil, err
-		}
-		patterns = append(patterns, pattern)
-	}
-	if o.outcomes {
-		pattern, err := event.Filter(event.KindOutcome, "", o.node)
-		if err != nil {
-			return nil, err
-		}
-		patterns = append(patterns, pattern)
-	}
-	if !o.kills && len(o.scopes) == 0 {
-		pattern, err := event.Filter(event.KindEviction, "", o.node)
-		if err != nil {
-			return nil, err
-		}
-		patterns = append(patterns, pattern)
 	}
 	slices.Sort(patterns)
 	return slices.Compact(patterns), nil
