@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// Config is the whole file.
+// Config is the whole file. The tags yaml are the names of the keys, the tags check rules for single values: see checkTags.
 type Config struct {
 	Node      Node      `yaml:"node"`
 	Kernel    Kernel    `yaml:"kernel"`
@@ -35,24 +35,24 @@ type Node struct {
 	CgroupRoot string `yaml:"cgroup_root"`
 	// StateFile is an absolute path. The file remembers over restarts and reboots up to where kills were
 	// recorded; empty: nothing is remembered.
-	StateFile string `yaml:"state_file"`
+	StateFile string `yaml:"state_file" check:"file"`
 	// StatusInterval is how often the node says that it is watched, 1 s .. 1 h, give or take a tenth.
-	StatusInterval time.Duration `yaml:"status_interval"`
+	StatusInterval time.Duration `yaml:"status_interval" check:"1s..1h"`
 	// Neighbours is how many pods are published, those that use most, when the node runs out of memory; 0..50. 0: none, and
 	// after no kill is it read what the memory was used for.
-	Neighbours int `yaml:"neighbours"`
+	Neighbours int `yaml:"neighbours" check:"0..50"`
 }
 
 // Kernel is about the BPF program.
 type Kernel struct {
 	// Tier is auto, fentry, kprobe, stack or none.
-	Tier string `yaml:"tier"`
+	Tier string `yaml:"tier" check:"auto|fentry|kprobe|stack|none"`
 	// Notify is how the reader learns of a kill: auto, perf, ringbuf or poll.
-	Notify string `yaml:"notify"`
+	Notify string `yaml:"notify" check:"auto|perf|ringbuf|poll"`
 	// JournalSize is how much memory the journal takes; a power of two, 128 KiB..256 MiB.
 	JournalSize Bytes `yaml:"journal_size"`
 	// PinDir is an absolute path in a bpffs, where the program stays while no tracer runs; empty: nowhere.
-	PinDir string `yaml:"pin_dir"`
+	PinDir string `yaml:"pin_dir" check:"dir"`
 }
 
 // NATS is the connection; an empty URL means the embedded server.
@@ -60,11 +60,11 @@ type NATS struct {
 	URL string `yaml:"url"` // comma-separated nats:// or tls:// URLs, without credentials
 	// CredsFile is a NATS credentials file (JWT and nkey seed), NKeyFile a bare nkey seed, TokenFile a token such as
 	// that of a service account. User goes with PasswordFile. At most one of the four ways, and only with a URL.
-	CredsFile    string   `yaml:"creds_file"`
-	NKeyFile     string   `yaml:"nkey_file"`
-	TokenFile    string   `yaml:"token_file"`
+	CredsFile    string   `yaml:"creds_file" check:"file"`
+	NKeyFile     string   `yaml:"nkey_file" check:"file"`
+	TokenFile    string   `yaml:"token_file" check:"file"`
 	User         string   `yaml:"user"`
-	PasswordFile string   `yaml:"password_file"`
+	PasswordFile string   `yaml:"password_file" check:"file"`
 	TLS          TLS      `yaml:"tls"`
 	Embedded     Embedded `yaml:"embedded"`
 	Stream       Stream   `yaml:"stream"`
@@ -72,9 +72,9 @@ type NATS struct {
 
 // TLS holds absolute file paths; empty ones mean the system's CAs and no client certificate.
 type TLS struct {
-	CAFile   string `yaml:"ca_file"`
-	CertFile string `yaml:"cert_file"`
-	KeyFile  string `yaml:"key_file"`
+	CAFile   string `yaml:"ca_file" check:"file"`
+	CertFile string `yaml:"cert_file" check:"file"`
+	KeyFile  string `yaml:"key_file" check:"file"`
 }
 
 // Embedded is the NATS server inside oom-tracer, used when NATS.URL is empty.
@@ -104,7 +104,7 @@ type Policy struct {
 	// descheduler, whose PodLifeTime evicts by it. Empty: none is set. Without Annotation it means nothing.
 	Condition string `yaml:"condition"`
 	// MaxEventAge is 1 s .. 24 h. Older events are recorded only.
-	MaxEventAge time.Duration `yaml:"max_event_age"`
+	MaxEventAge time.Duration `yaml:"max_event_age" check:"1s..24h"`
 	// Scopes are event.Scope, Levels event.LimitLevel or OwnLimit.
 	Scopes []string `yaml:"scopes"`
 	Levels []string `yaml:"levels"`
@@ -119,20 +119,20 @@ type Policy struct {
 	Protections      Protections `yaml:"protections"`
 	Budgets          Budgets     `yaml:"budgets"`
 	// MarkLifetime is how long after its kill a pod is marked at most, 1 m .. 168 h: then the annotation goes.
-	MarkLifetime time.Duration `yaml:"mark_lifetime"`
+	MarkLifetime time.Duration `yaml:"mark_lifetime" check:"1m..168h"`
 }
 
 // Budgets bound how many pods are marked. All of them must hold.
 type Budgets struct {
 	// Window is 1 m .. 24 h: the bounds hold for any time of that length.
-	Window time.Duration `yaml:"window"`
+	Window time.Duration `yaml:"window" check:"1m..24h"`
 	// Node and Owner are how many pods of one node, and of one owner, 0..1000; 0: no bound of its own.
-	Node  int `yaml:"node"`
-	Owner int `yaml:"owner"`
+	Node  int `yaml:"node" check:"0..1000"`
+	Owner int `yaml:"owner" check:"0..1000"`
 	// Cluster is how many in all, 1..1000: what is remembered of them must fit into one message.
-	Cluster int `yaml:"cluster"`
+	Cluster int `yaml:"cluster" check:"1..1000"`
 	// Cooldown is the least time between two pods of one node, and of one owner, 0 .. 24 h.
-	Cooldown time.Duration `yaml:"cooldown"`
+	Cooldown time.Duration `yaml:"cooldown" check:"0s..24h"`
 }
 
 // Namespaces are names of namespaces.
@@ -151,22 +151,22 @@ type Protections struct {
 // Annotator is about oom-annotator.
 type Annotator struct {
 	// Kubeconfig is an absolute path; empty: the service account of the pod that it runs in.
-	Kubeconfig string `yaml:"kubeconfig"`
+	Kubeconfig string `yaml:"kubeconfig" check:"file"`
 	// SummaryAnnotation is the key of the annotation that says which kill a pod was marked for.
 	SummaryAnnotation string `yaml:"summary_annotation"`
 	// WaitForPod is how long an event waits for a pod that is not known yet, 0 .. 5 m.
-	WaitForPod time.Duration `yaml:"wait_for_pod"`
+	WaitForPod time.Duration `yaml:"wait_for_pod" check:"0s..5m"`
 	// Workers is how many events are worked on at once, 1..256.
-	Workers int `yaml:"workers"`
+	Workers int `yaml:"workers" check:"1..256"`
 	// QPS is how many requests are sent to the API server per second, and Burst how many at once. 0: the client sets no limit.
-	QPS   int `yaml:"qps"`
-	Burst int `yaml:"burst"`
+	QPS   int `yaml:"qps" check:"0..10000"`
+	Burst int `yaml:"burst" check:"0..10000"`
 	// WorkloadMetrics is how many workloads' kills are counted apart, 0..10000. 0: no such metric.
-	WorkloadMetrics int `yaml:"workload_metrics"`
+	WorkloadMetrics int `yaml:"workload_metrics" check:"0..10000"`
 	// Events has a Kubernetes Event written for each kill.
 	Events bool `yaml:"events"`
 	// Listen is Metrics.Listen for oom-annotator, which may run beside oom-tracer.
-	Listen string `yaml:"listen"`
+	Listen string `yaml:"listen" check:"listen"`
 }
 
 // Auth is oom-auth: whose tokens it takes, and what it signs its answers with.
@@ -176,11 +176,11 @@ type Auth struct {
 	// Audience is what a token must be for.
 	Audience string `yaml:"audience"`
 	// IssuerFile is the absolute path of a secret from which the keys are made. NATS knows their public halves.
-	IssuerFile string `yaml:"issuer_file"`
+	IssuerFile string `yaml:"issuer_file" check:"file"`
 	// Kubeconfig is an absolute path; empty means the service account of the pod.
-	Kubeconfig string `yaml:"kubeconfig"`
+	Kubeconfig string `yaml:"kubeconfig" check:"file"`
 	// Listen is host:port for /metrics, /healthz and /readyz; empty: nothing is served.
-	Listen string `yaml:"listen"`
+	Listen string `yaml:"listen" check:"listen"`
 }
 
 // Notify is oom-notify: who gets messages about kills and gaps, and how often.
@@ -190,31 +190,31 @@ type Notify struct {
 	Webhook      Receiver `yaml:"webhook"`      // takes JSON
 	// GroupWait is how long the first kill of an owner waits for others, 0 .. 10 m. GroupInterval is the least time between two
 	// messages about one owner, 1 s .. 24 h.
-	GroupWait     time.Duration `yaml:"group_wait"`
-	GroupInterval time.Duration `yaml:"group_interval"`
+	GroupWait     time.Duration `yaml:"group_wait" check:"0s..10m"`
+	GroupInterval time.Duration `yaml:"group_interval" check:"1s..24h"`
 	// WaitForOutcome is how long a kill waits for its outcome, which names the pod, 0 .. 1 m.
-	WaitForOutcome time.Duration `yaml:"wait_for_outcome"`
+	WaitForOutcome time.Duration `yaml:"wait_for_outcome" check:"0s..1m"`
 	// MinInterval is the least time between two messages to one receiver, 0 .. 1 m.
-	MinInterval time.Duration `yaml:"min_interval"`
+	MinInterval time.Duration `yaml:"min_interval" check:"0s..1m"`
 	// MaxAge is how old a kill is at most in a message, 1 m .. 168 h. A message that fails is tried again for so long.
-	MaxAge time.Duration `yaml:"max_age"`
+	MaxAge time.Duration `yaml:"max_age" check:"1m..168h"`
 	// ResolveAfter is how long after the last kill an alert ends in Alertmanager, 1 m .. 24 h.
-	ResolveAfter time.Duration `yaml:"resolve_after"`
+	ResolveAfter time.Duration `yaml:"resolve_after" check:"1m..24h"`
 	// Link is an http or https URL that the messages show; empty: none.
-	Link string `yaml:"link"`
+	Link string `yaml:"link" check:"url"`
 	// Listen is Metrics.Listen for oom-notify.
-	Listen string `yaml:"listen"`
+	Listen string `yaml:"listen" check:"listen"`
 }
 
 // Receiver gets messages by HTTP. Without URL and URLFile it gets none.
 type Receiver struct {
 	// URL is an http or https URL. URLFile is the absolute path of a file that holds it, where it is a secret. At most one of them.
-	URL     string `yaml:"url"`
-	URLFile string `yaml:"url_file"`
+	URL     string `yaml:"url" check:"url"`
+	URLFile string `yaml:"url_file" check:"file"`
 	// TokenFile is the absolute path of a file with a bearer token; empty: none is sent.
-	TokenFile string `yaml:"token_file"`
+	TokenFile string `yaml:"token_file" check:"file"`
 	// CAFile is the absolute path of the CA certificates to trust, PEM; empty: those of the system.
-	CAFile string `yaml:"ca_file"`
+	CAFile string `yaml:"ca_file" check:"file"`
 	// Template is the text of a message (text/template of Go); empty: the default.
 	Template string `yaml:"template"`
 }
@@ -224,15 +224,15 @@ func (r *Receiver) Enabled() bool { return r.URL != "" || r.URLFile != "" }
 
 // Metrics is where /metrics, /healthz and /readyz are served; an empty address serves nothing.
 type Metrics struct {
-	Listen string `yaml:"listen"`
+	Listen string `yaml:"listen" check:"listen"`
 }
 
 // Log is about what a program prints: its own messages, on standard error, and kills.
 type Log struct {
-	Level  string `yaml:"level"`  // debug, info, warn or error
-	Format string `yaml:"format"` // text or json
+	Level  string `yaml:"level" check:"debug|info|warn|error"` // debug, info, warn or error
+	Format string `yaml:"format" check:"text|json"`            // text or json
 	// Kills is how oom-tracer prints kills and gaps on standard output: text, json or none.
-	Kills string `yaml:"kills"`
+	Kills string `yaml:"kills" check:"text|json|none"`
 }
 
 // Values of Log.Kills.

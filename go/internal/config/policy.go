@@ -6,7 +6,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -60,10 +59,6 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 			bad("policy.condition", "must be a domain, a slash and a name, or empty, not %s: types without a domain are Kubernetes' own", show(p.Condition))
 		}
 	}
-	if p.MaxEventAge < time.Second || p.MaxEventAge > 24*time.Hour {
-		bad("policy.max_event_age", "must be from 1s to 24h, not %s", p.MaxEventAge)
-	}
-
 	var scopes []string
 	for _, s := range event.Scopes() {
 		if s != event.ScopeUnknown { // proves nothing, so that nothing may be done on its word
@@ -125,25 +120,6 @@ func (c *Config) policyFaults(bad func(key, format string, args ...any), clash f
 		} else if p.OptOutAnnotation == c.Annotator.SummaryAnnotation {
 			clash("policy.opt_out_annotation", "annotator.summary_annotation", "must differ from annotator.summary_annotation")
 		}
-	}
-
-	if p.MarkLifetime < time.Minute || p.MarkLifetime > 168*time.Hour {
-		bad("policy.mark_lifetime", "must be from 1m to 168h, not %s", p.MarkLifetime)
-	}
-	b := p.Budgets
-	if b.Window < time.Minute || b.Window > 24*time.Hour {
-		bad("policy.budgets.window", "must be from 1m to 24h, not %s", b.Window)
-	}
-	for _, k := range []struct {
-		key         string
-		value, from int
-	}{{"policy.budgets.node", b.Node, 0}, {"policy.budgets.owner", b.Owner, 0}, {"policy.budgets.cluster", b.Cluster, 1}} {
-		if k.value < k.from || k.value > 1000 {
-			bad(k.key, "must be from %d to 1000, not %d", k.from, k.value)
-		}
-	}
-	if b.Cooldown < 0 || b.Cooldown > 24*time.Hour {
-		bad("policy.budgets.cooldown", "must be from 0s to 24h, not %s", b.Cooldown)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"net/url"
 	"path"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -37,11 +38,7 @@ func (c *Config) faults() []fault {
 	clash := func(key, other, format string, args ...any) {
 		faults = append(faults, fault{keys: []string{key, other}, what: fmt.Sprintf(format, args...)})
 	}
-	oneOf := func(key, value string, allowed ...string) {
-		if !slices.Contains(allowed, value) {
-			bad(key, "must be one of %s, not %s", strings.Join(allowed, ", "), show(value))
-		}
-	}
+	checkTags("", reflect.ValueOf(c).Elem(), bad)
 
 	if c.Node.Name != "" {
 		if _, err := event.NodeToken(c.Node.Name); err != nil {
@@ -52,26 +49,9 @@ func (c *Config) faults() []fault {
 		bad("node.cgroup_root", "must be an absolute path without \"..\", \"//\" or a slash at its end, not %s", show(c.Node.CgroupRoot))
 	}
 
-	if f := c.Node.StateFile; f != "" && !isPath(f) {
-		bad("node.state_file", "must be the absolute path of a file, or empty, not %s", show(f))
-	}
-	if i := c.Node.StatusInterval; i < time.Second || i > time.Hour {
-		bad("node.status_interval", "must be from 1s to 1h, not %s", i)
-	}
-
-	if n := c.Node.Neighbours; n < 0 || n > 50 {
-		bad("node.neighbours", "must be from 0 to 50, not %d", n)
-	}
-
-	oneOf("kernel.tier", c.Kernel.Tier, "auto", "fentry", "kprobe", "stack", "none")
-	oneOf("kernel.notify", c.Kernel.Notify, "auto", "perf", "ringbuf", "poll")
 	if n := c.Kernel.JournalSize; n < 128<<10 || n > 256<<20 || n&(n-1) != 0 {
 		bad("kernel.journal_size", "must be a power of two from 128KiB to 256MiB, not %d bytes", n)
 	}
-	if d := c.Kernel.PinDir; d != "" && !isPath(d) {
-		bad("kernel.pin_dir", "must be the absolute path of a directory, or empty, not %s", show(d))
-	}
-
 	n := c.NATS
 	if n.URL != "" {
 		if err := checkURLs(n.URL); err != nil {
@@ -81,23 +61,19 @@ func (c *Config) faults() []fault {
 	var ways []string // of authentication, the key that stands for each
 	for _, k := range []struct {
 		key, value string
-		file, way  bool
+		way        bool
 	}{
-		{"nats.creds_file", n.CredsFile, true, true},
-		{"nats.nkey_file", n.NKeyFile, true, true},
-		{"nats.token_file", n.TokenFile, true, true},
-		{"nats.user", n.User, false, true},
-		{"nats.password_file", n.PasswordFile, true, n.User == ""},
-		{"nats.tls.ca_file", n.TLS.CAFile, true, false},
-		{"nats.tls.cert_file", n.TLS.CertFile, true, false},
-		{"nats.tls.key_file", n.TLS.KeyFile, true, false},
+		{"nats.creds_file", n.CredsFile, true},
+		{"nats.nkey_file", n.NKeyFile, true},
+		{"nats.token_file", n.TokenFile, true},
+		{"nats.user", n.User, true},
+		{"nats.password_file", n.PasswordFile, n.User == ""},
+		{"nats.tls.ca_file", n.TLS.CAFile, false},
+		{"nats.tls.cert_file", n.TLS.CertFile, false},
+		{"nats.tls.key_file", n.TLS.KeyFile, false},
 	} {
 		if k.value == "" {
 			continue
-		}
-		// The value is not shown: it may be the secret, pasted in place of its path.
-		if k.file && !isPath(k.value) {
-			bad(k.key, "must be the absolute path of a file")
 		}
 		if n.URL == "" {
 			clash(k.key, "nats.url", "needs nats.url: the embedded server makes its own credentials and has no TLS")
@@ -147,35 +123,14 @@ func (c *Config) faults() []fault {
 
 	c.policyFaults(bad, clash)
 	a := c.Annotator
-	if a.Kubeconfig != "" && !isPath(a.Kubeconfig) {
-		bad("annotator.kubeconfig", "must be the absolute path of a file, or empty")
-	}
 	if err := checkKey(a.SummaryAnnotation); err != nil {
 		bad("annotator.summary_annotation", "%v", err)
 	}
-	if a.WaitForPod < 0 || a.WaitForPod > 5*time.Minute {
-		bad("annotator.wait_for_pod", "must be from 0s to 5m, not %s", a.WaitForPod)
-	}
-	if a.Workers < 1 || a.Workers > 256 {
-		bad("annotator.workers", "must be from 1 to 256, not %d", a.Workers)
-	}
-	if a.QPS < 0 || a.QPS > 10_000 {
-		bad("annotator.qps", "must be from 0 to 10000, not %d", a.QPS)
-	}
-	if a.Burst < 0 || a.Burst > 10_000 {
-		bad("annotator.burst", "must be from 0 to 10000, not %d", a.Burst)
-	} else if (a.Burst == 0) != (a.QPS == 0) {
+	if (a.Burst == 0) != (a.QPS == 0) {
 		clash("annotator.burst", "annotator.qps", "must be 0 if annotator.qps is 0, and above 0 otherwise")
 	}
-	if a.WorkloadMetrics < 0 || a.WorkloadMetrics > 10_000 {
-		bad("annotator.workload_metrics", "must be from 0 to 10000, not %d", a.WorkloadMetrics)
-	}
-	if a.Listen != "" {
-		if err := checkListen(a.Listen); err != nil {
-			bad("annotator.listen", "%v", err)
-		} else if c.Metrics.Listen == a.Listen && !strings.HasSuffix(a.Listen, ":0") {
-			clash("annotator.listen", "metrics.listen", "must differ from metrics.listen: oom-tracer and oom-annotator may run on one machine")
-		}
+	if a.Listen != "" && c.Metrics.Listen == a.Listen && !strings.HasSuffix(a.Listen, ":0") {
+		clash("annotator.listen", "metrics.listen", "must differ from metrics.listen: oom-tracer and oom-annotator may run on one machine")
 	}
 	namespace, account, _ := strings.Cut(c.Auth.ServiceAccount, "/")
 	if _, err := event.NodeToken(account); err != nil || len(namespace) > 63 || !dnsLabel.MatchString(namespace) {
@@ -184,81 +139,67 @@ func (c *Config) faults() []fault {
 	if c.Auth.Audience == "" {
 		bad("auth.audience", "must not be empty: a token for any audience would be accepted")
 	}
-	if c.Auth.IssuerFile != "" && !isPath(c.Auth.IssuerFile) {
-		bad("auth.issuer_file", "must be the absolute path of a file")
-	}
-	if c.Auth.Kubeconfig != "" && !isPath(c.Auth.Kubeconfig) {
-		bad("auth.kubeconfig", "must be the absolute path of a file, or empty")
-	}
-	if c.Auth.Listen != "" {
-		if err := checkListen(c.Auth.Listen); err != nil {
-			bad("auth.listen", "%v", err)
-		}
-	}
-	c.notifyFaults(bad, clash)
-	if c.Metrics.Listen != "" {
-		if err := checkListen(c.Metrics.Listen); err != nil {
-			bad("metrics.listen", "%v", err)
-		}
-	}
-	oneOf("log.level", c.Log.Level, "debug", "info", "warn", "error")
-	oneOf("log.format", c.Log.Format, "text", "json")
-	oneOf("log.kills", c.Log.Kills, KillsText, KillsJSON, KillsNone)
+	c.notifyFaults(clash)
 	return faults
 }
 
-// notifyFaults is the part of faults for the section notify; it reports to bad and clash.
-func (c *Config) notifyFaults(bad func(key, format string, args ...any), clash func(key, other, format string, args ...any)) {
-	n := c.Notify
+// checkTags holds the values of a section, and of those in it, against the tags check of their fields: bounds (1s..1h, 0..50), words
+// (text|json), or what a text is (file, dir, listen, url), if it is not empty. No message repeats a path or a URL: it may be the secret,
+// pasted in place of its path.
+func checkTags(path string, section reflect.Value, bad func(key, format string, args ...any)) {
+	for i := range section.NumField() {
+		field, value := section.Type().Field(i), section.Field(i)
+		key, rule := join(path, field.Tag.Get("yaml")), field.Tag.Get("check")
+		switch {
+		case value.Kind() == reflect.Struct:
+			checkTags(key, value, bad)
+		case rule == "":
+		case value.CanInt():
+			if from, to, _ := strings.Cut(rule, ".."); value.Int() < bound(from) || value.Int() > bound(to) {
+				bad(key, "must be from %s to %s, not %v", from, to, value)
+			}
+		case strings.Contains(rule, "|"):
+			if words := strings.Split(rule, "|"); !slices.Contains(words, value.String()) {
+				bad(key, "must be one of %s, not %s", strings.Join(words, ", "), show(value.String()))
+			}
+		case value.String() == "":
+		case rule == "file" && !isPath(value.String()):
+			bad(key, "must be the absolute path of a file")
+		case rule == "dir" && !isPath(value.String()):
+			bad(key, "must be the absolute path of a directory")
+		case rule == "url" && !isHTTP(value.String()):
+			bad(key, "must be an http:// or https:// URL without user and password")
+		case rule == "listen":
+			if err := checkListen(value.String()); err != nil {
+				bad(key, "%v", err)
+			}
+		}
+	}
+}
+
+// bound reads a number or a duration.
+func bound(s string) int64 {
+	if n, err := strconv.ParseInt(s, 10, 64); err == nil {
+		return n
+	}
+	d, _ := time.ParseDuration(s) // a tag that is wrong refuses the default
+	return int64(d)
+}
+
+// notifyFaults is the part of faults for the section notify; it reports to clash.
+func (c *Config) notifyFaults(clash func(key, other, format string, args ...any)) {
 	for _, k := range []struct {
 		name string
 		Receiver
-	}{{"slack", n.Slack}, {"alertmanager", n.Alertmanager}, {"webhook", n.Webhook}} {
+	}{{"slack", c.Notify.Slack}, {"alertmanager", c.Notify.Alertmanager}, {"webhook", c.Notify.Webhook}} {
 		at := "notify." + k.name + "."
-		// Values are not shown: a URL may be a secret, and a path may be the secret in the wrong place.
-		if k.URL != "" && !isHTTP(k.URL) {
-			bad(at+"url", "must be an http:// or https:// URL without user and password")
-		}
 		if k.URL != "" && k.URLFile != "" {
 			clash(at+"url_file", at+"url", "cannot be set with %surl: choose one", at)
 		}
-		for _, v := range []struct {
-			key, value string
-			file, own  bool // own: it means something without a URL
-		}{{"url_file", k.URLFile, true, true}, {"token_file", k.TokenFile, true, false}, {"ca_file", k.CAFile, true, false}, {"template", k.Template, false, false}} {
-			if v.value == "" {
-				continue
-			}
-			if v.file && !isPath(v.value) {
-				bad(at+v.key, "must be the absolute path of a file")
-			}
-			if !v.own && !k.Enabled() {
+		for _, v := range []struct{ key, value string }{{"token_file", k.TokenFile}, {"ca_file", k.CAFile}, {"template", k.Template}} {
+			if v.value != "" && !k.Enabled() {
 				clash(at+v.key, at+"url", "needs %surl or %surl_file", at, at)
 			}
-		}
-	}
-	for _, k := range []struct {
-		key               string
-		value, from, most time.Duration
-		bounds            string
-	}{
-		{"group_wait", n.GroupWait, 0, 10 * time.Minute, "0s to 10m"},
-		{"group_interval", n.GroupInterval, time.Second, 24 * time.Hour, "1s to 24h"},
-		{"wait_for_outcome", n.WaitForOutcome, 0, time.Minute, "0s to 1m"},
-		{"min_interval", n.MinInterval, 0, time.Minute, "0s to 1m"},
-		{"max_age", n.MaxAge, time.Minute, 168 * time.Hour, "1m to 168h"},
-		{"resolve_after", n.ResolveAfter, time.Minute, 24 * time.Hour, "1m to 24h"},
-	} {
-		if k.value < k.from || k.value > k.most {
-			bad("notify."+k.key, "must be from %s, not %s", k.bounds, k.value)
-		}
-	}
-	if n.Link != "" && !isHTTP(n.Link) {
-		bad("notify.link", "must be an http:// or https:// URL without user and password, or empty")
-	}
-	if n.Listen != "" {
-		if err := checkListen(n.Listen); err != nil {
-			bad("notify.listen", "%v", err)
 		}
 	}
 }
