@@ -6,6 +6,72 @@ app.kubernetes.io/part-of: oom-tracer
 {{- end }}
 {{- end }}
 
+{{- /* The metadata of an object, {root, name, more, of, cluster}: more are further labels, of is what it belongs to if that has another name;
+cluster: it is in no namespace. */ -}}
+{{- define "oom.meta" -}}
+name: {{ .name }}
+{{- if not .cluster }}
+namespace: {{ .root.Release.Namespace }}
+{{- end }}
+labels:
+  {{- include "oom.labels" (dict "root" .root "name" (.of | default .name) "more" .more) | nindent 2 }}
+{{- end }}
+
+{{- define "oom.selector" -}}
+app.kubernetes.io/name: {{ . }}
+app.kubernetes.io/part-of: oom-tracer
+{{- end }}
+
+{{- /* Gives a role to the service account of the same name. kind: ClusterRole or Role. */ -}}
+{{- define "oom.binding" -}}
+apiVersion: rbac.authorization.k8s.io/v1
+kind: {{ .kind }}Binding
+metadata:
+  {{- include "oom.meta" (dict "root" .root "name" .name "cluster" (eq .kind "ClusterRole")) | nindent 2 }}
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: {{ .kind }}
+  name: {{ .name }}
+subjects:
+  - kind: ServiceAccount
+    name: {{ .name }}
+    namespace: {{ .root.Release.Namespace }}
+{{- end }}
+
+{{- define "oom.disruption" -}}
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  {{- include "oom.meta" . | nindent 2 }}
+spec:
+  maxUnavailable: 1
+  selector:
+    matchLabels: {{- include "oom.selector" .name | nindent 6 }}
+{{- end }}
+
+{{- /* Two on the node that is out of memory help nobody. */ -}}
+{{- define "oom.spread" -}}
+- maxSkew: 1
+  topologyKey: kubernetes.io/hostname
+  whenUnsatisfiable: ScheduleAnyway
+  labelSelector:
+    matchLabels: {app.kubernetes.io/name: {{ . }}}
+{{- end }}
+
+{{- /* The security contexts of a pod without any right, by its user, and of each of its containers. */ -}}
+{{- define "oom.nobody" -}}
+runAsNonRoot: true
+runAsUser: {{ . }}
+runAsGroup: {{ . }}
+fsGroup: {{ . }}
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+{{- define "oom.confined" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
 {{- /* An image: registry/repository:tag@digest. The registry and the tag of all of ours stand below image. */ -}}
 {{- define "oom.image" -}}
 {{- with .image.registry | default .registry }}{{ . }}/{{ end }}{{ .image.repository }}:{{ .image.tag | default .tag }}{{ with .image.digest }}@{{ . }}{{ end }}
@@ -66,9 +132,9 @@ affinity:
 {{- mulf (float64 $number) (get $units $unit) | int64 }}
 {{- end }}
 
-{{- /* Go's soft limit, at 85% of the memory limit: the rest is for what Go does not count (the program's text, C, the kernel's
+{{- /* The environment, {name, resources, env}: env, and Go's soft limit, at 85% of the memory limit: the rest is for what Go does not count (the program's text, C, the kernel's
 page cache and maps). Without a memory limit, and where env has its own GOMEMLIMIT, there is none. */ -}}
-{{- define "oom.goMemLimit" -}}
+{{- define "oom.env" -}}
 {{- $own := false }}
 {{- range .env }}{{ if eq .name "GOMEMLIMIT" }}{{ $own = true }}{{ end }}{{ end }}
 {{- with dig "limits" "memory" "" .resources }}
@@ -76,6 +142,9 @@ page cache and maps). Without a memory limit, and where env has its own GOMEMLIM
 - name: GOMEMLIMIT
   value: {{ div (include "oom.bytes" (dict "size" . "name" (printf "%s.resources.limits.memory" $.name)) | int64 | mul 85) 100 | quote }}
 {{- end }}
+{{- end }}
+{{- with .env }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 
