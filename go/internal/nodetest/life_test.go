@@ -170,13 +170,24 @@ func (l *Lab) testSeccomp(t *testing.T) {
 	}
 }
 
+// singleProcesses has the kernel kill one process of a container only, from now on.
+func (l *Lab) singleProcesses() {
+	l.t.Helper()
+	l.Machine.Must("echo 'singleProcessOOMKill: true' >>/etc/kubernetes/kubelet.yaml && systemctl restart kubelet")
+}
+
+// child is the story of one that a container's process has.
+var child = story{
+	name: "child", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer},
+	outcome: "skipped/level", processes: 1, cause: func(l *Lab) { l.exec("child", "main", "64") },
+}
+
 // testSingleProcess: with singleProcessOOMKill a child dies and its container lives on.
 func (l *Lab) testSingleProcess(t *testing.T, r *record) {
-	l.Machine.Must("echo 'singleProcessOOMKill: true' >>/etc/kubernetes/kubelet.yaml && systemctl restart kubelet")
-	l.pod("child", limited("32Mi"), side)
+	l.singleProcesses()
+	l.make("child")
 	before := l.running("child", "")
-	l.tell(t, r, story{name: "child", container: "main", scope: event.ScopeCgroup, levels: []event.LimitLevel{event.LevelContainer},
-		outcome: "skipped/level", processes: 1, cause: func(l *Lab) { l.exec("child", "main", "64") }})
+	l.tell(t, r, child)
 	after := l.running("child", "")
 	if after.UID != before.UID || after.Status.ContainerStatuses[0].RestartCount != 0 || after.Status.ContainerStatuses[0].State.Running == nil {
 		t.Errorf("the container did not live on: %+v", after.Status.ContainerStatuses[0])

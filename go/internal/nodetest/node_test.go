@@ -133,6 +133,7 @@ type story struct {
 	levels    []event.LimitLevel
 	outcome   string // result/reason
 	processes int    // at least; 1: exactly
+	deleted   bool   // the pod, with the kill: nothing is written about it any more
 	cause     func(l *Lab)
 }
 
@@ -140,7 +141,7 @@ type story struct {
 func (l *Lab) make(name string) {
 	l.t.Helper()
 	switch name {
-	case "container":
+	case "container", "gone", "reborn", "away", "child":
 		l.pod(name, limited("32Mi"), side)
 	case "pod":
 		l.pod(name, side, func(s *corev1.PodSpec) { m := memory("48Mi"); s.Resources = &m })
@@ -316,6 +317,9 @@ func (l *Lab) tell(t *testing.T, r *record, s story) map[string]time.Duration {
 	}
 	if outcome.Pod == nil || outcome.Pod.UID != string(victim.UID) || outcome.Container != s.container {
 		t.Errorf("outcome of pod %+v, container %q", outcome.Pod, outcome.Container)
+	}
+	if s.deleted {
+		return took
 	}
 	// request finds one of those that came since, by the audit log.
 	request := func(what string, patience time.Duration, is func(kubetest.AuditEvent) bool) {
