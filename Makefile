@@ -291,17 +291,22 @@ side-by-side: build/static/vm-sidebyside.test build/static/oom-tracer build/oom-
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 	$(Q)CACHE=$(CACHE) OUT=build/side-by-side KERNELS='$(or $(KERNELS),6.1 6.12)' BOOTS='v2 v1' JOBS=1 LOG_BUF=128K TIMEOUT=$(or $(TIMEOUT),1800) RUN='^TestVMSideBySide$$' \
 		tools/vm/test-vm.sh build/static/vm-sidebyside.test build/static/oom-tracer build/oom-tap build/hog $(addprefix build/sidebyside/,sidebyside kernel-monitor.json trace_oomkill.bpf.o)
+	$(Q)$(call this_machine,In a virtual machine) >build/side-by-side/machine
 	$(compare)
 
 # The same with a real kubelet: what the status of a container and the node's Events say.
 .PHONY: side-by-side-node
 side-by-side-node: node-images ## the same on a real node, beside what Kubernetes itself says, into deploy/docs/comparison.md (needs root)
 	@mkdir -p build
-	$(Q)$(node_env) $(GO) test -tags node,sidebyside,$(tags) $(node_flags) -timeout 1h -run '^TestSideBySide$$' -v ./go/internal/nodetest | tee build/side-by-side-node.log
+	$(Q){ $(call this_machine,On a real node); $(node_env) $(GO) test -tags node,sidebyside,$(tags) $(node_flags) -timeout 1h -run '^TestSideBySide$$' -v ./go/internal/nodetest; } | tee build/side-by-side-node.new
+	$(Q)mv build/side-by-side-node.new build/side-by-side-node.log
 	$(compare)
 
-compare = $(Q)table=$$(sed -n 's/^SIDE //p' $$(ls build/side-by-side/*/*/output.log build/side-by-side-node.log 2>/dev/null)) && \
-	sed -i '/^<!-- /q' deploy/docs/comparison.md && printf '\n%s\n' "$$table" >>deploy/docs/comparison.md
+this_machine = printf 'SIDE \nSIDE \043\043\043 $(1)\nSIDE \nSIDE %s, OOM Tracer %s; QEMU %s without KVM on %s with %d processors.\n' $$(date -I) '$(VERSION)' \
+	$$(qemu-system-x86_64 --version | sed -n 's/.*version \([0-9.]*\).*/\1/p') "$$(sed -n '/^model name/s/.*: //p' /proc/cpuinfo | head -n 1)" $$(nproc)
+# Of whole runs: one that failed has ended before.
+compare = $(Q)table=$$(sed -n 's/^SIDE //p' $$(ls build/side-by-side/machine build/side-by-side/*/*/output.log build/side-by-side-node.log 2>/dev/null)) && \
+	sed -i '/^<!-- /q' deploy/docs/comparison.md && printf '%s\n' "$$table" >>deploy/docs/comparison.md
 
 # Of two runs of the same boot the later directory counts.
 KERNEL_RESULTS ?= build/vm

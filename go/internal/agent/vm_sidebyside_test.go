@@ -216,6 +216,14 @@ func kinds(version int) []kind {
 			}
 			return hogs(t, leaf, outside(t, leaf), container.Path(), "1", "64")
 		}, silence},
+		{"container of a node that is a container (kind)", func(t *testing.T, _ []*contender) []kill {
+			container := kubelet(t, cgroupfs.Unlimited, cgroupfs.Unlimited, cgroupfs.Unlimited)
+			for _, name := range []string{"kubelet", "kubepods", "burstable", "pod1f0e2d3c-4b5a-6978-8796-a5b4c3d2e1f0"} {
+				container = oomtest.Child(t, container, name, cgroupfs.Unlimited)
+			}
+			container = oomtest.Child(t, container, strings.Repeat("fedcba9876543210", 4), 16*mib)
+			return hogs(t, container, outside(t, container), container.Path(), "1", "64")
+		}, silence},
 		{"node out of memory", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, cgroupfs.Unlimited, cgroupfs.Unlimited, cgroupfs.Unlimited)
 			return hogs(t, group, outside(t, group), "", "1", fmt.Sprint(tooMuch))
@@ -237,7 +245,7 @@ func kinds(version int) []kind {
 		}, 30 * time.Second}, // they take their time to start
 	}
 	if version == 2 {
-		all = slices.Insert(all, 7, kind{"group of 20 (memory.oom.group)", func(t *testing.T, _ []*contender) []kill {
+		all = slices.Insert(all, 8, kind{"group of 20 (memory.oom.group)", func(t *testing.T, _ []*contender) []kill {
 			group := kubelet(t, 256*mib, 128*mib, 64*mib)
 			setGroupKill(t, group)
 			var kills []kill
@@ -345,7 +353,7 @@ func TestVMSideBySide(t *testing.T) {
 	for _, c := range all {
 		heading, rule = heading+"| "+c.name+" ", rule+"|---"
 	}
-	fmt.Printf("SIDE \nSIDE ### Linux %s, cgroup v%d\nSIDE \nSIDE %s|\nSIDE %s|\n", self.Kernel, h.Version, heading, rule)
+	fmt.Printf("SIDE \nSIDE #### Linux %s, cgroup v%d\nSIDE \nSIDE %s|\nSIDE %s|\n", self.Kernel, h.Version, heading, rule)
 	for _, kind := range kinds(h.Version) {
 		t.Run(kind.name, func(t *testing.T) {
 			console := watchConsole(t)

@@ -178,7 +178,7 @@ func TestSideBySide(t *testing.T) {
 		t.Fatal(err)
 	}
 	info := node.Status.NodeInfo
-	fmt.Printf("SIDE \nSIDE ### A real node: kubelet %s, %s, Linux %s\nSIDE \n", info.KubeletVersion, info.ContainerRuntimeVersion, info.KernelVersion)
+	fmt.Printf("SIDE \nSIDE #### kubelet %s, %s, Linux %s\nSIDE \n", info.KubeletVersion, info.ContainerRuntimeVersion, info.KernelVersion)
 	fmt.Println("SIDE | kind of kill | killed | OOM Tracer | status of the container | Event SystemOOM of the node |\nSIDE |---|---|---|---|---|")
 	everyKill := func(*event.Event) bool { return true }
 	logged := map[string]bool{}
