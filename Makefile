@@ -327,7 +327,7 @@ test-vm-ci: vm-parts ## a part of it: 5.10 and the newest only, without test-vm-
 test-vm-annotate: build build/static/oom-tracer build/hog build/nats-server build/kube ## a part of test-vm: kills in QEMU, global ones too, mark the pods of a real API server
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 	$(Q)kernels=$$(CACHE=$(CACHE) tools/vm/kernels.sh) && OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_KERNELS="$$kernels" \
-		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm,$(tags) -count=1 -timeout 20m -run '^TestVM' ./go/cmd/oom-annotator
+		$(go_tool) gotestsum --format testname --jsonfile build/test-vm-annotate.json -- -tags vm,$(tags) -count=1 -timeout 20m -run '^TestVM$$' ./go/cmd/oom-annotator
 	$(Q)tools/no-skips.sh build/test-vm-annotate.json
 
 node_deps = debootstrap /usr/share/containers/seccomp.json=golang-github-containers-common ip=iproute2 mkfs.ext4=e2fsprogs qemu-system-x86_64=qemu-system-x86 /var/lib/dpkg/info/busybox-static.list=busybox-static cpio xz=xz-utils
@@ -366,6 +366,13 @@ bench: build build/hog ## latency, loss and cost over at least 1,000 real kills 
 chaos: build build/hog build/nats-server build/kube $(before) ## real kills while all parts fail at random: SEEDS=10 times KILLS=10000 (SEED=first, FAULTS=a,b; needs root and the history of git); the table is build/chaos.md
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_SEEDS=$(or $(SEEDS),10) OOM_TEST_KILLS=$(or $(KILLS),10000) OOM_TEST_BEFORE=$(before) \
 		$(if $(SEED),OOM_TEST_SEED=$(SEED)) OOM_TEST_FAULTS=$(FAULTS) $(GO) test -count=1 -timeout 6h -run '^TestChaos$$' -v ./go/cmd/oom-annotator
+
+# Where nothing of it can harm this machine.
+.PHONY: chaos-vm
+chaos-vm: build build/static/oom-tracer build/hog build/nats-server build/kube ## the same in QEMU: nodes out of memory, clocks stepped, nodes reset (SEED=, BOOTS=3, KILLS=40 a boot; KERNELS=6.12)
+	@tools/install-deps.sh $(LIBBPF) $(vm_deps) mkfs.ext4=e2fsprogs
+	$(Q)kernel=$$(CACHE=$(CACHE) KERNELS=$(or $(KERNELS),6.12) tools/vm/kernels.sh) && OOM_TEST_BUILD=$(CURDIR)/build OOM_TEST_KERNELS="$$kernel" \
+		OOM_TEST_SEED=$(SEED) OOM_TEST_BOOTS=$(BOOTS) OOM_TEST_KILLS=$(KILLS) $(GO) test -tags vm,$(tags) -count=1 -timeout 2h -run '^TestVMChaos$$' -v ./go/cmd/oom-annotator
 
 .PHONY: soak
 soak: build build/hog build/nats-server build/kube ## HOURS=2 (or MINUTES=) of kills, faults and rolls: memory, goroutines, files, pins and JetStream stay flat, into build/soak.md (needs root)

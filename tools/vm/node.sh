@@ -6,6 +6,7 @@
 # of the whole node, where another pod holds more than the one that is hit. init.sh runs this in the place of vm.test. It ends with the machine. On the kernel's
 # command line:
 #
+#   oom.shell=ttyS2                  for TestVMChaos: nothing of this, but what comes from that port is run
 #   oom.node=NAME oom.nats=PORT
 #   oom.container=UID/ID oom.kubepods=UID/ID oom.global=UID/ID     the pod and container that each kill hits
 #   oom.holder=UID/ID                                              those that hold 64 MiB, and cannot be hit
@@ -35,6 +36,16 @@ hog() { echo | HOG_CGROUP=$1 sh -c "echo 0 >/proc/self/oom_score_adj; exec hog 1
 insmod /bin/vmxnet3.ko
 ip link set eth0 up
 ip addr add 10.0.2.15/24 dev eth0
+port=/dev/$(param shell)
+if [ -c "$port" ]; then
+	set +eu
+	exec 3<>"$port"
+	stty raw -echo <&3
+	echo SHELL
+	# shellcheck source=/dev/null
+	. "$port" >&3 2>&1
+	exit
+fi
 echo "nats: {url: \"nats://10.0.2.2:$(param nats)\"}" >/tmp/config.yaml # the host's loopback
 oom-tracer --config /tmp/config.yaml --node-name "$(param node)" &
 until wget -qO /dev/null http://127.0.0.1:9105/readyz 2>/dev/null; do sleep 1; done

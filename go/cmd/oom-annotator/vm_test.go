@@ -160,8 +160,8 @@ type machine struct {
 	dir string
 }
 
-// startMachine boots a kernel of tools/vm/kernels.sh with tools/vm/node.sh. It runs until the test ends.
-func startMachine(t *testing.T, kernel, params string) *machine {
+// startMachine boots a kernel of tools/vm/kernels.sh with tools/vm/node.sh. more are arguments of QEMU. It runs until the test ends.
+func startMachine(t *testing.T, kernel, params string, more ...string) *machine {
 	t.Helper()
 	dir := t.TempDir()
 	for to, from := range map[string]string{
@@ -190,13 +190,13 @@ func startMachine(t *testing.T, kernel, params string) *machine {
 		cgroup = "v1" // so that both are seen
 	}
 	// Why these: tools/vm/test-vm.sh.
-	m := &machine{dir: dir, process: &process{out: &oomtest.Output{}, done: make(chan struct{}), cmd: exec.Command("qemu-system-x86_64",
+	m := &machine{dir: dir, process: &process{out: &oomtest.Output{}, done: make(chan struct{}), cmd: exec.Command("qemu-system-x86_64", append([]string{
 		"-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", "1", "-m", "512",
 		"-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot",
-		"-serial", "file:"+filepath.Join(dir, "console.log"), "-serial", "file:"+filepath.Join(dir, "output.log"),
+		"-serial", "file:" + filepath.Join(dir, "console.log"), "-serial", "file:" + filepath.Join(dir, "output.log"),
 		"-netdev", "user,id=net", "-device", "vmxnet3,netdev=net",
 		"-kernel", filepath.Join(kernel, "vmlinuz"), "-initrd", filepath.Join(dir, "initramfs"), "-append",
-		"console=ttyS0 loglevel=4 panic=-1 oops=panic mitigations=off no_timer_check oom.cgroup="+cgroup+" "+params)}}
+		"console=ttyS0 loglevel=4 panic=-1 oops=panic mitigations=off no_timer_check oom.cgroup=" + cgroup + " " + params}, more...)...)}}
 	m.start(t)
 	t.Cleanup(func() {
 		if t.Failed() {
