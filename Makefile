@@ -289,7 +289,7 @@ build/sidebyside/sidebyside: $(wildcard tools/sidebyside/*) vmlinux/$(ARCH)/vmli
 .PHONY: side-by-side
 side-by-side: build/static/vm-sidebyside.test build/static/oom-tracer build/oom-tap build/hog build/sidebyside/sidebyside ## the same kills seen by OOM Tracer and by what else there is, in QEMU, into deploy/docs/comparison.md (KERNELS="6.1 6.12")
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
-	$(Q)CACHE=$(CACHE) OUT=build/side-by-side KERNELS='$(or $(KERNELS),6.1 6.12)' BOOTS='v2 v1' JOBS=1 LOG_BUF=128K TIMEOUT=$(or $(TIMEOUT),1800) RUN='^TestVMSideBySide$$' \
+	$(Q)CACHE=$(CACHE) OUT=build/side-by-side KERNELS='$(or $(KERNELS),6.1 6.12)' BOOTS='$(or $(BOOTS),v2 v1)' JOBS=1 LOG_BUF=128K TIMEOUT=$(or $(TIMEOUT),1800) RUN='^TestVMSideBySide$$' \
 		tools/vm/test-vm.sh build/static/vm-sidebyside.test build/static/oom-tracer build/oom-tap build/hog $(addprefix build/sidebyside/,sidebyside kernel-monitor.json trace_oomkill.bpf.o)
 	$(Q)$(call this_machine,In a virtual machine) >build/side-by-side/machine
 	$(compare)

@@ -145,7 +145,7 @@ const lookAgain = time.Second
 // until waits for something that must come.
 func until(t *testing.T, what string, here func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(60 * time.Second); !here(); time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); !here(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain until %s", what)
 		}

@@ -55,7 +55,12 @@ func vmTracer(t *testing.T, config string) *process {
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(p.kill)
+	t.Cleanup(func() {
+		p.kill()
+		if t.Failed() {
+			t.Logf("the tracer's log:\n%s", &p.log)
+		}
+	})
 	until(t, "the tracer runs", func() bool { return obs.TracerRuns(t.Context(), "127.0.0.1:9105") })
 	return p
 }
