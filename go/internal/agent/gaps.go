@@ -157,6 +157,9 @@ func (t *tracer) complete(g *event.Gap) ackTag {
 	if g.Until == nil {
 		g.Until = &g.Time
 	}
+	if g.Since != nil && g.Since.After(*g.Until) { // the clock was set back
+		g.Since = nil
+	}
 	switch g.Cause {
 	case event.GapWrapped, event.GapUnreadable, event.GapDropped, event.GapOtherNode:
 		g.ID = event.SeqGapID(g.Node.BootID, g.Node.Epoch, g.FirstSeq, g.LastSeq)

@@ -424,6 +424,15 @@ func TestRestart(t *testing.T) {
 			t.Errorf("%+v", g)
 		}
 	})
+	t.Run("reboot, and the clock set back", func(t *testing.T) {
+		cfg := withListen(t, testConfig(t))
+		change(t, cfg, func(r *savedState) { r.BootID, r.Clean, r.Time = "another boot", false, time.Now().Add(time.Hour) })
+		gaps := again(t, cfg)
+		i := slices.IndexFunc(gaps, func(g event.Gap) bool { return g.Cause == event.GapReboot })
+		if i < 0 || gaps[i].Since != nil || gaps[i].Until == nil {
+			t.Errorf("%+v", gaps)
+		}
+	})
 	t.Run("reboot after a clean stop", func(t *testing.T) {
 		cfg := withListen(t, testConfig(t))
 		change(t, cfg, func(r *savedState) { r.BootID = "another boot" })
