@@ -21,6 +21,8 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/oom-tracer/oom-tracer/go/event"
+	"github.com/oom-tracer/oom-tracer/go/internal/bus"
+	"github.com/oom-tracer/oom-tracer/go/internal/config"
 	"github.com/oom-tracer/oom-tracer/go/internal/kubetest"
 	"github.com/oom-tracer/oom-tracer/go/internal/oomtest"
 )
@@ -31,8 +33,16 @@ var messages = flag.Int("messages", 1_000_000, "the number of messages that the 
 // The time is for whoever reads it, for it depends on the machine and what else it does. The memory must be bounded.
 func TestTopMillion(t *testing.T) {
 	s := start(t)
+	stream := config.Default().NATS.Stream
+	stream.MaxBytes = 100 << 30 // as shipped it holds 1 GiB: some 790,000 of these messages
+	if err := bus.EnsureStreams(t.Context(), s.conn, stream); err != nil {
+		t.Fatal(err)
+	}
 	began := time.Now()
 	bytes, pod := fill(t, s, *messages)
+	if held, err := s.conn.Held(t.Context()); err != nil || held.LastSeq-held.FirstSeq+1 != uint64(*messages) {
+		t.Fatalf("the stream holds %+v (%v), want %d messages", held, err, *messages)
+	}
 	t.Logf("%d messages, %d MiB, stored in %v", *messages, bytes>>20, time.Since(began).Round(time.Second))
 	// explain knows no pod here: it decides by the kills alone, and shows their outcomes.
 	c := kubetest.Start(t)
