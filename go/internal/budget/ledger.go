@@ -36,6 +36,9 @@ type Ledger struct {
 	Keep   time.Duration // how long a kill may be delivered again: policy.max_event_age
 	Now    func() time.Time
 
+	queue   sync.Mutex // guards waiting
+	waiting []*claim
+
 	mu sync.Mutex // one at a time: the goroutines of one process need not compete
 	// The value that Claim made last, and its encoding: mostly the one that the next Claim begins with.
 	state State
@@ -63,13 +66,38 @@ type Request struct {
 	Read bool
 }
 
+// claim is a call of Claim.
+type claim struct {
+	Request
+	verdict Verdict
+	err     error
+	done    bool
+}
+
 // Claim claims the right to mark a pod for a kill. Claiming it again, here or in another process, gives the same right. An error
-// gives none.
-func (l *Ledger) Claim(ctx context.Context, r Request) (v Verdict, err error) {
+// gives none. Claims that wait for another one are stored together.
+func (l *Ledger) Claim(ctx context.Context, r Request) (Verdict, error) {
+	c := &claim{Request: r}
+	l.queue.Lock()
+	l.waiting = append(l.waiting, c)
+	l.queue.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	err = l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
-		v = Verdict{}
+	if !c.done {
+		l.queue.Lock()
+		all := l.waiting
+		l.waiting = nil
+		l.queue.Unlock()
+		l.claimAll(ctx, all)
+	}
+	if c.err != nil {
+		return Verdict{}, fmt.Errorf("claim a mark: %w", c.err)
+	}
+	return c.verdict, nil
+}
+
+func (l *Ledger) claimAll(ctx context.Context, all []*claim) {
+	err := l.Entry.Update(ctx, func(data []byte) ([]byte, error) {
 		s := l.state
 		if len(data) == 0 || !bytes.Equal(data, l.data) {
 			var err error
@@ -77,39 +105,44 @@ func (l *Ledger) Claim(ctx context.Context, r Request) (v Verdict, err error) {
 				return nil, err
 			}
 		}
-		now := l.Now().UTC()
-		if v.Paused = s.Paused(now); v.Paused != nil {
+		now, before, changed := l.Now().UTC(), len(s.Marks), 0
+		for _, c := range all {
+			c.verdict = Verdict{Paused: s.Paused(now), Contested: !c.Read && s.contested(c.Request)}
+			if !c.verdict.Granted() {
+				continue
+			}
+			if c.verdict.New, c.verdict.Refusal = s.claim(l.Limits, Mark{c.Kill, c.Node, c.Owner, now}, c.Killed, l.Keep); c.verdict.New {
+				changed++
+			}
+		}
+		if changed == 0 {
 			return nil, nil
 		}
-		if v.Contested = !r.Read && s.contested(r); v.Contested {
-			return nil, nil
-		}
-		before := len(s.Marks)
-		if v.New, v.Refusal = s.claim(l.Limits, Mark{r.Kill, r.Node, r.Owner, now}, r.Killed, l.Keep); !v.New {
-			return nil, nil
-		}
-		value, err := encode(&s, data, before)
+		value, err := encode(&s, data, before, changed)
 		if len(value) > maxClaims {
 			return nil, fmt.Errorf("the state with %d marks has %d bytes, the maximum is %d", len(s.Marks), len(value), maxClaims)
 		}
 		l.state, l.data = s, value
 		return value, err
 	})
-	if err != nil {
-		return Verdict{}, fmt.Errorf("claim a mark: %w", err)
+	for _, c := range all {
+		c.err, c.done = err, true
 	}
-	return v, nil
 }
 
-// encode encodes a state to which a mark was added. Before that it was data, with so many marks. Mostly none was deleted, and the new mark
-// is put behind them: with 500 marks, to encode all of them takes as long as everything else that is done for a kill.
-func encode(s *State, data []byte, before int) ([]byte, error) {
+// encode encodes a state to which marks were added. Before that it was data, with so many marks. Mostly none was deleted, and the new
+// ones are put behind them: with 500 marks, to encode all of them takes as long as everything else that is done for a kill.
+func encode(s *State, data []byte, before, added int) ([]byte, error) {
 	marks, ok := bytes.CutSuffix(data, []byte("]}")) // marks are the only list, so this is its end
-	if !ok || before == 0 || len(s.Marks) != before+1 {
+	if !ok || before == 0 || len(s.Marks) != before+added {
 		return json.Marshal(s)
 	}
-	mark, err := json.Marshal(s.Marks[before])
-	return slices.Concat(marks, []byte(","), mark, []byte("]}")), err
+	more, err := json.Marshal(s.Marks[before:])
+	if err != nil {
+		return nil, err
+	}
+	more[0] = ','
+	return slices.Concat(marks, more, []byte("}")), nil
 }
 
 // Release returns the right to mark a pod that was not used.

@@ -97,6 +97,59 @@ func TestLedgerRace(t *testing.T) {
 	}
 }
 
+// slow is an entry whose first update waits for release.
+type slow struct {
+	budget.Entry
+	updates atomic.Int64
+	begun   chan struct{}
+	release chan struct{}
+}
+
+func (s *slow) Update(ctx context.Context, change func([]byte) ([]byte, error)) error {
+	if s.updates.Add(1) == 1 {
+		close(s.begun)
+		<-s.release
+	}
+	return s.Entry.Update(ctx, change)
+}
+
+// Claims that wait for another one are stored together, each within the limits.
+func TestLedgerTogether(t *testing.T) {
+	const limit, waiting = 7, 20
+	all := ledgers(t, 2, config.Budgets{Window: time.Hour, Cluster: limit})
+	entry := &slow{Entry: all[0].Entry, begun: make(chan struct{}), release: make(chan struct{})}
+	all[0].Entry = entry
+	var granted, refused atomic.Int64
+	var wg sync.WaitGroup
+	claim := func(l *budget.Ledger, kill string) {
+		v, err := l.Claim(t.Context(), budget.Request{Kill: kill, Node: "node", Owner: "owner", Killed: time.Now(), Read: true})
+		switch {
+		case err != nil || v.New != v.Granted():
+			t.Errorf("%s: %+v, %v", kill, v, err)
+		case v.New:
+			granted.Add(1)
+		default:
+			refused.Add(1)
+		}
+	}
+	wg.Go(func() { claim(all[0], "first") })
+	<-entry.begun
+	for i := range waiting {
+		wg.Go(func() { claim(all[0], fmt.Sprint("kill-", i)) })
+	}
+	time.Sleep(100 * time.Millisecond)
+	claim(all[1], "other") // another process, so that what the first one knows is old
+	close(entry.release)
+	wg.Wait()
+	state, err := all[1].State(t.Context())
+	if err != nil || len(state.Marks) != limit || granted.Load() != limit || refused.Load() != waiting+2-limit {
+		t.Errorf("%d granted, %d refused, stored %+v, %v; want %d granted", granted.Load(), refused.Load(), state.Marks, err, limit)
+	}
+	if n := entry.updates.Load(); n > waiting/2 {
+		t.Errorf("%d updates for %d claims", n, waiting+1)
+	}
+}
+
 // Once SetPause has returned nothing is granted, by anybody.
 func TestLedgerRelease(t *testing.T) {
 	all := ledgers(t, 2, config.Budgets{Window: time.Hour, Cluster: 1})
