@@ -66,10 +66,17 @@ func isDNS1123Subdomain(s string) bool {
 //
 // It fails when the name is not a DNS-1123 subdomain of at most 253 characters.
 func NodeToken(node string) (string, error) {
-	if len(node) > 253 || !isDNS1123Subdomain(node) {
-		return "", fmt.Errorf("node name %q is not a DNS-1123 subdomain (lower-case letters, digits, '-' and '.', at most 253 characters)", node)
+	if err := checkNode(node); err != nil {
+		return "", err
 	}
 	return strings.ReplaceAll(node, ".", "_"), nil
+}
+
+func checkNode(node string) error {
+	if len(node) > 253 || !isDNS1123Subdomain(node) {
+		return fmt.Errorf("node name %q is not a DNS-1123 subdomain (lower-case letters, digits, '-' and '.', at most 253 characters)", node)
+	}
+	return nil
 }
 
 // checkWord has the rule for kinds and classes: one token, and no wildcard.
@@ -134,7 +141,7 @@ func ParseSubject(subject string) (kind Kind, class, node string, err error) {
 		return "", "", "", fmt.Errorf("subject %q is not %s.<kind>.<class>.<node>", subject, subjectRoot)
 	}
 	node = strings.ReplaceAll(token, "_", ".")
-	if _, err := NodeToken(node); err != nil {
+	if err := checkNode(node); err != nil {
 		return "", "", "", fmt.Errorf("subject %q: %w", subject, err)
 	}
 	return Kind(first), class, node, nil
