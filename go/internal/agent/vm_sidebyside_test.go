@@ -4,6 +4,7 @@ package agent
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -39,6 +40,7 @@ type contender struct {
 	name    string
 	start   func(t *testing.T) []*exec.Cmd // the last prints the lines
 	parse   func(line []byte) (reported, bool)
+	errors  *bytes.Buffer // nil: they are shown elsewhere
 	running []*exec.Cmd
 	mu      sync.Mutex
 	lines   []reported
@@ -89,14 +91,13 @@ func contenders(t *testing.T) []*contender {
 	config := vmConfig(t, "auto")
 	known := map[string]bool{} // IDs: an oom-tap that is started again begins at the first event again
 	other := func(name string, args ...string) *contender {
+		errors := &bytes.Buffer{}
 		return &contender{
-			name: name,
+			name:   name,
+			errors: errors,
 			start: func(t *testing.T) []*exec.Cmd {
 				cmd := exec.Command(oomtest.Program(t, "sidebyside"), args...)
-				log, err := os.OpenFile(filepath.Join("/tmp", name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-				must(t, err)
-				t.Cleanup(func() { log.Close() })
-				cmd.Stderr = log
+				cmd.Stderr = errors // its own words, of all its starts
 				return []*exec.Cmd{cmd}
 			},
 			parse: func(line []byte) (r reported, ok bool) {
@@ -348,7 +349,13 @@ func TestVMSideBySide(t *testing.T) {
 	all := contenders(t)
 	for _, c := range all {
 		c.run(t)
-		t.Cleanup(c.kill)
+		t.Cleanup(func() {
+			c.kill()
+			if c.errors != nil {
+				lines := strings.SplitAfter(c.errors.String(), "\n")
+				t.Logf("%s, at last:\n%s", c.name, strings.Join(lines[max(0, len(lines)-10):], ""))
+			}
+		})
 	}
 	if !t.Run("warm-up", func(t *testing.T) { warmUp(t, all) }) {
 		return
