@@ -248,16 +248,15 @@ build/static/oom-tracer: $(GO_FILES) $(OBJECT)
 	$(say) GO $@
 	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) build -ldflags '$(static_ldflags)' -o $@ ./go/cmd/oom-tracer
 
-build/static/vm.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT)
-	@mkdir -p $(@D)
-	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -tags vm,$(tags) -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
-
 # The tests that put faults into the program have a build with that program.
-build/static/vm-faults.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT) build/faults/oom.bpf.o
+build/static/vm-faults.test: build/faults/oom.bpf.o
+vm_tags.vm-faults := ,faults
+vm_flags.vm-faults := -overlay build/faults/overlay.json
+vm_tags.vm-sidebyside := ,sidebyside
+build/static/%.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT)
 	@mkdir -p $(@D)
 	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -tags vm,faults,$(tags) -overlay build/faults/overlay.json -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
+	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -tags vm$(vm_tags.$*),$(tags) $(vm_flags.$*) -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
 
 # oom-tap and hog are static as they are.
 VM_TEST_BINARY ?= build/static/vm.test
@@ -274,11 +273,6 @@ vm-parts: $(VM_TEST_BINARY) $(vm_programs) # what the next ones boot, and with w
 test-vm: vm-parts ## the tests of the tag vm on stock Debian kernels in QEMU (KERNELS="6.12 7.2", KERNEL=vmlinuz, ARCH=arm64)
 	$(Q)CACHE=$(CACHE) ARCH=$(ARCH) tools/vm/test-vm.sh $(VM_TEST_BINARY) $(vm_programs)
 	$(Q)$(if $(KERNEL)$(emulator),,$(MAKE) --no-print-directory test-vm-annotate)
-
-build/static/vm-sidebyside.test: $(GO_FILES) $(wildcard go/internal/agent/*_test.go) $(OBJECT)
-	@mkdir -p $(@D)
-	$(say) GO $@
-	$(Q)CGO_LDFLAGS='$(static_flags)' $(GO) test -c -tags vm,sidebyside,$(tags) -ldflags '$(static_ldflags)' -o $@ ./go/internal/agent
 
 build/sidebyside/sidebyside: $(wildcard tools/sidebyside/*) vmlinux/$(ARCH)/vmlinux.h build/.deps
 	@mkdir -p $(@D)
@@ -399,24 +393,23 @@ bench-loop: build build/hog build/kube build/oom-descheduler ## from real kills 
 	$(Q)OOM_TEST_BUILD=$(CURDIR)/build \
 		$(GO) test -tags bench,$(tags) -count=1 -timeout 20m -run TestBenchLoop -v ./go/cmd/oom-annotator
 
-build/nats-server: go.mod tools/build-module.sh
-	@mkdir -p build
-	$(Q)binary=$$(tools/build-module.sh . github.com/nats-io/nats-server/v2) && ln -sfn "$$binary" $@
+# What a script has built in the user's cache, once, and where this target finds it.
+cached = $(Q)mkdir -p build && built=$$($(1)) && ln -sfnT "$$built" $@
+
+build/nats-server: go.mod tools/build-module.sh tools/cache.sh
+	$(call cached,tools/build-module.sh . github.com/nats-io/nats-server/v2)
 
 # The command with which an administrator backs up streams.
-build/nats: tools/nats/go.mod tools/build-module.sh
-	@mkdir -p build
-	$(Q)binary=$$(tools/build-module.sh tools/nats github.com/nats-io/natscli nats) && ln -sfn "$$binary" $@
+build/nats: tools/nats/go.mod tools/build-module.sh tools/cache.sh
+	$(call cached,tools/build-module.sh tools/nats github.com/nats-io/natscli nats)
 
 # Whom oom-notify sends to in the tests.
-build/alertmanager: tools/alertmanager/go.mod tools/alertmanager/build.sh
-	@mkdir -p build
-	$(Q)binary=$$(tools/alertmanager/build.sh) && ln -sfn "$$binary" $@
+build/alertmanager: tools/alertmanager/go.mod tools/alertmanager/build.sh tools/cache.sh
+	$(call cached,tools/alertmanager/build.sh)
 
 # Installs the plugin from its manifest.
-build/krew: tools/krew/go.mod tools/build-module.sh
-	@mkdir -p build
-	$(Q)binary=$$(tools/build-module.sh tools/krew sigs.k8s.io/krew cmd/krew) && ln -sfn "$$binary" $@
+build/krew: tools/krew/go.mod tools/build-module.sh tools/cache.sh
+	$(call cached,tools/build-module.sh tools/krew sigs.k8s.io/krew cmd/krew)
 
 # The examples of consumers: the one in Go, and the npm packages of the one in Node.js.
 build/consumers: $(wildcard deploy/examples/consumers/*) tools/consumers.sh $(GO_FILES)
@@ -428,22 +421,14 @@ build/consumers: $(wildcard deploy/examples/consumers/*) tools/consumers.sh $(GO
 
 # The unmodified one, for the tests.
 build/descheduler: go/descheduler/go.mod tools/build-module.sh tools/cache.sh
-	@mkdir -p build
-	$(Q)binary=$$(RELEASED=1 tools/build-module.sh go/descheduler sigs.k8s.io/descheduler cmd/descheduler) && ln -sfn "$$binary" $@
+	$(call cached,RELEASED=1 tools/build-module.sh go/descheduler sigs.k8s.io/descheduler cmd/descheduler)
 
-# A directory with kube-apiserver and etcd, of the module tools/kube.
-build/kube: tools/kube/go.mod tools/kube/build.sh
-	@mkdir -p build
-	$(Q)dir=$$(tools/kube/build.sh) && ln -sfnT "$$dir" $@ && touch $@
+# A directory with kube-apiserver and etcd, of the module tools/kube, and one with the rest of a cluster.
+build/kube build/kube-node: tools/kube/go.mod tools/kube/build.sh tools/cache.sh
+	$(call cached,tools/kube/build.sh $(filter node,$(subst -, ,$@))) && touch $@
 
-# The rest of a cluster, of the same module.
-build/kube-node: tools/kube/go.mod tools/kube/build.sh
-	@mkdir -p build
-	$(Q)dir=$$(tools/kube/build.sh node) && ln -sfnT "$$dir" $@ && touch $@
-
-build/coredns: tools/node/go.mod tools/build-module.sh
-	@mkdir -p build
-	$(Q)binary=$$(tools/build-module.sh tools/node github.com/coredns/coredns) && ln -sfn "$$binary" $@
+build/coredns: tools/node/go.mod tools/build-module.sh tools/cache.sh
+	$(call cached,tools/build-module.sh tools/node github.com/coredns/coredns)
 
 build/pod: tools/node/pod.c build/.deps
 	$(say) CC $@
@@ -452,12 +437,11 @@ build/pod: tools/node/pod.c build/.deps
 # A directory with the disk and the kernel of a node.
 build/node: build/kube-node tools/node/root.sh tools/node/init.sh $(shell find tools/node/files -type f 2>/dev/null)
 	@tools/install-deps.sh $(LIBBPF) $(node_deps)
-	$(Q)dir=$$(tools/node/root.sh "$$(readlink -f build/kube-node)") && ln -sfnT "$$dir" $@ && touch $@
+	$(call cached,tools/node/root.sh "$$(readlink -f build/kube-node)") && touch $@
 
 # A directory with helm, promtool and CRDs, of the module tools/deploy.
-build/deploy: tools/deploy/go.mod tools/deploy/build.sh
-	@mkdir -p build
-	$(Q)dir=$$(tools/deploy/build.sh) && ln -sfnT "$$dir" $@ && touch $@
+build/deploy: tools/deploy/go.mod tools/deploy/build.sh tools/cache.sh
+	$(call cached,tools/deploy/build.sh) && touch $@
 
 .PHONY: test-deploy
 test-deploy: build build/hog build/nats-server build/nats build/krew build/kube build/deploy build/oom-descheduler ## the chart, manifests, NATS permissions, alerts and dashboard alone (part of make test)
@@ -489,9 +473,8 @@ lint: $(OBJECT) ## go vet, gofmt, staticcheck, clang-format, shellcheck
 	$(say) LINT shellcheck
 	$(Q)shellcheck $(SH_FILES)
 
-build/golangci-lint: tools/golangci/go.mod tools/build-module.sh
-	@mkdir -p build
-	$(Q)binary=$$(tools/build-module.sh tools/golangci github.com/golangci/golangci-lint/v2 cmd/golangci-lint) && ln -sfn "$$binary" $@
+build/golangci-lint: tools/golangci/go.mod tools/build-module.sh tools/cache.sh
+	$(call cached,tools/build-module.sh tools/golangci github.com/golangci/golangci-lint/v2 cmd/golangci-lint)
 
 # Not a part of lint: CI would build it for minutes.
 golangci = $(CURDIR)/build/golangci-lint run --config $(CURDIR)/.golangci.yml
@@ -507,18 +490,16 @@ strings: ## list every log message, error, help and alert, and fail on words tha
 
 .PHONY: check-deps
 check-deps: $(OBJECT) ## the arrows between the packages point down; libbpf is the tracer's, client-go the annotator's; nobody's the descheduler
-	$(Q)deps=$$($(GO) list -deps ./go/cmd/oom-tap); \
-		! grep -E 'libbpfgo|nats-server|client-go/(kubernetes|tools/portforward)|descheduler' <<<"$$deps" || { echo 'oom-tap must not need these' >&2; exit 1; }
-	$(Q)deps=$$($(GO) list -deps ./go/cmd/kubectl-oom); \
-		! grep -E 'libbpfgo|nats-server|descheduler' <<<"$$deps" || { echo 'kubectl-oom must not need these' >&2; exit 1; }
-	$(Q)deps=$$(CGO_LDFLAGS='$(link_flags)' $(GO) list -deps ./go/cmd/oom-tracer); \
-		! grep -E 'client-go|descheduler' <<<"$$deps" || { echo 'oom-tracer must not need these' >&2; exit 1; }
-	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-annotator); \
-		! grep -E 'libbpfgo|nats-server|internal/loader|descheduler' <<<"$$deps" || { echo 'oom-annotator must not need these' >&2; exit 1; }
-	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-auth); \
-		! grep -E 'libbpfgo|nats-server|internal/loader|descheduler' <<<"$$deps" || { echo 'oom-auth must not need these' >&2; exit 1; }
-	$(Q)deps=$$(CGO_ENABLED=0 $(GO) list -deps ./go/cmd/oom-notify); \
-		! grep -E 'libbpfgo|nats-server|internal/loader|client-go|descheduler' <<<"$$deps" || { echo 'oom-notify must not need these' >&2; exit 1; }
+	$(Q)without() { \
+		deps=$$(CGO_LDFLAGS='$(link_flags)' $(GO) list -deps ./go/cmd/$$1); \
+		! grep -E "$$2|descheduler" <<<"$$deps" || { echo "$$1 must not need these" >&2; exit 1; }; \
+	}; \
+	without oom-tap 'libbpfgo|nats-server|client-go/(kubernetes|tools/portforward)'; \
+	without kubectl-oom 'libbpfgo|nats-server'; \
+	without oom-tracer client-go; \
+	without oom-annotator 'libbpfgo|nats-server|internal/loader'; \
+	without oom-auth 'libbpfgo|nats-server|internal/loader'; \
+	without oom-notify 'libbpfgo|nats-server|internal/loader|client-go'
 	$(Q)deps=$$($(GO) list -deps ./go/event); \
 		test "$$(grep '\.' <<<"$$deps" | grep -vc '^github.com/go-json-experiment/json')" = 1 || { echo 'go/event must need the standard library and encoding/json/v2 only' >&2; exit 1; }
 
