@@ -177,7 +177,11 @@ func changes(t *testing.T) []*change {
 		all = append(all, c)
 	}
 	var walk func(path string, schema map[string]any)
+	definitions := schema["definitions"].(map[string]any)
 	walk = func(path string, schema map[string]any) {
+		if ref, ok := schema["$ref"].(string); ok {
+			schema = definitions[strings.TrimPrefix(ref, "#/definitions/")].(map[string]any)
+		}
 		if properties, ok := schema["properties"].(map[string]any); ok {
 			for name, s := range properties {
 				walk(strings.TrimPrefix(path+"."+name, "."), s.(map[string]any))
