@@ -340,15 +340,24 @@ func TestErrorsKeepSecrets(t *testing.T) {
 	}
 }
 
+// validate has a line for each fault: "key.path: what".
+func validate(c *Config) error {
+	var errs []error
+	for _, f := range c.faults() {
+		errs = append(errs, f)
+	}
+	return errors.Join(errs...)
+}
+
 func TestValidate(t *testing.T) {
 	cfg := Default()
-	if err := cfg.Validate(); err != nil {
+	if err := validate(&cfg); err != nil {
 		t.Errorf("the default: %v", err)
 	}
 	cfg.Log.Level = "loud"
 	cfg.Node.Neighbours = 51
 	want := "node.neighbours: must be from 0 to 50, not 51\nlog.level: must be one of debug, info, warn, error, not \"loud\""
-	if err := cfg.Validate(); err == nil || err.Error() != want {
+	if err := validate(&cfg); err == nil || err.Error() != want {
 		t.Errorf("error:\n%v\nwant:\n%s", err, want)
 	}
 }
@@ -379,21 +388,21 @@ func TestAddresses(t *testing.T) {
 	} {
 		cfg := Default()
 		cfg.NATS.URL = url
-		if err := cfg.Validate(); err == nil || !strings.HasPrefix(err.Error(), "nats.url: must ") {
+		if err := validate(&cfg); err == nil || !strings.HasPrefix(err.Error(), "nats.url: must ") {
 			t.Errorf("nats.url %q: %v", url, err)
 		}
 	}
 	for _, addr := range []string{"localhost", ":", "9105", "::1:9105", "127.0.0.1:http", "a_b:1", "10.0.0.1:-1", "10.0.0.1:65536", "a b:1", " :1", "http://a:1"} {
 		cfg := Default()
 		cfg.Metrics.Listen = addr
-		if err := cfg.Validate(); err == nil || !strings.HasPrefix(err.Error(), "metrics.listen: must be an address and a port") {
+		if err := validate(&cfg); err == nil || !strings.HasPrefix(err.Error(), "metrics.listen: must be an address and a port") {
 			t.Errorf("metrics.listen %q: %v", addr, err)
 		}
 	}
 	for _, addr := range []string{"", ":4222", "127.0.0.1", "localhost:4222", "10.0.0.1:4222", "[::]:4222", "::1:4222", "127.0.0.1:65536", "127.1:4222"} {
 		cfg := Default()
 		cfg.NATS.Embedded.Listen = addr
-		if err := cfg.Validate(); err == nil || !strings.HasPrefix(err.Error(), "nats.embedded.listen: must be a loopback IP address") {
+		if err := validate(&cfg); err == nil || !strings.HasPrefix(err.Error(), "nats.embedded.listen: must be a loopback IP address") {
 			t.Errorf("nats.embedded.listen %q: %v", addr, err)
 		}
 	}
@@ -429,7 +438,7 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("loaded, and refused by what ignores unknown keys: %v", known)
 		}
 		if err == nil {
-			if err := cfg.Validate(); err != nil {
+			if err := validate(&cfg); err != nil {
 				t.Errorf("loaded and is not valid: %v", err)
 			}
 			return

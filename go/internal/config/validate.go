@@ -17,17 +17,6 @@ import (
 	"github.com/oom-tracer/oom-tracer/go/event"
 )
 
-// Validate checks what Parse checks of the values. Call it again when flags have changed some.
-//
-// Its error has one line for each fault: "key.path: what".
-func (c *Config) Validate() error {
-	var errs []error
-	for _, f := range c.faults() {
-		errs = append(errs, f)
-	}
-	return errors.Join(errs...)
-}
-
 // faults collects every rule that c breaks. No message repeats what may be a secret.
 func (c *Config) faults() []fault {
 	var faults []fault

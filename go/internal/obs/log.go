@@ -15,8 +15,7 @@ import (
 
 // NewLogger returns a logger that writes one message a line to w.
 //
-// It fails on a level or a format that config.Config.Validate refuses too; a caller that lets a
-// flag change the level validates once more, and gets the better message.
+// It fails on a level or a format that config.Parse refuses too.
 func NewLogger(w io.Writer, cfg config.Log) (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(cfg.Level)); err != nil {

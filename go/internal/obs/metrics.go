@@ -1,7 +1,6 @@
 package obs
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"os"
@@ -40,23 +39,18 @@ func newRegistry(program string, b Build) *prometheus.Registry {
 // that were dying anyway. It fails where the line is missing or is no number.
 func KernelOOMKills(procRoot string) (uint64, error) {
 	path := filepath.Join(procRoot, "vmstat")
-	f, err := os.Open(path)
+	data, err := os.ReadFile(path)
 	if err != nil {
 		return 0, fmt.Errorf("read kernel OOM kills: %w", err)
 	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		if value, ok := strings.CutPrefix(lines.Text(), "oom_kill "); ok {
-			n, err := strconv.ParseUint(value, 10, 64)
+	for line := range strings.Lines(string(data)) {
+		if value, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			n, err := strconv.ParseUint(strings.TrimSuffix(value, "\n"), 10, 64)
 			if err != nil {
 				return 0, fmt.Errorf("read kernel OOM kills: %s: oom_kill: %w", path, err)
 			}
 			return n, nil
 		}
-	}
-	if err := lines.Err(); err != nil {
-		return 0, fmt.Errorf("read kernel OOM kills: %s: %w", path, err)
 	}
 	return 0, fmt.Errorf("read kernel OOM kills: %s: %w", path, errNoCounter)
 }
