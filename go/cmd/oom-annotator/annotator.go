@@ -112,15 +112,6 @@ func run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 // register registers the metrics of the worker, and returns the checks of /readyz.
 func (w *worker) register(store *pods.Store) map[string]obs.Check {
 	register := promauto.With(w.registry)
-	ready := map[string]obs.Check{}
-	for check, failing := range map[string]func() error{"pods": w.watcher.Failing, "nats": w.natsFailing} {
-		ready[check] = func(context.Context) error { return failing() }
-		// up says only that the process answers.
-		register.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "oom_tracer_ready", Help: "Whether a check of /readyz passes: pods (all pods are known and followed), nats (kills can be read and outcomes stored).",
-			ConstLabels: prometheus.Labels{"check": check},
-		}, func() float64 { return gauge(failing() == nil) })
-	}
 	register.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "oom_tracer_known_pods", Help: "Number of pods of the cluster that the annotator follows.",
 	}, func() float64 { return float64(store.Len()) })
@@ -130,14 +121,8 @@ func (w *worker) register(store *pods.Store) map[string]obs.Check {
 	register.NewCounterFunc(prometheus.CounterOpts{
 		Name: "oom_tracer_pod_watch_errors_total", Help: "Number of failed attempts to list or watch the pods of the cluster.",
 	}, func() float64 { return float64(w.watcher.Errors()) })
-	return ready
-}
-
-func gauge(on bool) float64 {
-	if on {
-		return 1
-	}
-	return 0
+	return obs.ReadyChecks(w.registry, "pods (all pods are known and followed), nats (kills can be read and outcomes stored).",
+		map[string]func() error{"pods": w.watcher.Failing, "nats": w.natsFailing})
 }
 
 // listMemory is the memory limit while all pods are read: 150,000 of them take some 60 MB, and reading them allocates ten times as

@@ -100,7 +100,7 @@ func (b *budgetCollector) Collect(ch chan<- prometheus.Metric) {
 	case err == nil:
 		now := time.Now()
 		send(refusedDesc, 0)
-		send(pausedDesc, gauge(s.Paused(now) != nil))
+		send(pausedDesc, map[bool]float64{true: 1}[s.Paused(now) != nil])
 		send(usedDesc, float64(len(s.Since(now.Add(-b.ledger.Limits.Window)))))
 		send(limitDesc, float64(b.ledger.Limits.Cluster))
 	}

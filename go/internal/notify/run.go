@@ -125,26 +125,12 @@ func newReceivers(cfg config.Notify, registry prometheus.Registerer, log *slog.L
 
 // register registers the metrics of what is now, and returns the checks of /readyz.
 func (n *notifier) register(registry prometheus.Registerer, nats func() error) map[string]obs.Check {
-	register := promauto.With(registry)
 	failing := map[string]func() error{"nats": nats}
 	for _, r := range n.receivers {
 		failing[r.name] = r.failing
 	}
-	ready := map[string]obs.Check{}
-	for check, failing := range failing {
-		ready[check] = func(context.Context) error { return failing() }
-		register.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "oom_tracer_ready", Help: "Whether a check of /readyz passes: nats (kills and gaps can be read), and each receiver (it took the last message).",
-			ConstLabels: prometheus.Labels{"check": check},
-		}, func() float64 {
-			if failing() != nil {
-				return 0
-			}
-			return 1
-		})
-	}
-	register.NewGaugeFunc(prometheus.GaugeOpts{
+	promauto.With(registry).NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "oom_tracer_notify_waiting", Help: "Number of kills and gaps in memory until every receiver has taken the message about them; further ones wait in the stream.",
 	}, func() float64 { return float64(len(n.held)) })
-	return ready
+	return obs.ReadyChecks(registry, "nats (kills and gaps can be read), and each receiver (it took the last message).", failing)
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/oom-tracer/oom-tracer/go/internal/netlimit"
@@ -42,6 +43,24 @@ type Checks struct {
 	Health map[string]Check
 	// Ready is asked by /readyz: what passes by itself.
 	Ready map[string]Check
+}
+
+// ReadyChecks makes checks of /readyz, and registers oom_tracer_ready, which says the same: up says only that the process answers.
+// help says what each check is about.
+func ReadyChecks(registerer prometheus.Registerer, help string, failing map[string]func() error) map[string]Check {
+	checks := map[string]Check{}
+	for check, failing := range failing {
+		checks[check] = func(context.Context) error { return failing() }
+		promauto.With(registerer).NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "oom_tracer_ready", Help: "Whether a check of /readyz passes: " + help, ConstLabels: prometheus.Labels{"check": check},
+		}, func() float64 {
+			if failing() != nil {
+				return 0
+			}
+			return 1
+		})
+	}
+	return checks
 }
 
 // Server serves /metrics, /healthz and /readyz.

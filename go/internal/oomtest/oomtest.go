@@ -4,7 +4,9 @@ package oomtest
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -91,15 +93,8 @@ func RunStorm(ctx context.Context, group *cgroupfs.Cgroup, program string, count
 	hog.Env = append(os.Environ(), "HOG_CGROUP="+group.Dir)
 	hog.Stderr = os.Stderr
 	hog.WaitDelay = time.Second
-	stdin, err := hog.StdinPipe()
+	stdin, stdout, err := start(hog)
 	if err != nil {
-		return nil, fmt.Errorf("start hog: %w", err)
-	}
-	stdout, err := hog.StdoutPipe()
-	if err != nil {
-		return nil, fmt.Errorf("start hog: %w", err)
-	}
-	if err := hog.Start(); err != nil {
 		return nil, fmt.Errorf("start hog: %w", err)
 	}
 	defer func() {
@@ -128,20 +123,20 @@ func RunStorm(ctx context.Context, group *cgroupfs.Cgroup, program string, count
 	return killed, nil
 }
 
+// start starts a command whose input and output are the test's.
+func start(cmd *exec.Cmd) (stdin io.WriteCloser, stdout io.ReadCloser, err error) {
+	stdin, inErr := cmd.StdinPipe()
+	stdout, outErr := cmd.StdoutPipe()
+	return stdin, stdout, errors.Join(inErr, outErr, cmd.Start())
+}
+
 // Hold runs tools/hog in the cgroup until it holds mib MiB, and leaves it there. It goes with the test.
 func Hold(t testing.TB, group *cgroupfs.Cgroup, mib int) *os.Process {
 	t.Helper()
 	hog := exec.Command(Program(t, "hog"), "0", fmt.Sprint(mib), "hold")
 	hog.Stderr = os.Stderr
-	stdin, err := hog.StdinPipe()
+	stdin, stdout, err := start(hog)
 	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := hog.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := hog.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -230,15 +225,8 @@ func FillTmpfs(t testing.TB, group *cgroupfs.Cgroup, mib int) bool {
 	cmd.Stderr = os.Stderr
 	// Go makes the mounts of the new namespace private.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	stdin, err := cmd.StdinPipe()
+	stdin, stdout, err := start(cmd)
 	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
