@@ -171,6 +171,30 @@ readinessProbe:
   failureThreshold: 3
 {{- end }}
 
+{{- /* The container of a program that needs no right on its node. The mounts come last: more may follow. */ -}}
+{{- define "oom.container" -}}
+{{- $of := index .root.Values .who -}}
+name: oom-{{ .who }}
+image: {{ include "oom.ourImage" (dict "root" .root "image" $of.image) }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+args:
+  - --config=/etc/oom-tracer/config/config.yaml
+  {{- with $of.extraArgs }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+env:
+  {{- include "oom.env" (dict "name" .who "resources" $of.resources "env" $of.extraEnv) | nindent 2 }}
+ports:
+  - name: metrics
+    containerPort: {{ index .root.Values.metrics (printf "%sPort" .who) }}
+{{ include "oom.probes" (dict) }}
+resources:
+  {{- include "oom.resources" $of.resources | nindent 2 }}
+securityContext: {{- include "oom.confined" . | nindent 2 }}
+volumeMounts:
+  {{- include "oom.mounts" . | nindent 2 }}
+{{- end }}
+
 {{- define "oom.natsHost" -}}
 oom-tracer-nats.{{ .Release.Namespace }}.svc
 {{- end }}
