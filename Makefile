@@ -285,21 +285,28 @@ side-by-side: build/static/vm-sidebyside.test build/static/oom-tracer build/oom-
 	@tools/install-deps.sh $(LIBBPF) $(vm_deps)
 	$(Q)CACHE=$(CACHE) OUT=build/side-by-side KERNELS='$(or $(KERNELS),6.1 6.12)' BOOTS='$(or $(BOOTS),v2 v1)' JOBS=1 LOG_BUF=128K TIMEOUT=$(or $(TIMEOUT),1800) RUN='^TestVMSideBySide$$' \
 		tools/vm/test-vm.sh build/static/vm-sidebyside.test build/static/oom-tracer build/oom-tap build/hog $(addprefix build/sidebyside/,sidebyside kernel-monitor.json trace_oomkill.bpf.o)
-	$(Q)$(call this_machine,In a virtual machine) >build/side-by-side/machine
+	$(Q)$(call this_machine,In a virtual machine,qemu) >build/side-by-side/machine
 	$(compare)
 
 # The same with a real kubelet: what the status of a container and the node's Events say.
 .PHONY: side-by-side-node
 side-by-side-node: node-images ## the same on a real node, beside what Kubernetes itself says, into deploy/docs/comparison.md (needs root)
 	@mkdir -p build
-	$(Q){ $(call this_machine,On a real node); $(node_env) $(GO) test -tags node,sidebyside,$(tags) $(node_flags) -timeout 1h -run '^TestSideBySide$$' -v ./go/internal/nodetest; } | tee build/side-by-side-node.new
+	$(Q){ $(call this_machine,On a real node,qemu); $(node_env) $(GO) test -tags node,sidebyside,$(tags) $(node_flags) -timeout 1h -run '^TestSideBySide$$' -v ./go/internal/nodetest; } | tee build/side-by-side-node.new
 	$(Q)mv build/side-by-side-node.new build/side-by-side-node.log
 	$(compare)
 
-this_machine = printf 'SIDE \nSIDE \043\043\043 $(1)\nSIDE \nSIDE %s, OOM Tracer %s; QEMU %s without KVM on %s with %d processors.\n' $$(date -I) '$(VERSION)' \
-	$$(qemu-system-x86_64 --version | sed -n 's/.*version \([0-9.]*\).*/\1/p') "$$(sed -n '/^model name/s/.*: //p' /proc/cpuinfo | head -n 1)" $$(nproc)
+.PHONY: side-by-side-burst
+side-by-side-burst: build/oom-tracer build/oom-tap build/hog build/sidebyside/sidebyside ## 1,000 kills in a cgroup of this machine, faster than an emulated one makes them, into deploy/docs/comparison.md (needs root)
+	@tools/install-deps.sh $(LIBBPF) ip=iproute2
+	$(Q){ $(call this_machine,On a machine without emulation); unshare --net -- tools/sidebyside/burst.sh $(CURDIR)/build; } | tee build/side-by-side-burst.new
+	$(Q)mv build/side-by-side-burst.new build/side-by-side-burst.log
+	$(compare)
+
+this_machine = printf 'SIDE \nSIDE \043\043\043 $(1)\nSIDE \nSIDE %s, OOM Tracer %s, %s%s with %d processors.\n' $$(date -I) '$(VERSION)' \
+	"$(if $(2),QEMU $$(qemu-system-x86_64 --version | sed -n 's/.*version \([0-9.]*[0-9]\).*/\1/p') without KVM on )" "$$(sed -n '/^model name/s/.*: //p' /proc/cpuinfo | head -n 1)" $$(nproc)
 # Of whole runs: one that failed has ended before.
-compare = $(Q)table=$$(sed -n 's/^SIDE //p' $$(ls build/side-by-side/machine build/side-by-side/*/*/output.log build/side-by-side-node.log 2>/dev/null)) && \
+compare = $(Q)table=$$(sed -n 's/^SIDE //p' $$(ls -U build/side-by-side/machine build/side-by-side/*/*/output.log build/side-by-side-{burst,node}.log 2>/dev/null)) && \
 	sed -i '/^<!-- /q' deploy/docs/comparison.md && printf '%s\n' "$$table" >>deploy/docs/comparison.md
 
 # Of two runs of the same boot the later directory counts.

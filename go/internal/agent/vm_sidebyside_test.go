@@ -372,13 +372,18 @@ func TestVMSideBySide(t *testing.T) {
 			for _, c := range all {
 				before[c] = len(c.seen())
 			}
+			began := time.Now()
 			kills := kind.cause(t, all)
+			took := time.Since(began)
 			for n, since := count(all), time.Now(); time.Since(since) < kind.quiet; time.Sleep(100 * time.Millisecond) {
 				if now := count(all); now != n {
 					n, since = now, time.Now()
 				}
 			}
 			line := "| " + kind.name
+			if len(kills) > 1 {
+				line += fmt.Sprintf(", in %.1f s", took.Seconds())
+			}
 			for i, c := range all {
 				j := c.judge(kills, console, before[c])
 				line += " | " + j.String()
