@@ -305,7 +305,7 @@ func (l *Lab) deployment(name string) {
 func (l *Lab) running(name, not string) *corev1.Pod {
 	l.t.Helper()
 	var found *corev1.Pod
-	l.await(name+" runs", 3*time.Minute, func() error {
+	l.await(name+" runs", 6*time.Minute, func() error {
 		list, err := l.Client.CoreV1().Pods("shop").List(l.t.Context(), metav1.ListOptions{})
 		if err != nil {
 			return err
