@@ -36,7 +36,9 @@ for ((try = 0; try < 40; try++)); do
 	kill_some 1 >/dev/null
 	sleep 2
 	# oom-tap ends where there is no NATS yet.
-	jobs -r | grep -q oom-tap || "$build/oom-tap" --config "$dir/config.yaml" --kills --output json >>"$dir/ours" 2>/dev/null 9>&- &
+	if ! jobs -r | grep -q oom-tap; then
+		"$build/oom-tap" --config "$dir/config.yaml" --kills --output json >>"$dir/ours" 2>/dev/null 9>&- &
+	fi
 	[[ ! -s $dir/ours || ! -s $dir/tailer || ! -s $dir/npd ]] || break
 done
 counted() { grep -c '"count":true' "$dir/npd" || true; }
