@@ -83,7 +83,8 @@ func newVMPipeline(t *testing.T, seed uint64) *pipeline {
 	cfg, path := newConfig(t, func(cfg *config.Config) {
 		cfg.NATS.URL = p.way(one)
 		cfg.NATS.Stream.DedupWindow = time.Second
-		cfg.Policy.MaxEventAge = 24 * time.Hour // more than the clock is stepped by
+		// More than the clock is stepped by: the lifetime of a mark counts from its kill.
+		cfg.Policy.MaxEventAge, cfg.Policy.MarkLifetime = 24*time.Hour, 48*time.Hour
 		cfg.Policy.Budgets = config.Budgets{Window: time.Hour, Owner: 1, Cluster: clusterBudget}
 	})
 	one.args = []string{"--config", path, "--kubeconfig", c.Kubeconfig(c.Annotator())}
