@@ -12,7 +12,6 @@
 package cgroup
 
 import (
-	"regexp"
 	"slices"
 	"strings"
 
@@ -137,22 +136,29 @@ func split(path string) []string {
 
 // looksKube reports whether a component claims to be part of a kubelet's tree. Names are free to choose,
 // so that what makes this claim and is not fully understood proves nothing.
-func looksKube(c string) bool { return kubeName.MatchString(c) }
-
-// The names of a pod's cgroup, by what stands between the groups of its UID. The static pod's has none.
-const (
-	staticUID  = `[0-9a-f]{32}`
-	dashedUID  = `[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}`
-	escapedUID = `[0-9a-f]{8}(?:_[0-9a-f]{4}){3}_[0-9a-f]{12}`
-)
-
-var (
-	kubeName = regexp.MustCompile(kubepods + `|pod(?:` + staticUID + `|` + dashedUID + `|` + escapedUID + `)`)
-	podName  = map[byte]*regexp.Regexp{
-		'-': regexp.MustCompile(`^pod(?:(` + staticUID + `)|(` + dashedUID + `))$`),
-		'_': regexp.MustCompile(`^pod(?:(` + staticUID + `)|(` + escapedUID + `))$`),
+func looksKube(c string) bool {
+	if strings.Contains(c, kubepods) {
+		return true
 	}
-)
+	for {
+		i := strings.Index(c, "pod")
+		if i < 0 {
+			return false
+		}
+		c = c[i:]
+		for _, n := range [...]int{len("pod") + 32, len("pod") + 36} {
+			if n > len(c) {
+				break
+			}
+			_, _, dashed := podUID(c[:n], '-')
+			_, _, escaped := podUID(c[:n], '_')
+			if dashed || escaped {
+				return true
+			}
+		}
+		c = c[len("pod"):]
+	}
+}
 
 // place is what a kubelet's tree says of a path.
 type place struct {
@@ -279,7 +285,7 @@ func treeAt(parts []string, at int) (tree, bool) {
 	for root != "" {
 		root = root[:len(root)-1] // the dash
 		at--
-		if at < 0 || parts[at] != root+".slice" {
+		if at < 0 || !isSliceOf(parts[at], root) {
 			return tree{}, false
 		}
 		root = root[:strings.LastIndexByte(root, '-')+1]
@@ -294,6 +300,11 @@ func treeAt(parts []string, at int) (tree, bool) {
 // the levels of a --cgroup-root, each followed by a dash.
 func isRootPrefix(s string) bool {
 	return s == "" || s[0] != '-' && s[len(s)-1] == '-' && !strings.Contains(s, "--") && !strings.Contains(s, kubepods)
+}
+
+func isSliceOf(c, unit string) bool {
+	name, ok := strings.CutSuffix(c, ".slice")
+	return ok && name == unit
 }
 
 // colonForm reads kubepods-burstable-pod<uid>.slice:cri-containerd:<id>. getCgroupsPath() in
@@ -331,11 +342,28 @@ func colonForm(c string) (event.Container, bool) {
 // pod's then, and where it has five groups (OpenShift's installer set such ones for kubelets before
 // 1.23) the path does not tell that the pod is static. Any other UID is not understood.
 func podUID(c string, sep byte) (uid string, static, ok bool) {
-	m := podName[sep].FindStringSubmatch(c)
-	if m == nil {
+	s, ok := strings.CutPrefix(c, "pod")
+	if !ok {
 		return "", false, false
 	}
-	return m[1] + strings.ReplaceAll(m[2], "_", "-"), m[1] != "", true
+	if isHex(s, 32) {
+		return s, true, true
+	}
+	if len(s) != 36 {
+		return "", false, false
+	}
+	for i := range len(s) {
+		switch i {
+		case 8, 13, 18, 23:
+			ok = ok && s[i] == sep
+		default:
+			ok = ok && isHexDigit(s[i])
+		}
+	}
+	if !ok {
+		return "", false, false
+	}
+	return strings.ReplaceAll(s, "_", "-"), false, true
 }
 
 // containerName reads the cgroup that a runtime makes in a pod's. monitor: it is the one of CRI-O's
@@ -405,4 +433,16 @@ func cutID(s string) (prefix, id string) {
 }
 
 // isHex reports whether s is n lower-case hexadecimal digits.
-func isHex(s string, n int) bool { return len(s) == n && strings.Trim(s, "0123456789abcdef") == "" }
+func isHex(s string, n int) bool {
+	if len(s) != n {
+		return false
+	}
+	for i := range n {
+		if !isHexDigit(s[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func isHexDigit(c byte) bool { return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' }
