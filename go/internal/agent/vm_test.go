@@ -1107,7 +1107,7 @@ func TestVMMissedHookAlternating(t *testing.T) {
 					t.Errorf("%s[%d] in %s, tier %s: %s", kills[at].Comm, kills[at].PID, kills[at].OOMMemcg, e.Node.Tier, w)
 				}
 			}
-			if len(tiers) != 2 || len(masks) != 2 {
+			if len(tiers) != 2 || len(masks) < 2 { // a process may also die in an allocation of another kind
 				t.Errorf("tiers and allocations are not mixed: %v", told)
 			}
 			fmt.Printf("MISSED alternating %s: %v\n", tier, told)
