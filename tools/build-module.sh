@@ -2,7 +2,7 @@
 # Builds the program that a Go module is, in the version of a build list, if it is not there yet, and prints its path.
 #
 #   tools/build-module.sh DIRECTORY MODULE [PACKAGE]       tools/build-module.sh . github.com/nats-io/nats-server/v2
-#   RELEASED=1 …        with just the versions that it was released with, those of its own go.mod
+#   RELEASED=1 …        with the versions of its own go.mod
 #
 # PACKAGE is below the module, where the program is not the module itself. DIRECTORY, from the root of the repository, has
 # the go.mod. nats-server takes a minute the first time, CoreDNS four.

@@ -221,13 +221,15 @@ func (l *Loader) Run(ctx context.Context, h Handler) error {
 		next: l.Counts().Acked + 1, old: l.state.handedOver(), due: time.Now(), idle: l.idleTime,
 		stored: l.stored, refused: &l.refused,
 	}
+	// Before the handler gets it, for it may be published at once. What earlier readers had stays so while it is read again.
+	handed := func(seq uint64) { atomic.StoreUint32(&l.state.Handed, uint32(max(seq, r.old))) }
 	r.Record = func(seq uint64, record []byte) bool {
-		atomic.StoreUint32(&l.state.Handed, uint32(seq)) // before: it may be published at once
+		handed(seq)
 		return h.Record(seq, record)
 	}
-	r.Lost = func(first, last uint64, handed bool) bool {
-		atomic.StoreUint32(&l.state.Handed, uint32(last))
-		taken := h.Lost(first, last, handed)
+	r.Lost = func(first, last uint64, old bool) bool {
+		handed(last)
+		taken := h.Lost(first, last, old)
 		if taken {
 			l.mu.Lock()
 			defer l.mu.Unlock()

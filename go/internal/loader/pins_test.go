@@ -260,6 +260,16 @@ func TestJournalRemoved(t *testing.T) {
 	handed := l.Counts().Head
 	l.Close()
 	oomtest.Storm(t, group, 2, 16, "plain")
+	// The next one ends when it has read only one of them again.
+	l = openPinned(t, dir, 128<<10)
+	again, stop := context.WithCancel(t.Context())
+	if err := l.Run(again, Handler{
+		Record: func(seq uint64, _ []byte) bool { stop(); return seq < 2 },
+		Lost:   func(first, last uint64, _ bool) bool { t.Errorf("lost %d-%d", first, last); return true },
+	}); err != nil {
+		t.Error(err)
+	}
+	l.Close()
 	pins, err := filepath.Glob(filepath.Join(dir, "*", journalPin+"*"))
 	if err != nil || len(pins) != 1 {
 		t.Fatal(pins, err)
